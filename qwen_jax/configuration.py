@@ -1,0 +1,140 @@
+"""Gin on the command line: `--gin_file=FILE` and `--gin.NAME=VALUE`, and short errors for what is wrong in them.
+
+Only entry points and tools import this; models and training are plain functions and dataclasses.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gin
+
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.sharding import MeshConfig
+from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.trainer import LoopConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+_BINDING = "--gin."
+
+
+class ConfigurationError(ValueError):
+    """Something in the gin files or flags that cannot be run."""
+
+
+def by_size(size: str, table: dict):
+    """The entry of `table` for a model size: lets one gin file hold the report's hyperparameters of all sizes."""
+    if size not in table:
+        raise ConfigurationError(
+            f"no value for MODEL_SIZE {size!r}; there are values for {', '.join(map(repr, table))}. Override the macro "
+            f"that asks for it (PEAK_LEARNING_RATE, BATCH_SIZE, …) with --gin.NAME=VALUE"
+        )
+    return table[size]
+
+
+gin.configurable(by_size)
+for _configurable in (ModelConfig, MeshConfig, OptimizerConfig, LoopConfig, next_token_loss):
+    gin.external_configurable(_configurable, module="qwen_jax")
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line and loads the gin files and bindings that it names.
+
+    Import the modules whose functions the gin files configure before calling this.
+
+    Args:
+      parser: gets `--gin_file` added; `--gin.NAME=VALUE` is taken out before it parses.
+
+    Raises:
+      ConfigurationError: a file is missing, a name is misspelt or unbound, a value cannot be read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    bindings = [arg[len(_BINDING):] for arg in argv if arg.startswith(_BINDING)]
+    group = parser.add_argument_group("configuration")
+    group.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="may be given several times")
+    group.add_argument(
+        "--gin.NAME=VALUE", dest="gin_binding", nargs=0, action=_Unreachable,
+        help="set a macro (--gin.TRAIN_STEPS=100) or a parameter (--gin.OptimizerConfig.beta2=0.99)",
+    )
+    args = parser.parse_args([arg for arg in argv if not arg.startswith(_BINDING)])
+    load_gin(args.gin_file, bindings)
+    return args
+
+
+class _Unreachable(argparse.Action):
+    """Stands in `--help` for the bindings, which are taken out before argparse sees them."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error("write --gin.NAME=VALUE, in one word")
+
+
+def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+    """Replaces gin's configuration by that of `files`, then `bindings` of the form NAME=VALUE.
+
+    A value that is no Python literal and no gin reference is taken as a string, so paths need no quotes.
+
+    Raises:
+      ConfigurationError: as `parse_args`.
+    """
+    gin.clear_config()
+    for file in files:
+        path = next((p for p in (Path(file), ROOT / file) if p.is_file()), None)
+        if path is None:
+            raise ConfigurationError(f"--gin_file={file}: no such file, here or in {ROOT}")
+        _parse(lambda path=path: gin.parse_config_file(str(path)), str(path))
+    names = []
+    for binding in bindings:
+        name, equals, value = binding.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--gin.{binding}: expected --gin.NAME=VALUE")
+        names.append(name.strip())
+        _bind(name.strip(), value)
+    _check_macros(names)
+
+
+def _bind(name: str, value: str) -> None:
+    try:
+        gin.config.parse_value(value)
+    except Exception:  # gin has no one class for a value that does not parse
+        value = repr(value)
+    _parse(lambda: gin.parse_config(f"{name} = {value}"), f"--gin.{name}")
+
+
+def _parse(parse: Callable[[], None], where: str) -> None:
+    try:
+        parse()
+    except (ValueError, SyntaxError, OSError, AttributeError) as error:
+        message = str(error).splitlines()[0]
+        known = [name.split(".")[-1] for name in gin.config._REGISTRY] if "No configurable" in message else ()
+        wrong = message.split("'")[1] if message.count("'") >= 2 else ""
+        raise ConfigurationError(f"{where}: {message}{_suggestion(wrong, known)}") from error
+
+
+def _suggestion(wrong: str, known) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _check_macros(from_flags: Sequence[str]) -> None:
+    """Names macros that are used and not set, and flags that set a macro that nothing uses."""
+    config = gin.config._CONFIG
+    macros = {scope for scope, selector in config if selector == "gin.macro" and scope}
+    used = set()
+    for reference in gin.config.iterate_references(config):
+        if reference.selector == "gin.macro":
+            used.add("/".join(reference.config_key[0].split("/")))
+    for name in from_flags:
+        if "." not in name and name not in used:
+            raise ConfigurationError(
+                f"--gin.{name}: nothing in the gin files uses {name}.{_suggestion(name, used)} "
+                f"Macros in use: {', '.join(sorted(used)) or 'none; was a --gin_file forgotten?'}"
+            )
+    for name in sorted(used - macros - {"gin.REQUIRED"}):
+        raise ConfigurationError(f"{name} is not set: add --gin.{name}=VALUE, or the gin file that sets it")
+    for name in sorted(used & macros):
+        value = config[name, "gin.macro"].get("value")
+        if getattr(value, "selector", None) == "gin.macro" and value.config_key[0] == "gin.REQUIRED":
+            raise ConfigurationError(f"{name} is not set: add --gin.{name}=VALUE")

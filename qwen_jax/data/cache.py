@@ -1,0 +1,493 @@
+"""From a SeqIO task to packed examples on disk, on Apache Beam.
+
+Two stages. First each task is cached in SeqIO's own layout, so `get_dataset(use_cached=True)` reads it after
+`seqio.add_global_cache_dirs([cache_dir])`. Then its documents are packed (`qwen_jax.data.packing`): a hash of the
+document names the shard and its place in it, so the bytes written depend neither on the number of workers nor on the
+order in which Beam delivers.
+
+    cache_dir/<task>/{train,validation}.tfrecord-*  info.*.json  stats.*.json  COMPLETED    SeqIO's cache
+    cache_dir/<task>/description.json                                                       what it was made from
+    cache_dir/<task>/packed-<length>/<split>/*.array_record  manifest.json                  packed examples
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import apache_beam as beam
+import gin
+import numpy as np
+import seqio
+import tensorflow as tf
+from apache_beam.options.pipeline_options import PipelineOptions
+from seqio import beam_utils
+
+from qwen_jax.data import packing
+from qwen_jax.data.vocabulary import QwenVocabulary
+
+logger = logging.getLogger(__name__)
+
+TOKENS, LOSS_WEIGHTS = "targets", "loss_weights"
+DESCRIPTION = "description.json"
+# In one process: Beam's other direct runners first try to download a program called Prism.
+DEFAULT_RUNNER = "--runner=FnApiRunner"
+# A shard is sorted in the memory of one worker: 32M tokens are about 130 MB.
+TOKENS_PER_SHARD = 1 << 25
+_MAX_CACHE_FILES = 64
+_PROGRESS_SECONDS = 10
+_THIS_PROCESS = uuid.uuid4().hex
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One packed split: its folder, and what `manifest.json` there says."""
+
+    folder: Path
+    manifest: packing.Manifest
+
+
+def prepare(
+    mixture_or_task: str,
+    *,
+    cache_dir: str | os.PathLike,
+    sequence_length: int,
+    splits: Sequence[str] = ("train", "validation"),
+    beam_options: Sequence[str] = (),
+    num_shards: int | None = None,
+    seed: int = 0,
+    task_modules: Sequence[str] = ("tasks",),
+) -> list[Prepared]:
+    """Caches and packs a task, or each task of a mixture. What is complete already is used as it is.
+
+    An interrupted call goes on where it stopped: with the next split when caching, the next shard when packing.
+
+    Args:
+        mixture_or_task: a registered name (`tasks` is imported first).
+        cache_dir: a folder that all Beam workers see.
+        sequence_length: tokens of one example.
+        splits: those that a task lacks are left out, with a warning.
+        beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
+        num_shards: shards of the packed data; None takes one for every 32M tokens.
+        seed: of the order in which documents are merged.
+        task_modules: modules that register tasks, imported here and by Beam workers.
+
+    Returns:
+        One `Prepared` for each task and split.
+
+    Raises:
+        ValueError: unknown name; no documents; or `cache_dir` holds this task made from another vocabulary, corpus,
+            seed or number of shards (the message says which, and how to mend it).
+    """
+    for module in task_modules:
+        importlib.import_module(module)
+    prepared = []
+    for task in _tasks(mixture_or_task):
+        vocabulary = _check_task(task, splits)
+        folder = Path(cache_dir, *task.name.split(":"))
+        setup = _WorkerSetup(tuple(task_modules), gin.config_str(), task.name, vocabulary.fingerprint)
+        wanted = [split for split in splits if split in task.splits]
+        description = _cache_task(task, wanted, folder, beam_options, setup)
+        for split in wanted:
+            packer = _Packer(
+                task=task.name,
+                split=split,
+                cache_folder=folder,
+                sequence_length=sequence_length,
+                seed=seed,
+                num_shards=num_shards or _default_shards(folder, split),
+                source=description["source"],
+                setup=setup,
+            )
+            prepared.append(packer.prepare(beam_options, check_shards=num_shards is not None))
+    return prepared
+
+
+def _tasks(name: str) -> list[seqio.Task]:
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    if name not in known:
+        raise ValueError(f"{name!r} is neither a task nor a mixture; there are {', '.join(known)}")
+    provider = seqio.get_mixture_or_task(name)
+    if isinstance(provider, seqio.Mixture):
+        return sorted(provider.tasks, key=lambda task: task.name)
+    return [provider]
+
+
+def _check_task(task: seqio.Task, splits: Sequence[str]) -> QwenVocabulary:
+    if not task.supports_caching:
+        raise ValueError(f"task {task.name} has no seqio.CacheDatasetPlaceholder() among its preprocessors: add it")
+    if TOKENS not in task.output_features:
+        features = ", ".join(task.output_features)
+        raise ValueError(f"task {task.name} has the features {features}: packing needs one called {TOKENS!r}")
+    vocabulary = task.output_features[TOKENS].vocabulary
+    if not isinstance(vocabulary, QwenVocabulary):
+        raise ValueError(f"task {task.name} uses {type(vocabulary).__name__}: packing needs a QwenVocabulary")
+    missing = [split for split in splits if split not in task.splits]
+    if len(missing) == len(splits):
+        there = ", ".join(task.splits)
+        raise ValueError(f"task {task.name} has none of the splits {', '.join(splits)}; it has {there}")
+    if missing:
+        logger.warning("%s has no split %s: left out", task.name, ", ".join(missing))
+    return vocabulary
+
+
+def _describe(task: seqio.Task, vocabulary: QwenVocabulary) -> dict:
+    source = task.source
+    return {
+        "format_version": packing.FORMAT_VERSION,
+        "task": task.name,
+        "vocabulary": {"size": vocabulary.vocab_size, "fingerprint": vocabulary.fingerprint},
+        "source": source.describe() if hasattr(source, "describe") else {"source": repr(source)},
+    }
+
+
+def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup") -> dict:
+    """Makes SeqIO's cache of those `splits` that are not there yet; returns its description."""
+    vocabulary = task.output_features[TOKENS].vocabulary
+    path = folder / DESCRIPTION
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    done = found["splits"] if found else []
+    missing = [split for split in splits if split not in done]
+    try:
+        description = _describe(task, vocabulary)
+    except (FileNotFoundError, ValueError) as error:
+        if found is None or missing:
+            raise
+        logger.warning("%s: its corpus is not at hand, so the cache is used unchecked (%s)", task.name, error)
+        description = found | {"vocabulary": {"size": vocabulary.vocab_size, "fingerprint": vocabulary.fingerprint}}
+    if found is not None:
+        _check_same(folder, found, description)
+    if not missing:
+        logger.info("%s: cached already in %s", task.name, folder)
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in missing:
+        try:
+            _cache_split(task, split, folder, beam_options, setup)
+        except BaseException:
+            if not done:
+                # Only empty folders go: other splits, or data of a user, stay.
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+        done = [*done, split]
+        packing.write_json(path, description | {"splits": done})
+    (folder / "COMPLETED").touch()
+    return description
+
+
+def _cache_split(task, split: str, folder: Path, beam_options, setup: "_WorkerSetup") -> None:
+    logger.info("%s %s: tokenizing", task.name, split)
+    started = time.monotonic()
+    temporary = folder / f".{split}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        target = str(temporary)
+        with _pipeline(beam_options) as pipeline:
+            preprocess = beam_utils.PreprocessTask(task, split, setup_fn=setup)
+            num_files = max(1, min(len(preprocess.shards), _MAX_CACHE_FILES))
+            examples = (
+                pipeline
+                | "preprocess" >> preprocess
+                | "progress" >> beam.ParDo(_Progress(f"{task.name} {split}"))
+                | "spread" >> beam.Reshuffle()
+            )
+            _ = examples | "write" >> beam_utils.WriteExampleTfRecord(
+                seqio.get_cached_tfrecord_prefix(target, split), num_shards=num_files
+            )
+            for name, transform, destination in (
+                ("info", beam_utils.GetInfo(num_files), seqio.get_cached_info_path(target, split)),
+                ("stats", beam_utils.GetStats(task.output_features), seqio.get_cached_stats_path(target, split)),
+            ):
+                _ = examples | name >> transform | f"write_{name}" >> beam_utils.WriteJson(destination)
+        stats = json.loads(Path(seqio.get_cached_stats_path(target, split)).read_text(encoding="utf-8"))
+        if not stats["examples"]:
+            raise ValueError(
+                f"task {task.name} yields no document in split {split!r}: check its corpus; if only this split is "
+                "empty, hold out a larger share of the documents or leave the split out (--splits)"
+            )
+        for file in temporary.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    tokens, seconds = stats.get(f"{TOKENS}_tokens", 0), time.monotonic() - started
+    logger.info(
+        "%s %s: %s documents, %s tokens in %.0f s", task.name, split, f"{stats['examples']:,}", f"{tokens:,}", seconds
+    )
+
+
+def _check_same(folder: Path, found: dict, expected: dict) -> None:
+    """Raises unless the cache in `folder` was made from what is asked for now."""
+    differences = []
+    if found["vocabulary"] != expected["vocabulary"]:
+        old, new = (f"{v['size']} ids, {v['fingerprint'][:12]}" for v in (found["vocabulary"], expected["vocabulary"]))
+        differences.append(f"another vocabulary ({old}; asked for: {new})")
+    for key in sorted({*found["source"], *expected["source"]}):
+        old, new = found["source"].get(key), expected["source"].get(key)
+        if old != new:
+            differences.append(f"another corpus ({key} {old}; asked for: {new})")
+    if differences:
+        raise ValueError(
+            f"{folder} was made with {' and '.join(differences)}: delete that folder to make it anew, or give another "
+            "cache_dir"
+        )
+
+
+def _default_shards(folder: Path, split: str) -> int:
+    stats = json.loads(Path(seqio.get_cached_stats_path(str(folder), split)).read_text(encoding="utf-8"))
+    return max(1, math.ceil(stats.get(f"{TOKENS}_tokens", 0) / TOKENS_PER_SHARD))
+
+
+@contextlib.contextmanager
+def _pipeline(beam_options: Sequence[str]) -> Iterator[beam.Pipeline]:
+    options = list(beam_options)
+    local = not any(option.startswith("--runner") for option in options)
+    if local:
+        options.append(DEFAULT_RUNNER)
+    # SeqIO logs whole examples (documents of others, thousands of tokens each); Beam's local runner logs its internals.
+    levels = {"absl": logging.WARNING} | ({"apache_beam": logging.ERROR} if local else {})
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
+            yield pipeline
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WorkerSetup:
+    """Called in each Beam worker before it touches a task: registers tasks and configures them as in the launcher."""
+
+    task_modules: tuple[str, ...]
+    gin_config: str
+    task: str
+    fingerprint: str
+    launcher: str = _THIS_PROCESS
+
+    def __call__(self) -> None:
+        if self.launcher == _THIS_PROCESS:
+            return
+        for module in self.task_modules:
+            importlib.import_module(module)
+        with gin.unlock_config():
+            gin.parse_config(self.gin_config, skip_unknown=True)
+        vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
+        if vocabulary.fingerprint != self.fingerprint:
+            raise RuntimeError(
+                f"this worker has the vocabulary {vocabulary.tokenizer.path} (fingerprint "
+                f"{vocabulary.fingerprint[:12]}), the job was started with {self.fingerprint[:12]}: put the same file "
+                "on every worker"
+            )
+
+
+class _Progress(beam.DoFn):
+    """Passes documents on and logs how many, now and then."""
+
+    def __init__(self, label: str):
+        self._label = label
+
+    def setup(self):
+        self._count, self._logged = 0, time.monotonic()
+
+    def process(self, element):
+        self._count += 1
+        if time.monotonic() - self._logged > _PROGRESS_SECONDS:
+            self._logged = time.monotonic()
+            logger.info("%s: %s documents so far in this worker", self._label, f"{self._count:,}")
+        yield element
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packer:
+    """Packs one split of a cached task; sent to Beam workers."""
+
+    task: str
+    split: str
+    cache_folder: Path
+    sequence_length: int
+    seed: int
+    num_shards: int
+    source: dict
+    setup: _WorkerSetup
+
+    @property
+    def folder(self) -> Path:
+        return self.cache_folder / f"packed-{self.sequence_length}" / self.split
+
+    def prepare(self, beam_options: Sequence[str], *, check_shards: bool) -> Prepared:
+        label = f"{self.task} {self.split}, length {self.sequence_length}"
+        if (self.folder / packing.MANIFEST).exists():
+            manifest = packing.Manifest.load(self.folder)
+            self._check(manifest, check_shards)
+            logger.info("%s: packed already in %s", label, self.folder)
+            return Prepared(self.folder, manifest)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".*.tmp"):
+            stale.unlink()
+        done = {index for index in range(self.num_shards) if self._finished(index)}
+        logger.info("%s: packing, %d shards (%d done before)", label, self.num_shards, len(done))
+        started = time.monotonic()
+        files = sorted(str(path) for path in self.cache_folder.glob(f"{self.split}.tfrecord-*-of-*"))
+        with _pipeline(beam_options) as pipeline:
+            _ = (
+                pipeline
+                | "files" >> beam.Create(files)
+                | "documents" >> beam.FlatMap(self.keyed_documents)
+                | "unfinished" >> beam.Filter(lambda item: item[0] not in done)
+                | "by_shard" >> beam.GroupByKey()
+                | "write" >> beam.Map(self.write)
+            )
+        manifest = self._manifest()
+        manifest.save(self.folder)
+        for index in range(self.num_shards):
+            self._sidecar(index).unlink(missing_ok=True)
+        seconds = time.monotonic() - started
+        counts = f"{manifest.records:,} examples, {manifest.tokens:,} tokens, {manifest.documents:,} documents"
+        logger.info("%s: %s in %.0f s, in %s", label, counts, seconds, self.folder)
+        return Prepared(self.folder, manifest)
+
+    def keyed_documents(self, file: str) -> Iterator[tuple[int, tuple[bytes, bytes, bytes]]]:
+        """(shard, (key, tokens, loss weights)) of the documents in one cache file, after the task's last steps."""
+        self.setup()
+        task = seqio.TaskRegistry.get(self.task)
+        vocabulary = task.output_features[TOKENS].vocabulary
+        eos_id, vocab_size = vocabulary.eos_id, vocabulary.vocab_size
+        dataset = task.preprocess_postcache(_read_cache(self.cache_folder, self.split, file), sequence_length=None)
+        for example in dataset.as_numpy_iterator():
+            tokens = example[TOKENS].astype("<i4")
+            if not len(tokens) or (len(tokens) == 1 and tokens[0] == eos_id):
+                continue  # a document without text
+            if tokens.min() < 0 or tokens.max() >= vocab_size:
+                raise ValueError(
+                    f"task {self.task} yields ids from {tokens.min()} to {tokens.max()}, outside [0, {vocab_size})"
+                )
+            weights = _whole_weights(self.task, example.get(LOSS_WEIGHTS), len(tokens))
+            key = packing.document_key(packing.Document(tokens, weights), self.seed)
+            yield packing.shard_of(key, self.num_shards), (key, tokens.tobytes(), weights.tobytes())
+
+    def write(self, item: tuple[int, Iterable[tuple[bytes, bytes, bytes]]]) -> int:
+        """Writes one shard, and beside it what the manifest will say of it."""
+        self.setup()
+        index, raw = item
+        vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
+        documents = (
+            (key, packing.Document(np.frombuffer(tokens, "<i4"), np.frombuffer(weights, np.uint8)))
+            for key, tokens, weights in raw
+        )
+        shard = packing.write_shard(
+            self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.array_record",
+            documents,
+            sequence_length=self.sequence_length,
+            eos_id=vocabulary.eos_id,
+            columns=packing.columns_for(vocabulary.vocab_size),
+            token_bytes=_token_bytes(vocabulary),
+        )
+        packing.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)})
+        logger.info("%s %s: shard %d of %d done", self.task, self.split, index + 1, self.num_shards)
+        return index
+
+    def _sidecar(self, index: int) -> Path:
+        return self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.json"
+
+    def _settings(self) -> dict:
+        return {"seed": self.seed, "fingerprint": self.setup.fingerprint, "source": self.source}
+
+    def _finished(self, index: int) -> bool:
+        path = self._sidecar(index)
+        if not path.exists():
+            return False
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content.get(key) for key in self._settings()} == self._settings()
+
+    def _manifest(self) -> packing.Manifest:
+        # A shard that got no document has neither file nor entry.
+        sidecars = [self._sidecar(index) for index in range(self.num_shards) if self._sidecar(index).exists()]
+        shards = [json.loads(path.read_text(encoding="utf-8"))["shard"] for path in sidecars]
+        if not shards:
+            shutil.rmtree(self.folder)
+            raise ValueError(f"task {self.task} yields only documents without text in split {self.split!r}")
+        vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
+        return packing.Manifest(
+            task=self.task,
+            split=self.split,
+            sequence_length=self.sequence_length,
+            vocab_size=vocabulary.vocab_size,
+            vocabulary_fingerprint=vocabulary.fingerprint,
+            seed=self.seed,
+            columns=packing.columns_for(vocabulary.vocab_size),
+            shards=tuple(packing.Shard(**shard) for shard in shards),
+            source=self.source,
+        )
+
+    def _check(self, manifest: packing.Manifest, check_shards: bool) -> None:
+        differences = []
+        if manifest.vocabulary_fingerprint != self.setup.fingerprint:
+            differences.append(
+                f"vocabulary {manifest.vocabulary_fingerprint[:12]} (asked for: {self.setup.fingerprint[:12]})"
+            )
+        if manifest.seed != self.seed:
+            differences.append(f"seed {manifest.seed} (asked for: {self.seed})")
+        if dict(manifest.source) != self.source:
+            differences.append("another corpus")
+        names = [shard.file for shard in manifest.shards]
+        if check_shards and not all(name.endswith(f"-of-{self.num_shards:05d}.array_record") for name in names):
+            differences.append(f"other shards than {self.num_shards} ({names[0]}, …)")
+        if differences:
+            raise ValueError(
+                f"{self.folder} was packed with {' and '.join(differences)}: delete that folder to pack anew, or give "
+                "another cache_dir"
+            )
+
+
+def _whole_weights(task: str, weights: np.ndarray | None, length: int) -> np.ndarray:
+    if weights is None:
+        return np.ones(length, np.uint8)
+    if len(weights) != length or not np.isin(weights, (0, 1)).all():
+        raise ValueError(
+            f"task {task}: {LOSS_WEIGHTS!r} must have one 0 or 1 for each of the {length} tokens of {TOKENS!r}, found "
+            f"{len(weights)} values {np.unique(weights)[:5]}"
+        )
+    return weights.astype(np.uint8)
+
+
+def _token_bytes(vocabulary: QwenVocabulary) -> np.ndarray:
+    """UTF-8 bytes of text that each id stands for, int64 [vocab_size]; 0 for control tokens, which are not text."""
+    result = np.zeros(vocabulary.vocab_size, np.int64)
+    for token, rank in vocabulary.tokenizer.mergeable_ranks.items():
+        result[rank] = len(token)
+    return result
+
+
+def _read_cache(folder: Path, split: str, file: str) -> tf.data.Dataset:
+    """Examples of one file of SeqIO's cache, typed as its info file says."""
+    features = json.loads(Path(seqio.get_cached_info_path(str(folder), split)).read_text(encoding="utf-8"))["features"]
+    stored = {}
+    for name, feature in features.items():
+        dtype = tf.as_dtype(feature["dtype"])
+        # The protocol buffer knows no other integers.
+        dtype = tf.int64 if dtype.is_integer or dtype.is_bool else dtype
+        if feature["shape"]:
+            stored[name] = tf.io.FixedLenSequenceFeature(feature["shape"][1:], dtype, allow_missing=True)
+        else:
+            stored[name] = tf.io.FixedLenFeature([], dtype)
+
+    def parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
+        example = tf.io.parse_single_example(record, stored)
+        return {
+            name: value if value.dtype == tf.string else tf.cast(value, features[name]["dtype"])
+            for name, value in example.items()
+        }
+
+    return tf.data.TFRecordDataset(file).map(parse)

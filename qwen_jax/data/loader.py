@@ -1,0 +1,296 @@
+"""Training examples by global index (report section 2.4; order and mixing on grain).
+
+Which example has index i depends on the data, the seed and i only: not on hosts, processes, batch size or what was
+read before. The state of the input pipeline is therefore one integer, and a run may go on with another number of
+hosts and see the same examples.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from qwen_jax.data import packing
+
+# Rates are turned into whole numbers; below this share of a mixture a source could not be told from rounding.
+_SMALLEST_RATE = Fraction(1, 100_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One packed task of a mixture and its share of the examples."""
+
+    manifest: packing.Manifest
+    records: "_Records"
+    weight: int
+
+
+class ExampleLoader:
+    """Random access to the packed examples of a task or mixture.
+
+    With `repeat`, examples go on for ever: each source is gone through epoch after epoch, in a new order each time,
+    and sources take turns. With rates in the ratio of whole numbers w, every window of sum(w) examples holds exactly
+    w of each source. Without `repeat` (evaluation), indices [0, len) hold every example of every source once, sources
+    interleaved evenly, rates disregarded.
+
+    Args:
+        mixture_or_task: name of a cached task, or of a SeqIO mixture of cached tasks (only then `tasks` is imported).
+        cache_dir: where `tools/cache_task.py` put it.
+        sequence_length: tokens of an example.
+        split: `train` or `validation`.
+        seed: of the order, in [0, 2**32).
+        shuffle: False reads in the order of packing (documents are in hashed order already).
+        repeat: see above.
+
+    Attributes:
+        bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token); in a repeated mixture weighted
+            by the rates. Bits per byte = loss in nats per token / (ln 2 * bytes_per_token).
+        vocab_size: number of ids of the vocabulary the data was made with.
+        vocabulary_fingerprint: of that vocabulary (`Tokenizer.fingerprint`).
+        fingerprint: of data, order and rates: a run must not be resumed where it differs.
+
+    Raises:
+        FileNotFoundError: not cached; the message names the command that caches it.
+        ValueError: unknown name, empty split, or sources made with different vocabularies.
+    """
+
+    def __init__(
+        self,
+        mixture_or_task: str,
+        *,
+        cache_dir: str | os.PathLike,
+        sequence_length: int,
+        split: str = "train",
+        seed: int = 0,
+        shuffle: bool = True,
+        repeat: bool = True,
+    ):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed}: it must be in [0, 2**32)")
+        self.name, self.split, self.sequence_length = mixture_or_task, split, sequence_length
+        self.seed, self.shuffle, self.repeat = seed, shuffle, repeat
+        rates = _rates(mixture_or_task, cache_dir, sequence_length, split)
+        folders = {task: packing.packed_folder(cache_dir, task, sequence_length, split) for task in rates}
+        manifests = {task: _load_manifest(mixture_or_task, folder, cache_dir) for task, folder in folders.items()}
+        _check_vocabularies(manifests)
+        first = next(iter(manifests.values()))
+        self.vocab_size, self.vocabulary_fingerprint = first.vocab_size, first.vocabulary_fingerprint
+        weights = _whole_weights(list(rates.values())) if repeat else [m.records for m in manifests.values()]
+        self._sources = [
+            _Source(manifest, _Records(folders[task], manifest), weight)
+            for (task, manifest), weight in zip(manifests.items(), weights, strict=True)
+        ]
+        self._orders = [self._order(source) for source in self._sources]
+        self._num_examples = sum(manifest.records for manifest in manifests.values())
+        self.bytes_per_token = self._bytes_per_token()
+        identity = [[m.fingerprint for m in manifests.values()], weights, seed, shuffle, repeat]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Examples in one epoch, summed over all sources."""
+        return self._num_examples
+
+    def __repr__(self) -> str:
+        return f"ExampleLoader({self.name!r}, split={self.split!r}, {len(self)} examples of {self.sequence_length})"
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Task to its share of the examples; the shares sum to 1."""
+        total = sum(source.weight for source in self._sources)
+        return {source.manifest.task: source.weight / total for source in self._sources}
+
+    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Examples with global indices [start, stop). Safe to call from several threads.
+
+        Returns:
+            `tokens` int32 and `loss_weights` float32, both [stop - start, sequence_length]; `loss_weights[i, t]` is
+            1.0 where token t carries loss as a target, else 0.0.
+
+        Raises:
+            IndexError: the range is not ordered, or goes past the end of a loader that does not repeat.
+            OSError: a shard is missing, truncated or damaged; the message names the file.
+        """
+        if not 0 <= start <= stop or (not self.repeat and stop > len(self)):
+            end = "" if self.repeat else f" within the {len(self)} examples of {self.name} {self.split}"
+            raise IndexError(f"expected 0 <= start <= stop{end}, got start={start}, stop={stop}")
+        shape = (stop - start, self.sequence_length)
+        batch = {"tokens": np.empty(shape, np.int32), "loss_weights": np.empty(shape, np.float32)}
+        indices = np.arange(start, stop, dtype=np.int64)
+        chosen, within = split_by_weight(indices, [source.weight for source in self._sources])
+        for number, (source, order) in enumerate(zip(self._sources, self._orders, strict=True)):
+            rows = np.flatnonzero(chosen == number)
+            if len(rows):
+                columns = source.records.read([order[int(i)] for i in within[rows]])
+                for name, array in batch.items():
+                    array[rows] = columns[name]
+        return batch
+
+    def _order(self, source: _Source):
+        """A lookup from the index within a source's endless repetition to the record: grain's index shuffle."""
+        import grain  # here, because it imports jax
+
+        order = grain.MapDataset.range(source.manifest.records)
+        if self.shuffle:
+            # Its own seed for each task, or sources of one length would all have the same order.
+            text = f"order:{self.seed}:{source.manifest.task}".encode()
+            order = order.seed(int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")).shuffle()
+        return order.repeat() if self.repeat else order
+
+    def _bytes_per_token(self) -> float:
+        if not self.repeat:
+            manifests = [source.manifest for source in self._sources]
+            return sum(m.text_bytes for m in manifests) / sum(m.tokens for m in manifests)
+        rates = self.rates
+        return sum(rates[s.manifest.task] * s.manifest.text_bytes / s.manifest.tokens for s in self._sources)
+
+
+def split_by_weight(indices: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Deals positions of an endless sequence to sources in proportion to whole-number weights.
+
+    Source 0 takes its share of all positions, evenly spread; the others are dealt what is left in the same way. After
+    every multiple of `sum(weights)` positions each source has had exactly its share.
+
+    Args:
+        indices: int64 [n], positions.
+        weights: positive, one a source.
+
+    Returns:
+        (source, position within the source), both int64 [n].
+    """
+    source = np.full(len(indices), len(weights) - 1, np.int64)
+    within = indices.copy()
+    open_rows = np.arange(len(indices))
+    left = sum(weights)
+    for number, weight in enumerate(weights[:-1]):
+        position = within[open_rows]
+        # Positions below p that go to the sources after this one: floor(p * rest / left).
+        rest = left - weight
+        passed, passed_next = position * rest // left, (position + 1) * rest // left
+        takes = passed == passed_next
+        source[open_rows[takes]] = number
+        within[open_rows] = np.where(takes, position - passed, passed)
+        open_rows, left = open_rows[~takes], rest
+    return source, within
+
+
+class _Records:
+    """Records of the shards in one folder, by their number; shards are opened when first needed."""
+
+    def __init__(self, folder: Path, manifest: packing.Manifest):
+        self._folder, self._manifest = folder, manifest
+        self._ends = np.cumsum([shard.records for shard in manifest.shards])
+        self._readers: list = [None] * len(manifest.shards)
+        self._lock = threading.Lock()
+
+    def read(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        """Columns [len(numbers), sequence_length] of the records with these numbers, in this order."""
+        numbers = np.asarray(numbers, np.int64)
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        records: list[bytes] = [b""] * len(numbers)
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            first = int(self._ends[shard]) - self._manifest.shards[shard].records
+            for row, record in zip(rows, self._read_shard(int(shard), numbers[rows] - first), strict=True):
+                records[row] = record
+        return packing.decode_records(records, self._manifest.columns, self._manifest.sequence_length)
+
+    def _read_shard(self, shard: int, positions: np.ndarray) -> list[bytes]:
+        path = self._folder / self._manifest.shards[shard].file
+        expected = packing.record_bytes(self._manifest.columns, self._manifest.sequence_length)
+        try:
+            records = self._reader(shard, path).read(positions.tolist())
+            if len(records) != len(positions) or any(len(record) != expected for record in records):
+                raise ValueError(f"a record has not the {expected} bytes that the manifest asks for")
+        except Exception as error:
+            raise OSError(
+                f"cannot read packed examples from {path}: {error}; the file is damaged: delete the folder "
+                f"{self._folder} and cache the task again"
+            ) from error
+        return records
+
+    def _reader(self, shard: int, path: Path):
+        with self._lock:
+            if self._readers[shard] is None:
+                size, expected = path.stat().st_size, self._manifest.shards[shard].file_bytes
+                if size != expected:
+                    raise ValueError(f"it has {size} bytes, the manifest says {expected}")
+                # No read-ahead: the next record wanted is somewhere else.
+                self._readers[shard] = packing.array_record_module.ArrayRecordReader(
+                    str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+                )
+            return self._readers[shard]
+
+
+def _rates(name: str, cache_dir: str | os.PathLike, sequence_length: int, split: str) -> dict[str, Fraction]:
+    """Task name to mixing rate. A name with packed data is a task, and needs no registry."""
+    if packing.packed_folder(cache_dir, name, sequence_length, split).is_dir():
+        return {name: Fraction(1)}
+    try:
+        import seqio
+
+        import tasks  # noqa: F401  registers tasks and mixtures
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{_missing(name, cache_dir, sequence_length)}; nor can it be looked up as a mixture here ({error})"
+        ) from error
+    if name in seqio.MixtureRegistry.names():
+        # Rates by size read the stats of cached tasks.
+        seqio.add_global_cache_dirs([str(cache_dir)])
+        mixture = seqio.MixtureRegistry.get(name)
+        rates = {task.name: Fraction(mixture.get_rate(task)) for task in mixture.tasks}
+        return dict(sorted(rates.items()))
+    if name in seqio.TaskRegistry.names():
+        raise FileNotFoundError(_missing(name, cache_dir, sequence_length))
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    raise ValueError(f"{name!r} is neither a task nor a mixture; there are {', '.join(known)}")
+
+
+def _missing(name: str, cache_dir: str | os.PathLike, sequence_length: int) -> str:
+    there = sorted(int(path.name.rpartition("-")[2]) for path in Path(cache_dir, *name.split(":")).glob("packed-*"))
+    lengths = f" (there are lengths {', '.join(map(str, there))})" if there else ""
+    return (
+        f"no packed examples of {name} with sequence length {sequence_length} in {cache_dir}{lengths}; make them with "
+        f"`python tools/cache_task.py {name} --cache_dir={cache_dir} --sequence_length={sequence_length}`"
+    )
+
+
+def _load_manifest(name: str, folder: Path, cache_dir: str | os.PathLike) -> packing.Manifest:
+    try:
+        manifest = packing.Manifest.load(folder)
+    except FileNotFoundError as error:
+        length = int(folder.parent.name.rpartition("-")[2])
+        looked_for = folder / packing.MANIFEST
+        raise FileNotFoundError(f"{_missing(name, cache_dir, length)} (looked for {looked_for})") from error
+    if not manifest.records:
+        raise ValueError(f"{folder / packing.MANIFEST} lists no examples: delete {folder} and cache the task again")
+    return manifest
+
+
+def _check_vocabularies(manifests: dict[str, packing.Manifest]) -> None:
+    seen = {m.vocabulary_fingerprint: task for task, m in manifests.items()}
+    if len(seen) > 1:
+        listed = "; ".join(f"{task} with {fingerprint[:12]}" for fingerprint, task in sorted(seen.items()))
+        raise ValueError(f"the sources of a mixture must share one vocabulary, found {listed}: cache anew with one")
+
+
+def _whole_weights(rates: list[Fraction]) -> list[int]:
+    """The smallest whole numbers in (nearly) the ratio of `rates`; exact unless a rate needs a large denominator."""
+    total = sum(rates)
+    if min(rates) <= 0 or min(rates) / total < _SMALLEST_RATE:
+        raise ValueError(
+            f"mixing rates {[float(rate) for rate in rates]}: each must be positive and at least "
+            f"{float(_SMALLEST_RATE)} of their sum"
+        )
+    # Written rates such as 0.7 are binary fractions; the nearest fraction with a small denominator is what was meant.
+    shares = [(rate / total).limit_denominator(1_000_000) for rate in rates]
+    scale = np.lcm.reduce([share.denominator for share in shares], dtype=object)
+    whole = [int(share * scale) for share in shares]
+    if sum(whole) > 1 << 24:  # keeps index * weight within 64 bits for 2**39 examples
+        whole = [max(1, round(share * (1 << 24))) for share in shares]
+    divisor = int(np.gcd.reduce(whole))
+    return [weight // divisor for weight in whole]

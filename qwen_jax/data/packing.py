@@ -1,0 +1,300 @@
+"""Merge and cut: documents become examples of one length (report section 2.4), and examples become files.
+
+Documents are put in an order given by a hash of (seed, tokens), each is followed by end-of-text, all are concatenated
+and cut into pieces of `sequence_length` tokens. No token is lost or repeated: what is left at the end becomes a last
+example, filled with end-of-text of loss weight 0.
+
+On disk a split is a folder of ArrayRecord shards and one `manifest.json`. A record is one example: its columns one
+after the other, little-endian, without header, so that an example is read with one seek and no parsing. The manifest
+says which columns there are; it is written last, so a folder with a manifest is complete.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+# One record a group: reading an example never decompresses another.
+WRITER_OPTIONS = "group_size:1,zstd:3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One tokenized document.
+
+    Attributes:
+        tokens: int array [length].
+        loss_weights: uint8 array [length], 1 where the token carries loss as a target; None means everywhere.
+    """
+
+    tokens: np.ndarray
+    loss_weights: np.ndarray | None = None
+
+    def weights(self) -> np.ndarray:
+        """Loss weights, uint8 [length]."""
+        if self.loss_weights is None:
+            return np.ones(len(self.tokens), np.uint8)
+        return np.asarray(self.loss_weights, np.uint8)
+
+
+def document_key(document: Document, seed: int) -> bytes:
+    """16 bytes that order a document among all others: a hash of seed, tokens and loss weights.
+
+    It depends neither on the file that the document came from nor on the machine. Only equal documents have equal
+    keys, and their order among each other cannot be seen.
+    """
+    digest = hashlib.blake2b(digest_size=16, key=f"pack:{seed}".encode())
+    digest.update(np.ascontiguousarray(document.tokens, "<i4").tobytes())
+    digest.update(document.weights().tobytes())
+    return digest.digest()
+
+
+def shard_of(key: bytes, num_shards: int) -> int:
+    """The shard, in [0, num_shards), that the document with this key belongs to."""
+    return int.from_bytes(key[:8], "little") % num_shards
+
+
+def pack(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
+    """Merges documents in the given order and cuts them.
+
+    Args:
+        documents: in the order to merge. A document that does not end with `eos_id` gets one, with loss weight 1.
+        sequence_length: tokens of one example.
+        eos_id: ends documents and fills the last example.
+
+    Yields:
+        `tokens` int32 [sequence_length] and `loss_weights` uint8 [sequence_length].
+
+    Raises:
+        ValueError: `sequence_length` below 2.
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}: it takes at least 2 tokens to predict one")
+    tokens = np.empty(sequence_length, np.int32)
+    weights = np.empty(sequence_length, np.uint8)
+    filled = 0
+    for document in documents:
+        source, source_weights = _terminated(document, eos_id)
+        start = 0
+        while start < len(source):
+            count = min(sequence_length - filled, len(source) - start)
+            tokens[filled : filled + count] = source[start : start + count]
+            weights[filled : filled + count] = source_weights[start : start + count]
+            start, filled = start + count, filled + count
+            if filled == sequence_length:
+                yield {"tokens": tokens.copy(), "loss_weights": weights.copy()}
+                filled = 0
+    if filled:
+        tokens[filled:], weights[filled:] = eos_id, 0
+        yield {"tokens": tokens, "loss_weights": weights}
+
+
+def _terminated(document: Document, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens, weights = np.asarray(document.tokens), document.weights()
+    if len(tokens) != len(weights):
+        raise ValueError(f"a document has {len(tokens)} tokens and {len(weights)} loss weights: they must be aligned")
+    if len(tokens) and tokens[-1] == eos_id:
+        return tokens, weights
+    return np.append(tokens, eos_id), np.append(weights, np.uint8(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of a record: `sequence_length` values of `dtype` (a little-endian numpy name such as `uint16`)."""
+
+    name: str
+    dtype: str
+
+
+def columns_for(vocab_size: int) -> tuple[Column, ...]:
+    """Columns of a plain example; token ids take two bytes where the vocabulary allows it."""
+    return (Column("tokens", "uint16" if vocab_size <= 1 << 16 else "uint32"), Column("loss_weights", "uint8"))
+
+
+def record_bytes(columns: Sequence[Column], sequence_length: int) -> int:
+    """Bytes of one record."""
+    return sum(np.dtype(column.dtype).itemsize for column in columns) * sequence_length
+
+
+def encode_record(example: Mapping[str, np.ndarray], columns: Sequence[Column]) -> bytes:
+    """The record of one example ([sequence_length] a column)."""
+    return b"".join(example[c.name].astype(np.dtype(c.dtype).newbyteorder("<")).tobytes() for c in columns)
+
+
+def decode_records(
+    records: Sequence[bytes], columns: Sequence[Column], sequence_length: int
+) -> dict[str, np.ndarray]:
+    """Columns of records, each [len(records), sequence_length] in the column's own dtype.
+
+    Raises:
+        ValueError: a record has not the size that the columns ask for.
+    """
+    size = record_bytes(columns, sequence_length)
+    for index, record in enumerate(records):
+        if len(record) != size:
+            raise ValueError(f"record {index} has {len(record)} bytes, expected {size}")
+    table = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
+    result, offset = {}, 0
+    for column in columns:
+        dtype = np.dtype(column.dtype).newbyteorder("<")
+        width = dtype.itemsize * sequence_length
+        result[column.name] = np.ascontiguousarray(table[:, offset : offset + width]).view(dtype)
+        offset += width
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard file and what is in it.
+
+    `tokens` counts documents and their end-of-text, not the filling of the last example; `loss_tokens` those with loss
+    weight 1; `text_bytes` is the UTF-8 size of the documents' text after NFC; `file_bytes` the size of the file.
+    """
+
+    file: str
+    records: int
+    tokens: int
+    loss_tokens: int
+    documents: int
+    text_bytes: int
+    file_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says about one packed split. Counts over all shards are properties."""
+
+    task: str
+    split: str
+    sequence_length: int
+    vocab_size: int
+    vocabulary_fingerprint: str
+    seed: int
+    columns: tuple[Column, ...]
+    shards: tuple[Shard, ...]
+    source: Mapping
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def records(self) -> int:
+        """Number of examples."""
+        return sum(shard.records for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, without filling."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Number of tokens that carry loss."""
+        return sum(shard.loss_tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest: the identity of the packed data."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> Path:
+        """Writes `folder/manifest.json` atomically."""
+        totals = {name: getattr(self, name) for name in ("records", "tokens", "loss_tokens", "documents", "text_bytes")}
+        return write_json(folder / MANIFEST, {"totals": totals} | dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Reads `folder/manifest.json`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not a manifest of this format version.
+        """
+        path = Path(folder) / MANIFEST
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
+            fields.pop("totals")
+            columns = tuple(Column(**column) for column in fields.pop("columns"))
+            shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
+            return cls(columns=columns, shards=shards, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a manifest of packed examples ({error}): delete its folder and cache the task again"
+            ) from error
+
+
+def packed_folder(cache_dir: str | os.PathLike, task: str, sequence_length: int, split: str) -> Path:
+    """Where the packed examples of a task lie: `cache_dir/task/packed-<length>/split`."""
+    return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}", split)
+
+
+def write_json(path: Path, value: Mapping) -> Path:
+    """Writes JSON under a temporary name and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_shard(
+    path: Path,
+    documents: Iterable[tuple[bytes, Document]],
+    *,
+    sequence_length: int,
+    eos_id: int,
+    columns: Sequence[Column],
+    token_bytes: np.ndarray,
+) -> Shard:
+    """Sorts documents by key, packs them and writes one ArrayRecord file, which appears only when it is whole.
+
+    Args:
+        path: the file; its bytes depend only on the set of documents.
+        documents: (key, document) in any order; all are held in memory.
+        sequence_length, eos_id: see `pack`.
+        columns: the columns to write.
+        token_bytes: int array [vocab_size], UTF-8 bytes of text that each id stands for (0 for control tokens).
+    """
+    ordered = [document for _, document in sorted(documents, key=lambda item: item[0])]
+    terminated = [Document(*_terminated(document, eos_id)) for document in ordered]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    records = 0
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        for example in pack(terminated, sequence_length=sequence_length, eos_id=eos_id):
+            writer.write(encode_record(example, columns))
+            records += 1
+        writer.close()
+        file_bytes = temporary.stat().st_size
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Shard(
+        file=path.name,
+        records=records,
+        tokens=sum(len(document.tokens) for document in terminated),
+        loss_tokens=sum(int(document.loss_weights.sum()) for document in terminated),
+        documents=len(terminated),
+        text_bytes=sum(int(token_bytes[document.tokens].sum()) for document in terminated),
+        file_bytes=file_bytes,
+    )

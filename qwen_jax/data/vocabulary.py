@@ -1,0 +1,137 @@
+"""The tokenizer of Qwen as a SeqIO vocabulary.
+
+Tasks are registered when `tasks` is imported, before gin files are parsed, so a vocabulary built without a path asks
+`vocabulary_path` when it is used: `vocabulary_path.path = "small.tiktoken"` in a gin file gives every task another one.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import gin
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from qwen_jax.data.tokenizer import Tokenizer
+
+
+@gin.configurable
+def vocabulary_path(path: str | None = None) -> str | None:
+    """The `.tiktoken` file of tasks that name none themselves; None is the released vocabulary."""
+    return path
+
+
+class QwenVocabulary(seqio.Vocabulary):
+    """`Tokenizer` under SeqIO's interface. Text never becomes a control token.
+
+    End-of-text ends a document (`eos_id`) and pads; there is no unknown token, as every byte has an id. A pickled
+    vocabulary remembers which one it was, so Beam workers use that one or stop.
+
+    Args:
+        path: a `.tiktoken` file; None asks `vocabulary_path` at each use.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        super().__init__(extra_ids=0)
+        self._path = None if path is None else str(path)
+        self._pinned: str | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in use now; loaded on first use, then shared.
+
+        Raises:
+            FileNotFoundError, ValueError: see `Tokenizer`.
+            RuntimeError: this is an unpickled vocabulary, and the file is not what it was.
+        """
+        tokenizer = Tokenizer(self._path if self._path is not None or self._pinned else vocabulary_path())
+        if self._pinned and tokenizer.fingerprint != self._pinned:
+            raise RuntimeError(
+                f"the vocabulary at {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that "
+                f"this job was started with ({self._pinned[:12]}): put the same file on every worker"
+            )
+        return tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Tokenizer.fingerprint`."""
+        return self.tokenizer.fingerprint
+
+    @property
+    def bos_id(self) -> int | None:
+        """None: documents have no start token."""
+        return None
+
+    @property
+    def eos_id(self) -> int:
+        """Id of `<|endoftext|>`."""
+        return self.tokenizer.endoftext_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id of `<|endoftext|>`: id 0 is an ordinary token here, so SeqIO's default would be wrong."""
+        return self.tokenizer.endoftext_id
+
+    @property
+    def unk_id(self) -> int | None:
+        """None: every byte has an id."""
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def _encode(self, s: str | bytes) -> Sequence[int]:
+        return self.tokenizer.encode(s)
+
+    def decode(self, ids: Iterable[int] | tf.Tensor) -> str:
+        """Text of all ids, end-of-text included: SeqIO's own `decode` would stop at the first."""
+        return self._decode(np.asarray(ids).reshape(-1).tolist())
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        tokenizer = self.tokenizer
+
+        def encode(text) -> np.ndarray:
+            return np.asarray(tokenizer.encode(text), np.int32)
+
+        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        ids.set_shape([None])
+        return ids
+
+    def decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        """Text of ids [..., length], as UTF-8 strings [...]; all ids, as in `decode`."""
+        return self._decode_tf(ids)
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        tokenizer = self.tokenizer
+
+        def decode(rows: np.ndarray) -> np.ndarray:
+            flat = rows.reshape(-1, rows.shape[-1])
+            texts = [tokenizer.decode(row).encode() for row in flat.tolist()]
+            return np.array(texts, object).reshape(rows.shape[:-1])
+
+        ids = tf.convert_to_tensor(ids)
+        text = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+        text.set_shape(ids.shape[:-1])
+        return text
+
+    def __getstate__(self) -> dict:
+        return {"path": self._path or vocabulary_path(), "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["path"])
+        self._pinned = state["fingerprint"]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QwenVocabulary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        path = self._path or vocabulary_path()
+        return f"QwenVocabulary({Path(path).name if path else 'released'})"

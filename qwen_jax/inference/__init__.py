@@ -1,0 +1,1 @@
+"""Decoding with a key-value cache, and sampling."""

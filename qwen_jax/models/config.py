@@ -1,0 +1,93 @@
+"""The sizes and switches of one model."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+REMAT_POLICIES = ("none", "dots", "full")
+ATTENTION_KERNELS = ("xla",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shapes and the arithmetic of a decoder (report 2.3.1).
+
+    The defaults are what all released Qwen v1 models share; each size is one file in `gin/models/`.
+
+    Attributes:
+      vocab_size: rows of the embedding and of the output projection; at least the tokenizer's size.
+      hidden_size: width of the residual stream.
+      num_layers: decoder blocks.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; None means `num_heads` (multi-head attention, as in Qwen v1).
+      head_dim: width of one head.
+      ffn_size: width inside SwiGLU, half of what Qwen v1's `intermediate_size` says.
+      max_length: training context length in tokens (`seq_length` of the released configuration).
+      rope_theta: base of the rotary frequencies.
+      norm_epsilon: added to the mean square inside RMSNorm.
+      qkv_bias: whether the query, key and value projections have a bias.
+      tie_embeddings: whether the output projection is the embedding, transposed.
+      use_dynamic_ntk, use_logn: context extension of the released configuration (report 2.3.2), kept so that
+        conversion loses nothing; neither touches a training pass.
+      init_std: standard deviation of the initial weights; projections back into the residual stream get
+        init_std / sqrt(2 * num_layers).
+      embedding_dropout, attention_dropout: probabilities, used only when `deterministic=False`.
+      dtype: compute dtype, "bfloat16" or "float32". Parameters are float32 whatever it is.
+      remat: what the backward pass recomputes per block: "none", "dots" (keep products with weights), "full".
+      attention_kernel: "xla".
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_size: int
+    num_kv_heads: int | None = None
+    head_dim: int = 128
+    max_length: int = 2048
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = True
+    tie_embeddings: bool = False
+    use_dynamic_ntk: bool = False
+    use_logn: bool = False
+    init_std: float = 0.02
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    attention_kernel: str = "xla"
+
+    def __post_init__(self):
+        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "head_dim", "max_length"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ModelConfig.{field} must be a positive integer, found {value!r}")
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"ModelConfig.head_dim must be even for rotary positions, found {self.head_dim}")
+        for field, allowed in (
+            ("dtype", ("bfloat16", "float32")), ("remat", REMAT_POLICIES), ("attention_kernel", ATTENTION_KERNELS),
+        ):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"ModelConfig.{field} must be one of {', '.join(allowed)}; found {value!r}")
+
+    @property
+    def compute_dtype(self):
+        """The jax dtype of activations."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def output_init_std(self) -> float:
+        """Initial standard deviation of the projections that write into the residual stream."""
+        return self.init_std / (2 * self.num_layers) ** 0.5
+
+    def to_dict(self) -> dict:
+        """A JSON-ready dict that `ModelConfig(**d)` turns back into this configuration."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,113 @@
+"""RMSNorm, projections and SwiGLU, with logical names on every parameter axis."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.sharding import constrain
+
+
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+    """Float32 compute means float32 products: TPUs and GPUs would otherwise round the factors."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def weight_init(std: float, names: tuple[str, ...]):
+    """Initialiser N(0, std) whose result carries logical axis names."""
+    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
+    """Rows of the embedding table in the compute dtype.
+
+    The table is gathered over the devices in the compute dtype, half of float32's bytes, and its gradient is still
+    summed in float32.
+
+    Args:
+      table: float32 [vocabulary, hidden].
+      tokens: int32 [batch, length]; an id outside the vocabulary gives NaN.
+
+    Returns:
+      [batch, length, hidden] in `dtype`.
+    """
+    return jnp.take(constrain(table.astype(dtype), "vocab", None), tokens, axis=0)
+
+
+def _embed_forward(table, tokens, dtype):
+    return embed(table, tokens, dtype), (tokens, table.shape)
+
+
+def _embed_backward(dtype, residuals, gradient):
+    tokens, shape = residuals
+    summed = jnp.zeros(shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    # Summed where the rows are, then scattered: going to the parameter's placement at once would move the activations.
+    return constrain(constrain(summed, "vocab", None), "vocab", "embed"), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast to the activation dtype, then times the weight (as the released code does)."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., hidden] to [..., hidden]."""
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Projection(nn.Module):
+    """A matrix product by einsum, with an optional bias; parameters `kernel` and `bias` in float32.
+
+    Attributes:
+      equation: einsum of activation and kernel.
+      shape: shape of the kernel.
+      names: logical names of the kernel's axes.
+      std: standard deviation of the initial kernel.
+      bias_names: logical names of the bias's axes (the kernel's last ones), or None for no bias.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    std: float
+    dtype: jnp.dtype
+    bias_names: tuple[str, ...] | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the projection in the compute dtype."""
+        kernel = self.param("kernel", weight_init(self.std, self.names), self.shape)
+        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype), precision=matmul_precision(self.dtype))
+        if self.bias_names is not None:
+            shape = self.shape[-len(self.bias_names):]
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names), shape)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, length, hidden] to [batch, length, hidden]."""
+        c = self.config
+        wide = ((c.hidden_size, c.ffn_size), ("embed", "mlp"), c.init_std, c.compute_dtype)
+        gate = Projection("bld,df->blf", *wide, name="gate")(x)
+        up = Projection("bld,df->blf", *wide, name="up")(x)
+        hidden = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        shape, names = (c.ffn_size, c.hidden_size), ("mlp", "embed")
+        return Projection("blf,fd->bld", shape, names, c.output_init_std, c.compute_dtype, name="down")(hidden)

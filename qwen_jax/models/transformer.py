@@ -1,0 +1,141 @@
+"""The Qwen decoder of report 2.3.1: embedding, scanned pre-norm blocks, final norm, output projection."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.models.attention import KVCache, SelfAttention, causal_mask
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, matmul_precision, weight_init
+from qwen_jax.models.positions import rotary_angles
+from qwen_jax.sharding import constrain
+
+
+class Block(nn.Module):
+    """One pre-norm decoder block: attention, then SwiGLU, each added to the residual stream."""
+
+    config: ModelConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, carry, layer, angles, mask, positions):
+        """Maps the scan's carry (residual stream [batch, length, hidden], cache or None) to the next block's."""
+        x, cache = carry
+        c = self.config
+        normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="attention_norm")(x)
+        attended, cache = SelfAttention(c, name="attention")(
+            normed, angles, mask, deterministic=self.deterministic, layer=layer, cache=cache, positions=positions
+        )
+        x = constrain(x + attended, "batch", "length", "activation_embed")
+        normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="mlp_norm")(x)
+        x = constrain(x + SwiGLU(c, name="mlp")(normed), "batch", "length", "activation_embed")
+        return (x, cache), None
+
+
+def _rematerialised(block: type[Block], policy: str) -> type[Block]:
+    if policy == "none":
+        return block
+    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "dots" else None
+    # The scan already keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(block, policy=saved, prevent_cse=False)
+
+
+class Qwen(nn.Module):
+    """A decoder-only language model.
+
+    `model.apply({"params": params}, tokens)` gives float32 logits [batch, length, vocab_size]; logits at position t
+    predict token t + 1. Parameters are float32; blocks are stacked along a leading `layers` axis.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.token_embedding = self.param(
+            "token_embedding", weight_init(c.init_std, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
+        )
+        self.final_norm = RMSNorm(c.norm_epsilon, c.compute_dtype)
+        if not c.tie_embeddings:
+            self.output = self.param(
+                "output", weight_init(c.init_std, ("embed", "vocab")), (c.hidden_size, c.vocab_size)
+            )
+
+    @nn.compact
+    def _decode(self, tokens, positions, mask, cache, deterministic):
+        c = self.config
+        x = embed(self.token_embedding, tokens, c.compute_dtype)
+        x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
+        x = constrain(x, "batch", "length", "activation_embed")
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+        block = _rematerialised(Block, c.remat) if cache is None else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, deterministic, name="layers")
+        (x, cache), _ = blocks((x, cache), jnp.arange(c.num_layers), angles, mask, positions)
+        return self.final_norm(x), cache
+
+    def output_kernel(self) -> jax.Array:
+        """The output projection, float32 [hidden, vocab_size]."""
+        return self.token_embedding.T if self.config.tie_embeddings else self.output
+
+    def hidden_states(self, tokens, *, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
+        """Normed final hidden states [batch, length, hidden] in the compute dtype; arguments as in `__call__`."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        mask = causal_mask(tokens.shape[1], segment_ids)
+        return self._decode(tokens, positions, mask, None, deterministic)[0]
+
+    def __call__(self, tokens, *, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
+        """The training-mode forward pass.
+
+        Args:
+          tokens: int32 [batch, length]; an id outside the vocabulary gives NaN.
+          positions: int32 [batch, length], 0-based; by default 0, 1, 2, …
+          segment_ids: int32 [batch, length]; tokens attend only within their segment. None: one segment.
+          deterministic: False applies dropout and needs an rng named "dropout".
+
+        Returns:
+          float32 [batch, length, vocab_size].
+        """
+        hidden = self.hidden_states(
+            tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic
+        )
+        return self._logits(hidden)
+
+    def decode(self, tokens, positions, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One step of cached decoding: `tokens` [batch, length] at `positions` [batch, length] of their rows.
+
+        A position sees every slot of its row up to itself, so slots that hold padding must be overwritten before a
+        later position can see them.
+
+        Returns:
+          (hidden states [batch, length, hidden], the cache with the new positions). `logits` makes logits of them.
+        """
+        mask = jnp.arange(cache.key.shape[2])[None, None, :] <= positions[:, :, None]
+        return self._decode(tokens, positions, mask, cache, True)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [..., vocab_size] of hidden states [..., hidden]."""
+        return self._logits(hidden)
+
+    def _logits(self, hidden):
+        kernel = self.output_kernel().astype(self.config.compute_dtype)
+        logits = jnp.einsum(
+            "bld,dv->blv", hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
+        )
+        return constrain(logits, "batch", "length", "vocab")
+
+
+def abstract_params(model: Qwen):
+    """Shapes and logical axis names of the parameters, nothing allocated: a pytree of boxed ShapeDtypeStructs."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters, from shapes alone."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(abstract_params(Qwen(config)))))

@@ -1,0 +1,120 @@
+"""Trains a model: pretraining, and whatever else has an objective and a SeqIO task.
+
+    python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin --gin.OUTPUT_DIR=runs/tiny
+"""
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import gin
+import jax
+
+import tasks  # noqa: F401  registers the SeqIO tasks, and the functions that gin files configure in them
+from qwen_jax.command_line import run
+from qwen_jax.configuration import parse_args
+from qwen_jax.data.cache import prepare
+from qwen_jax.data.loader import ExampleLoader
+from qwen_jax.data.vocabulary import QwenVocabulary
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training.checkpoints import (
+    CONFIG_FILE,
+    CheckpointError,
+    check_same_model,
+    write_atomically,
+    write_run_files,
+)
+from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.trainer import LoopConfig, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    *, model: ModelConfig, optimizer: OptimizerConfig, loop: LoopConfig, mixture_or_task: str, output_dir: str,
+    cache_dir: str, mesh: MeshConfig = MeshConfig(), objective: Callable = next_token_loss,
+    initial_checkpoint: str | None = None, data_seed: int = 0,
+) -> dict[str, float]:
+    """Starts or continues the run in `output_dir`.
+
+    Args:
+      mixture_or_task: name of a SeqIO task or mixture of `tasks/`; cached in `cache_dir` first if it is not yet.
+      initial_checkpoint: run folder whose weights a new run starts from.
+      data_seed: of the order of the examples.
+
+    Returns:
+      The last metrics, with "step".
+
+    Raises:
+      ValueError, OSError: anything that cannot be run, with what to change.
+    """
+    output = Path(output_dir)
+    check_output_dir(output, model)
+    if loop.sequence_length > model.max_length:
+        raise ValueError(
+            f"SEQUENCE_LENGTH {loop.sequence_length} is more than ModelConfig.max_length {model.max_length}: lower the "
+            f"one or raise the other"
+        )
+    devices = make_mesh(mesh)
+    prepare(mixture_or_task, cache_dir=cache_dir, sequence_length=loop.sequence_length)
+    where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length}
+    train_set = ExampleLoader(mixture_or_task, split="train", seed=data_seed, **where)
+    eval_set = ExampleLoader(mixture_or_task, split="validation", shuffle=False, repeat=False, **where)
+    if train_set.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the vocabulary has {train_set.vocab_size} ids and the model {model.vocab_size} rows: choose a model with "
+            f"ModelConfig.vocab_size >= {train_set.vocab_size}, or another VOCABULARY"
+        )
+    trainer = Trainer(
+        Qwen(model), objective, optimizer, loop, devices, train_set, eval_set, output, initial_checkpoint
+    )
+    write_run_files(output, model, QwenVocabulary().tokenizer.path)
+    write_atomically(output / "config.gin", gin.config_str())
+    log.info(
+        "%s: %s parameters, %s device(s) as %s, attention by %s, %s of %s examples of %d tokens per epoch",
+        output, f"{parameter_count(model):,}", devices.size, dict(devices.shape), model.attention_kernel,
+        mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
+    )
+    return trainer.run()
+
+
+def check_output_dir(output: Path, model: ModelConfig) -> None:
+    """Refuses a folder that holds something else than a run of this model.
+
+    Raises:
+      CheckpointError: naming what is in the way.
+    """
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"OUTPUT_DIR {output} is a file: choose a folder")
+    if (output / CONFIG_FILE).exists():
+        check_same_model(output, model)
+    elif output.exists() and (foreign := sorted(p.name for p in output.iterdir() if p.name != "checkpoints")):
+        raise CheckpointError(
+            f"OUTPUT_DIR {output} holds {foreign[0]!r} and is no run of ours: choose an empty or new folder"
+        )
+    elif not output.exists():
+        output.mkdir(parents=True)
+
+
+def main(argv=None) -> None:
+    """Command line of `python -m qwen_jax.train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen_jax.train", description="Trains a model, or continues the run in OUTPUT_DIR.",
+        epilog="example: python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin "
+        "--gin.OUTPUT_DIR=runs/tiny. The macros of a run are listed in its gin file.",
+    )
+    configured = gin.configurable(train)
+    args = parse_args(parser, argv)
+    if not args.gin_file:
+        parser.error("name at least one --gin_file; see the example in --help")
+    result = configured()
+    if jax.process_index() == 0:
+        print(", ".join(f"{name} {value:.6g}" for name, value in result.items()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Objectives, optimizer, train step, checkpoints and the loop that joins them."""

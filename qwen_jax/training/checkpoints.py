@@ -1,0 +1,270 @@
+"""Run folders and their Orbax checkpoints: asynchronous, atomic, the last N kept, with the data position.
+
+A run folder holds
+
+    model_config.json    the ModelConfig
+    tokenizer.tiktoken   the ranks that the run was trained with
+    checkpoints/STEP/    Orbax: `params`, `optimizer` (absent where only weights were written), and metadata
+
+Everything about Orbax's API stays in this file.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.sharding import SingleDeviceSharding
+
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.transformer import Qwen, abstract_params
+from qwen_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "model_config.json"
+TOKENIZER_FILE = "tokenizer.tiktoken"
+# How a run computes, not what it computes: these may change between two starts of one run.
+RUNTIME_FIELDS = ("dtype", "remat", "attention_kernel", "embedding_dropout", "attention_dropout")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or run folder that cannot be used, with what is wrong and what to do."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_run_files(folder: Path, config: ModelConfig, tokenizer: str | Path | None) -> None:
+    """Puts the model configuration and the tokenizer's ranks into a run folder, which is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        temporary = folder / f".{TOKENIZER_FILE}.tmp"
+        shutil.copyfile(tokenizer, temporary)
+        temporary.replace(folder / TOKENIZER_FILE)
+    write_atomically(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The ModelConfig of a run folder.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    file = Path(folder) / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is not a run folder: it has no {CONFIG_FILE}; name the OUTPUT_DIR of a run")
+    try:
+        return ModelConfig(**json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} does not describe a model of this version: {error}") from error
+
+
+def tokenizer_path(path: str | Path) -> Path | None:
+    """The .tiktoken file of a run folder (or of one step's folder in it), or None."""
+    file = _run_folder(Path(path))[0] / TOKENIZER_FILE
+    return file if file.is_file() else None
+
+
+def check_same_model(folder: str | Path, config: ModelConfig) -> None:
+    """Refuses a run folder that holds another model than `config`.
+
+    Raises:
+      CheckpointError: naming each field that differs.
+    """
+    there, here = read_config(folder).to_dict(), config.to_dict()
+    differing = [
+        f"{field} {here[field]!r} here, {there[field]!r} there"
+        for field in here
+        if here[field] != there[field] and field not in RUNTIME_FIELDS
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint of another configuration: {'; '.join(differing)}. Use the model's gin file "
+            f"that it was made with, or another OUTPUT_DIR"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, restored sharded."""
+
+    def __init__(self, folder: str | Path, keep: int = 3):
+        """Opens (or makes) the run folder's checkpoints, of which the last `keep` are kept.
+
+        What a killed save left behind is removed.
+        """
+        self.folder = (Path(folder) / CHECKPOINTS).absolute()
+        self._keep = keep
+        self._open()
+
+    def _open(self):
+        training = ocp.training
+        self._manager = training.Checkpointer(
+            self.folder,
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(self._keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending."""
+        return [checkpoint.step for checkpoint in self._manager.checkpoints]
+
+    def save(self, step: int, state: TrainState, metadata: dict) -> None:
+        """Starts saving; the arrays are copied before it returns, the files are written in the background.
+
+        Args:
+          metadata: JSON-ready; where the data stands.
+
+        Raises:
+          whatever an earlier save in the background died of.
+        """
+        if step in self.steps():
+            return
+        self._manager.save_checkpointables_async(
+            step, {"params": state.params, "optimizer": state.opt_state}, force=True, custom_metadata=metadata
+        )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        self._manager.wait()
+
+    def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
+        """Restores the newest checkpoint that can be read, each shard straight to its device.
+
+        One that cannot be read is named in the log and set aside as `checkpoints/unreadable-STEP`.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+
+        Returns:
+          (state, its metadata), or None if there is no checkpoint at all.
+
+        Raises:
+          CheckpointError: there are checkpoints and none can be read.
+        """
+        failed = []
+        for step in reversed(self.steps()):
+            path = self.folder / str(step)
+            try:
+                loaded = ocp.load_checkpointables(path, {"params": abstract.params, "optimizer": abstract.opt_state})
+                metadata = ocp.checkpointables_metadata(path).custom_metadata
+                if "next_example" not in (metadata or {}):
+                    raise ValueError("it says nothing of the data position")
+            except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
+                failed.append((path, _one_line(error)))
+                log.warning("checkpoint %s cannot be read (%s); trying the one before", *failed[-1])
+                continue
+            self._set_aside([path for path, _ in failed])
+            counter = jax.device_put(np.int32(step), abstract.step.sharding)
+            return TrainState(counter, loaded["params"], loaded["optimizer"]), metadata
+        if failed:
+            rows = "; ".join(f"{path}: {why}" for path, why in failed)
+            raise CheckpointError(f"no checkpoint can be read: {rows}. Remove them to start the run anew")
+        return None
+
+    def _set_aside(self, paths):
+        # The run will save this step again, and Orbax refuses a step that exists.
+        for path in paths:
+            aside = path.with_name(f"unreadable-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("set aside as %s", aside)
+        if paths:
+            self._manager.close()
+            self._open()
+
+    def close(self) -> None:
+        """Waits for the last save and stops the background threads."""
+        self._manager.close()
+
+
+def save_params(folder: str | Path, config: ModelConfig, params, tokenizer: str | Path | None) -> None:
+    """Writes weights alone as a run folder with one checkpoint, at step 0.
+
+    Args:
+      folder: must not exist, or be empty. Appears whole or not at all.
+      params: the parameter pytree, numpy or jax arrays.
+      tokenizer: a .tiktoken file to copy, or None.
+
+    Raises:
+      CheckpointError: the folder has something in it.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty: choose another output folder, or remove it")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_run_files(temporary, config, tokenizer)
+        ocp.save_checkpointables((temporary / CHECKPOINTS / "0").absolute(), {"params": params})
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _run_folder(path: Path) -> tuple[Path, int | None]:
+    """(run folder, step or None) of a path that is a run folder or the folder of one step."""
+    path = path.absolute()
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
+def _step_folder(path: str | Path, step: int | None) -> Path:
+    run, named = _run_folder(Path(path))
+    steps = sorted(int(p.name) for p in (run / CHECKPOINTS).glob("*") if p.name.isdigit())
+    wanted = step if step is not None else named
+    if not steps:
+        raise CheckpointError(f"{run} has no checkpoint under {CHECKPOINTS}/: was it stopped before its first save?")
+    if wanted is not None and wanted not in steps:
+        raise CheckpointError(f"{run} has no checkpoint of step {wanted}; it has {', '.join(map(str, steps))}")
+    return run / CHECKPOINTS / str(steps[-1] if wanted is None else wanted)
+
+
+def restore_params(path: str | Path, abstract, step: int | None = None):
+    """Weights without the optimizer, placed as `abstract` says (a pytree of ShapeDtypeStructs with shardings).
+
+    Args:
+      path: a run folder (its newest checkpoint unless `step` names one), or the folder of one step.
+
+    Raises:
+      CheckpointError: no such checkpoint, or it cannot be read as these shapes.
+    """
+    folder = _step_folder(path, step)
+    try:
+        return ocp.load_checkpointables(folder, {"params": abstract})["params"]
+    except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {_one_line(error)}") from error
+
+
+def load_params(path: str | Path, step: int | None = None) -> tuple[ModelConfig, dict]:
+    """(ModelConfig, nested dict of float32 numpy arrays) of a run folder or of one step's folder.
+
+    Raises:
+      CheckpointError: as `read_config` and `restore_params`.
+    """
+    config = read_config(_run_folder(Path(path))[0])
+    one_device = SingleDeviceSharding(jax.devices("cpu")[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one_device),
+        nn.meta.unbox(abstract_params(Qwen(config))),
+    )
+    return config, jax.tree.map(np.asarray, restore_params(path, abstract, step))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "…"

@@ -1,0 +1,68 @@
+"""Where the numbers of a run go: a JSON-lines file, TensorBoard, and a progress bar."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """Rows of a run's metrics file; a last line that a kill cut short is left out."""
+    rows = []
+    file = Path(folder) / METRICS_FILE
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl`, TensorBoard events and the progress bar of one run.
+
+    Rows that an interrupted run wrote after the checkpoint it resumes from are dropped: the resumed run writes them
+    again, and the file reads like that of a run that never stopped.
+    """
+
+    def __init__(self, folder: str | Path, start_step: int, total_steps: int):
+        """Opens the files for a run that goes on after `start_step` updates."""
+        folder = Path(folder)
+        kept = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        temporary = folder / f".{METRICS_FILE}.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(folder / METRICS_FILE)
+        self._file = open(folder / METRICS_FILE, "a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one row of scalars after `step` updates. Infinities and NaN are written as null in the JSON."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def progress(self, step: int, shown: dict[str, str] | None = None) -> None:
+        """Moves the bar to `step`; `shown` replaces the figures beside it."""
+        if shown is not None:
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._bar.close()
+        self._board.close()
+        self._file.close()

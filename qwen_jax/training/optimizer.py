@@ -1,0 +1,85 @@
+"""AdamW with warm-up, a schedule, clipping, and weight decay on matrices only (report 2.4 and 3.1)."""
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Hyperparameters of the optimizer.
+
+    Attributes:
+      peak_learning_rate: reached at the end of warm-up.
+      schedule: "cosine" falls to `final_fraction` of the peak at the last step; "constant" stays at the peak.
+      warmup_steps: linear from 0. Must be less than the number of steps.
+      final_fraction: of the peak, at the last step of "cosine".
+      beta1, beta2, epsilon: of Adam.
+      weight_decay: decoupled, times the learning rate, on projections, embedding and output; not on norms and biases.
+      clip_norm: largest global norm of the gradient; None does not clip.
+    """
+
+    peak_learning_rate: float
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"OptimizerConfig.schedule must be cosine or constant, found {self.schedule!r}")
+        if self.peak_learning_rate <= 0:
+            raise ValueError(f"OptimizerConfig.peak_learning_rate must be positive, found {self.peak_learning_rate}")
+
+
+def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates already made.
+
+    Raises:
+      ValueError: warm-up does not end before the last step.
+    """
+    if config.warmup_steps >= train_steps:
+        raise ValueError(
+            f"OptimizerConfig.warmup_steps ({config.warmup_steps}) must be less than the number of steps "
+            f"({train_steps}): lower WARMUP_STEPS or raise TRAIN_STEPS"
+        )
+    peak = config.peak_learning_rate
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, train_steps - config.warmup_steps, alpha=config.final_fraction)
+    else:
+        after = optax.constant_schedule(peak)
+    if config.warmup_steps == 0:
+        return after
+    # The first update already learns something: step 0 of the ramp is 1/warmup of the peak.
+    ramp = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([ramp, after], [config.warmup_steps])
+
+
+def decay_mask(params):
+    """Pytree of bools: True for the leaves that weight decay applies to.
+
+    By name, not by rank: a norm's scale is a matrix once the layers are stacked.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias"), params
+    )
+
+
+def path_name(path) -> str:
+    """`layers/mlp/up/kernel` for a pytree path; boxes of logical names are left out."""
+    return "/".join(str(key.key) for key in path if hasattr(key, "key"))
+
+
+def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientTransformation:
+    """The gradient transformation of a run of `train_steps` updates."""
+    steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    steps.append(optax.adamw(
+        learning_rate_schedule(config, train_steps), b1=config.beta1, b2=config.beta2, eps=config.epsilon,
+        weight_decay=config.weight_decay, mask=decay_mask,
+    ))
+    return optax.chain(*steps)

@@ -1,0 +1,121 @@
+"""The train step and the evaluation step: pure functions, compiled ahead of time, once."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen_jax.models.transformer import Qwen
+from qwen_jax.sharding import batch_sharding, batch_ways, constrain, use_mesh
+from qwen_jax.training.state import TrainState
+
+
+def _accumulated_gradients(objective, model, params, batch, rng, accumulation: int):
+    """Sums and gradient of the objective over the batch, computed in `accumulation` parts of equal size."""
+
+    def sums_and_gradient(part, rng):
+        (loss, sums), gradient = jax.value_and_grad(
+            lambda params: objective(model, params, part, rng), has_aux=True
+        )(params)
+        return {"loss": loss, **sums}, gradient
+
+    if accumulation == 1:
+        return sums_and_gradient(batch, rng)
+
+    def split(x):
+        # Every part takes rows from every device, so that no row moves between devices.
+        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    def add_part(totals, xs):
+        part, index = xs
+        part_rng = None if rng is None else jax.random.fold_in(rng, index)
+        return jax.tree.map(jnp.add, totals, sums_and_gradient(part, part_rng)), None
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(sums_and_gradient, jax.tree.map(lambda x: x[0], parts), rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add_part, zeros, (parts, jnp.arange(accumulation)))[0]
+
+
+def make_train_step(
+    model: Qwen, optimizer: optax.GradientTransformation, objective: Callable, schedule: optax.Schedule, *,
+    seed: int, accumulation: int = 1,
+) -> Callable:
+    """The function `(state, batch) -> (state, metrics)`; metrics are float32 scalars.
+
+    The update is that of the mean loss over the whole batch, whatever `accumulation` is. Dropout, when the model has
+    any, depends on (seed, step) alone.
+    """
+    dropout = model.config.embedding_dropout > 0 or model.config.attention_dropout > 0
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+        sums, gradient = _accumulated_gradients(objective, model, state.params, batch, rng, accumulation)
+        weight = jnp.maximum(sums["weight"], 1.0)
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        metrics = {
+            "loss": sums["loss"] / weight,
+            "accuracy": sums["correct"] / weight,
+            "gradient_norm": optax.global_norm(gradient),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return train_step
+
+
+def batch_shapes(mesh: Mesh, batch_size: int, length: int, accumulation: int = 1, columns=()) -> dict:
+    """Shapes of a global batch, placed on the mesh.
+
+    Args:
+      columns: names of further int32 columns, such as "segment_ids".
+
+    Raises:
+      ValueError: the batch does not divide by the accumulation steps and the mesh.
+    """
+    ways = batch_ways(mesh) * accumulation
+    if batch_size % ways:
+        raise ValueError(
+            f"a batch of {batch_size} sequences does not divide into {accumulation} accumulation step(s) on "
+            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}: set BATCH_SIZE to a multiple of {ways}"
+        )
+    sharding = batch_sharding(mesh)
+    dtypes = {"tokens": jnp.int32, "loss_weights": jnp.float32, **dict.fromkeys(columns, jnp.int32)}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, length), dtype, sharding=sharding) for name, dtype in dtypes.items()
+    }
+
+
+def compile_train_step(train_step: Callable, state, batch, mesh: Mesh):
+    """Compiles the step for these shapes and shardings; the state is donated.
+
+    Args:
+      state, batch: pytrees of arrays or of ShapeDtypeStructs with shardings.
+
+    Returns:
+      A compiled function. Called with other shapes it raises instead of compiling again.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, (state, batch))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        train_step, in_shardings=shardings, out_shardings=(shardings[0], replicated), donate_argnums=0
+    )
+    with use_mesh(mesh):
+        return jitted.lower(state, batch).compile()
+
+
+def compile_eval_step(model: Qwen, objective: Callable, params, batch, mesh: Mesh):
+    """Compiles `(params, batch) -> sums` of the objective without dropout, `"loss"` among them."""
+
+    def eval_step(params, batch):
+        loss, sums = objective(model, params, batch, None)
+        return {"loss": loss, **sums}
+
+    shardings = jax.tree.map(lambda x: x.sharding, (params, batch))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    with use_mesh(mesh):
+        return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated).lower(params, batch).compile()

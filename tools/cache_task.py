@@ -1,0 +1,54 @@
+"""Caches a task or mixture: tokenizes it with Beam and packs it into examples of one length.
+
+    python tools/cache_task.py python_corpus --cache_dir=cache --sequence_length=2048
+    python tools/cache_task.py local_files --cache_dir=cache --sequence_length=2048 \\
+        --gin.local_files.pattern='corpus/**/*.jsonl.zst' --beam.runner=FlinkRunner --beam.flink_master=localhost:8081
+
+`--gin.NAME=VALUE` and `--gin_file=FILE` configure the task, `--beam.OPTION=VALUE` is handed to Beam as
+`--OPTION=VALUE` (https://beam.apache.org/documentation/runners). Without a Beam runner it works in this process: `python_corpus`, 10 MB, takes about 15 seconds. What is complete
+already is used as it is; an interrupted run goes on where it stopped.
+"""
+
+import argparse
+
+import task_arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `qwen_jax.data.cache.prepare` with arguments from the command line, and prints what there is then."""
+    parser = task_arguments.parser(__doc__)
+    parser.add_argument("name", help="task or mixture")
+    parser.add_argument("--cache_dir", required=True, help="where to; all Beam workers must see it")
+    parser.add_argument("--sequence_length", required=True, type=int, help="tokens of an example")
+    parser.add_argument("--splits", default="train,validation", help="separated by commas (default: %(default)s)")
+    parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which documents are merged")
+    arguments = task_arguments.parse(parser, argv)
+    with task_arguments.quiet():
+        from qwen_jax.data import cache
+
+    prepared = cache.prepare(
+        arguments.name,
+        cache_dir=arguments.cache_dir,
+        sequence_length=arguments.sequence_length,
+        splits=tuple(arguments.splits.split(",")),
+        beam_options=arguments.beam_options,
+        num_shards=arguments.num_shards,
+        seed=arguments.seed,
+    )
+    print(f"{'task':24} {'split':10} {'examples':>12} {'tokens':>16} {'documents':>12} {'bytes/token':>11}")
+    for one in prepared:
+        m = one.manifest
+        ratio = m.text_bytes / m.tokens
+        print(f"{m.task:24} {m.split:10} {m.records:>12,} {m.tokens:>16,} {m.documents:>12,} {ratio:>11.3f}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    task_arguments.run(main)

@@ -1,0 +1,185 @@
+"""Shows what a task or mixture yields: decoded documents with the tokens that carry loss marked, and statistics.
+
+    python tools/inspect_task.py python_corpus
+    python tools/inspect_task.py python_corpus --cache_dir=cache --sequence_length=2048
+
+Without `--cache_dir` the first documents go through the task's SeqIO pipeline; with it, packed examples are read as
+training reads them. On a terminal, text that carries loss is green and control tokens are inverted; elsewhere they
+are marked ⟦so⟧ and ⟪so⟫. Invisible characters of the documents are shown as escapes.
+"""
+
+import dataclasses
+import itertools
+import sys
+import unicodedata
+from collections.abc import Iterator
+
+import task_arguments
+
+_LOSS, _CONTROL = ("\x1b[32m", "\x1b[0m"), ("\x1b[7m", "\x1b[0m")
+_PLAIN_LOSS, _PLAIN_CONTROL = ("⟦", "⟧"), ("⟪", "⟫")
+# Other characters than these control a terminal or cannot be seen: escapes, direction marks, line separators.
+_HARMLESS = {"\n", "\t"}
+_ESCAPED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+
+
+def escape(text: str) -> str:
+    """Text that is safe to print: characters that control a terminal, or are invisible, become `\\x1b`-like escapes."""
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _ESCAPED_CATEGORIES and char not in _HARMLESS
+        else char
+        for char in text
+    )
+
+
+def render(ids, loss_weights, tokenizer, *, colour: bool) -> str:
+    """Decoded text with marks.
+
+    Args:
+        ids: int array [length].
+        loss_weights: array [length]; not 0 where the token carries loss.
+        tokenizer: a `qwen_jax.data.tokenizer.Tokenizer`.
+        colour: ANSI colours, or brackets.
+    """
+    loss, control = (_LOSS, _CONTROL) if colour else (_PLAIN_LOSS, _PLAIN_CONTROL)
+    parts = []
+    for carries, run in itertools.groupby(zip(ids, loss_weights, strict=True), lambda pair: bool(pair[1])):
+        text = ""
+        kinds = itertools.groupby((int(token) for token, _ in run), lambda token: token >= tokenizer.num_ranks)
+        for is_control, tokens in kinds:
+            if is_control:
+                names = (tokenizer.decode([token]) for token in tokens)
+                # Inside green text the end of an inversion would end the green too.
+                again = loss[0] if colour and carries else ""
+                text += "".join(f"{control[0]}{name}{control[1]}{again}" for name in names)
+            else:
+                text += escape(tokenizer.decode(tokens))
+        parts.append(f"{loss[0]}{text}{loss[1]}" if carries else text)
+    return "".join(parts)
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Counts over tokenized documents or packed examples."""
+
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    loss_tokens: int = 0
+    text_bytes: int = 0
+
+    def add(self, ids, loss_weights, tokenizer) -> None:
+        """Counts one sequence; control tokens are no text."""
+        self.lengths.append(len(ids))
+        self.loss_tokens += sum(bool(weight) for weight in loss_weights)
+        self.text_bytes += len(tokenizer.decode_bytes(token for token in ids if token < tokenizer.num_ranks))
+
+    def lines(self, noun: str) -> Iterator[str]:
+        """One line a figure."""
+        import numpy as np
+
+        tokens = sum(self.lengths)
+        low, middle, high, highest = np.percentile(self.lengths, [5, 50, 95, 99])
+        yield f"{noun + 's:':24}{len(self.lengths):,}"
+        yield f"{'tokens:':24}{tokens:,}"
+        yield f"{'UTF-8 bytes:':24}{self.text_bytes:,}"
+        yield f"{'bytes per token:':24}{self.text_bytes / tokens:.3f}"
+        yield f"{'tokens per ' + noun + ':':24}5% {low:,.0f}   50% {middle:,.0f}   95% {high:,.0f}   99% {highest:,.0f}"
+        yield f"{'longest:':24}{max(self.lengths):,} tokens"
+        yield f"{'tokens with loss:':24}{self.loss_tokens / tokens:.1%}"
+
+
+def _uncached(task, split: str, count: int) -> Iterator[tuple]:
+    """(ids, loss weights) of the first `count` documents of a task, through its whole SeqIO pipeline."""
+    if split not in task.splits:
+        raise ValueError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
+    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, use_cached=False)
+    for example in dataset.take(count).as_numpy_iterator():
+        ids = example["targets"]
+        yield ids, example.get("loss_weights", [1] * len(ids))
+
+
+def _show(sequences, tokenizer, arguments, noun: str) -> None:
+    colour = {"always": True, "never": False, "auto": sys.stdout.isatty()}[arguments.color]
+    statistics = Statistics()
+    for number, (ids, weights) in enumerate(sequences):
+        statistics.add(ids, weights, tokenizer)
+        if number < arguments.num_examples:
+            shown = slice(arguments.max_tokens)
+            print(f"--- {noun} {number}: {len(ids):,} tokens")
+            print(render(ids[shown], weights[shown], tokenizer, colour=colour))
+            if len(ids) > arguments.max_tokens:
+                print(f"… {len(ids) - arguments.max_tokens:,} more tokens (--max_tokens)")
+    if not statistics.lengths:
+        raise ValueError(f"there is no {noun} in split {arguments.split!r}")
+    print("---")
+    print("\n".join(statistics.lines(noun)))
+
+
+def _inspect_packed(arguments) -> None:
+    from qwen_jax.data.loader import ExampleLoader
+
+    if arguments.sequence_length is None:
+        raise ValueError("--cache_dir needs --sequence_length: a task may be packed to several lengths")
+    loader = ExampleLoader(
+        arguments.name,
+        cache_dir=arguments.cache_dir,
+        sequence_length=arguments.sequence_length,
+        split=arguments.split,
+        seed=arguments.seed,
+    )
+    tokenizer = _tokenizer()
+    if tokenizer.fingerprint != loader.vocabulary_fingerprint:
+        raise ValueError(
+            f"the packed data was made with the vocabulary {loader.vocabulary_fingerprint[:12]}, the one configured is "
+            f"{tokenizer.fingerprint[:12]} ({tokenizer.path}): set vocabulary_path.path"
+        )
+    print(f"{loader}, {loader.bytes_per_token:.3f} bytes per token")
+    for task, rate in loader.rates.items():
+        print(f"    {rate:7.2%} {task}")
+    count = min(len(loader), arguments.num_documents)
+    batch = loader.read(0, count)
+    _show(zip(batch["tokens"], batch["loss_weights"], strict=True), tokenizer, arguments, "example")
+
+
+def _inspect_pipeline(arguments) -> None:
+    import seqio
+
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    if arguments.name not in known:
+        raise ValueError(f"{arguments.name!r} is neither a task nor a mixture; there are {', '.join(known)}")
+    provider = seqio.get_mixture_or_task(arguments.name)
+    tasks = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
+    total = sum(provider.get_rate(task) for task in tasks) if len(tasks) > 1 else 1
+    for task in tasks:
+        share = f", {provider.get_rate(task) / total:.2%} of {arguments.name}" if len(tasks) > 1 else ""
+        print(f"=== {task.name} {arguments.split}{share}; first {arguments.num_documents} documents")
+        _show(_uncached(task, arguments.split, arguments.num_documents), _tokenizer(), arguments, "document")
+
+
+def _tokenizer():
+    from qwen_jax.data.vocabulary import QwenVocabulary
+
+    return QwenVocabulary().tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints examples and statistics."""
+    parser = task_arguments.parser(__doc__)
+    parser.add_argument("name", help="task or mixture")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--num_examples", type=int, default=2, help="how many to print (default: %(default)s)")
+    parser.add_argument("--num_documents", type=int, default=200, help="how many to count (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=400, help="tokens printed of each (default: %(default)s)")
+    parser.add_argument("--cache_dir", help="read packed examples from here")
+    parser.add_argument("--sequence_length", type=int, help="which packed examples")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of packed examples")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    arguments = task_arguments.parse(parser, argv)
+    if arguments.cache_dir:
+        _inspect_packed(arguments)
+    else:
+        _inspect_pipeline(arguments)
+
+
+if __name__ == "__main__":
+    task_arguments.run(main)
