@@ -11,7 +11,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     With QWEN_JAX_TRACEBACK=1 in the environment, the traceback is shown instead.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "jax", "orbax", "tensorflow", "apache_beam"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -19,5 +19,7 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("QWEN_JAX_TRACEBACK") == "1":
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Gin appends which configurable was being called; the message itself says what to change.
+        message = str(error).split("In call to configurable")[0]
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

@@ -32,8 +32,8 @@ PREPROCESSORS = [
     seqio.preprocessors.append_eos,
 ]
 
-# Folders of the standard library with tests, or with tables of numbers rather than text.
-_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages", "__pycache__"}
+# Folders with tests, licences that are the same everywhere, or tables of numbers rather than text.
+_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "licenses", "site-packages"}
 
 
 @gin.configurable
@@ -52,8 +52,9 @@ def _python_files(max_bytes: int) -> tuple[Path, ...]:
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     sources = [path for path in sorted(library.rglob("*.py")) if not _LEFT_OUT & set(path.relative_to(library).parts)]
     pages = sorted(path for suffix in ("*.md", "*.rst") for path in packages.rglob(suffix))
+    pages = [path for path in pages if not _LEFT_OUT & set(path.relative_to(packages).parts)]
     files, size = [], 0
-    for path in [*sources, *(page for page in pages if "licenses" not in page.parts)]:
+    for path in [*sources, *pages]:
         if size + path.stat().st_size <= max_bytes:
             files.append(path)
             size += path.stat().st_size

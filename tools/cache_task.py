@@ -5,8 +5,9 @@
         --gin.local_files.pattern='corpus/**/*.jsonl.zst' --beam.runner=FlinkRunner --beam.flink_master=localhost:8081
 
 `--gin.NAME=VALUE` and `--gin_file=FILE` configure the task, `--beam.OPTION=VALUE` is handed to Beam as
-`--OPTION=VALUE` (https://beam.apache.org/documentation/runners). Without a Beam runner it works in this process: `python_corpus`, 10 MB, takes about 15 seconds. What is complete
-already is used as it is; an interrupted run goes on where it stopped.
+`--OPTION=VALUE` (https://beam.apache.org/documentation/runners). Without a runner it works in this process:
+`python_corpus`, 10 MB, takes about 20 seconds. What is complete already is used as it is; an interrupted run goes on
+where it stopped.
 """
 
 import argparse

@@ -36,7 +36,6 @@ def parse(result: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     Raises:
         ConfigurationError: see `qwen_jax.configuration.parse_args`.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         result.parse_args(argv)  # does not wait for TensorFlow
@@ -68,9 +67,8 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls `main` as a program: an error that a user can mend is one line, not a traceback."""
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def run(main: Callable[[], int | None]) -> None:
+    """Calls `main` as a program; see `qwen_jax.command_line.run`."""
+    from qwen_jax.command_line import run as run_program
+
+    run_program(main)

@@ -279,6 +279,8 @@ class _WorkerSetup:
     def __call__(self) -> None:
         if self.launcher == _THIS_PROCESS:
             return
+        # See `_pipeline`; workers have a logging level of their own.
+        logging.getLogger("absl").setLevel(logging.WARNING)
         for module in self.task_modules:
             importlib.import_module(module)
         with gin.unlock_config():

@@ -96,7 +96,8 @@ class QwenVocabulary(seqio.Vocabulary):
         tokenizer = self.tokenizer
 
         def encode(text) -> np.ndarray:
-            return np.asarray(tokenizer.encode(text), np.int32)
+            # A scalar arrives as bytes from a graph, as an array in eager mode.
+            return np.asarray(tokenizer.encode(np.asarray(text, object).item()), np.int32)
 
         ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
         ids.set_shape([None])

@@ -1,0 +1,411 @@
+"""Folders of Hugging Face's layout: config.json, generation_config.json and safetensors, read and written with numpy.
+
+Tensors are read and written one at a time with plain file reads. A memory map would do as well, but its pages count as
+memory of the process, and a 7B checkpoint must convert in much less than its size.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from qwen_jax.conversion.mapping import (
+    FORMATS,
+    REQUIRED,
+    Format,
+    OutsideTensor,
+    from_outside,
+    outside_shape,
+    outside_tensors,
+    parameter_shapes,
+)
+from qwen_jax.models.config import ModelConfig
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+READ_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+WRITE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+# The released context extension was made for about four times the training length, and this is what the released 7B
+# and 14B configurations say of max_position_embeddings.
+EXTENSION = 4
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of `5GB`, `200MB`, `1GiB` or a plain number.
+
+    Raises:
+      ValueError: anything else, or less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    if not match or match[2].upper() not in _UNITS or (found := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
+        raise ValueError(f"max_shard_size {size!r} is not a size: write it as 5GB, 500MB, 1GiB or a number of bytes")
+    return found
+
+
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(list(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist: the folder must hold it") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download or write it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON object, readable by people."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def format_of(folder: Path) -> Format:
+    """The format that a folder's config.json names.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it names another architecture.
+    """
+    content = read_json(folder / CONFIG_FILE)
+    architectures = content.get("architectures") or []
+    for table in FORMATS.values():
+        # Some folders name no architecture; those that do are taken at their word.
+        if table.architecture in architectures or (not architectures and content.get("model_type") == table.model_type):
+            return table
+    raise ValueError(
+        f"{folder / CONFIG_FILE}: architectures {architectures}, model_type {content.get('model_type')!r} is not one "
+        f"that can be read: expected {' or '.join(table.architecture for table in FORMATS.values())}"
+    )
+
+
+def read_config(folder: Path, table: Format) -> ModelConfig:
+    """The model configuration of a folder in format `table`.
+
+    `ModelConfig.dtype`, `remat` and `attention_kernel`, which outside formats do not have, are its defaults.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is of another format, a field is missing, or it asks for what our model does not compute.
+    """
+    path = folder / CONFIG_FILE
+    if (found := format_of(folder)) is not table:
+        raise ValueError(f"{path} is a {found.architecture} (format {found.name}), not {table.architecture}")
+    content = read_json(path)
+    values = {field.ours: _read_field(path, content, field) for field in table.fields}
+    if table.rope_parameters:
+        values["rope_theta"] = _read_rope(path, content)
+    _refuse_unsupported(path, content, table)
+    if values.get("head_dim") is None:
+        values["head_dim"] = values["hidden_size"] // values["num_heads"]
+    try:
+        return ModelConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_field(path: Path, content: dict, field):
+    for name in (*field.earlier, field.name):
+        if content.get(name) is not None:
+            value = content[name]
+            break
+    else:
+        if field.default is REQUIRED:
+            raise ValueError(f"{path} has no {' or '.join((field.name, *field.earlier))}: is it a whole config.json?")
+        return field.default
+    kinds = {bool: ((bool,), "true or false"), float: ((int, float), "a number")}
+    allowed, described = kinds.get(_FIELD_TYPES[field.ours], ((int,), "an integer"))
+    if type(value) not in allowed:  # not isinstance: for Python, true is an integer
+        raise ValueError(f"{path}: {name} is {value!r}, expected {described}")
+    if field.factor != 1:
+        if value % field.factor:
+            raise ValueError(f"{path}: {name} is {value}, expected a multiple of {field.factor}")
+        value //= field.factor
+    return float(value) if float in allowed else value
+
+
+_FIELD_TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+
+
+def _read_rope(path: Path, content: dict) -> float:
+    rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(
+            f"{path}: rope type {kind!r} (rope_parameters or rope_scaling) is not supported: only 'default', the "
+            "unscaled rotation, is what this model computes; use a model, or a configuration, without scaling"
+        )
+    theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float) or theta <= 0:
+        raise ValueError(f"{path}: rope_theta is {theta!r}, expected a positive number")
+    return float(theta)
+
+
+def _refuse_unsupported(path: Path, content: dict, table: Format) -> None:
+    wrong = [
+        f"{name} is {content[name]!r}, supported is {value!r}"
+        for name, value in table.fixed.items()
+        if content.get(name) is not None and content[name] != value
+    ]
+    if windowed := sorted(set(content.get("layer_types") or ()) - {"full_attention"}):
+        wrong.append(f"layer_types has {', '.join(windowed)}, supported is 'full_attention'")
+    if content.get("quantization_config"):
+        wrong.append("quantization_config is set, supported are unquantised weights")
+    if wrong:
+        raise ValueError(f"{path} asks for what this model does not compute: {'; '.join(wrong)}")
+
+
+def outside_config(table: Format, config: ModelConfig, dtype: str, endoftext_id: int | None) -> dict:
+    """The content of config.json.
+
+    Args:
+      dtype: of the weights, "float32" or "bfloat16".
+      endoftext_id: id of the token that ends a document, or None if the tokenizer is not known.
+    """
+    content = {"architectures": [table.architecture], "model_type": table.model_type}
+    for field in table.fields:
+        value = getattr(config, field.ours)
+        if field.ours == "head_dim" and field.default is None and value * config.num_heads == config.hidden_size:
+            continue
+        if field.ours == "rope_theta" and float(value).is_integer():
+            value = int(value)
+        content[field.name] = value * field.factor if field.factor != 1 else value
+    content.update(table.constants)
+    content["torch_dtype"] = dtype  # the name that both transformers 4 and 5 read
+    if table.rope_parameters:
+        content["rope_theta"] = config.rope_theta  # transformers 4; version 5 reads the next line
+        content["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    else:
+        extended = config.use_dynamic_ntk or config.use_logn
+        content["max_position_embeddings"] = config.max_length * (EXTENSION if extended else 1)
+        content |= {"bf16": dtype == "bfloat16", "fp16": False, "fp32": dtype == "float32"}
+    if endoftext_id is not None:
+        content |= {"bos_token_id": endoftext_id, "eos_token_id": endoftext_id}
+    return content
+
+
+def generation_config(table: Format, config: ModelConfig, endoftext_id: int, im_end_id: int) -> dict:
+    """The content of generation_config.json: generation stops at either id."""
+    content = {"bos_token_id": endoftext_id, "eos_token_id": [im_end_id, endoftext_id], "pad_token_id": endoftext_id}
+    if table.name == "qwen":
+        content |= {"chat_format": "chatml", "max_window_size": config.max_length}
+    return content
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+
+class SafetensorsFolder:
+    """The weights of a folder in an outside format; a `Weights` of mapping.py.
+
+    Reads the headers only. Then every tensor that the configuration asks for is known to be there, with its shape.
+
+    Attributes:
+      config: ModelConfig of the folder's config.json.
+      dtype: "bfloat16" if all tensors are, else "float32", which holds all that is read.
+
+    Raises:
+      FileNotFoundError: config.json, the weights, or a file that their index names is missing.
+      ValueError: the configuration is not supported, a file is damaged, or tensors are missing, unexpected, of the
+        wrong shape or of a dtype that is not understood; all of them are named.
+    """
+
+    def __init__(self, folder: str | os.PathLike, table: Format):
+        self.folder = Path(folder)
+        self.config = read_config(self.folder, table)
+        self._stored = _stored_tensors(self.folder)
+        expected = outside_tensors(table, self.config)
+        self._check(table, {tensor.name: tensor.shape for tensor in expected})
+        # Where each of our parameters lies: its tensor (by layer) and its first row in it.
+        self._places: dict[tuple[str, int | None], tuple[OutsideTensor, int]] = {}
+        shapes = parameter_shapes(self.config)
+        for tensor in expected:
+            start = 0
+            for part in tensor.row.parts:
+                self._places[part, tensor.layer] = (tensor, start)
+                start += outside_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1:])[0]
+        kinds = {self._stored[tensor.name].dtype for tensor in expected}
+        self.dtype = "bfloat16" if kinds == {"BF16"} else "float32"
+
+    def _check(self, table: Format, expected: dict[str, tuple[int, ...]]) -> None:
+        known = {name for name in self._stored if not re.fullmatch(table.redundant, name)}
+        copy = table.tied_output if self.config.tie_embeddings else None
+        missing = [name for name in expected if name not in known]
+        extra = sorted(known - expected.keys() - {copy})
+        present = [name for name in expected if name in known]
+        shapes = [
+            f"{name} is {list(self._stored[name].shape)}, expected {list(expected[name])}"
+            for name in present
+            if self._stored[name].shape != expected[name]
+        ]
+        dtypes = [
+            f"{name} is {self._stored[name].dtype}" for name in present if self._stored[name].dtype not in READ_DTYPES
+        ]
+        problems = [
+            f"{len(found)} {what}: {listing(found)}"
+            for what, found in (
+                ("missing", missing), ("unexpected", extra), ("of wrong shape", shapes),
+                (f"of a dtype other than {', '.join(READ_DTYPES)}", dtypes),
+            )
+            if found
+        ]
+        if problems:
+            raise ValueError(
+                f"tensors of {self.folder} do not fit its {CONFIG_FILE} ({table.architecture}): {'. '.join(problems)}. "
+                "Was the download complete, and are the two files of the same model?"
+            )
+        if copy in self._stored:
+            self._check_copy(copy, table.rows[0].outside)
+
+    def _check_copy(self, copy: str, embedding: str) -> None:
+        first, second = (self._read_rows(name, 0, self._stored[name].shape[0]) for name in (copy, embedding))
+        if first.shape != second.shape or not np.array_equal(first, second):
+            raise ValueError(
+                f"{self.folder}: {CONFIG_FILE} says tie_word_embeddings, but {copy} differs from {embedding}: set "
+                "tie_word_embeddings to false if the model was trained untied"
+            )
+
+    def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        stored = self._stored[name]
+        dtype = READ_DTYPES[stored.dtype]
+        row = math.prod(stored.shape[1:]) * dtype.itemsize
+        raw = np.fromfile(stored.file, np.uint8, (stop - start) * row, offset=stored.offset + start * row)
+        return raw.view(dtype).reshape(stop - start, *stored.shape[1:])
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """See `Weights.read`: only the rows that hold this parameter are read."""
+        tensor, start = self._places[path, layer]
+        shape = parameter_shapes(self.config)[path][0 if layer is None else 1:]
+        rows = outside_shape(tensor.row.layout, shape)[0]
+        return from_outside(tensor.row.layout, self._read_rows(tensor.name, start, start + rows), shape)
+
+
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """Name to place of every tensor of a folder, from the headers of its files."""
+    if (folder / SINGLE_FILE).is_file():
+        return _read_header(folder / SINGLE_FILE)
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
+        hint = f"; it has {listing(others)}: save the model as safetensors first" if others else ""
+        raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names: download it again")
+    files = sorted(set(names.values()))
+    absent = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{index} names {len(absent)} of {len(files)} files that are not in the folder: {listing(absent)}. "
+            "Download them again"
+        )
+    headers = {file: _read_header(folder / file) for file in files}
+    lost = [f"{name} in {file}" for name, file in names.items() if name not in headers[file]]
+    if lost:
+        raise ValueError(f"{index} names tensors that are not in their file: {listing(lost)}. Download the files again")
+    # Tensors that the index does not name are kept: the check against the configuration will call them unexpected.
+    everything = {name: place for header in headers.values() for name, place in header.items()}
+    return everything | {name: headers[file][name] for name, file in names.items()}
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+    try:
+        # The library's own checks: sizes, overlaps, and that the data is as long as the header says.
+        with safe_open(file, "np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or was not downloaded whole ({file.stat().st_size} bytes; {error}): download it again"
+        ) from error
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {
+        name: _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def write_safetensors(
+    folder: Path,
+    tensors: Sequence[OutsideTensor],
+    produce: Callable[[OutsideTensor], np.ndarray],
+    dtype: str,
+    max_shard_size: int,
+    progress: bool,
+) -> None:
+    """Writes tensors one after the other, with an index if they need more than one file.
+
+    Args:
+      folder: an existing folder.
+      tensors: what to write, in this order.
+      produce: makes one of them; called once for each, when it is written.
+      dtype: "float32" or "bfloat16".
+      max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
+      progress: whether to show a bar.
+    """
+    itemsize = READ_DTYPES[WRITE_DTYPES[dtype]].itemsize
+    shards: list[list[OutsideTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * itemsize
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    total = sum(math.prod(tensor.shape) for tensor in tensors)
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [SINGLE_FILE]
+    with tqdm(total=total * itemsize, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+        for file, shard in zip(files, shards, strict=True):
+            _write_file(folder / file, shard, produce, dtype, bar)
+    if len(shards) > 1:
+        where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        metadata = {"total_parameters": total, "total_size": total * itemsize}
+        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+
+
+def _write_file(path: Path, tensors, produce, dtype: str, bar) -> None:
+    kind = WRITE_DTYPES[dtype]
+    header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * READ_DTYPES[kind].itemsize
+        header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data starts at a multiple of eight bytes
+    with open(path, "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            array = np.ascontiguousarray(produce(tensor), dtype=READ_DTYPES[kind])
+            stream.write(array.reshape(-1).view(np.uint8).data)
+            bar.update(array.nbytes)

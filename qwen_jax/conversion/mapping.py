@@ -1,0 +1,330 @@
+"""How our parameters and configuration fields lie in outside formats: one table per format, read in both directions.
+
+A table says which of our parameters make up an outside tensor and how the axes move. The layout of a row is written
+as `our axes -> their axes`, with `(a b)` for axes that the outside format flattens into one; a layout only moves
+numbers, so both directions are exact. A new outside format is one more `Format` in `FORMATS`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.transformer import Qwen, abstract_params
+
+REQUIRED = object()  # the default of a Field that a config.json must have
+LAYER_PREFIX = "layers/"  # our parameters below it are stacked along a leading layer axis
+
+# Linear weights of the outside formats are [out, in]. d: hidden width, h: heads, k: head_dim, f: FFN, v: vocabulary.
+HEADS_IN = "d h k -> (h k) d"
+HEADS_BIAS = "h k -> (h k)"
+HEADS_OUT = "h k d -> d (h k)"
+FFN_IN = "d f -> f d"
+FFN_OUT = "f d -> d f"
+UNEMBED = "d v -> v d"
+EMBED = "v d -> v d"
+VECTOR = "d -> d"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One outside tensor, or one per layer.
+
+    Attributes:
+      outside: its name; `{layer}` stands for the index of the block.
+      parts: paths of our parameters, in the order in which the tensor holds them along its first axis.
+      layout: how the axes of each part move.
+    """
+
+    outside: str
+    parts: tuple[str, ...]
+    layout: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of an outside config.json.
+
+    Attributes:
+      ours: field of `ModelConfig`.
+      name: the outside name that is written.
+      default: what a file without the field means; REQUIRED if it must be there.
+      earlier: names that older files use; one of them wins over `name` where both are there.
+      factor: their value is ours times this.
+    """
+
+    ours: str
+    name: str
+    default: Any = REQUIRED
+    earlier: tuple[str, ...] = ()
+    factor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One outside format.
+
+    Attributes:
+      name: what the user calls it.
+      architecture, model_type: what config.json calls it.
+      rows: the tensors.
+      fields: fields of config.json that `ModelConfig` has.
+      fixed: fields that must have this value for our model to be the same function; absent means this value.
+      constants: further fields to write.
+      refuse: says what of a `ModelConfig` the format cannot express, as a list of sentences.
+      redundant: pattern of tensor names that hold nothing of their own (buffers), so that they may be there.
+      tied_output: name of the output projection, which tied checkpoints may hold as a copy of the embedding.
+      rope_parameters: whether the rotary base is in `rope_parameters` and `rope_theta` rather than in a Field.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    rows: tuple[Row, ...]
+    fields: tuple[Field, ...]
+    fixed: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    refuse: Callable[[ModelConfig], list[str]]
+    redundant: str
+    tied_output: str | None = None
+    rope_parameters: bool = False
+
+
+def _kernels(*names: str) -> tuple[str, ...]:
+    return tuple(f"layers/{name}/kernel" for name in names)
+
+
+def _refuse_qwen(config: ModelConfig) -> list[str]:
+    reasons = []
+    if config.num_kv_heads != config.num_heads:
+        reasons.append(f"grouped-query attention (num_kv_heads {config.num_kv_heads}, num_heads {config.num_heads})")
+    if config.tie_embeddings:
+        reasons.append("tied embeddings (tie_embeddings)")
+    if not config.qkv_bias:
+        reasons.append("projections without bias (qkv_bias False)")
+    if config.num_heads * config.head_dim != config.hidden_size:
+        product = f"num_heads * head_dim ({config.num_heads} * {config.head_dim})"
+        reasons.append(f"{product} other than hidden_size ({config.hidden_size})")
+    return reasons
+
+
+def _refuse_qwen2(config: ModelConfig) -> list[str]:
+    return [] if config.qkv_bias else ["projections without bias (qkv_bias False)"]
+
+
+# Tensors of QWenLMHeadModel as released in 2023 (github.com/QwenLM/Qwen). In its MLP w2 is the gate and w1 is not.
+QWEN = Format(
+    name="qwen",
+    architecture="QWenLMHeadModel",
+    model_type="qwen",
+    rows=(
+        Row("transformer.wte.weight", ("token_embedding",), EMBED),
+        Row("transformer.h.{layer}.ln_1.weight", ("layers/attention_norm/scale",), VECTOR),
+        Row(
+            "transformer.h.{layer}.attn.c_attn.weight",
+            _kernels("attention/query", "attention/key", "attention/value"), HEADS_IN,
+        ),
+        Row(
+            "transformer.h.{layer}.attn.c_attn.bias",
+            ("layers/attention/query/bias", "layers/attention/key/bias", "layers/attention/value/bias"), HEADS_BIAS,
+        ),
+        Row("transformer.h.{layer}.attn.c_proj.weight", _kernels("attention/output"), HEADS_OUT),
+        Row("transformer.h.{layer}.ln_2.weight", ("layers/mlp_norm/scale",), VECTOR),
+        Row("transformer.h.{layer}.mlp.w1.weight", _kernels("mlp/up"), FFN_IN),
+        Row("transformer.h.{layer}.mlp.w2.weight", _kernels("mlp/gate"), FFN_IN),
+        Row("transformer.h.{layer}.mlp.c_proj.weight", _kernels("mlp/down"), FFN_OUT),
+        Row("transformer.ln_f.weight", ("final_norm/scale",), VECTOR),
+        Row("lm_head.weight", ("output",), UNEMBED),
+    ),
+    fields=(
+        Field("vocab_size", "vocab_size", earlier=("padded_vocab_size",)),
+        Field("hidden_size", "hidden_size", earlier=("n_embd",)),
+        Field("num_layers", "num_hidden_layers", earlier=("n_layer",)),
+        Field("num_heads", "num_attention_heads", earlier=("n_head",)),
+        Field("ffn_size", "intermediate_size", earlier=("ffn_hidden_size",), factor=2),
+        Field("head_dim", "kv_channels", 128),
+        Field("max_length", "seq_length"),
+        Field("rope_theta", "rotary_emb_base", 10000),
+        Field("norm_epsilon", "layer_norm_epsilon", 1e-6),
+        Field("use_dynamic_ntk", "use_dynamic_ntk", True),
+        Field("use_logn", "use_logn_attn", True),
+        Field("init_std", "initializer_range", 0.02),
+        Field("embedding_dropout", "emb_dropout_prob", 0.0, earlier=("embd_pdrop",)),
+        Field("attention_dropout", "attn_dropout_prob", 0.0, earlier=("attn_pdrop",)),
+    ),
+    fixed={
+        "no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False,
+        "pos_emb": "rotary", "apply_residual_connection_post_layernorm": False,
+    },
+    constants={
+        "no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False,
+        "tokenizer_class": "QWenTokenizer", "use_cache": True, "use_flash_attn": "auto", "onnx_safe": None,
+    },
+    refuse=_refuse_qwen,
+    redundant=r"transformer\.(rotary_emb\.inv_freq|logn_tensor|h\.\d+\.attn\.(masked_bias|rotary_emb\.inv_freq))",
+)
+
+# Tensors of Qwen2ForCausalLM in transformers, which servers load without further code.
+QWEN2 = Format(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    rows=(
+        Row("model.embed_tokens.weight", ("token_embedding",), EMBED),
+        Row("model.layers.{layer}.input_layernorm.weight", ("layers/attention_norm/scale",), VECTOR),
+        Row("model.layers.{layer}.self_attn.q_proj.weight", _kernels("attention/query"), HEADS_IN),
+        Row("model.layers.{layer}.self_attn.q_proj.bias", ("layers/attention/query/bias",), HEADS_BIAS),
+        Row("model.layers.{layer}.self_attn.k_proj.weight", _kernels("attention/key"), HEADS_IN),
+        Row("model.layers.{layer}.self_attn.k_proj.bias", ("layers/attention/key/bias",), HEADS_BIAS),
+        Row("model.layers.{layer}.self_attn.v_proj.weight", _kernels("attention/value"), HEADS_IN),
+        Row("model.layers.{layer}.self_attn.v_proj.bias", ("layers/attention/value/bias",), HEADS_BIAS),
+        Row("model.layers.{layer}.self_attn.o_proj.weight", _kernels("attention/output"), HEADS_OUT),
+        Row("model.layers.{layer}.post_attention_layernorm.weight", ("layers/mlp_norm/scale",), VECTOR),
+        Row("model.layers.{layer}.mlp.gate_proj.weight", _kernels("mlp/gate"), FFN_IN),
+        Row("model.layers.{layer}.mlp.up_proj.weight", _kernels("mlp/up"), FFN_IN),
+        Row("model.layers.{layer}.mlp.down_proj.weight", _kernels("mlp/down"), FFN_OUT),
+        Row("model.norm.weight", ("final_norm/scale",), VECTOR),
+        Row("lm_head.weight", ("output",), UNEMBED),
+    ),
+    fields=(
+        Field("vocab_size", "vocab_size"),
+        Field("hidden_size", "hidden_size"),
+        Field("num_layers", "num_hidden_layers"),
+        Field("num_heads", "num_attention_heads"),
+        Field("num_kv_heads", "num_key_value_heads", None),
+        Field("head_dim", "head_dim", None),
+        Field("ffn_size", "intermediate_size"),
+        Field("max_length", "max_position_embeddings"),
+        Field("norm_epsilon", "rms_norm_eps", 1e-6),
+        Field("tie_embeddings", "tie_word_embeddings", False),
+        Field("init_std", "initializer_range", 0.02),
+        Field("attention_dropout", "attention_dropout", 0.0),
+    ),
+    fixed={"hidden_act": "silu", "use_sliding_window": False},
+    constants={"hidden_act": "silu", "use_sliding_window": False, "use_cache": True},
+    refuse=_refuse_qwen2,
+    redundant=r"model\.(rotary_emb|layers\.\d+\.self_attn\.rotary_emb)\.inv_freq",
+    tied_output="lm_head.weight",
+    rope_parameters=True,
+)
+
+FORMATS: dict[str, Format] = {table.name: table for table in (QWEN, QWEN2)}
+
+
+class Weights(Protocol):
+    """Where parameters come from: read one at a time, so that no second copy of a model is ever needed.
+
+    config: what they are the parameters of.
+    dtype: "bfloat16" if that holds all of them exactly, else "float32".
+    """
+
+    config: ModelConfig
+    dtype: str
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """Our parameter `path` in the dtype it is stored in.
+
+        `layer` picks a block of a stacked one, and the result lacks the layer axis; None for all others. The blocks of
+        one parameter are asked for in ascending order.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class OutsideTensor:
+    """An expected tensor: its outside name and shape, the row of the table, and the block (None outside of blocks)."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: Row
+    layer: int | None
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Path, such as `layers/mlp/up/kernel`, to shape of every parameter; the stacked ones with their layer axis."""
+    shapes = flatten_dict(nn.meta.unbox(abstract_params(Qwen(config))), sep="/")
+    return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in shapes.items()})
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter has the leading layer axis."""
+    return path.startswith(LAYER_PREFIX)
+
+
+def _axes(layout: str) -> tuple[list[str], list[list[str]]]:
+    ours, theirs = layout.split("->")
+    groups = [(group or single).split() for group, single in re.findall(r"\(([^)]*)\)|(\w+)", theirs)]
+    return ours.split(), groups
+
+
+def outside_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the outside tensor for a parameter (without layer axis) of this shape."""
+    ours, groups = _axes(layout)
+    sizes = dict(zip(ours, shape, strict=True))
+    return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+
+
+def to_outside(layout: str, array: np.ndarray) -> np.ndarray:
+    """Our parameter (without layer axis) in the outside layout; same numbers, same dtype."""
+    ours, groups = _axes(layout)
+    moved = array.transpose([ours.index(axis) for group in groups for axis in group])
+    return moved.reshape(outside_shape(layout, array.shape))
+
+
+def from_outside(layout: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `to_outside`, for a parameter (without layer axis) of this shape."""
+    ours, groups = _axes(layout)
+    sizes = dict(zip(ours, shape, strict=True))
+    theirs = [axis for group in groups for axis in group]
+    return array.reshape([sizes[axis] for axis in theirs]).transpose([theirs.index(axis) for axis in ours])
+
+
+def outside_tensors(table: Format, config: ModelConfig) -> list[OutsideTensor]:
+    """All tensors of a model in an outside format, in the order of the table's rows, then of the layers.
+
+    Raises:
+      ValueError: the format cannot express the configuration.
+    """
+    reasons = table.refuse(config)
+    if reasons:
+        raise ValueError(
+            f"format {table.name} ({table.architecture}) cannot express {'; '.join(reasons)}: choose another target"
+        )
+    shapes = dict(parameter_shapes(config))
+    tensors = []
+    for row in table.rows:
+        if not set(row.parts) & set(shapes):
+            continue  # a parameter that this configuration lacks: the output projection of tied embeddings
+        stacked = is_stacked(row.parts[0])
+        parts = [outside_shape(row.layout, shapes.pop(part)[1 if stacked else 0:]) for part in row.parts]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        for layer in range(config.num_layers) if stacked else (None,):
+            tensors.append(OutsideTensor(row.outside.format(layer=layer), shape, row, layer))
+    if shapes:
+        raise ValueError(f"format {table.name} has no row for the parameters {', '.join(sorted(shapes))}")
+    return tensors
+
+
+def gather(weights: Weights, tensor: OutsideTensor) -> np.ndarray:
+    """An outside tensor made of our parameters, in the dtype they are stored in."""
+    parts = [to_outside(tensor.row.layout, weights.read(part, tensor.layer)) for part in tensor.row.parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def read_parameter(weights: Weights, path: str) -> np.ndarray:
+    """A whole parameter in float32, layers stacked; holds one block besides the result."""
+    shape = parameter_shapes(weights.config)[path]
+    if not is_stacked(path):
+        return np.ascontiguousarray(weights.read(path, None), dtype=np.float32)
+    stacked = np.empty(shape, np.float32)
+    for layer in range(shape[0]):
+        stacked[layer] = weights.read(path, layer)
+    return stacked

@@ -1,0 +1,298 @@
+"""Caching and packing on Beam, end to end; what is reused, what is refused, and what a failure leaves behind."""
+
+import functools
+import json
+import logging
+import shutil
+
+import gin
+import numpy as np
+import pytest
+import seqio
+
+from qwen_jax.data import cache, packing
+from qwen_jax.data.loader import ExampleLoader
+from qwen_jax.data.sources import Corpus, DocumentSource, documents, in_validation
+from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.data.vocabulary import QwenVocabulary
+
+LENGTH = 32
+THREADS = ("--runner=FnApiRunner", "--direct_running_mode=multi_threading", "--direct_num_workers=3")
+
+
+def _texts(registry, task: str, split: str) -> list[str]:
+    texts = [document["text"] for document in documents(registry.files[task])]
+    return [text for text in texts if in_validation(text, 0.2) == (split == "validation")]
+
+
+def _files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def add_task(registry):
+    """Registers a task over given files, or any source, until the end of the test."""
+    names = []
+
+    def add(name, source_or_files, *, share=0.0, vocabulary=None, **changes):
+        source = source_or_files
+        if not isinstance(source, seqio.DataSource):
+            source = DocumentSource(functools.partial(Corpus, source_or_files, validation_share=share))
+        features = registry.plain
+        if vocabulary:
+            features = {"targets": seqio.Feature(vocabulary, add_eos=True, dtype=features["targets"].dtype)}
+        settings = {
+            "source": source, "preprocessors": registry.steps(seqio.preprocessors.append_eos),
+            "output_features": features,
+        }
+        seqio.TaskRegistry.add(name, **(settings | changes))
+        names.append(name)
+
+    yield add
+    for name in names:
+        seqio.TaskRegistry.remove(name)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_packed_examples_hold_every_document_once(registry, cache_dir, split):
+    tokenizer = Tokenizer(registry.vocabulary.tokenizer.path)
+    manifest = packing.Manifest.load(packing.packed_folder(cache_dir, "test_a", LENGTH, split))
+    texts = _texts(registry, "test_a", split)
+    assert manifest.documents == len(texts)
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
+    assert manifest.tokens == manifest.loss_tokens == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert (manifest.vocab_size, manifest.vocabulary_fingerprint) == (600, tokenizer.fingerprint)
+    assert [column.dtype for column in manifest.columns] == ["uint16", "uint8"]
+    loader = ExampleLoader(
+        "test_a", cache_dir=cache_dir, sequence_length=LENGTH, split=split, shuffle=False, repeat=False
+    )
+    batch = loader.read(0, len(loader))
+    stream = batch["tokens"][batch["loss_weights"] == 1].tolist()
+    found = tokenizer.decode(stream).split("<|endoftext|>")
+    assert sorted(found) == sorted([*texts, ""])
+
+
+def test_the_mixture_of_cached_tasks(cache_dir):
+    loader = ExampleLoader("test_mixture", cache_dir=cache_dir, sequence_length=LENGTH)
+    assert loader.rates == {"test_a": 0.7, "test_b": 0.3}
+    assert loader.read(0, 20)["tokens"].shape == (20, LENGTH)
+
+
+def test_loss_weights_of_a_task_are_kept(registry, cache_dir):
+    loader = ExampleLoader("test_chat", cache_dir=cache_dir, sequence_length=LENGTH, repeat=False, shuffle=False)
+    batch = loader.read(0, len(loader))
+    # In each document loss is on every second token.
+    position = 0
+    for token, weight in zip(batch["tokens"].ravel(), batch["loss_weights"].ravel(), strict=True):
+        if position == 0 and token == registry.vocabulary.eos_id:
+            break  # filling
+        assert weight == position % 2
+        position = 0 if token == registry.vocabulary.eos_id else position + 1
+    manifest = packing.Manifest.load(packing.packed_folder(cache_dir, "test_chat", LENGTH, "train"))
+    assert 0.4 < manifest.loss_tokens / manifest.tokens < 0.5
+
+
+def test_seqio_reads_the_cache(registry, cache_dir, monkeypatch):
+    monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [str(cache_dir)])
+    task = seqio.get_mixture_or_task("test_b").replace(name="test_b")
+    dataset = task.get_dataset(sequence_length=None, split="train", use_cached=True, shuffle=False)
+    found = [registry.vocabulary.decode(example["targets"]) for example in dataset.as_numpy_iterator()]
+    assert sorted(found) == sorted(text + "<|endoftext|>" for text in _texts(registry, "test_b", "train"))
+    assert task.get_cached_stats("train")["examples"] == len(found)
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(registry, cache_dir, tmp_path):
+    prepared = cache.prepare(
+        "test_a", cache_dir=tmp_path, sequence_length=LENGTH, num_shards=3, beam_options=THREADS
+    )
+    assert [one.folder.name for one in prepared] == ["train", "validation"]
+    assert _files(tmp_path / "test_a" / "packed-32") == _files(cache_dir / "test_a" / "packed-32")
+
+
+def test_complete_data_is_used_again(registry, cache_dir, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "_pipeline", None)
+    before = _files(cache_dir)
+    with caplog.at_level(logging.INFO, "qwen_jax"):
+        prepared = cache.prepare("test_a", cache_dir=cache_dir, sequence_length=LENGTH)
+    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
+        "test_a: cached already", "test_a train, length 32: packed already",
+        "test_a validation, length 32: packed already",
+    ]
+    assert prepared[0].manifest.documents > 0 and _files(cache_dir) == before
+
+
+def test_packing_goes_on_after_the_last_finished_shard(registry, cache_dir, tmp_path, monkeypatch):
+    shutil.copytree(cache_dir / "test_a", tmp_path / "test_a", ignore=shutil.ignore_patterns("packed-*"))
+    write_shard, written = packing.write_shard, []
+
+    def fail_at_third(path, *args, **kwargs):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write_shard(path, *args, **kwargs)
+
+    monkeypatch.setattr(packing, "write_shard", fail_at_third)
+    prepare = functools.partial(
+        cache.prepare, "test_a", cache_dir=tmp_path, sequence_length=LENGTH, splits=("train",), num_shards=3
+    )
+    with pytest.raises(BaseException, match="KeyboardInterrupt|^$"):
+        prepare()
+    folder = packing.packed_folder(tmp_path, "test_a", LENGTH, "train")
+    assert not (folder / packing.MANIFEST).exists() and len(written) == 2
+    with pytest.raises(FileNotFoundError):
+        ExampleLoader("test_a", cache_dir=tmp_path, sequence_length=LENGTH)
+
+    def record(path, *args, **kwargs):
+        written.append(path.name)
+        return write_shard(path, *args, **kwargs)
+
+    monkeypatch.setattr(packing, "write_shard", record)
+    prepare()
+    assert len(written) == len(set(written)) == 3
+    assert _files(folder) == _files(packing.packed_folder(cache_dir, "test_a", LENGTH, "train"))
+
+
+def test_another_length_needs_no_new_tokenizing(registry, cache_dir, tmp_path, caplog):
+    shutil.copytree(cache_dir / "test_a", tmp_path / "test_a")
+    with caplog.at_level(logging.INFO, "qwen_jax"):
+        prepared = cache.prepare("test_a", cache_dir=tmp_path, sequence_length=8, splits=("train",))
+    assert "tokenizing" not in caplog.text
+    assert prepared[0].manifest.sequence_length == 8 and len(prepared[0].manifest.shards) == 1
+
+
+def test_data_made_from_something_else_is_refused(registry, cache_dir, tmp_path, add_task):
+    prepare = functools.partial(cache.prepare, cache_dir=cache_dir, sequence_length=LENGTH)
+    with pytest.raises(ValueError, match=r"packed with seed 0 \(asked for: 7\): delete that folder"):
+        prepare("test_a", seed=7)
+    with pytest.raises(ValueError, match=r"other shards than 5 .*delete that folder"):
+        prepare("test_a", num_shards=5)
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "a"}\n')
+    add_task("changing", [path])
+    prepare = functools.partial(
+        cache.prepare, "changing", cache_dir=tmp_path / "cache", sequence_length=LENGTH, splits=("train",)
+    )
+    prepare()
+    path.write_text('{"text": "a longer corpus"}\n')
+    with pytest.raises(ValueError, match=r"changing was made with another corpus \(file_bytes 14; asked for: 28\)"):
+        prepare()
+    seqio.TaskRegistry.remove("changing")
+    path.write_text('{"text": "a"}\n')
+    other = tmp_path / "other.tiktoken"
+    shutil.copy(registry.vocabulary.tokenizer.path, other)
+    with other.open("ab") as file:
+        file.write(b"enp6eg== 392\n")
+    seqio.TaskRegistry.add(
+        "changing",
+        source=DocumentSource(functools.partial(Corpus, [path], validation_share=0.0)),
+        preprocessors=registry.steps(seqio.preprocessors.append_eos),
+        output_features={"targets": seqio.Feature(QwenVocabulary(other), dtype=registry.plain["targets"].dtype)},
+    )
+    with pytest.raises(ValueError, match=r"made with another vocabulary \(600 ids, .*; asked for: 601 ids"):
+        prepare()
+    path.unlink()
+
+
+def test_a_cache_outlives_its_corpus(registry, tmp_path, add_task, caplog):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "a"}\n')
+    add_task("gone", [path])
+    prepare = functools.partial(
+        cache.prepare, "gone", cache_dir=tmp_path / "cache", sequence_length=LENGTH, splits=("train",)
+    )
+    prepare()
+    path.unlink()
+    assert prepare()[0].manifest.documents == 1
+    assert "corpus is not at hand" in caplog.text
+
+
+def test_no_documents_leave_nothing(tmp_path, add_task):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n")
+    add_task("empty", [path])
+    with pytest.raises(ValueError, match="task empty yields no document in split 'train'"):
+        cache.prepare("empty", cache_dir=tmp_path / "cache", sequence_length=LENGTH)
+    assert not _files(tmp_path / "cache") and not (tmp_path / "cache" / "empty").exists()
+
+
+def test_a_malformed_corpus_is_named_and_leaves_nothing(tmp_path, add_task):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": \n')
+    add_task("malformed", [path])
+    with pytest.raises(Exception, match=r"corpus\.jsonl:2: not JSON"):
+        cache.prepare("malformed", cache_dir=tmp_path / "cache", sequence_length=LENGTH)
+    assert not (tmp_path / "cache" / "malformed").exists()
+
+
+def test_a_split_without_documents_keeps_the_other(registry, tmp_path, add_task):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "only"}\n')
+    add_task("one_document", [path])
+    prepare = functools.partial(cache.prepare, "one_document", cache_dir=tmp_path, sequence_length=LENGTH)
+    with pytest.raises(ValueError, match=r"split 'validation': .*leave the split out \(--splits\)"):
+        prepare()
+    assert prepare(splits=("train",))[0].manifest.documents == 1
+
+
+def test_a_split_that_a_task_lacks(registry, tmp_path, add_task, caplog):
+    import tensorflow as tf
+
+    def texts(split, shuffle_files, seed=None):
+        return tf.data.Dataset.from_tensor_slices({"text": ["", "one", "two"]})
+
+    add_task("train_only", seqio.FunctionDataSource(texts, splits=["train"]))
+    prepared = cache.prepare("train_only", cache_dir=tmp_path, sequence_length=LENGTH)
+    assert [one.manifest.split for one in prepared] == ["train"]
+    assert prepared[0].manifest.documents == 2  # the one without text is left out
+    assert "train_only has no split validation: left out" in caplog.text
+    with pytest.raises(ValueError, match="none of the splits test; it has train"):
+        cache.prepare("train_only", cache_dir=tmp_path, sequence_length=LENGTH, splits=("test",))
+
+
+def test_tasks_that_cannot_be_packed(registry, tmp_path, add_task):
+    import tensorflow as tf
+
+    path = registry.files["test_a"][0]
+    add_task("no_placeholder", [path], preprocessors=registry.steps(None)[:2])
+    add_task("no_targets", [path], output_features={"inputs": registry.plain["targets"]})
+    add_task("other_vocabulary", [path], vocabulary=seqio.ByteVocabulary())
+
+    def add_weights(dataset):
+        return dataset.map(lambda example: example | {"loss_weights": tf.constant([1, 2])})
+
+    add_task("bad_weights", [path], preprocessors=registry.steps(add_weights))
+    for name, message in {
+        "no_placeholder": r"no seqio\.CacheDatasetPlaceholder\(\) among its preprocessors",
+        "no_targets": "has the features inputs: packing needs one called 'targets'",
+        "other_vocabulary": "uses ByteVocabulary: packing needs a QwenVocabulary",
+        "bad_weights": r"'loss_weights' must have one 0 or 1 for each of the \d+ tokens",
+        "misspelt": "'misspelt' is neither a task nor a mixture; there are .*test_a",
+    }.items():
+        with pytest.raises(Exception, match=message):
+            cache.prepare(name, cache_dir=tmp_path, sequence_length=LENGTH, splits=("train",))
+
+
+def test_a_worker_elsewhere_gets_the_configuration(registry, vocabulary_file):
+    gin.parse_config(f"vocabulary_path.path = '{vocabulary_file}'")
+    setup = cache._WorkerSetup(("tasks",), gin.config_str(), "python_corpus", Tokenizer(vocabulary_file).fingerprint)
+    gin.clear_config()
+    try:
+        setup()
+        assert gin.config_str() == ""  # the launcher itself keeps what it has
+        elsewhere = cache.dataclasses.replace(setup, launcher="elsewhere")
+        elsewhere()
+        vocabulary = seqio.TaskRegistry.get("python_corpus").output_features["targets"].vocabulary
+        assert vocabulary.vocab_size == 600
+        with pytest.raises(RuntimeError, match="put the same file on every worker"):
+            cache.dataclasses.replace(elsewhere, fingerprint="f00d")()
+    finally:
+        gin.clear_config()
+        logging.getLogger("absl").setLevel(logging.NOTSET)
+
+
+def test_manifest_says_what_it_was_made_from(registry, cache_dir):
+    description = json.loads((cache_dir / "test_a" / "description.json").read_text())
+    manifest = packing.Manifest.load(packing.packed_folder(cache_dir, "test_a", LENGTH, "train"))
+    assert description["splits"] == ["train", "validation"]
+    assert description["source"] == manifest.source and manifest.source["files"] == 1
+    assert np.sum([shard.documents for shard in manifest.shards]) == manifest.documents

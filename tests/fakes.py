@@ -1,0 +1,36 @@
+"""Examples made by arithmetic, for tests of the loop that need no corpus."""
+
+import numpy as np
+
+from qwen_jax.models.config import ModelConfig
+
+
+class FakeExamples:
+    """Rows that are a function of their index: runs of a seeded arithmetic sequence, learnable in a few steps."""
+
+    def __init__(self, length=16, vocab_size=61, count=400, repeat=True, seed=0):
+        self.length, self.vocab_size, self.count, self.repeat, self.seed = length, vocab_size, count, repeat, seed
+        self.bytes_per_token = 2.0
+        self.fingerprint = f"fake-{seed}-{length}-{vocab_size}"
+        self.reads: list[tuple[int, int]] = []
+
+    def __len__(self):
+        return self.count
+
+    def read(self, start, stop):
+        self.reads.append((start, stop))
+        assert self.repeat or stop <= self.count
+        rows = np.arange(start, stop)[:, None]
+        tokens = (rows * 7 + self.seed + np.arange(self.length) * (1 + rows % 3)) % self.vocab_size
+        weights = np.ones(tokens.shape, np.float32)
+        weights[rows[:, 0] % 5 == 0, : self.length // 2] = 0.0
+        return {"tokens": tokens.astype(np.int32), "loss_weights": weights}
+
+
+def small_model(**changes) -> ModelConfig:
+    """A float32 model whose every axis divides by 8 devices in any layout."""
+    values = dict(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, ffn_size=48, head_dim=8, max_length=64,
+        dtype="float32", remat="none",
+    )
+    return ModelConfig(**{**values, **changes})

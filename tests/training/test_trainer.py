@@ -1,0 +1,198 @@
+"""The loop: it learns, resumes bit for bit, compiles once, survives damaged checkpoints, refuses foreign ones."""
+
+import json
+import math
+import shutil
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax.models.transformer import Qwen, abstract_params
+from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    load_params,
+    save_params,
+    write_run_files,
+)
+from qwen_jax.training.metrics import read_metrics
+from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.trainer import LoopConfig, Trainer, TrainingDiverged
+from tests.fakes import FakeExamples, small_model
+
+LOOP = LoopConfig(
+    train_steps=12, batch_size=8, sequence_length=16, log_every=1, eval_every=5, checkpoint_every=4, keep_checkpoints=2
+)
+
+
+def trainer(folder, loop=LOOP, layout=(1, 1, 1), model=None, data=None, initial=None, learning_rate=1e-2):
+    config = model or small_model()
+    mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+    made = Trainer(
+        Qwen(config), next_token_loss, OptimizerConfig(learning_rate, warmup_steps=2), loop, mesh,
+        data or FakeExamples(), FakeExamples(count=13, repeat=False), folder, initial,
+    )
+    write_run_files(folder, config, None)
+    return made
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in read_metrics(folder) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    folder.mkdir()
+    result = trainer(folder).run()
+    return folder, result
+
+
+def test_it_learns_and_writes_every_metric(unbroken):
+    folder, result = unbroken
+    rows = read_metrics(folder)
+    assert losses(folder).keys() == set(range(1, 13)) and losses(folder)[12] < losses(folder)[1] - 0.5
+    evaluations = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 5, 10, 12]
+    for row in evaluations:
+        assert row["eval/perplexity"] == pytest.approx(math.exp(row["eval/loss"]))
+        assert row["eval/bits_per_byte"] == pytest.approx(row["eval/loss"] / math.log(2) / 2.0)
+    last = [row for row in rows if "loss" in row][-1]
+    assert {"accuracy", "gradient_norm", "learning_rate", "tokens_per_second", "data_wait"} <= last.keys()
+    assert result["step"] == 12 and list((folder / "tensorboard").glob("events*"))
+
+
+def test_only_the_newest_checkpoints_are_kept(unbroken):
+    folder, _ = unbroken
+    assert Checkpoints(folder).steps() == [8, 12]
+
+
+def test_a_run_that_stopped_goes_on_bit_for_bit(unbroken, tmp_path):
+    folder, _ = unbroken
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoints" / "12")
+    # What a kill leaves: rows after the checkpoint, the last of them cut short.
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')
+    resumed = trainer(copy)
+    assert resumed.start_step == 8 and resumed.next_example == 64
+    resumed.run()
+    assert losses(copy) == losses(folder)
+    for one, other in zip(
+        jax.tree.leaves(load_params(copy)[1]), jax.tree.leaves(load_params(folder)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    steps = [row["step"] for row in read_metrics(copy) if "loss" in row]
+    assert steps == sorted(set(steps))
+
+
+def test_a_run_goes_on_on_another_mesh(unbroken, tmp_path):
+    folder, _ = unbroken
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoints" / "12")
+    trainer(copy, layout=(2, 2, 2)).run()
+    for step, loss in losses(folder).items():
+        assert losses(copy)[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_step_compiles_once(tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    (tmp_path / "run").mkdir()
+    run = trainer(tmp_path / "run")
+    assert compiled, "the listener hears compilations"
+    compiled.clear()
+    run.run()
+    assert not compiled
+
+
+def newest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "file missing", "metadata missing"])
+def test_the_last_good_checkpoint_is_used(unbroken, tmp_path, damage, caplog):
+    folder, _ = unbroken
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    bad = copy / "checkpoints" / "12"
+    if damage == "truncated":
+        file = newest_file(bad / "params")
+        with open(file, "r+b") as opened:
+            opened.truncate(file.stat().st_size // 2)
+    elif damage == "file missing":
+        newest_file(bad / "optimizer").unlink()
+    else:
+        (bad / "_CHECKPOINT_METADATA").unlink()
+    caplog.set_level("WARNING")
+    resumed = trainer(copy)
+    assert resumed.start_step == 8
+    assert str(bad) in caplog.text and (copy / "checkpoints" / "unreadable-12").is_dir()
+    resumed.run()
+    assert losses(copy) == losses(folder)
+
+
+def test_when_no_checkpoint_can_be_read_all_are_named(unbroken, tmp_path):
+    folder, _ = unbroken
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for step in ("8", "12"):
+        newest_file(copy / "checkpoints" / step / "params").unlink()
+    with pytest.raises(CheckpointError, match="checkpoints/12.*checkpoints/8"):
+        trainer(copy)
+    assert (copy / "checkpoints" / "8").is_dir()
+
+
+def test_other_data_is_refused(unbroken, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(unbroken[0], copy)
+    with pytest.raises(CheckpointError, match="other data.*INITIAL_CHECKPOINT"):
+        trainer(copy, data=FakeExamples(seed=1))
+
+
+def test_a_new_run_starts_from_the_weights_of_another(unbroken, tmp_path):
+    folder, _ = unbroken
+    (tmp_path / "run").mkdir()
+    begun = trainer(tmp_path / "run", initial=folder, layout=(1, 2, 1))
+    assert begun.start_step == 0
+    for one, other in zip(
+        jax.tree.leaves(begun.state.params), jax.tree.leaves(load_params(folder)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(CheckpointError, match="num_layers 3 here, 2 there"):
+        trainer(tmp_path / "run", initial=folder, model=small_model(num_layers=3))
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_after(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(TrainingDiverged, match="PEAK_LEARNING_RATE"):
+        trainer(tmp_path / "run", learning_rate=1e30).run()
+    saved = Checkpoints(tmp_path / "run").steps()
+    assert not saved or max(saved) < max(row["step"] for row in read_metrics(tmp_path / "run"))
+
+
+def test_weights_alone_are_saved_whole_or_not_at_all(tmp_path):
+    config = small_model()
+    shapes = nn.meta.unbox(abstract_params(Qwen(config)))
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
+    save_params(tmp_path / "w", config, params, None)
+    loaded_config, loaded = load_params(tmp_path / "w")
+    assert loaded_config == config and loaded["output"].dtype == np.float32
+    assert all(np.all(leaf == 0.5) for leaf in jax.tree.leaves(loaded))
+    with pytest.raises(CheckpointError, match="not empty"):
+        save_params(tmp_path / "w", config, params, None)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+        load_params(tmp_path / "w", step=7)
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        load_params(tmp_path)
+    (tmp_path / "w" / "model_config.json").write_text(json.dumps({"vocab_size": 3}))
+    with pytest.raises(CheckpointError, match="model_config.json"):
+        load_params(tmp_path / "w")

@@ -1,0 +1,91 @@
+"""Converts a checkpoint between our run folders and the formats that other software loads; see docs/convert.md."""
+
+import argparse
+import os
+from pathlib import Path
+
+# Converting needs no accelerator, and must not take the memory of one that is training.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from qwen_jax import command_line  # noqa: E402
+from qwen_jax.conversion.load import FORMAT_NAMES, convert  # noqa: E402
+from qwen_jax.conversion.tokenizer import TOKENIZER_FILE  # noqa: E402
+
+EXAMPLES = """\
+formats:
+  orbax   our run folder (OUTPUT_DIR of a run: its newest checkpoint), or OUTPUT_DIR/checkpoints/STEP
+  qwen    QWenLMHeadModel, as Qwen was released in 2023
+  qwen2   Qwen2ForCausalLM, which transformers, vLLM, SGLang and llama.cpp's converter read with no code of ours
+
+examples:
+  # serve a run
+  python tools/convert_checkpoint.py --from orbax:runs/sft --to qwen2:exports/sft --dtype bfloat16
+  # train on from released weights
+  python tools/convert_checkpoint.py --from qwen:Qwen-7B --to orbax:runs/qwen_7b
+  # give released weights to a current server, in files of at most 2 GB
+  python tools/convert_checkpoint.py --from qwen:Qwen-7B --to qwen2:exports/qwen_7b --max_shard_size 2GB
+"""
+
+def loading(name: str, folder: Path) -> str:
+    """Lines of Python that load what was written."""
+    lines = ["from qwen_jax.conversion import load_pretrained", f'model, params = load_pretrained("{folder}")']
+    if name == "qwen2":
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")',
+        ]
+        if (folder / TOKENIZER_FILE).is_file():
+            lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
+    return "\n".join(["load it:", *("  " + line for line in lines)])
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are those of the program: one line, without the usage."""
+
+    def error(self, message: str):
+        """Raises ValueError."""
+        raise ValueError(f"{message}; see --help")
+
+
+def located(text: str) -> tuple[str, str]:
+    """FORMAT and PATH of `FORMAT:PATH`."""
+    name, colon, path = text.partition(":")
+    if not colon or not path or name not in FORMAT_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FORMAT:PATH with FORMAT one of {', '.join(FORMAT_NAMES)}")
+    return name, path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Converts as the command line says, and prints what was written and how to load it.
+
+    Raises:
+      as `qwen_jax.conversion.convert`, which leaves nothing behind then.
+    """
+    parser = Parser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from", dest="source", type=located, required=True, metavar="FORMAT:PATH", help="to read")
+    parser.add_argument(
+        "--to", dest="target", type=located, required=True, metavar="FORMAT:PATH",
+        help="what to write; the folder must not exist, or be empty",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"),
+        help="of the written weights (default: that of the source; float32 from orbax, and always to orbax)",
+    )
+    parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (default: %(default)s)")
+    parser.add_argument("--tokenizer", metavar="FILE.tiktoken", help="default: the tokenizer that the source has")
+    parsed = parser.parse_args(arguments)
+    (source_format, source), (target_format, target) = parsed.source, parsed.target
+    written = convert(
+        source_format, source, target_format, target, parsed.dtype, parsed.max_shard_size, parsed.tokenizer
+    )
+    print(f"wrote {target_format} to {target}:")
+    for file in sorted(written.iterdir()):
+        size = sum(path.stat().st_size for path in [file, *file.rglob("*")] if path.is_file())
+        print(f"  {file.name:<36}{size:>16,} bytes")
+    print(loading(target_format, Path(target)))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
