@@ -108,7 +108,7 @@ def _parse(parse: Callable[[], None], where: str) -> None:
         parse()
     except (ValueError, SyntaxError, OSError, AttributeError) as error:
         message = str(error).splitlines()[0]
-        known = [name.split(".")[-1] for name in gin.config._REGISTRY] if "No configurable" in message else ()
+        known = [made.name for _, made in gin.config._REGISTRY.items()] if "No configurable" in message else ()
         wrong = message.split("'")[1] if message.count("'") >= 2 else ""
         raise ConfigurationError(f"{where}: {message}{_suggestion(wrong, known)}") from error
 
@@ -122,19 +122,14 @@ def _check_macros(from_flags: Sequence[str]) -> None:
     """Names macros that are used and not set, and flags that set a macro that nothing uses."""
     config = gin.config._CONFIG
     macros = {scope for scope, selector in config if selector == "gin.macro" and scope}
-    used = set()
-    for reference in gin.config.iterate_references(config):
-        if reference.selector == "gin.macro":
-            used.add("/".join(reference.config_key[0].split("/")))
+    references = gin.config.iterate_references(config)
+    used = {reference.config_key[0] for reference in references if reference.selector == "gin.macro"}
     for name in from_flags:
         if "." not in name and name not in used:
             raise ConfigurationError(
                 f"--gin.{name}: nothing in the gin files uses {name}.{_suggestion(name, used)} "
                 f"Macros in use: {', '.join(sorted(used)) or 'none; was a --gin_file forgotten?'}"
             )
-    for name in sorted(used - macros - {"gin.REQUIRED"}):
-        raise ConfigurationError(f"{name} is not set: add --gin.{name}=VALUE, or the gin file that sets it")
-    for name in sorted(used & macros):
-        value = config[name, "gin.macro"].get("value")
-        if getattr(value, "selector", None) == "gin.macro" and value.config_key[0] == "gin.REQUIRED":
-            raise ConfigurationError(f"{name} is not set: add --gin.{name}=VALUE")
+    for name in sorted(used):
+        if name not in macros or repr(config[name, "gin.macro"].get("value")) == "%gin.REQUIRED":
+            raise ConfigurationError(f"{name} is not set: add --gin.{name}=VALUE, or the gin file that sets it")

@@ -1,9 +1,9 @@
 """Checkpoints between our run folders and the formats that others read, exact in both directions.
 
-`load_pretrained` gives the model and the parameters of a run folder or of a Hugging Face folder; `convert` writes one
-as the other (`tools/convert_checkpoint.py` on the command line).
+`load_pretrained` gives the model and the parameters of a run folder or of a Hugging Face folder, `load_tokenizer` its
+tokenizer; `convert` writes one as the other (`tools/convert_checkpoint.py` on the command line).
 """
 
-from qwen_jax.conversion.load import convert, detect_format, load_pretrained
+from qwen_jax.conversion.load import convert, detect_format, load_pretrained, load_tokenizer
 
-__all__ = ["convert", "detect_format", "load_pretrained"]
+__all__ = ["convert", "detect_format", "load_pretrained", "load_tokenizer"]

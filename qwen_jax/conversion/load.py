@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from qwen_jax.conversion.mapping import (
     parameter_shapes,
     read_parameter,
 )
-from qwen_jax.conversion.tokenizer import recover_ranks, write_tokenizer
+from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ranks, write_tokenizer
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen
@@ -121,6 +122,21 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32") -> tuple[Qw
     # On a terminal only: this is a library call.
     names = tqdm(parameter_shapes(weights.config), desc="parameters", disable=None)
     return model, unflatten_dict({name: jnp.asarray(read_parameter(weights, name)) for name in names}, sep="/")
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer that a folder in any known format carries.
+
+    Raises:
+      FileNotFoundError, ValueError: the folder is no model, has no tokenizer, or not Qwen's.
+    """
+    in_run = detect_format(path) == ORBAX
+    with tempfile.TemporaryDirectory() as scratch:
+        ranks = checkpoints.tokenizer_path(path) if in_run else recover_ranks(path, scratch)
+        if ranks is None:
+            wanted = checkpoints.TOKENIZER_FILE if in_run else f"{RANKS_FILE} or {TOKENIZER_FILE}"
+            raise FileNotFoundError(f"{path} has no tokenizer: put the one it was trained with there as {wanted}")
+        return Tokenizer(ranks)
 
 
 def convert(

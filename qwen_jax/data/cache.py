@@ -32,7 +32,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from seqio import beam_utils
 
 from qwen_jax.data import packing
-from qwen_jax.data.vocabulary import QwenVocabulary
+from qwen_jax.data.vocabulary import QwenVocabulary, vocabulary_path
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,9 @@ def prepare(
     for task in _tasks(mixture_or_task):
         vocabulary = _check_task(task, splits)
         folder = Path(cache_dir, *task.name.split(":"))
-        setup = _WorkerSetup(tuple(task_modules), gin.config_str(), task.name, vocabulary.fingerprint)
+        setup = _WorkerSetup(
+            tuple(task_modules), gin.config_str(), vocabulary_path(), task.name, vocabulary.fingerprint
+        )
         wanted = [split for split in splits if split in task.splits]
         description = _cache_task(task, wanted, folder, beam_options, setup)
         for split in wanted:
@@ -158,10 +160,11 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup")
     missing = [split for split in splits if split not in done]
     try:
         description = _describe(task, vocabulary)
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
+        # The user names no corpus, so the cache is what is meant. A corpus that is named must be there.
         if found is None or missing:
             raise
-        logger.warning("%s: its corpus is not at hand, so the cache is used unchecked (%s)", task.name, error)
+        logger.warning("%s: no corpus is named, so the cache is used unchecked (%s)", task.name, error)
         description = found | {"vocabulary": {"size": vocabulary.vocab_size, "fingerprint": vocabulary.fingerprint}}
     if found is not None:
         _check_same(folder, found, description)
@@ -272,6 +275,7 @@ class _WorkerSetup:
 
     task_modules: tuple[str, ...]
     gin_config: str
+    vocabulary_path: str | None
     task: str
     fingerprint: str
     launcher: str = _THIS_PROCESS
@@ -284,7 +288,10 @@ class _WorkerSetup:
         for module in self.task_modules:
             importlib.import_module(module)
         with gin.unlock_config():
+            # What belongs to models and training is unknown here. The path may have been computed by a function of
+            # theirs, so it is bound as a value.
             gin.parse_config(self.gin_config, skip_unknown=True)
+            gin.bind_parameter("vocabulary_path.path", self.vocabulary_path)
         vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
         if vocabulary.fingerprint != self.fingerprint:
             raise RuntimeError(

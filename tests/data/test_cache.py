@@ -273,8 +273,11 @@ def test_tasks_that_cannot_be_packed(registry, tmp_path, add_task):
 
 
 def test_a_worker_elsewhere_gets_the_configuration(registry, vocabulary_file):
-    gin.parse_config(f"vocabulary_path.path = '{vocabulary_file}'")
-    setup = cache._WorkerSetup(("tasks",), gin.config_str(), "python_corpus", Tokenizer(vocabulary_file).fingerprint)
+    """Also where the path was computed by a function that the worker does not know, as in gin/runs/pretrain.gin."""
+    config = "vocabulary_path.path = %PATH\nPATH = @unknown_here()\npython_corpus.max_bytes = 1234"
+    setup = cache._WorkerSetup(
+        ("tasks",), config, str(vocabulary_file), "python_corpus", Tokenizer(vocabulary_file).fingerprint
+    )
     gin.clear_config()
     try:
         setup()
@@ -283,6 +286,7 @@ def test_a_worker_elsewhere_gets_the_configuration(registry, vocabulary_file):
         elsewhere()
         vocabulary = seqio.TaskRegistry.get("python_corpus").output_features["targets"].vocabulary
         assert vocabulary.vocab_size == 600
+        assert gin.query_parameter("python_corpus.max_bytes") == 1234
         with pytest.raises(RuntimeError, match="put the same file on every worker"):
             cache.dataclasses.replace(elsewhere, fingerprint="f00d")()
     finally:

@@ -1,0 +1,46 @@
+# make demo    the main job, start to end, on this machine
+# make test    lint and tests
+# Both first make .venv from requirements.txt; a second call reuses it.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The first of these that is Python 3.11 or 3.12; override with PYTHON=…
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: demo test test-slow lint lock clean
+
+demo: $(VENV)/installed
+	$(PY) tools/demo.py
+
+test: $(VENV)/installed-test lint
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-test
+	$(PY) -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+
+# --no-deps: the lock is complete, and t5 asks for nightlies that would overwrite seqio and tensorflow-datasets.
+$(VENV)/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or 3.12 on the PATH, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# torch, for the comparisons in the tests alone, with its own dependencies (its CPU build needs them). Python 3.11 only:
+# on 3.12 it would bring gigabytes of CUDA packages, and the tests that need it skip.
+$(VENV)/installed-test: $(VENV)/installed
+	if $(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+		$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet -c requirements.txt torch==2.13.0; fi
+	touch $@
+
+# Needs uv. Resolves for Python 3.11 and 3.12 at once; pyproject.toml holds the overrides.
+lock:
+	uv pip compile --universal --python-version 3.11 --extra test --no-emit-package torch --no-annotate --no-header \
+		pyproject.toml -o requirements.txt
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,221 @@
+"""`python -m qwen_jax.train` as a user starts it: real processes, killed, stopped, misconfigured."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax.training.checkpoints import load_params
+from qwen_jax.training.metrics import read_metrics
+
+SETTINGS = {
+    "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 4, "TRAIN_STEPS": 40, "WARMUP_STEPS": 5,
+    "CHECKPOINT_EVERY": 4, "EVAL_EVERY": 20, "EVAL_BATCHES": 2, "LOG_EVERY": 1, "DROPOUT": 0.1,
+    "ModelConfig.vocab_size": 512, "ModelConfig.hidden_size": 32, "ModelConfig.num_layers": 2,
+    "ModelConfig.num_heads": 2, "ModelConfig.head_dim": 16, "ModelConfig.ffn_size": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of small documents, and a vocabulary trained on it."""
+    folder = tmp_path_factory.mktemp("train")
+    words = random.Random(0)
+    (folder / "text").mkdir()
+    for index in range(60):
+        lines = [" ".join(words.choices("the cat sat on a mat and 1984".split(), k=9)) for _ in range(12)]
+        (folder / "text" / f"{index}.txt").write_text(".\n".join(lines))
+    (folder / "text" / "long.txt").write_text("some other words that are here for the sake of merges " * 40)
+    subprocess.run(
+        [sys.executable, "tools/build_tokenizer.py", "--input", folder / "text", "--size", "512", "--output",
+         folder / "small.tiktoken"], check=True, capture_output=True,
+    )
+    return folder
+
+
+def command(corpus, output, **changes):
+    settings = {
+        **SETTINGS, "OUTPUT_DIR": output, "CACHE_DIR": corpus / "cache", "VOCABULARY": corpus / "small.tiktoken",
+        "local_files.pattern": corpus / "text", "local_files.validation_share": 0.2, **changes,
+    }
+    return [
+        sys.executable, "-m", "qwen_jax.train", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
+        *(f"--gin.{name}={value}" for name, value in settings.items() if value is not None),
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus, plain_environment):
+    output = corpus / "unbroken"
+    done = subprocess.run(command(corpus, output), env=plain_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def losses(output):
+    return [(row["step"], row["loss"]) for row in read_metrics(output) if "loss" in row]
+
+
+def assert_same_run(output, reference):
+    assert losses(output) == losses(reference)
+    for one, other in zip(
+        jax.tree.leaves(load_params(output)[1]), jax.tree.leaves(load_params(reference)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_learns_and_says_so(unbroken):
+    output, done = unbroken
+    history = losses(output)
+    assert [step for step, _ in history] == list(range(1, 41)) and history[-1][1] < history[0][1] - 1
+    assert "held-out loss" in done.stderr and "bits per byte" in done.stderr and "step 40" in done.stdout
+    assert {"config.gin", "model_config.json", "tokenizer.tiktoken", "checkpoints", "metrics.jsonl", "tensorboard"} <= {
+        p.name for p in output.iterdir()
+    }
+    assert "TRAIN_STEPS = 40" in (output / "config.gin").read_text()
+
+
+def test_a_finished_run_started_again_changes_nothing(corpus, unbroken, plain_environment, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(unbroken[0], output)
+    done = subprocess.run(command(corpus, output), env=plain_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(output, unbroken[0])
+
+
+def kill_when(process, output, due) -> bool:
+    """Kills with SIGKILL as soon as `due()`; False if the process ended before."""
+    while process.poll() is None:
+        if due():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(corpus, unbroken, plain_environment, tmp_path):
+    """Killed while starting, between saves, and inside saves; each time started again by the same command."""
+    output = tmp_path / "run"
+    checkpoints = output / "checkpoints"
+
+    def steps():
+        return [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()] if checkpoints.exists() else []
+
+    def saving():
+        return any("tmp" in p.name for p in checkpoints.glob("*"))
+
+    def logged():
+        return len(losses(output))
+
+    moments = [
+        lambda: output.exists(),  # before the first step
+        lambda: logged() >= 2,  # before the first save
+        lambda: saving(),  # inside the first save
+        lambda: len(steps()) >= 2 and saving(),  # inside a later save
+        lambda: steps() and logged() >= max(steps()) + 2,  # between two saves
+        lambda: steps() and max(steps()) >= 28 and saving(),
+    ]
+    killed = 0
+    for due in moments:
+        with open(tmp_path / "log", "a") as log:
+            process = subprocess.Popen(command(corpus, output), env=plain_environment, stdout=log, stderr=log)
+            killed += kill_when(process, output, due)
+    assert killed >= 5, (tmp_path / "log").read_text()[-2000:]
+    done = subprocess.run(command(corpus, output), env=plain_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(output, unbroken[0])
+    assert not saving(), "what the killed saves left is gone"
+
+
+def test_sigterm_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp_path):
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(corpus, output, CHECKPOINT_EVERY=1000), env=plain_environment, stderr=subprocess.PIPE, text=True
+    )
+    while not losses(output) if output.exists() else True:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGTERM after step" in stderr
+    stopped = losses(output)[-1][0]
+    assert stopped < 40 and [p.name for p in (output / "checkpoints").iterdir()] == [str(stopped)]
+    done = subprocess.run(command(corpus, output), env=plain_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(output, unbroken[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"OUTPUT_DIR": None}, "OUTPUT_DIR is not set"),
+        ({"TRAIN_STEP": 3}, "Did you mean TRAIN_STEPS"),
+        ({"local_files.pattern": "/nowhere/*.txt"}, "/nowhere"),
+        ({"MIXTURE_OR_TASK": "python_corpsu"}, "python_corpsu"),
+        ({"VOCABULARY": "/nowhere/v.tiktoken"}, "/nowhere/v.tiktoken"),
+        ({"MeshConfig.tensor": 3}, "does not divide 1 device"),
+        ({"BATCH_SIZE": 5, "ACCUMULATION_STEPS": 2}, "multiple of 2"),
+        ({"SEQUENCE_LENGTH": 2048}, "max_length"),
+        ({"ModelConfig.vocab_size": 128}, "the vocabulary has 512 ids and the model 128 rows"),
+        ({"WARMUP_STEPS": 50}, "WARMUP_STEPS"),
+        ({"OUTPUT_DIR": "UNBROKEN", "ModelConfig.num_layers": 3}, "num_layers 3 here, 2 there"),
+        ({"OUTPUT_DIR": "UNBROKEN", "SEED": 1}, "other data"),
+        ({"OUTPUT_DIR": "FOREIGN"}, "holds 'thesis.doc' and is no run"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_one_line_that_says_how_to_mend_it(corpus, unbroken, tmp_path, changes, message, run_main):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.doc").write_text("mine")
+    places = {"UNBROKEN": unbroken[0], "FOREIGN": tmp_path / "foreign"}
+    changes = {name: places.get(value, value) for name, value in changes.items()}
+    before = sorted(p.relative_to(unbroken[0]) for p in unbroken[0].rglob("*"))
+    code, stderr = run_main(command(corpus, tmp_path / "run", **changes)[3:])
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and message in errors[0], stderr
+    assert "Traceback" not in stderr
+    assert sorted(p.relative_to(unbroken[0]) for p in unbroken[0].rglob("*")) == before
+
+
+@pytest.fixture
+def run_main(capsys, monkeypatch):
+    """Runs the entry point in this process (a process each would take minutes), on one device."""
+    import gin
+
+    from qwen_jax import command_line, sharding, train
+
+    one = jax.devices()[:1]
+    monkeypatch.setattr(sharding.jax, "devices", lambda *_: one)
+
+    def run(arguments):
+        gin.clear_config()
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(lambda: train.main(arguments))
+        return ended.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_an_empty_task_is_refused_and_leaves_nothing(tmp_path, corpus, run_main):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("")
+    cache = tmp_path / "cache"
+    code, stderr = run_main(
+        command(corpus, tmp_path / "run", **{"local_files.pattern": tmp_path / "text", "CACHE_DIR": cache})[3:]
+    )
+    assert code == 2 and "local_files" in stderr and "Traceback" not in stderr
+    assert not list(cache.rglob("manifest.json"))
+
+
+def test_metrics_are_json_lines(unbroken):
+    lines = (unbroken[0] / "metrics.jsonl").read_text().splitlines()
+    assert all("step" in json.loads(line) for line in lines) and os.path.getsize(unbroken[0] / "metrics.jsonl") > 1000
