@@ -1,9 +1,11 @@
-"""What every command shares: logging, and short errors in place of tracebacks."""
+"""What every command shares: logging, short errors in place of tracebacks, imports that keep quiet."""
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -23,3 +25,23 @@ def run(main: Callable[[], int | None]) -> None:
         message = str(error).split("In call to configurable")[0]
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what TensorFlow's and Beam's libraries write on import off the screen, unless the import fails."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            written.seek(0)
+            os.write(screen, written.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+            logging.disable(logging.NOTSET)

@@ -11,25 +11,29 @@ from pathlib import Path
 import gin
 import jax
 
-import tasks  # noqa: F401  registers the SeqIO tasks, and the functions that gin files configure in them
-from qwen_jax.command_line import run
+from qwen_jax.command_line import quiet, run
 from qwen_jax.configuration import parse_args
-from qwen_jax.data.cache import prepare
-from qwen_jax.data.loader import ExampleLoader
-from qwen_jax.data.vocabulary import QwenVocabulary
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.checkpoints import (
+    CHECKPOINTS,
     CONFIG_FILE,
     CheckpointError,
     check_same_model,
+    saved_steps,
     write_atomically,
     write_run_files,
 )
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.trainer import LoopConfig, Trainer
+
+with quiet():  # what TensorFlow and Beam write when imported
+    import tasks  # noqa: F401  registers the SeqIO tasks, and the functions that gin files configure in them
+    from qwen_jax.data.cache import prepare
+    from qwen_jax.data.loader import ExampleLoader
+    from qwen_jax.data.vocabulary import QwenVocabulary
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +64,21 @@ def train(
             f"one or raise the other"
         )
     devices = make_mesh(mesh)
-    prepare(mixture_or_task, cache_dir=cache_dir, sequence_length=loop.sequence_length)
     where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length}
+    if not saved_steps(output):
+        # A run that goes on takes its data as they lie (their fingerprint is checked), whatever became of the corpus.
+        prepare(mixture_or_task, **where)
     train_set = ExampleLoader(mixture_or_task, split="train", seed=data_seed, **where)
-    eval_set = ExampleLoader(mixture_or_task, split="validation", shuffle=False, repeat=False, **where)
+    try:
+        eval_set = ExampleLoader(mixture_or_task, split="validation", shuffle=False, repeat=False, **where)
+    except FileNotFoundError:
+        log.warning("%s has no held-out split: no held-out loss will be reported", mixture_or_task)
+        eval_set = None
+    if train_set.vocabulary_fingerprint != QwenVocabulary().fingerprint:
+        raise ValueError(
+            f"{mixture_or_task} in {cache_dir} was made with another vocabulary than VOCABULARY "
+            f"({QwenVocabulary().tokenizer.path}): name the one it was made with, or another CACHE_DIR"
+        )
     if train_set.vocab_size > model.vocab_size:
         raise ValueError(
             f"the vocabulary has {train_set.vocab_size} ids and the model {model.vocab_size} rows: choose a model with "
@@ -92,12 +107,13 @@ def check_output_dir(output: Path, model: ModelConfig) -> None:
         raise CheckpointError(f"OUTPUT_DIR {output} is a file: choose a folder")
     if (output / CONFIG_FILE).exists():
         check_same_model(output, model)
-    elif output.exists() and (foreign := sorted(p.name for p in output.iterdir() if p.name != "checkpoints")):
+        return
+    # A run that was killed while it started leaves an empty `checkpoints` and hidden files.
+    there = sorted(p.name for p in output.glob("*") if p.name != CHECKPOINTS and not p.name.startswith("."))
+    if there:
         raise CheckpointError(
-            f"OUTPUT_DIR {output} holds {foreign[0]!r} and is no run of ours: choose an empty or new folder"
+            f"OUTPUT_DIR {output} holds {there[0]!r} and is no run of ours: choose an empty or new folder"
         )
-    elif not output.exists():
-        output.mkdir(parents=True)
 
 
 def main(argv=None) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import task_arguments
 
+from qwen_jax import command_line
+
 logger = logging.getLogger("build_tokenizer")
 _PROGRESS_SECONDS = 10
 _SAMPLE_BYTES = 2_000_000
@@ -136,4 +138,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    task_arguments.run(main)
+    command_line.run(main)

@@ -14,6 +14,8 @@ import argparse
 
 import task_arguments
 
+from qwen_jax import command_line
+
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `qwen_jax.data.cache.prepare` with arguments from the command line, and prints what there is then."""
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which documents are merged")
     arguments = task_arguments.parse(parser, argv)
-    with task_arguments.quiet():
+    with command_line.quiet():
         from qwen_jax.data import cache
 
     prepared = cache.prepare(
@@ -52,4 +54,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    task_arguments.run(main)
+    command_line.run(main)

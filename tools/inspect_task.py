@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import task_arguments
 
+from qwen_jax import command_line
+
 _LOSS, _CONTROL = ("\x1b[32m", "\x1b[0m"), ("\x1b[7m", "\x1b[0m")
 _PLAIN_LOSS, _PLAIN_CONTROL = ("⟦", "⟧"), ("⟪", "⟫")
 # Other characters than these control a terminal or cannot be seen: escapes, direction marks, line separators.
@@ -182,4 +184,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    task_arguments.run(main)
+    command_line.run(main)

@@ -4,20 +4,15 @@ Importing this module makes the repository importable when a tool is run as `pyt
 """
 
 import argparse
-import contextlib
-import logging
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Or TensorFlow would take the memory of a GPU that something else is training on.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+from qwen_jax.command_line import quiet  # noqa: E402
 
 _BEAM = "--beam."
 
@@ -45,30 +40,3 @@ def parse(result: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     arguments = parse_args(result, [one for one in argv if not one.startswith(_BEAM)])
     arguments.beam_options = ["--" + one.removeprefix(_BEAM) for one in argv if one.startswith(_BEAM)]
     return arguments
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps what TensorFlow's and Beam's libraries write on import off the screen, unless the import fails."""
-    sys.stderr.flush()
-    screen = os.dup(2)
-    logging.disable(logging.WARNING)
-    with tempfile.TemporaryFile() as written:
-        os.dup2(written.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            written.seek(0)
-            os.write(screen, written.read())
-            raise
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
-            logging.disable(logging.NOTSET)
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Calls `main` as a program; see `qwen_jax.command_line.run`."""
-    from qwen_jax.command_line import run as run_program
-
-    run_program(main)

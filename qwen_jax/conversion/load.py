@@ -50,7 +50,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike):
         self._path = Path(path).absolute()
-        steps = [int(p.name) for p in (self._path / checkpoints.CHECKPOINTS).glob("*") if p.name.isdigit()]
+        steps = checkpoints.saved_steps(self._path)
         inside_run = self._path.parent.name == checkpoints.CHECKPOINTS
         self.config = checkpoints.read_config(self._path.parent.parent if inside_run else self._path)
         if steps:

@@ -15,6 +15,9 @@ import tensorflow as tf
 
 from qwen_jax.data.tokenizer import Tokenizer
 
+# TensorFlow only prepares text here; it would take all memory of a GPU that JAX is to train on.
+tf.config.set_visible_devices([], "GPU")
+
 
 @gin.configurable
 def vocabulary_path(path: str | None = None) -> str | None:

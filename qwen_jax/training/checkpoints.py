@@ -48,11 +48,12 @@ def write_atomically(path: Path, text: str) -> None:
 def write_run_files(folder: Path, config: ModelConfig, tokenizer: str | Path | None) -> None:
     """Puts the model configuration and the tokenizer's ranks into a run folder, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
+    # First, because it is what makes the folder one of ours after a kill.
+    write_atomically(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=1) + "\n")
     if tokenizer is not None:
         temporary = folder / f".{TOKENIZER_FILE}.tmp"
         shutil.copyfile(tokenizer, temporary)
         temporary.replace(folder / TOKENIZER_FILE)
-    write_atomically(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -74,6 +75,11 @@ def tokenizer_path(path: str | Path) -> Path | None:
     """The .tiktoken file of a run folder (or of one step's folder in it), or None."""
     file = _run_folder(Path(path))[0] / TOKENIZER_FILE
     return file if file.is_file() else None
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """Steps that a run folder has a complete checkpoint of, ascending."""
+    return sorted(int(p.name) for p in (Path(folder) / CHECKPOINTS).glob("*") if p.name.isdigit())
 
 
 def check_same_model(folder: str | Path, config: ModelConfig) -> None:
@@ -225,7 +231,7 @@ def _run_folder(path: Path) -> tuple[Path, int | None]:
 
 def _step_folder(path: str | Path, step: int | None) -> Path:
     run, named = _run_folder(Path(path))
-    steps = sorted(int(p.name) for p in (run / CHECKPOINTS).glob("*") if p.name.isdigit())
+    steps = saved_steps(run)
     wanted = step if step is not None else named
     if not steps:
         raise CheckpointError(f"{run} has no checkpoint under {CHECKPOINTS}/: was it stopped before its first save?")

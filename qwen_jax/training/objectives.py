@@ -39,7 +39,6 @@ def cross_entropy_sums(hidden, kernel, targets, weights) -> dict[str, jax.Array]
     chunk = _chunk_length(length, kernel.shape[1])
     kernel = kernel.astype(hidden.dtype)
 
-    @jax.checkpoint
     def sums_of(hidden, targets, weights):
         logits = jnp.einsum(
             "bld,dv->blv", hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
@@ -47,7 +46,7 @@ def cross_entropy_sums(hidden, kernel, targets, weights) -> dict[str, jax.Array]
         logits = constrain(logits, "batch", "length", "vocab")
         log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        correct = jnp.argmax(logits, axis=-1) == targets
+        correct = picked >= jnp.max(logits, axis=-1)
         return jnp.stack([
             jnp.sum((log_normaliser - picked) * weights), jnp.sum(correct * weights), jnp.sum(weights)
         ])
@@ -59,7 +58,8 @@ def cross_entropy_sums(hidden, kernel, targets, weights) -> dict[str, jax.Array]
             return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
         total, _ = jax.lax.scan(
-            lambda carry, xs: (carry + sums_of(*xs), None), jnp.zeros(3, jnp.float32),
+            # Without checkpoint, every chunk's logits would be kept for the backward pass.
+            lambda carry, xs: (carry + jax.checkpoint(sums_of)(*xs), None), jnp.zeros(3, jnp.float32),
             (split(hidden), split(targets), split(weights)),
         )
     return {"loss": total[0], "correct": total[1], "weight": total[2]}

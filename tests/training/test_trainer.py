@@ -106,7 +106,7 @@ def test_the_step_compiles_once(tmp_path):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    (tmp_path / "run").mkdir()
+
     run = trainer(tmp_path / "run")
     assert compiled, "the listener hears compilations"
     compiled.clear()
@@ -160,7 +160,7 @@ def test_other_data_is_refused(unbroken, tmp_path):
 
 def test_a_new_run_starts_from_the_weights_of_another(unbroken, tmp_path):
     folder, _ = unbroken
-    (tmp_path / "run").mkdir()
+
     begun = trainer(tmp_path / "run", initial=folder, layout=(1, 2, 1))
     assert begun.start_step == 0
     for one, other in zip(
@@ -172,7 +172,7 @@ def test_a_new_run_starts_from_the_weights_of_another(unbroken, tmp_path):
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_after(tmp_path):
-    (tmp_path / "run").mkdir()
+
     with pytest.raises(TrainingDiverged, match="PEAK_LEARNING_RATE"):
         trainer(tmp_path / "run", learning_rate=1e30).run()
     saved = Checkpoints(tmp_path / "run").steps()
