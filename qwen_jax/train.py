@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 def train(
     *, model: ModelConfig, optimizer: OptimizerConfig, loop: LoopConfig, mixture_or_task: str, output_dir: str,
     cache_dir: str, mesh: MeshConfig = MeshConfig(), objective: Callable = next_token_loss,
-    initial_checkpoint: str | None = None, data_seed: int = 0,
+    initial_checkpoint: str | None = None, data_seed: int = 0, packing: str = "cut",
 ) -> dict[str, float]:
     """Starts or continues the run in `output_dir`.
 
@@ -49,6 +49,8 @@ def train(
       mixture_or_task: name of a SeqIO task or mixture of `tasks/`; cached in `cache_dir` first if it is not yet.
       initial_checkpoint: run folder whose weights a new run starts from.
       data_seed: of the order of the examples.
+      packing: "cut" merges documents and cuts them to the sequence length, as the report does; "fit" puts whole
+        documents into sequences, and attention and positions keep to each.
 
     Returns:
       The last metrics, with "step".
@@ -64,7 +66,7 @@ def train(
             f"one or raise the other"
         )
     devices = make_mesh(mesh)
-    where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length}
+    where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
     if not saved_steps(output):
         # A run that goes on takes its data as they lie (their fingerprint is checked), whatever became of the corpus.
         prepare(mixture_or_task, **where)

@@ -10,7 +10,7 @@ class FakeExamples:
 
     def __init__(self, length=16, vocab_size=61, count=400, repeat=True, seed=0):
         self.length, self.vocab_size, self.count, self.repeat, self.seed = length, vocab_size, count, repeat, seed
-        self.bytes_per_token = 2.0
+        self.bytes_per_token, self.columns = 2.0, ()
         self.fingerprint = f"fake-{seed}-{length}-{vocab_size}"
         self.reads: list[tuple[int, int]] = []
 

@@ -33,7 +33,9 @@ def corpus(tmp_path_factory):
     for index in range(60):
         lines = [" ".join(words.choices("the cat sat on a mat and 1984".split(), k=9)) for _ in range(12)]
         (folder / "text" / f"{index}.txt").write_text(".\n".join(lines))
-    (folder / "text" / "long.txt").write_text("some other words that are here for the sake of merges " * 40)
+    # Enough different words for the vocabulary to be learnt from.
+    other = ["".join(words.choices("abcdefghij", k=6)) for _ in range(80)]
+    (folder / "text" / "long.txt").write_text(" ".join(other * 3))
     subprocess.run(
         [sys.executable, "tools/build_tokenizer.py", "--input", folder / "text", "--size", "512", "--output",
          folder / "small.tiktoken"], check=True, capture_output=True,
@@ -203,6 +205,15 @@ def run_main(capsys, monkeypatch):
         return ended.value.code, capsys.readouterr().err
 
     return run
+
+
+def test_whole_documents_can_be_packed_instead(tmp_path, corpus, unbroken, run_main):
+    short = {"TRAIN_STEPS": 8, "OUTPUT_DIR": tmp_path / "run", "PACKING": "fit"}
+    code, stderr = run_main(command(corpus, tmp_path / "run", **short)[3:])
+    assert code == 0, stderr
+    history = losses(tmp_path / "run")
+    assert len(history) == 8 and history[-1][1] < history[0][1]
+    assert history != losses(unbroken[0])[:8]
 
 
 def test_an_empty_task_is_refused_and_leaves_nothing(tmp_path, corpus, run_main):

@@ -1,140 +1,226 @@
-"""Trains a small byte-level BPE vocabulary with Qwen's split pattern and writes it as a `.tiktoken` file.
+"""Builds a byte-level BPE vocabulary with Qwen's split pattern: from nothing, or on top of another one.
 
     python tools/build_tokenizer.py --size=4096 --output=small.tiktoken
-    python tools/build_tokenizer.py --input 'corpus/**/*.jsonl' --size=32000 --output=corpus.tiktoken
+    python tools/build_tokenizer.py --base=cl100k_base.tiktoken --size=151851 --output=new.tiktoken \\
+        --input en:corpus/en 'zh:corpus/zh/**/*.jsonl.zst:2.0' th:corpus/th:4
 
-`--size` counts all ids, the 208 control tokens included, so a model with `vocab_size = SIZE` fits. Tasks use it with
-`vocabulary_path.path = "small.tiktoken"` in a gin file. The same text gives the same file.
+The second is how the released vocabulary was made (report 2.2): the tokens of several digits leave the base, the
+others keep their order, and the commonest merges of the corpora follow. An input is PATTERN, LANGUAGE:PATTERN or
+LANGUAGE:PATTERN:WEIGHT; whatever occurs in it counts WEIGHT times.
+
+`--size` counts all ids, the 208 control tokens included, so a model with `vocab_size = SIZE` fits. NAME.tiktoken is for
+this project (`vocabulary_path.path = "NAME.tiktoken"` in a gin file), NAME.tokenizer.json beside it for others; both
+give the same ids. The same text gives the same files. 100 MB of text take a few minutes and some gigabytes.
 """
 
-import logging
+import argparse
+import dataclasses
+import json
+import os
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import task_arguments
 
 from qwen_jax import command_line
 
-logger = logging.getLogger("build_tokenizer")
-_PROGRESS_SECONDS = 10
+RELEASED = "released"
 _SAMPLE_BYTES = 2_000_000
+_INPUT = re.compile(r"(?:(?P<language>[A-Za-z][\w-]+):)?(?P<pattern>[^:]+)(?::(?P<weight>\d+(?:\.\d+)?))?")
 
 
-def train(texts: Iterable[str], size: int) -> dict[bytes, int]:
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Text of one language.
+
+    Attributes:
+        language: its name, for the table only; several inputs may share one.
+        pattern: folder or glob; None is the files of `python_corpus`.
+        weight: how much one occurrence counts.
+        text_field: of JSON lines and Parquet.
+    """
+
+    language: str = "text"
+    pattern: str | None = None
+    weight: Fraction = Fraction(1)
+    text_field: str = "text"
+
+    def texts(self) -> Iterator[str]:
+        """Its documents."""
+        from qwen_jax.data.sources import documents, read_file
+
+        if self.pattern is not None:
+            yield from (document["text"] for document in documents(self.pattern, text_field=self.text_field))
+            return
+        from tasks.pretrain import python_corpus
+
+        for path in python_corpus().files:
+            yield from read_file(path)
+
+
+def parse_input(text: str, text_field: str = "text") -> Input:
+    """`PATTERN`, `LANGUAGE:PATTERN` or `LANGUAGE:PATTERN:WEIGHT`; what is a path already is a pattern.
+
+    Raises:
+        ValueError: it is none of them, or the weight is 0.
+    """
+    if os.path.exists(text):
+        return Input(pattern=text, text_field=text_field)
+    match = _INPUT.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"--input {text!r} is not PATTERN, LANGUAGE:PATTERN or LANGUAGE:PATTERN:WEIGHT, such as zh:corpus/zh:2.5"
+        )
+    weight = Fraction(match["weight"] or 1)
+    if not weight:
+        raise ValueError(f"--input {text!r} has the weight 0: leave the input out")
+    return Input(match["language"] or "text", match["pattern"], weight, text_field)
+
+
+def train(
+    texts: Iterable[str] | Iterable[Input], size: int, base: Mapping[bytes, int] | None = None
+) -> dict[bytes, int]:
     """Ranks of a vocabulary with `size` ids in all.
 
     Args:
-        texts: documents.
-        size: number of ids: 256 bytes, merges, 208 control tokens.
+        texts: documents, or `Input`s with their weights.
+        size: number of ids: those of the base, merges, 208 control tokens.
+        base: token bytes to rank; None is the 256 single bytes. A `size` of just the base and the control tokens gives
+            the base itself, and no text is read.
 
     Returns:
-        Token bytes to rank, `size` - 208 of them; single bytes come first.
+        Token bytes to rank, `size` - 208 of them; those of the base come first.
 
     Raises:
         ValueError: `size` leaves no room for a merge; no text; or too little text for so many merges.
     """
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    from qwen_jax.data.byte_pairs import PieceCounts, byte_ranks, learn_merges
+    from qwen_jax.data.tokenizer import CONTROL_TOKENS
 
-    from qwen_jax.data.tokenizer import CONTROL_TOKENS, PATTERN
-
-    fixed = 256 + len(CONTROL_TOKENS)
-    if size <= fixed:
+    if base is not None and size == len(base) + len(CONTROL_TOKENS):
+        return dict(base)
+    what = "ranks of the base" if base is not None else "single bytes"
+    base = byte_ranks() if base is None else base
+    num_merges = size - len(CONTROL_TOKENS) - len(base)
+    if num_merges <= 0:
         raise ValueError(
-            f"size is {size}: it must be above {fixed}, the 256 single bytes and {len(CONTROL_TOKENS)} control tokens"
+            f"size is {size}: it must be above {len(base) + len(CONTROL_TOKENS)}, the {len(base)} {what} and "
+            f"{len(CONTROL_TOKENS)} control tokens"
         )
-    model = tokenizers.Tokenizer(models.BPE())
-    model.normalizer = normalizers.NFC()
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    model.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - len(CONTROL_TOKENS), initial_alphabet=alphabet, special_tokens=[], show_progress=False
-    )
-    counted = _Counted(texts)
-    model.train_from_iterator(counted, trainer)
-    if not counted.documents:
+    counts = PieceCounts()
+    for one in texts:
+        if isinstance(one, Input):
+            counts.add(one.texts(), one.weight)
+        else:
+            counts.add([one])
+    if not counts.documents:
         raise ValueError("there is no text to train on")
-    vocabulary = sorted(model.get_vocab().items(), key=lambda item: item[1])
-    if len(vocabulary) < size - len(CONTROL_TOKENS):
+    ranks = learn_merges(counts, base, num_merges)
+    if len(ranks) < len(base) + num_merges:
         raise ValueError(
-            f"{counted.documents} documents of {counted.characters} characters give {len(vocabulary)} ranks, expected "
-            f"{size - len(CONTROL_TOKENS)}: train on more text, or ask for a size of "
-            f"{len(vocabulary) + len(CONTROL_TOKENS)}"
+            f"{counts.documents} documents of {counts.characters} characters give {len(ranks)} ranks, expected "
+            f"{len(base) + num_merges}: train on more text, or ask for a size of {len(ranks) + len(CONTROL_TOKENS)}"
         )
-    to_byte = _byte_level_alphabet()
-    return {bytes(to_byte[char] for char in token): rank for rank, (token, _) in enumerate(vocabulary)}
+    return ranks
 
 
-class _Counted:
-    """Passes documents on, counts them and logs how far it is."""
+def read_base(path: str, num_ranks: int | None = None) -> dict[bytes, int]:
+    """The vocabulary to start from: ranks of a file without its tokens of several digits.
 
-    def __init__(self, texts: Iterable[str]):
-        self._texts, self.documents, self.characters = texts, 0, 0
+    Args:
+        path: a `.tiktoken` file, or `released`.
+        num_ranks: take only so many of the file's ranks, from the first on; None takes all.
 
-    def __iter__(self) -> Iterator[str]:
-        logged = time.monotonic()
-        for text in self._texts:
-            self.documents += 1
-            self.characters += len(text)
-            if time.monotonic() - logged > _PROGRESS_SECONDS:
-                logged = time.monotonic()
-                logger.info("read %s documents, %s characters", f"{self.documents:,}", f"{self.characters:,}")
-            yield text
-        logger.info("read %s documents, %s characters; merging", f"{self.documents:,}", f"{self.characters:,}")
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a byte-level vocabulary made by byte-pair encoding.
+    """
+    from qwen_jax.conversion.tokenizer import derive_merges
+    from qwen_jax.data.byte_pairs import without_numbers
+    from qwen_jax.data.tokenizer import read_ranks, released_ranks_path
 
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Character to byte in the byte-level alphabet: printable bytes stand for themselves, others for U+0100 and up."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _texts(patterns: list[str], text_field: str) -> Iterator[str]:
-    from qwen_jax.data.sources import documents, read_file
-
-    if patterns:
-        yield from (document["text"] for document in documents(patterns, text_field=text_field))
-        return
-    from tasks.pretrain import python_corpus
-
-    for path in python_corpus().files:
-        yield from read_file(path)
+    file = released_ranks_path() if path == RELEASED else Path(path)
+    ranks = read_ranks(file)
+    if num_ranks is not None:
+        if not 256 <= num_ranks <= len(ranks):
+            raise ValueError(f"--base_ranks is {num_ranks}: {file} has {len(ranks)} ranks, and 256 are bytes")
+        ranks = {token: rank for token, rank in ranks.items() if rank < num_ranks}
+        missing = sum(bytes([byte]) not in ranks for byte in range(256))
+        if missing:
+            raise ValueError(f"--base_ranks is {num_ranks}: {missing} single bytes of {file} have higher ranks")
+    ranks = without_numbers(ranks)
+    try:
+        derive_merges(ranks)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be built upon: {error}") from error
+    return ranks
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains, writes and measures."""
-    parser = task_arguments.parser(__doc__)
-    parser.add_argument("--input", nargs="+", default=[], help="folders or globs (default: files of python_corpus)")
-    parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: %(default)s)")
-    parser.add_argument("--size", type=int, required=True, help="number of ids, control tokens included")
-    parser.add_argument("--output", type=Path, required=True, help="the .tiktoken file to write")
-    arguments = task_arguments.parse(parser, argv)
+def write(ranks: Mapping[bytes, int], path: Path) -> Path:
+    """Writes `path` and the tokenizer.json beside it, whose path it returns; each appears only when it is whole."""
+    from qwen_jax.conversion.tokenizer import tokenizer_json
     from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
-    if not arguments.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {arguments.output.absolute().parent} to write {arguments.output.name} in")
-    started = time.monotonic()
-    write_ranks(train(_texts(arguments.input, arguments.text_field), arguments.size), arguments.output)
-    tokenizer = Tokenizer(arguments.output)
+    write_ranks(dict(ranks), path)
+    beside = path.with_name(f"{path.stem}.tokenizer.json")
+    temporary = path.with_name(f".{beside.name}.{os.getpid()}.tmp")
+    try:
+        content = json.dumps(tokenizer_json(Tokenizer(path)), ensure_ascii=False)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(beside)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return beside
+
+
+def _bytes_per_token(tokenizer, texts: Iterable[str]) -> tuple[int, float]:
+    """(UTF-8 bytes of the first documents, about two million; bytes per token of them)."""
     text_bytes = tokens = 0
-    for text in _texts(arguments.input, arguments.text_field):
+    for text in texts:
         ids = tokenizer.encode(text)
         tokens += len(ids)
         text_bytes += len(tokenizer.decode_bytes(ids))
         if text_bytes > _SAMPLE_BYTES:
             break
-    print(
-        f"{arguments.output}: {tokenizer.vocab_size} ids ({tokenizer.num_ranks} ranks), {text_bytes / tokens:.3f} "
-        f"bytes per token on the first {text_bytes:,} bytes, {time.monotonic() - started:.1f} s"
-    )
+    return text_bytes, text_bytes / tokens
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, writes and measures."""
+    parser = task_arguments.parser(__doc__)
+    parser.add_argument("--input", nargs="+", default=[], help="see above (default: files of python_corpus)")
+    parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: %(default)s)")
+    parser.add_argument("--base", help=f"start from this .tiktoken file, or from {RELEASED!r} (default: single bytes)")
+    parser.add_argument("--base_ranks", type=int, metavar="N", help="take only the first N ranks of the base")
+    parser.add_argument("--size", type=int, required=True, help="number of ids, control tokens included")
+    parser.add_argument("--output", type=Path, required=True, help="the .tiktoken file to write")
+    arguments = task_arguments.parse(parser, argv)
+    inputs = [parse_input(text, arguments.text_field) for text in arguments.input] or [Input()]
+    _run(arguments, inputs)
+
+
+def _run(arguments: argparse.Namespace, inputs: list[Input]) -> None:
+    from qwen_jax.data.tokenizer import Tokenizer
+
+    output = arguments.output.absolute()
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"no folder {output.parent} to write {output.name} in")
+    if arguments.base_ranks is not None and arguments.base is None:
+        raise ValueError("--base_ranks needs --base: which file are the ranks of?")
+    started = time.monotonic()
+    base = None if arguments.base is None else read_base(arguments.base, arguments.base_ranks)
+    beside = write(train(inputs, arguments.size, base), output)
+    seconds = time.monotonic() - started
+    tokenizer = Tokenizer(output)
+    for one in inputs:
+        size, ratio = _bytes_per_token(tokenizer, one.texts())
+        print(
+            f"{arguments.output}: {tokenizer.vocab_size} ids ({tokenizer.num_ranks} ranks), {ratio:.3f} bytes per "
+            f"token on the first {size:,} bytes of {one.language} (weight {float(one.weight):g})"
+        )
+    print(f"{beside.name} beside it gives the same ids; {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--splits", default="train,validation", help="separated by commas (default: %(default)s)")
     parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which documents are merged")
+    parser.add_argument("--packing", choices=("cut", "fit"), default="cut",
+                        help="merge documents and cut them, or keep them whole (default: %(default)s)")
     arguments = task_arguments.parse(parser, argv)
     with command_line.quiet():
         from qwen_jax.data import cache
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         beam_options=arguments.beam_options,
         num_shards=arguments.num_shards,
         seed=arguments.seed,
+        packing=arguments.packing,
     )
     print(f"{'task':24} {'split':10} {'examples':>12} {'tokens':>16} {'documents':>12} {'bytes/token':>11}")
     for one in prepared:

@@ -8,6 +8,7 @@ order in which Beam delivers.
     cache_dir/<task>/{train,validation}.tfrecord-*  info.*.json  stats.*.json  COMPLETED    SeqIO's cache
     cache_dir/<task>/description.json                                                       what it was made from
     cache_dir/<task>/packed-<length>/<split>/*.array_record  manifest.json                  packed examples
+    cache_dir/<task>/packed-<length>-fit/<split>/…                                          the same, packed by `fit`
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from seqio import beam_utils
 
 from qwen_jax.data import packing
+from qwen_jax.data.packing import check_packing
 from qwen_jax.data.vocabulary import QwenVocabulary, vocabulary_path
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def prepare(
     beam_options: Sequence[str] = (),
     num_shards: int | None = None,
     seed: int = 0,
+    packing: str = "cut",
     task_modules: Sequence[str] = ("tasks",),
 ) -> list[Prepared]:
     """Caches and packs a task, or each task of a mixture. What is complete already is used as it is.
@@ -78,15 +81,17 @@ def prepare(
         beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
         num_shards: shards of the packed data; None takes one for every 32M tokens.
         seed: of the order in which documents are merged.
+        packing: `cut` merges documents and cuts them; `fit` keeps them whole (`qwen_jax.data.packing`).
         task_modules: modules that register tasks, imported here and by Beam workers.
 
     Returns:
         One `Prepared` for each task and split.
 
     Raises:
-        ValueError: unknown name; no documents; or `cache_dir` holds this task made from another vocabulary, corpus,
-            seed or number of shards (the message says which, and how to mend it).
+        ValueError: unknown name or packing; no documents; or `cache_dir` holds this task made from another vocabulary,
+            corpus, seed or number of shards (the message says which, and how to mend it).
     """
+    check_packing(packing)
     for module in task_modules:
         importlib.import_module(module)
     prepared = []
@@ -104,6 +109,7 @@ def prepare(
                 split=split,
                 cache_folder=folder,
                 sequence_length=sequence_length,
+                method=packing,
                 seed=seed,
                 num_shards=num_shards or _default_shards(folder, split),
                 source=description["source"],
@@ -326,6 +332,7 @@ class _Packer:
     split: str
     cache_folder: Path
     sequence_length: int
+    method: str  # a key of packing.PACKINGS
     seed: int
     num_shards: int
     source: dict
@@ -333,10 +340,14 @@ class _Packer:
 
     @property
     def folder(self) -> Path:
-        return self.cache_folder / f"packed-{self.sequence_length}" / self.split
+        return packing.packed_folder(self.cache_folder, "", self.sequence_length, self.split, self.method)
+
+    def columns(self, vocabulary: QwenVocabulary) -> tuple[packing.Column, ...]:
+        return packing.columns_for(vocabulary.vocab_size, self.sequence_length, self.method)
 
     def prepare(self, beam_options: Sequence[str], *, check_shards: bool) -> Prepared:
         label = f"{self.task} {self.split}, length {self.sequence_length}"
+        label += "" if self.method == "cut" else f", {self.method}"
         if (self.folder / packing.MANIFEST).exists():
             manifest = packing.Manifest.load(self.folder)
             self._check(manifest, check_shards)
@@ -364,6 +375,7 @@ class _Packer:
             self._sidecar(index).unlink(missing_ok=True)
         seconds = time.monotonic() - started
         counts = f"{manifest.records:,} examples, {manifest.tokens:,} tokens, {manifest.documents:,} documents"
+        counts += f", {manifest.tokens / (manifest.records * self.sequence_length):.2%} full"
         logger.info("%s: %s in %.0f s, in %s", label, counts, seconds, self.folder)
         return Prepared(self.folder, manifest)
 
@@ -400,7 +412,7 @@ class _Packer:
             documents,
             sequence_length=self.sequence_length,
             eos_id=vocabulary.eos_id,
-            columns=packing.columns_for(vocabulary.vocab_size),
+            columns=self.columns(vocabulary),
             token_bytes=_token_bytes(vocabulary),
         )
         packing.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)})
@@ -435,7 +447,7 @@ class _Packer:
             vocab_size=vocabulary.vocab_size,
             vocabulary_fingerprint=vocabulary.fingerprint,
             seed=self.seed,
-            columns=packing.columns_for(vocabulary.vocab_size),
+            columns=self.columns(vocabulary),
             shards=tuple(packing.Shard(**shard) for shard in shards),
             source=self.source,
         )

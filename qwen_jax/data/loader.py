@@ -46,11 +46,13 @@ class ExampleLoader:
         seed: of the order, in [0, 2**32).
         shuffle: False reads in the order of packing (documents are in hashed order already).
         repeat: see above.
+        packing: how it was packed, `cut` or `fit` (`qwen_jax.data.packing`).
 
     Attributes:
         bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token); in a repeated mixture weighted
             by the rates. Bits per byte = loss in nats per token / (ln 2 * bytes_per_token).
         vocab_size: number of ids of the vocabulary the data was made with.
+        columns: names of what `read` gives besides `tokens` and `loss_weights`, all of it int32.
         vocabulary_fingerprint: of that vocabulary (`Tokenizer.fingerprint`).
         fingerprint: of data, order and rates: a run must not be resumed where it differs.
 
@@ -69,17 +71,20 @@ class ExampleLoader:
         seed: int = 0,
         shuffle: bool = True,
         repeat: bool = True,
+        packing: str = "cut",
     ):
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed}: it must be in [0, 2**32)")
         self.name, self.split, self.sequence_length = mixture_or_task, split, sequence_length
-        self.seed, self.shuffle, self.repeat = seed, shuffle, repeat
-        rates = _rates(mixture_or_task, cache_dir, sequence_length, split)
-        folders = {task: packing.packed_folder(cache_dir, task, sequence_length, split) for task in rates}
-        manifests = {task: _load_manifest(mixture_or_task, folder, cache_dir) for task, folder in folders.items()}
+        self.seed, self.shuffle, self.repeat, self.packing = seed, shuffle, repeat, packing
+        where = _Where(cache_dir, sequence_length, split, packing)
+        rates = _rates(mixture_or_task, where)
+        folders = {task: where.folder(task) for task in rates}
+        manifests = {task: _load_manifest(mixture_or_task, folder, where) for task, folder in folders.items()}
         _check_vocabularies(manifests)
         first = next(iter(manifests.values()))
         self.vocab_size, self.vocabulary_fingerprint = first.vocab_size, first.vocabulary_fingerprint
+        self.columns = tuple(column.name for column in first.columns if column.name not in ("tokens", "loss_weights"))
         weights = _whole_weights(list(rates.values())) if repeat else [m.records for m in manifests.values()]
         self._sources = [
             _Source(manifest, _Records(folders[task], manifest), weight)
@@ -109,7 +114,9 @@ class ExampleLoader:
 
         Returns:
             `tokens` int32 and `loss_weights` float32, both [stop - start, sequence_length]; `loss_weights[i, t]` is
-            1.0 where token t carries loss as a target, else 0.0.
+            1.0 where token t carries loss as a target, else 0.0. With packing `fit` also `segment_ids` and
+            `positions`, int32 of the same shape: documents of a row count from 1, positions from 0 in each; both are 0
+            in the filling.
 
         Raises:
             IndexError: the range is not ordered, or goes past the end of a loader that does not repeat.
@@ -119,7 +126,8 @@ class ExampleLoader:
             end = "" if self.repeat else f" within the {len(self)} examples of {self.name} {self.split}"
             raise IndexError(f"expected 0 <= start <= stop{end}, got start={start}, stop={stop}")
         shape = (stop - start, self.sequence_length)
-        batch = {"tokens": np.empty(shape, np.int32), "loss_weights": np.empty(shape, np.float32)}
+        batch = {name: np.empty(shape, np.int32) for name in ("tokens", *self.columns)}
+        batch["loss_weights"] = np.empty(shape, np.float32)
         indices = np.arange(start, stop, dtype=np.int64)
         chosen, within = split_by_weight(indices, [source.weight for source in self._sources])
         for number, (source, order) in enumerate(zip(self._sources, self._orders, strict=True)):
@@ -226,9 +234,36 @@ class _Records:
             return self._readers[shard]
 
 
-def _rates(name: str, cache_dir: str | os.PathLike, sequence_length: int, split: str) -> dict[str, Fraction]:
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """Which packed examples are meant."""
+
+    cache_dir: str | os.PathLike
+    sequence_length: int
+    split: str
+    packing: str
+
+    def folder(self, task: str) -> Path:
+        return packing.packed_folder(self.cache_dir, task, self.sequence_length, self.split, self.packing)
+
+    def missing(self, name: str) -> str:
+        """Says that they are not there, and how to make them."""
+        ending = self.folder(name).parent.name.removeprefix(f"packed-{self.sequence_length}")
+        there = (path.name.removeprefix("packed-") for path in Path(self.cache_dir, *name.split(":")).glob("packed-*"))
+        numbers = (one.removesuffix(ending) for one in there if one.endswith(ending))
+        lengths = sorted(int(number) for number in numbers if number.isdigit())
+        listed = f" (there are lengths {', '.join(map(str, lengths))})" if lengths else ""
+        option = "" if self.packing == "cut" else f" --packing={self.packing}"
+        return (
+            f"no examples of {name} packed by {self.packing!r} to sequence length {self.sequence_length} in "
+            f"{self.cache_dir}{listed}; make them with `python tools/cache_task.py {name} "
+            f"--cache_dir={self.cache_dir} --sequence_length={self.sequence_length}{option}`"
+        )
+
+
+def _rates(name: str, where: _Where) -> dict[str, Fraction]:
     """Task name to mixing rate. A name with packed data is a task, and needs no registry."""
-    if packing.packed_folder(cache_dir, name, sequence_length, split).is_dir():
+    if where.folder(name).is_dir():
         return {name: Fraction(1)}
     try:
         import seqio
@@ -236,36 +271,25 @@ def _rates(name: str, cache_dir: str | os.PathLike, sequence_length: int, split:
         import tasks  # noqa: F401  registers tasks and mixtures
     except ImportError as error:
         raise FileNotFoundError(
-            f"{_missing(name, cache_dir, sequence_length)}; nor can it be looked up as a mixture here ({error})"
+            f"{where.missing(name)}; nor can it be looked up as a mixture here ({error})"
         ) from error
     if name in seqio.MixtureRegistry.names():
         # Rates by size read the stats of cached tasks.
-        seqio.add_global_cache_dirs([str(cache_dir)])
+        seqio.add_global_cache_dirs([str(where.cache_dir)])
         mixture = seqio.MixtureRegistry.get(name)
         rates = {task.name: Fraction(mixture.get_rate(task)) for task in mixture.tasks}
         return dict(sorted(rates.items()))
     if name in seqio.TaskRegistry.names():
-        raise FileNotFoundError(_missing(name, cache_dir, sequence_length))
+        raise FileNotFoundError(where.missing(name))
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     raise ValueError(f"{name!r} is neither a task nor a mixture; there are {', '.join(known)}")
 
 
-def _missing(name: str, cache_dir: str | os.PathLike, sequence_length: int) -> str:
-    there = sorted(int(path.name.rpartition("-")[2]) for path in Path(cache_dir, *name.split(":")).glob("packed-*"))
-    lengths = f" (there are lengths {', '.join(map(str, there))})" if there else ""
-    return (
-        f"no packed examples of {name} with sequence length {sequence_length} in {cache_dir}{lengths}; make them with "
-        f"`python tools/cache_task.py {name} --cache_dir={cache_dir} --sequence_length={sequence_length}`"
-    )
-
-
-def _load_manifest(name: str, folder: Path, cache_dir: str | os.PathLike) -> packing.Manifest:
+def _load_manifest(name: str, folder: Path, where: _Where) -> packing.Manifest:
     try:
         manifest = packing.Manifest.load(folder)
     except FileNotFoundError as error:
-        length = int(folder.parent.name.rpartition("-")[2])
-        looked_for = folder / packing.MANIFEST
-        raise FileNotFoundError(f"{_missing(name, cache_dir, length)} (looked for {looked_for})") from error
+        raise FileNotFoundError(f"{where.missing(name)} (looked for {folder / packing.MANIFEST})") from error
     if not manifest.records:
         raise ValueError(f"{folder / packing.MANIFEST} lists no examples: delete {folder} and cache the task again")
     return manifest

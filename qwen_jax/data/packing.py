@@ -1,8 +1,12 @@
-"""Merge and cut: documents become examples of one length (report section 2.4), and examples become files.
+"""Packing: documents become examples of one length, and examples become files.
 
-Documents are put in an order given by a hash of (seed, tokens), each is followed by end-of-text, all are concatenated
-and cut into pieces of `sequence_length` tokens. No token is lost or repeated: what is left at the end becomes a last
-example, filled with end-of-text of loss weight 0.
+Documents are put in an order given by a hash of (seed, tokens), and each is followed by end-of-text. Then there are two
+ways, the keys of `PACKINGS`:
+
+    cut    all are concatenated and cut into pieces of `sequence_length` tokens (report section 2.4)
+    fit    whole documents are fitted into sequences, and each keeps to itself: `segment_ids` and `positions` say where
+
+No token is lost or repeated: what stays free at the end of an example is filled with end-of-text of loss weight 0.
 
 On disk a split is a folder of ArrayRecord shards and one `manifest.json`. A record is one example: its columns one
 after the other, little-endian, without header, so that an example is read with one seek and no parsing. The manifest
@@ -96,6 +100,83 @@ def pack(documents: Iterable[Document], *, sequence_length: int, eos_id: int) ->
         yield {"tokens": tokens, "loss_weights": weights}
 
 
+def fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
+    """Fits whole documents into sequences, so that neither attention nor positions need to cross documents.
+
+    A document longer than a sequence is cut into full sequences and a rest. The longest go first, each into the
+    sequence in which it leaves the least room ("best fit decreasing": Johnson et al. 1974; for language models Ding et
+    al. 2024, arXiv 2404.10830). Sequences come in the order of their first document, documents of one sequence in the
+    order given.
+
+    Args:
+        documents, sequence_length, eos_id: see `pack`; all documents are held in memory.
+
+    Yields:
+        `tokens`, `segment_ids` and `positions` int32, `loss_weights` uint8, each [sequence_length]. Segments count from
+        1, positions from 0 in each segment; filling has 0 for both (SeqIO's convention).
+
+    Raises:
+        ValueError: `sequence_length` below 2.
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}: it takes at least 2 tokens to predict one")
+    pieces = []
+    for document in documents:
+        tokens, weights = _terminated(document, eos_id)
+        for start in range(0, len(tokens), sequence_length):
+            pieces.append((tokens[start : start + sequence_length], weights[start : start + sequence_length]))
+    for numbers in _best_fit([len(tokens) for tokens, _ in pieces], sequence_length):
+        example = {
+            "tokens": np.full(sequence_length, eos_id, np.int32), "loss_weights": np.zeros(sequence_length, np.uint8),
+            "segment_ids": np.zeros(sequence_length, np.int32), "positions": np.zeros(sequence_length, np.int32),
+        }
+        start = 0
+        for segment, number in enumerate(numbers, start=1):
+            tokens, weights = pieces[number]
+            place = slice(start, start + len(tokens))
+            example["tokens"][place], example["loss_weights"][place] = tokens, weights
+            example["segment_ids"][place], example["positions"][place] = segment, np.arange(len(tokens))
+            start += len(tokens)
+        yield example
+
+
+def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Numbers of the pieces (ascending) in each bin; bins in the order of their first piece."""
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r is set where some bin has room for exactly r more tokens
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[number]
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(number)
+        if room > length:
+            by_room[room - length].append(chosen)
+            rooms |= 1 << (room - length)
+    return sorted((sorted(numbers) for numbers in bins), key=lambda numbers: numbers[0])
+
+
+PACKINGS = {"cut": pack, "fit": fit}
+
+
+def check_packing(name: str) -> str:
+    """`name`, if it is one of `PACKINGS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in PACKINGS:
+        raise ValueError(f"packing is {name!r}: it must be one of {', '.join(PACKINGS)}")
+    return name
+
+
 def _terminated(document: Document, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
     tokens, weights = np.asarray(document.tokens), document.weights()
     if len(tokens) != len(weights):
@@ -113,9 +194,13 @@ class Column:
     dtype: str
 
 
-def columns_for(vocab_size: int) -> tuple[Column, ...]:
-    """Columns of a plain example; token ids take two bytes where the vocabulary allows it."""
-    return (Column("tokens", "uint16" if vocab_size <= 1 << 16 else "uint32"), Column("loss_weights", "uint8"))
+def columns_for(vocab_size: int, sequence_length: int, packing: str = "cut") -> tuple[Column, ...]:
+    """Columns of an example; ids, segments and positions take two bytes each where that is enough."""
+    columns = (Column("tokens", "uint16" if vocab_size <= 1 << 16 else "uint32"), Column("loss_weights", "uint8"))
+    if check_packing(packing) == "cut":
+        return columns
+    dtype = "uint16" if sequence_length < 1 << 16 else "uint32"
+    return (*columns, Column("segment_ids", dtype), Column("positions", dtype))
 
 
 def record_bytes(columns: Sequence[Column], sequence_length: int) -> int:
@@ -208,6 +293,11 @@ class Manifest:
         return sum(shard.text_bytes for shard in self.shards)
 
     @property
+    def packing(self) -> str:
+        """How documents were packed: a key of `PACKINGS`."""
+        return "fit" if any(column.name == "segment_ids" for column in self.columns) else "cut"
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest: the identity of the packed data."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
@@ -241,9 +331,12 @@ class Manifest:
             ) from error
 
 
-def packed_folder(cache_dir: str | os.PathLike, task: str, sequence_length: int, split: str) -> Path:
-    """Where the packed examples of a task lie: `cache_dir/task/packed-<length>/split`."""
-    return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}", split)
+def packed_folder(
+    cache_dir: str | os.PathLike, task: str, sequence_length: int, split: str, packing: str = "cut"
+) -> Path:
+    """Where the packed examples of a task lie: `cache_dir/task/packed-<length>/split`, or `…/packed-<length>-fit/…`."""
+    ending = "" if check_packing(packing) == "cut" else f"-{packing}"
+    return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}{ending}", split)
 
 
 def write_json(path: Path, value: Mapping) -> Path:
@@ -272,16 +365,17 @@ def write_shard(
         path: the file; its bytes depend only on the set of documents.
         documents: (key, document) in any order; all are held in memory.
         sequence_length, eos_id: see `pack`.
-        columns: the columns to write.
+        columns: the columns to write; with `segment_ids` among them, documents are packed by `fit`, else by `pack`.
         token_bytes: int array [vocab_size], UTF-8 bytes of text that each id stands for (0 for control tokens).
     """
     ordered = [document for _, document in sorted(documents, key=lambda item: item[0])]
     terminated = [Document(*_terminated(document, eos_id)) for document in ordered]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     records = 0
+    packer = fit if any(column.name == "segment_ids" for column in columns) else pack
     try:
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        for example in pack(terminated, sequence_length=sequence_length, eos_id=eos_id):
+        for example in packer(terminated, sequence_length=sequence_length, eos_id=eos_id):
             writer.write(encode_record(example, columns))
             records += 1
         writer.close()

@@ -31,6 +31,7 @@ _RELEASED_DISTRIBUTION = "dashscope"
 _RELEASED_FILE = "dashscope/resources/qwen.tiktoken"
 # The regular-expression engine of tiktoken backtracks over a run of blanks and panics on about a million of them.
 _LONGEST_BLANK_RUN = 100_000
+_INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 _BLANK_RUN = re.compile(rf"[^\S\r\n]{{{_LONGEST_BLANK_RUN},}}")
 
 
@@ -215,13 +216,29 @@ class Tokenizer:
                 of more than 100,000 blanks is encoded in pieces of that length.
         """
         ids: list[int] = []
-        for part in _parts(_normalize(text)):
+        for part in _parts(normalize(text)):
             ids.extend(self._encoding.encode_ordinary(part))
+        return ids
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes, which `decode_bytes` gives back exactly.
+
+        Unlike `encode`, nothing is normalised or replaced: what is valid UTF-8 is encoded as it stands, and each byte
+        that is not becomes the id of that byte.
+        """
+        ids: list[int] = []
+        # Bytes that are not UTF-8 become the surrogates U+DC80 to U+DCFF, which no valid UTF-8 holds.
+        for part in _INVALID_BYTES.split(data.decode("utf-8", errors="surrogateescape")):
+            if _INVALID_BYTES.match(part):
+                ids.extend(self.mergeable_ranks[bytes([ord(char) - 0xDC00])] for char in part)
+            else:
+                for piece in _parts(part):
+                    ids.extend(self._encoding.encode_ordinary(piece))
         return ids
 
     def encode_batch(self, texts: Sequence[str | bytes], num_threads: int = 2) -> list[list[int]]:
         """`encode` of each text, on `num_threads` threads."""
-        normalized = [_normalize(text) for text in texts]
+        normalized = [normalize(text) for text in texts]
         short = [i for i, text in enumerate(normalized) if len(text) < _LONGEST_BLANK_RUN]
         result: list[list[int]] = [[]] * len(normalized)
         encoded = self._encoding.encode_ordinary_batch([normalized[i] for i in short], num_threads=num_threads)
@@ -236,7 +253,7 @@ class Tokenizer:
 
         Never pass text that a user or a document wrote: it could then open a turn of its own.
         """
-        return self._encoding.encode(_normalize(text), allowed_special="all")
+        return self._encoding.encode(normalize(text), allowed_special="all")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of ids; a control token gives its name.
@@ -258,7 +275,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
 
-def _normalize(text: str | bytes) -> str:
+def normalize(text: str | bytes) -> str:
+    """Text as `Tokenizer.encode` sees it: NFC, and U+FFFD for what is not valid Unicode."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if unicodedata.is_normalized("NFC", text):

@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.training.checkpoints import CheckpointError, Checkpoints, check_same_model, restore_params
 from qwen_jax.training.metrics import MetricsWriter
-from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from qwen_jax.training.optimizer import OptimizerConfig, make_optimizer
+from qwen_jax.training.program import compile_run
 from qwen_jax.training.state import TrainState, abstract_state, initial_state
-from qwen_jax.training.step import batch_shapes, compile_eval_step, compile_train_step, make_train_step
+from qwen_jax.training.step import batch_shapes, compile_eval_step
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,15 @@ class TrainingDiverged(FloatingPointError):
 
 
 class Examples(Protocol):
-    """Random access to examples by global index; what `qwen_jax.data.loader` gives."""
+    """Random access to examples by global index; what `qwen_jax.data.loader` gives.
+
+    columns: int32 columns besides "tokens" and "loss_weights", such as "segment_ids" of packed rows.
+    """
 
     bytes_per_token: float
     fingerprint: str
     repeat: bool
+    columns: tuple[str, ...]
 
     def __len__(self) -> int: ...
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]: ...
@@ -150,7 +155,7 @@ class Trainer:
         self, model: Qwen, objective, optimizer: OptimizerConfig, loop: LoopConfig, mesh: Mesh, train_set: Examples,
         eval_set: Examples | None, output_dir: str | Path, initial_checkpoint: str | Path | None = None,
     ):
-        """Restores the run in `output_dir`, or starts one; then compiles.
+        """Compiles, then restores the run in `output_dir` or starts one.
 
         Args:
           initial_checkpoint: a run folder whose weights a new run starts from, instead of random ones.
@@ -161,22 +166,21 @@ class Trainer:
         """
         self.model, self.loop, self.mesh, self.output_dir = model, loop, mesh, Path(output_dir)
         self.train_set, self.eval_set = train_set, eval_set
-        self._shapes = batch_shapes(mesh, loop.batch_size, loop.sequence_length, loop.accumulation_steps)
-        schedule = learning_rate_schedule(optimizer, loop.train_steps)
+        self._shapes = batch_shapes(mesh, loop.batch_size, loop.sequence_length, columns=train_set.columns)
         transform = make_optimizer(optimizer, loop.train_steps)
         abstract = abstract_state(model, transform, mesh)
+        began = time.perf_counter()
+        self._train_step = compile_run(
+            model, objective, optimizer, loop.train_steps, mesh, batch_size=loop.batch_size,
+            sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, seed=loop.seed,
+            columns=train_set.columns,
+        )
+        if eval_set is not None:
+            self._eval_step = compile_eval_step(model, objective, abstract.params, self._shapes, mesh)
+        log.info("compiled in %.1f s", time.perf_counter() - began)
         self.checkpoints = Checkpoints(output_dir, loop.keep_checkpoints)
         self.state, self.next_example = self._restore_or_start(abstract, transform, initial_checkpoint)
         self.start_step = int(self.state.step)
-        began = time.perf_counter()
-        step = make_train_step(
-            model, transform, objective, schedule, seed=loop.seed, accumulation=loop.accumulation_steps
-        )
-        self._train_step = compile_train_step(step, self.state, self._shapes, mesh)
-        if eval_set is not None:
-            eval_shapes = batch_shapes(mesh, loop.batch_size, loop.sequence_length)
-            self._eval_step = compile_eval_step(model, objective, abstract.params, eval_shapes, mesh)
-        log.info("compiled in %.1f s", time.perf_counter() - began)
 
     def _restore_or_start(self, abstract, transform, initial_checkpoint) -> tuple[TrainState, int]:
         restored = self.checkpoints.restore_latest(abstract)
@@ -202,10 +206,9 @@ class Trainer:
         """Mean loss in nats per token, perplexity and bits per UTF-8 byte on the held-out set."""
         sums: dict[str, float] = {}
         batches = min(self.loop.eval_batches, math.ceil(len(self.eval_set) / self.loop.batch_size))
-        shapes = batch_shapes(self.mesh, self.loop.batch_size, self.loop.sequence_length)
         for index in range(batches):
-            batch = global_batch(self.eval_set, index * self.loop.batch_size, shapes)
-            for name, value in self._eval_step(self.state.params, batch).items():
+            batch = global_batch(self.eval_set, index * self.loop.batch_size, self._shapes)
+            for name, value in jax.device_get(self._eval_step(self.state.params, batch)).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         loss = sums["loss"] / max(sums["weight"], 1.0)
         return {
@@ -283,7 +286,7 @@ class _Reporter:
         self._since, self._steps, self._waited = time.perf_counter(), 0, self._prefetcher.waited
 
     def training(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(values["loss"]):
             self._writer.write(step, values)
             raise TrainingDiverged(

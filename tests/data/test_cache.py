@@ -4,6 +4,9 @@ import functools
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
 
 import gin
 import numpy as np
@@ -152,6 +155,102 @@ def test_packing_goes_on_after_the_last_finished_shard(registry, cache_dir, tmp_
     assert _files(folder) == _files(packing.packed_folder(cache_dir, "test_a", LENGTH, "train"))
 
 
+KILLED = """
+import os, signal, sys
+import gin
+import tasks
+from qwen_jax.data import cache, packing, tokenizer
+
+stage, cache_dir, corpus, vocabulary = sys.argv[1:]
+gin.bind_parameter("local_files.pattern", corpus)
+gin.bind_parameter("vocabulary_path.path", vocabulary)
+
+def kill_after(owner, name, calls):
+    original, left = getattr(owner, name), [calls]
+    def counted(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, counted)
+
+if stage == "tokenizing":
+    kill_after(tokenizer.Tokenizer, "encode", 20)
+else:
+    original = packing.write_shard
+    def write_shard(path, *args, **kwargs):
+        if len(list(path.parent.glob("*.array_record"))) == 2:
+            kill_after(packing, "encode_record", 3)
+        return original(path, *args, **kwargs)
+    packing.write_shard = write_shard
+cache.prepare("local_files", cache_dir=cache_dir, sequence_length=32, splits=("train",), num_shards=4, packing="fit")
+"""
+
+
+def test_a_process_killed_twice_gives_the_same_bytes(registry, vocabulary_file, tmp_path, root, plain_environment):
+    """`kill -9` while it tokenizes, again in the middle of the third shard; the third process finishes."""
+    corpus, broken, whole = str(registry.files["test_a"][0]), tmp_path / "broken", tmp_path / "whole"
+    folder = packing.packed_folder(broken, "local_files", LENGTH, "train", "fit")
+    for stage in ("tokenizing", "packing"):
+        command = [sys.executable, "-c", KILLED, stage, str(broken), corpus, str(vocabulary_file)]
+        done = subprocess.run(command, cwd=root, env=plain_environment, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (broken / "local_files" / "description.json").exists() == (stage == "packing")
+    finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
+    assert len(finished) == 2 and len(list(folder.glob(".*.tmp"))) == 1
+    prepare = functools.partial(
+        cache.prepare, "local_files", sequence_length=LENGTH, splits=("train",), num_shards=4, packing="fit"
+    )
+    with gin.unlock_config():
+        gin.bind_parameter("local_files.pattern", corpus)
+        gin.bind_parameter("vocabulary_path.path", str(vocabulary_file))
+    try:
+        prepare(cache_dir=broken)
+        prepare(cache_dir=whole)
+    finally:
+        gin.clear_config()
+    assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
+    assert _files(broken) == _files(whole)
+
+
+def test_fitted_examples_keep_documents_apart(registry, cache_dir, tmp_path):
+    shutil.copytree(cache_dir / "test_a", tmp_path / "test_a")
+    one, two = (tmp_path / "test_a" / name for name in ("packed-32-fit", "one-worker"))
+    prepare = functools.partial(
+        cache.prepare, "test_a", cache_dir=tmp_path, sequence_length=LENGTH, num_shards=3, packing="fit"
+    )
+    prepare()
+    one.rename(two)
+    prepare(beam_options=THREADS)
+    assert _files(one) == _files(two)  # whatever the number of workers
+    assert _files(tmp_path / "test_a" / "packed-32") == _files(cache_dir / "test_a" / "packed-32")
+    tokenizer = registry.vocabulary.tokenizer
+    loader = ExampleLoader("test_a", cache_dir=tmp_path, sequence_length=LENGTH, packing="fit", repeat=False)
+    assert loader.columns == ("segment_ids", "positions")
+    batch = loader.read(0, len(loader))
+    assert {name: array.dtype.name for name, array in batch.items()} == {
+        "tokens": "int32", "segment_ids": "int32", "positions": "int32", "loss_weights": "float32",
+    }
+    found, expected = [], []
+    for row in range(len(loader)):
+        segments = batch["segment_ids"][row]
+        found += [batch["tokens"][row][segments == s].tolist() for s in range(1, segments.max() + 1)]
+    for text in _texts(registry, "test_a", "train"):
+        ids = [*tokenizer.encode(text), tokenizer.endoftext_id]
+        expected += [ids[start : start + LENGTH] for start in range(0, len(ids), LENGTH)]
+    assert sorted(found) == sorted(expected)
+    assert ((batch["segment_ids"] > 0) == (batch["loss_weights"] > 0)).all()
+
+
+def test_another_packing_is_not_taken_for_the_one_asked_for(cache_dir):
+    with pytest.raises(FileNotFoundError, match=r"packed by 'fit' to sequence length 32 .*--packing=fit"):
+        ExampleLoader("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="fit")
+    with pytest.raises(ValueError, match="packing is 'whole': it must be one of cut, fit"):
+        ExampleLoader("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="whole")
+    with pytest.raises(ValueError, match="packing is 'whole': it must be one of cut, fit"):
+        cache.prepare("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="whole")
+
+
 def test_another_length_needs_no_new_tokenizing(registry, cache_dir, tmp_path, caplog):
     shutil.copytree(cache_dir / "test_a", tmp_path / "test_a")
     with caplog.at_level(logging.INFO, "qwen_jax"):
@@ -194,16 +293,27 @@ def test_data_made_from_something_else_is_refused(registry, cache_dir, tmp_path,
 
 
 def test_a_cache_outlives_its_corpus(registry, tmp_path, add_task, caplog):
+    """Where no corpus is named the cache is what is meant; one that is named must be there."""
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "a"}\n')
-    add_task("gone", [path])
+    named = [path]
+
+    def corpus() -> Corpus:
+        if not named:
+            raise ValueError("no corpus is named")
+        return Corpus(named, validation_share=0.0)
+
+    add_task("gone", DocumentSource(corpus))
     prepare = functools.partial(
         cache.prepare, "gone", cache_dir=tmp_path / "cache", sequence_length=LENGTH, splits=("train",)
     )
     prepare()
     path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl"):
+        prepare()
+    named.clear()
     assert prepare()[0].manifest.documents == 1
-    assert "corpus is not at hand" in caplog.text
+    assert "gone: no corpus is named, so the cache is used unchecked" in caplog.text
 
 
 def test_no_documents_leave_nothing(tmp_path, add_task):

@@ -1,7 +1,10 @@
 """Reading by global index: order, epochs, rates, and what a user sees when the data is not there or damaged."""
 
 import concurrent.futures
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,12 +18,14 @@ LENGTH = 16
 EOS = 599
 
 
-def _write(folder, task: str, documents: int, seed: int, vocabulary: str = "f00d", split: str = "train") -> None:
+def _write(
+    folder, task: str, documents: int, seed: int, vocabulary: str = "f00d", split: str = "train", method: str = "cut"
+) -> None:
     """Packed examples without SeqIO: a manifest and two shards."""
-    target = packing.packed_folder(folder, task, LENGTH, split)
+    target = packing.packed_folder(folder, task, LENGTH, split, method)
     target.mkdir(parents=True)
     generator = np.random.default_rng(seed)
-    columns, shards = packing.columns_for(600), []
+    columns, shards = packing.columns_for(600, LENGTH, method), []
     for index in range(2):
         rows = [packing.Document(generator.integers(0, 590, generator.integers(1, 40))) for _ in range(documents)]
         keyed = [(packing.document_key(row, 0), row) for row in rows]
@@ -40,6 +45,7 @@ def folder(tmp_path_factory):
     _write(path, "two", 20, 2)
     _write(path, "two", 5, 3, split="validation")
     _write(path, "group:three", 4, 4)
+    _write(path, "one", 30, 1, method="fit")
     return path
 
 
@@ -94,6 +100,76 @@ def test_each_epoch_is_another_permutation(folder, seed):
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != once
 
 
+HOST = """
+import json, pathlib, sys
+import numpy as np
+from qwen_jax.data import loader
+
+folder, state, output, rows, batches = pathlib.Path(sys.argv[1]), *map(pathlib.Path, sys.argv[2:4]), *sys.argv[4:]
+first, stop, step, batch_size = map(int, rows.split(","))
+examples = loader.ExampleLoader("one", cache_dir=folder, sequence_length=16, seed=5, packing="fit")
+
+read, records = [], loader._Records.read
+def count(self, numbers):
+    read.extend(numbers)
+    return records(self, numbers)
+loader._Records.read = count
+
+start = json.loads(state.read_text())["next"] if state.exists() else 0
+parts = []
+for batch in range(int(batches)):
+    base = start + batch * batch_size
+    parts += [examples.read(i, i + 1) for i in range(base + first, base + stop, step)] if step > 1 else [
+        examples.read(base + first, base + stop)]
+columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+np.savez(output, read=len(read), **columns)
+print(start + int(batches) * batch_size)
+"""
+
+
+def _run_hosts(folder, state, hosts: int, batches: int, batch_size: int, by: str, environment, root) -> dict:
+    """Global batches as `hosts` processes read them, each its own rows: blocks of neighbours, or every so many."""
+    per_host, processes = batch_size // hosts, []
+    for host in range(hosts):
+        rows = (host * per_host, (host + 1) * per_host, 1) if by == "blocks" else (host, batch_size, hosts)
+        output = state.with_name(f"host{host}.npz")
+        arguments = [folder, state, output, ",".join(map(str, (*rows, batch_size))), batches]
+        command = [sys.executable, "-c", HOST, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append((range(*rows), output, subprocess.Popen(command, cwd=root, env=environment, **pipes)))
+    merged: dict[str, np.ndarray] = {}
+    ends = set()
+    for rows, output, process in processes:
+        shown, errors = process.communicate()
+        assert process.returncode == 0, errors
+        ends.add(int(shown))
+        with np.load(output) as part:
+            assert part["read"] == batches * per_host  # and no record of another host
+            for name in set(part.files) - {"read"}:
+                shape = (batches, batch_size, LENGTH)
+                whole = merged.setdefault(name, np.full(shape, -1, part[name].dtype))
+                whole[:, list(rows)] = part[name].reshape(batches, per_host, LENGTH)
+    state.write_text(json.dumps({"next": ends.pop()}))
+    assert not ends
+    return {name: array.reshape(-1, LENGTH) for name, array in merged.items()}
+
+
+def test_processes_see_the_batches_of_one(folder, tmp_path, root, plain_environment):
+    """One process, resumed as two, resumed as four, over two ends of an epoch and with other splits of the batch."""
+    loader = _loader(folder, seed=5, packing="fit")
+    state, batch_size, parts = tmp_path / "state.json", 8, []
+    phases = [(1, len(loader) // batch_size - 1, "blocks"), (2, len(loader) // batch_size, "turns"), (4, 9, "blocks")]
+    for hosts, batches, by in phases:
+        parts.append(_run_hosts(folder, state, hosts, batches, batch_size, by, plain_environment, root))
+    total = sum(batches for _, batches, _ in phases) * batch_size
+    assert total > 2 * len(loader) and json.loads(state.read_text()) == {"next": total}
+    whole = loader.read(0, total)
+    assert set(whole) == set(parts[0]) == {"tokens", "loss_weights", "segment_ids", "positions"}
+    for name, array in whole.items():
+        together = np.concatenate([part[name] for part in parts])
+        assert together.dtype == array.dtype and together.tobytes() == array.tobytes(), name
+
+
 def test_seeds_give_other_orders(folder):
     assert _rows(_loader(folder, seed=0), 0, 40) != _rows(_loader(folder, seed=1), 0, 40)
 
@@ -101,6 +177,7 @@ def test_seeds_give_other_orders(folder):
 def test_fingerprint_tells_data_and_order_apart(folder):
     prints = [
         _loader(folder).fingerprint, _loader(folder, seed=1).fingerprint, _loader(folder, shuffle=False).fingerprint,
+        _loader(folder, packing="fit").fingerprint,
         _loader(folder, "two").fingerprint, _loader(folder, "two", split="validation").fingerprint,
     ]
     assert len(set(prints)) == len(prints) and _loader(folder).fingerprint == prints[0]

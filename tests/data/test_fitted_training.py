@@ -1,0 +1,33 @@
+"""Fitted examples in training: each document of a row is learnt as if it stood alone."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from qwen_jax.data import packing
+from qwen_jax.models.transformer import Qwen
+from qwen_jax.training.objectives import next_token_loss
+from tests.fakes import small_model
+
+EOS = 9
+
+
+def test_the_loss_of_a_row_is_that_of_its_documents():
+    generator = np.random.default_rng(0)
+    documents = [packing.Document(generator.integers(0, 9, size)) for size in (3, 9, 5, 1, 30)]
+    examples = list(packing.fit(documents, sequence_length=16, eos_id=EOS))
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    assert batch["segment_ids"].max() > 1
+    model = Qwen(small_model())
+    params = nn.unbox(model.init(jax.random.key(0), batch["tokens"])["params"])
+    loss_of = jax.jit(lambda params, batch: next_token_loss(model, params, batch, None))
+    loss, sums = loss_of(params, batch)
+    # Each document, or piece of one, in a row of its own, which knows nothing of segments.
+    ended = [np.append(document.tokens, EOS) for document in documents]
+    pieces = [tokens[start : start + 16] for tokens in ended for start in range(0, len(tokens), 16)]
+    rows = {"tokens": np.zeros((len(pieces), 16), np.int32), "loss_weights": np.zeros((len(pieces), 16), np.float32)}
+    for row, piece in enumerate(pieces):
+        rows["tokens"][row, : len(piece)], rows["loss_weights"][row, : len(piece)] = piece, 1
+    alone, sums_alone = loss_of(params, rows)
+    assert float(sums["weight"]) == float(sums_alone["weight"]) == sum(len(piece) - 1 for piece in pieces)
+    np.testing.assert_allclose(float(loss), float(alone), rtol=1e-5)

@@ -1,0 +1,65 @@
+"""What a compiled step needs: collectives counted as often as they run, memory, operations against a known model."""
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.program import (
+    collectives_per_device,
+    compile_run,
+    memory_per_device,
+    model_flops_per_token,
+)
+from tests.fakes import small_model
+
+
+def compiled(layout, **changes):
+    mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+    return compile_run(
+        Qwen(small_model(**changes)), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16
+    )
+
+
+def test_one_device_needs_no_collective_and_copies_no_state():
+    program = compiled((1, 1, 1))
+    assert collectives_per_device(program.as_text()) == {}
+    memory = memory_per_device(program)
+    state_bytes = 3 * 4 * parameter_count(small_model())
+    assert memory["arguments"] >= memory["aliased"] >= state_bytes
+    assert memory["need"] == memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+
+
+def test_data_parallel_training_only_reduces():
+    found = collectives_per_device(compiled((8, 1, 1)).as_text())
+    assert set(found) == {"all-reduce"}
+    # Each gradient once, in float32; little else.
+    gradients = 4 * parameter_count(small_model())
+    assert gradients <= found["all-reduce"]["bytes"] <= 1.1 * gradients
+
+
+def test_collectives_inside_the_layer_loop_count_once_per_layer():
+    """More layers, more gathered bytes, although the program's text does not grow."""
+    programs = [compiled((1, 8, 1), num_layers=layers) for layers in (2, 6)]
+    shallow, deep = (collectives_per_device(program.as_text())["all-gather"]["bytes"] for program in programs)
+    per_layer = 4 * (parameter_count(small_model(num_layers=3)) - parameter_count(small_model(num_layers=2)))
+    assert 0.9 * 4 * per_layer <= deep - shallow <= 4 * 4 * per_layer
+
+
+def test_fully_sharded_training_moves_no_tokens_between_devices():
+    found = collectives_per_device(compiled((1, 8, 1)).as_text())
+    assert "all-to-all" not in found and "collective-permute" not in found
+
+
+@pytest.mark.parametrize(("causal", "gflop"), [(True, 44.20), (False, 45.82)])
+def test_operations_of_the_7b_model(causal, gflop):
+    """6 x (7,721,324,544 - 151,936 x 4,096 looked-up rows), and 12 x 32 layers x 4,096 x 2,048 keys or half of them."""
+    config = ModelConfig(vocab_size=151_936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11_008)
+    flops = model_flops_per_token(config, 2048, causal)
+    assert flops.matmuls == 6 * (7_721_324_544 - 151_936 * 4096)
+    assert flops.attention == 12 * 32 * 4096 * 2048 / (2 if causal else 1)
+    assert flops.total / 1e9 == pytest.approx(gflop, abs=0.01)
