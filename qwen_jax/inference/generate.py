@@ -40,10 +40,11 @@ class Generator:
     def _prefill_step(self, params, tokens, length, slots, key):
         """Tokens [1, bucket], of which `length` are the prompt, to (next token [1], cache of `slots` positions).
 
-        Padding writes into slots after the prompt; each is overwritten before a position can see it.
+        Padding writes into slots after the prompt; each is overwritten before a position can see it. Dynamic NTK goes
+        by `length`, so the size of the bucket changes no token.
         """
         positions = jnp.arange(tokens.shape[1])[None]
-        cache = KVCache.empty(self.model.config, 1, slots)
+        cache = KVCache.empty(self.model.config, 1, slots, jnp.reshape(length, 1))
         hidden, cache = self.model.apply({"params": params}, tokens, positions, cache, method=Qwen.decode)
         last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
         return self._next_token(params, last, key), cache
@@ -68,7 +69,7 @@ class Generator:
 
         Raises:
           ValueError: the prompt is empty, has an id outside the vocabulary, or leaves no room below the model's
-            max_length.
+            `inference_length`: max_length, or eight times that with dynamic NTK.
         """
         config = self.model.config
         if not prompt:
@@ -76,15 +77,18 @@ class Generator:
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise ValueError(f"the prompt has a token id outside [0, {config.vocab_size}): is it another tokenizer's?")
         total = len(prompt) + max_new_tokens
-        if max_new_tokens < 1 or total > config.max_length:
+        if max_new_tokens < 1 or total > config.inference_length:
+            limit = f"the model's max_length of {config.max_length}"
+            if config.use_dynamic_ntk:
+                limit = f"{config.inference_length}, which dynamic NTK makes of {limit}"
             raise ValueError(
                 f"prompt of {len(prompt)} tokens + {max_new_tokens} new ones: new ones must be at least 1, and both "
-                f"together at most the model's max_length of {config.max_length}"
+                f"together at most {limit}"
             )
         return self._stream(list(prompt), max_new_tokens, frozenset(stop_ids), jax.random.key(seed))
 
     def _stream(self, prompt, max_new_tokens, stop_ids, key):
-        limit = self.model.config.max_length
+        limit = self.model.config.inference_length
         length = len(prompt)
         padded = jnp.asarray([prompt + [0] * (bucket(length, limit) - length)], jnp.int32)
         slots = bucket(length + max_new_tokens, limit)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.layers import Projection, matmul_precision
-from qwen_jax.models.positions import rotate
+from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotate
 from qwen_jax.sharding import constrain
 
 
@@ -15,52 +15,78 @@ from qwen_jax.sharding import constrain
 class KVCache:
     """Rotated keys and values of all layers; slot j of a row holds position j of that row.
 
-    key, value: [layers, batch, slots, kv_heads, head_dim] in the compute dtype.
+    key, value: [layers, batch, kv_heads, slots, head_dim] in the compute dtype.
+    ntk_alpha: float32 [batch], the stretch of the rotary base that each row's prompt asked for. Its keys are rotated
+      with it, so decoding keeps it.
     """
 
     key: jax.Array
     value: jax.Array
+    ntk_alpha: jax.Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
-        """A cache of zeros for `batch` rows of at most `slots` positions."""
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, prompt_lengths: jax.Array | None = None
+    ) -> "KVCache":
+        """A cache of zeros for `batch` rows of at most `slots` positions.
+
+        Args:
+          prompt_lengths: int32 [batch], without padding; only a model with dynamic NTK needs them.
+
+        Raises:
+          ValueError: the model needs them, and there are none.
+        """
+        if config.use_dynamic_ntk and prompt_lengths is None:
+            raise ValueError("dynamic NTK depends on the prompt: give KVCache.empty the rows' prompt_lengths")
+        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+        return cls(
+            key=jnp.zeros(shape, config.compute_dtype),
+            value=jnp.zeros(shape, config.compute_dtype),
+            ntk_alpha=dynamic_ntk_alpha(prompt_lengths, config.max_length)
+            if config.use_dynamic_ntk else jnp.ones(batch, jnp.float32),
+        )
 
     def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array) -> "KVCache":
-        """Puts key and value [batch, length, kv_heads, head_dim] at `positions` [batch, length] of a layer."""
+        """Puts key and value [batch, kv_heads, length, head_dim] at `positions` [batch, length] of a layer."""
         rows = jnp.arange(positions.shape[0])[:, None]
-        return KVCache(
-            self.key.at[layer, rows, positions].set(key), self.value.at[layer, rows, positions].set(value)
-        )
+
+        def put(cache, new):
+            return cache.at[layer, rows, :, positions].set(new.swapaxes(1, 2))
+
+        return self.replace(key=put(self.key, key), value=put(self.value, value))
+
+    @property
+    def slots(self) -> int:
+        """How many positions of a row it holds."""
+        return self.key.shape[3]
 
 
 def dot_product_attention(query, key, value, mask, *, dropout_rate=0.0, dropout_rng=None) -> jax.Array:
     """softmax(query key^T / sqrt(head_dim)) value, with the softmax in float32.
 
     Args:
-      query: [batch, length, heads, head_dim].
-      key, value: [batch, keys, kv_heads, head_dim]; query head h reads kv head h // (heads / kv_heads).
+      query: [batch, heads, length, head_dim].
+      key, value: [batch, kv_heads, keys, head_dim]; query head h reads kv head h // (heads / kv_heads).
       mask: bool, broadcastable to [batch, length, keys]; False is not attended to.
       dropout_rate, dropout_rng: dropout on the attention weights when an rng is given.
 
     Returns:
-      [batch, length, heads, head_dim] in the dtype of `query`.
+      [batch, heads, length, head_dim] in the dtype of `query`.
     """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
     precision = matmul_precision(query.dtype)
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
     logits = jnp.einsum(
-        "blkgd,bmkd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32
+        "bkgld,bkmd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32
     ) * (head_dim**-0.5)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
     if dropout_rng is not None and dropout_rate > 0:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
-    mixed = jnp.einsum("bkglm,bmkd->blkgd", weights.astype(query.dtype), value, precision=precision)
-    return mixed.reshape(batch, length, heads, head_dim)
+    mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(query.dtype), value, precision=precision)
+    return mixed.reshape(batch, heads, length, head_dim)
 
 
 def causal_mask(length: int, segment_ids: jax.Array | None) -> jax.Array:
@@ -77,14 +103,19 @@ class SelfAttention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, *, deterministic, layer=None, cache=None, positions=None):
+    def __call__(
+        self, x, angles, mask, *, deterministic, layer=None, cache=None, positions=None,
+        extension: ContextExtension | None = None,
+    ):
         """Attends within `x`, or, given a cache, to all that the cache holds up to each position.
 
         Args:
           x: [batch, length, hidden].
           angles: (cos, sin) of the positions, each [batch, length, head_dim / 2].
           mask: bool [1 or batch, length, keys], keys being `length`, or the slots of the cache.
-          layer, cache, positions: index of this layer, KVCache and [batch, length] int32, when decoding.
+          layer, positions: index of this layer, and [batch, length] int32.
+          cache: KVCache, when decoding.
+          extension: None in a training pass. `angles` are already those of its `ntk_alpha`.
 
         Returns:
           ([batch, length, hidden], the cache with the new keys and values, or None).
@@ -93,26 +124,32 @@ class SelfAttention(nn.Module):
 
         def project(name, heads, axis):
             return Projection(
-                "bld,dhk->blhk", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"), c.init_std,
-                c.compute_dtype, (axis, "head_dim") if c.qkv_bias else None, name=name,
+                "bld,dhk->bhlk", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"), c.init_std,
+                c.compute_dtype, (axis, "head_dim") if c.qkv_bias else None, (heads, 1, c.head_dim),
+                name=name,
             )(x)
 
         query = rotate(project("query", c.num_heads, "heads"), *angles)
         key = rotate(project("key", c.num_kv_heads, "kv_heads"), *angles)
         value = project("value", c.num_kv_heads, "kv_heads")
-        query = constrain(query, "batch", "length", "heads", None)
-        key, value = (constrain(t, "batch", "length", "kv_heads", None) for t in (key, value))
+        if extension is not None and extension.query_scale is not None:
+            query = (query * extension.query_scale[:, None, :, None]).astype(query.dtype)
+        query = constrain(query, "batch", "heads", "length", None)
+        key, value = (constrain(t, "batch", "kv_heads", "length", None) for t in (key, value))
         if cache is not None:
             cache = cache.write(layer, positions, key, value)
             key, value = cache.key[layer], cache.value[layer]
+        if extension is not None and extension.windows is not None:
+            key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
+            mask = mask & (positions[:, :, None] - key_positions[:, None, :] < extension.windows[layer])
         dropping = c.attention_dropout > 0 and not deterministic
         mixed = dot_product_attention(
             query, key, value, mask, dropout_rate=c.attention_dropout,
             dropout_rng=self.make_rng("dropout") if dropping else None,
         )
-        mixed = constrain(mixed, "batch", "length", "heads", None)
+        mixed = constrain(mixed, "batch", "heads", "length", None)
         out = Projection(
-            "blhk,hkd->bld", (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"),
+            "bhlk,hkd->bld", (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"),
             c.output_init_std, c.compute_dtype, name="output",
         )(mixed)
         return out, cache

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTION_KERNELS = ("xla",)
+# Table 3 of the report follows dynamic NTK to eight times the training length.
+NTK_EXTENSION = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,12 @@ class ModelConfig:
       norm_epsilon: added to the mean square inside RMSNorm.
       qkv_bias: whether the query, key and value projections have a bias.
       tie_embeddings: whether the output projection is the embedding, transposed.
-      use_dynamic_ntk, use_logn: context extension of the released configuration (report 2.3.2), kept so that
-        conversion loses nothing; neither touches a training pass.
+      use_dynamic_ntk, use_logn: context extension past `max_length` (report 2.3.2), as in the released configuration:
+        rotary frequencies that slow down with the prompt's length, and queries that grow with the logarithm of their
+        position. Inference only: a training pass is not touched.
+      window_sizes: one number per block, lowest first: a query attends to itself and the size - 1 positions before it;
+        0 attends to all. None: no window anywhere. Inference only (report 2.3.2: shorter in lower layers). No released
+        configuration and no outside format has it.
       init_std: standard deviation of the initial weights; projections back into the residual stream get
         init_std / sqrt(2 * num_layers).
       embedding_dropout, attention_dropout: probabilities, used only when `deterministic=False`.
@@ -51,6 +57,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     use_dynamic_ntk: bool = False
     use_logn: bool = False
+    window_sizes: tuple[int, ...] | None = None
     init_std: float = 0.02
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -71,12 +78,34 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim must be even for rotary positions, found {self.head_dim}")
+        self._check_context_extension()
         for field, allowed in (
             ("dtype", ("bfloat16", "float32")), ("remat", REMAT_POLICIES), ("attention_kernel", ATTENTION_KERNELS),
         ):
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"ModelConfig.{field} must be one of {', '.join(allowed)}; found {value!r}")
+
+    def _check_context_extension(self):
+        if self.use_logn and self.max_length < 2:
+            raise ValueError("ModelConfig.use_logn divides by log(max_length): max_length must be at least 2, found 1")
+        if self.window_sizes is None:
+            return
+        sizes = self.window_sizes if isinstance(self.window_sizes, list | tuple) else (self.window_sizes,)
+        # Gin and JSON give lists; a configuration must be hashable.
+        object.__setattr__(self, "window_sizes", tuple(sizes))
+        if len(sizes) != self.num_layers:
+            raise ValueError(
+                f"ModelConfig.window_sizes must have one number for each of the {self.num_layers} layers, found "
+                f"{len(sizes)}"
+            )
+        if wrong := [size for size in sizes if type(size) is not int or size < 0]:
+            raise ValueError(f"ModelConfig.window_sizes must be positive integers, or 0 for all; found {wrong[0]!r}")
+
+    @property
+    def inference_length(self) -> int:
+        """How many tokens generation may reach: `max_length`, and with dynamic NTK eight times that (Table 3)."""
+        return self.max_length * (NTK_EXTENSION if self.use_dynamic_ntk else 1)
 
     @property
     def compute_dtype(self):

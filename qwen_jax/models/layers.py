@@ -75,6 +75,7 @@ class Projection(nn.Module):
       names: logical names of the kernel's axes.
       std: standard deviation of the initial kernel.
       bias_names: logical names of the bias's axes (the kernel's last ones), or None for no bias.
+      bias_shape: how the bias is shaped to be added to the result; by default as it is.
     """
 
     equation: str
@@ -83,6 +84,7 @@ class Projection(nn.Module):
     std: float
     dtype: jnp.dtype
     bias_names: tuple[str, ...] | None = None
+    bias_shape: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,7 +94,7 @@ class Projection(nn.Module):
         if self.bias_names is not None:
             shape = self.shape[-len(self.bias_names):]
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names), shape)
-            y = y + bias.astype(self.dtype)
+            y = y + bias.astype(self.dtype).reshape(self.bias_shape or shape)
         return y
 
 

@@ -1,35 +1,110 @@
-"""Rotary position embedding (report 2.3.1; Su et al. 2021): half-split rotation, everything in float32."""
+"""Rotary positions (report 2.3.1; Su et al. 2021), and what lets inference go past the training length (2.3.2)."""
 
+import math
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.models.config import ModelConfig
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position times inverse frequency.
+
+@flax.struct.dataclass
+class ContextExtension:
+    """What an inference pass changes in attention (report 2.3.2); a training pass has none of it.
+
+    Attributes:
+      ntk_alpha: float32 [batch], see `dynamic_ntk_alpha`; None: rotary frequencies as in training.
+      query_scale: float32 [batch, length], see `logn_scale`; None: queries as in training.
+      windows: int32 [layers], how many positions, its own included, a query of each block may see; None: all.
+    """
+
+    ntk_alpha: jax.Array | None
+    query_scale: jax.Array | None
+    windows: jax.Array | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, positions: jax.Array, ntk_alpha: jax.Array) -> "ContextExtension":
+        """What `config` switches on, for queries at `positions` [batch, length], 0-based."""
+        windows = None
+        if config.window_sizes is not None:
+            all_positions = jnp.iinfo(jnp.int32).max
+            windows = jnp.asarray([size or all_positions for size in config.window_sizes], jnp.int32)
+        return cls(
+            ntk_alpha=ntk_alpha if config.use_dynamic_ntk else None,
+            query_scale=logn_scale(positions, config.max_length) if config.use_logn else None,
+            windows=windows,
+        )
+
+
+def dynamic_ntk_alpha(lengths: jax.Array, max_length: int) -> jax.Array:
+    """How far NTK-aware interpolation stretches the rotary base, in chunks: 1, 3, 7, 15, … as the length doubles.
+
+    max(2^ceil(log2(length / max_length) + 1) - 1, 1), as the released code computes it at prefill.
+
+    Args:
+      lengths: int32 [...], prompt lengths without padding.
+      max_length: training length.
+
+    Returns:
+      float32 [...], to be given to `rotary_angles`; 1 up to the training length.
+    """
+    # In integers: a rounded logarithm would jump at a power of two.
+    chunks = (jnp.maximum(lengths, 1).astype(jnp.int32) + (max_length - 1)) // max_length
+    doublings = 32 - jax.lax.clz(chunks - 1)
+    return (jnp.left_shift(2, doublings) - 1).astype(jnp.float32)
+
+
+def logn_scale(positions: jax.Array, max_length: int) -> jax.Array:
+    """LogN scaling of queries: log(p) / log(max_length) at 1-based position p past the training length, 1 before.
+
+    A query past the training length always has more keys than that, so the released code's question for the number of
+    keys needs no answer here, in decoding neither.
+
+    Args:
+      positions: int32 [batch, length], 0-based.
+      max_length: training length, at least 2.
+
+    Returns:
+      float32 [batch, length].
+    """
+    ordinal = positions.astype(jnp.float32) + 1
+    return jnp.where(ordinal > max_length, jnp.log(ordinal) / math.log(max_length), 1.0)
+
+
+def rotary_angles(
+    positions: jax.Array, head_dim: int, theta: float, ntk_alpha: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position times inverse frequency, everything in float32.
 
     Args:
       positions: [batch, length] int32, 0-based.
       head_dim: even width of a head.
       theta: base of the frequencies.
+      ntk_alpha: float32 [batch]; the base of a row becomes theta * alpha^(head_dim / (head_dim - 2)), which leaves the
+        highest frequency as it is and divides the lowest by alpha.
 
     Returns:
       (cos, sin), each float32 [batch, length, head_dim / 2].
     """
+    if ntk_alpha is not None:
+        # A head of one pair has the frequency 1 alone, whatever the base.
+        theta = theta * ntk_alpha[:, None, None] ** (head_dim / max(head_dim - 2, 1))
     frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + head_dim/2) of each head.
+    """Rotates the pairs (i, i + head_dim/2) of each head: half-split rotation.
 
     Args:
-      x: [batch, length, heads, head_dim].
+      x: [batch, heads, length, head_dim].
       cos, sin: float32 [batch, length, head_dim / 2].
 
     Returns:
       Rotated in float32, cast back to the dtype of `x`.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    cos, sin = cos[:, None], sin[:, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from qwen_jax.models.attention import KVCache, SelfAttention, causal_mask
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, matmul_precision, weight_init
-from qwen_jax.models.positions import rotary_angles
+from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
 from qwen_jax.sharding import constrain
 
 
@@ -18,13 +18,14 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, carry, layer, angles, mask, positions):
+    def __call__(self, carry, layer, angles, mask, positions, extension):
         """Maps the scan's carry (residual stream [batch, length, hidden], cache or None) to the next block's."""
         x, cache = carry
         c = self.config
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="attention_norm")(x)
         attended, cache = SelfAttention(c, name="attention")(
-            normed, angles, mask, deterministic=self.deterministic, layer=layer, cache=cache, positions=positions
+            normed, angles, mask, deterministic=self.deterministic, layer=layer, cache=cache, positions=positions,
+            extension=extension,
         )
         x = constrain(x + attended, "batch", "length", "activation_embed")
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="mlp_norm")(x)
@@ -61,22 +62,23 @@ class Qwen(nn.Module):
             )
 
     @nn.compact
-    def _decode(self, tokens, positions, mask, cache, deterministic):
+    def _decode(self, tokens, positions, mask, cache, deterministic, extension=None):
         c = self.config
         x = embed(self.token_embedding, tokens, c.compute_dtype)
         x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
         x = constrain(x, "batch", "length", "activation_embed")
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+        ntk_alpha = None if extension is None else extension.ntk_alpha
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, ntk_alpha)
         block = _rematerialised(Block, c.remat) if cache is None else Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, deterministic, name="layers")
-        (x, cache), _ = blocks((x, cache), jnp.arange(c.num_layers), angles, mask, positions)
+        (x, cache), _ = blocks((x, cache), jnp.arange(c.num_layers), angles, mask, positions, extension)
         return self.final_norm(x), cache
 
     def output_kernel(self) -> jax.Array:
@@ -107,8 +109,24 @@ class Qwen(nn.Module):
         )
         return self._logits(hidden)
 
+    def inference_hidden_states(self, tokens, lengths=None) -> jax.Array:
+        """The inference-mode forward pass: context extension (report 2.3.2) acts as `config` says.
+
+        Args:
+          tokens: int32 [batch, length].
+          lengths: int32 [batch], how many tokens of each row are no padding, which comes after them; None: all.
+
+        Returns:
+          Normed final hidden states [batch, length, hidden]; `logits` makes logits of them.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        lengths = jnp.full(tokens.shape[:1], tokens.shape[1]) if lengths is None else lengths
+        alpha = dynamic_ntk_alpha(lengths, self.config.max_length)
+        extension = ContextExtension.of(self.config, positions, alpha)
+        return self._decode(tokens, positions, causal_mask(tokens.shape[1], None), None, True, extension)[0]
+
     def decode(self, tokens, positions, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One step of cached decoding: `tokens` [batch, length] at `positions` [batch, length] of their rows.
+        """One inference-mode step with a cache: `tokens` [batch, length] at `positions` [batch, length] of their rows.
 
         A position sees every slot of its row up to itself, so slots that hold padding must be overwritten before a
         later position can see them.
@@ -116,8 +134,9 @@ class Qwen(nn.Module):
         Returns:
           (hidden states [batch, length, hidden], the cache with the new positions). `logits` makes logits of them.
         """
-        mask = jnp.arange(cache.key.shape[2])[None, None, :] <= positions[:, :, None]
-        return self._decode(tokens, positions, mask, cache, True)
+        mask = jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None]
+        extension = ContextExtension.of(self.config, positions, cache.ntk_alpha)
+        return self._decode(tokens, positions, mask, cache, True, extension)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., vocab_size] of hidden states [..., hidden]."""
