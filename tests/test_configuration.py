@@ -18,7 +18,7 @@ def loop(*bindings):
 
 
 def test_flags_override_files_and_need_no_quotes():
-    assert loop().train_steps == 300
+    assert loop().train_steps == 400
     assert loop("TRAIN_STEPS=7").train_steps == 7
     assert loop("LoopConfig.seed=5").seed == 5
     loop("OUTPUT_DIR=runs/with space/x-1.0", "MIXTURE_OR_TASK=local_files")

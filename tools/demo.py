@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/demo")
 VOCABULARY, CACHE, RUN, CONVERTED = (FOLDER / name for name in ("vocabulary.tiktoken", "cache", "run", "qwen2"))
-STOP_AT = 150
+STOP_AT = 200
 PROMPT = "import os\n\ndef main():\n    for path in sys.argv[1:]:\n        with open("
 TRAIN = [
     "-m", "qwen_jax.train", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
