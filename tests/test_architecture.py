@@ -12,6 +12,8 @@ WALLS = {
                         "tensorflow", "seqio", "t5", "torch", "transformers", "optax", "gin"),
     "qwen_jax/data": ("qwen_jax.models", "qwen_jax.training", "qwen_jax.conversion", "qwen_jax.inference", "jax",
                       "flax", "torch", "transformers"),
+    "qwen_jax/curation": ("qwen_jax.models", "qwen_jax.training", "qwen_jax.conversion", "qwen_jax.inference", "jax",
+                          "flax", "torch", "transformers", "tensorflow", "seqio"),
     "qwen_jax/training": ("qwen_jax.data", "qwen_jax.conversion", "tasks", "tensorflow", "seqio", "gin", "torch",
                           "transformers"),
     "qwen_jax/inference": ("qwen_jax.data", "qwen_jax.training", "qwen_jax.conversion", "tensorflow", "gin", "torch"),

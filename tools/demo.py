@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/demo")
 VOCABULARY, CACHE, RUN, CONVERTED = (FOLDER / name for name in ("vocabulary.tiktoken", "cache", "run", "qwen2"))
 STOP_AT = 200
-PROMPT = "import os\n\ndef main():\n    for path in sys.argv[1:]:\n        with open("
+PROMPT = "class Reader:\n    def __init__(self, path):\n        self."
 TRAIN = [
     "-m", "qwen_jax.train", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
     f"--gin.OUTPUT_DIR={RUN}", f"--gin.CACHE_DIR={CACHE}", f"--gin.VOCABULARY={VOCABULARY}",
@@ -87,7 +87,7 @@ def main() -> None:
     title("5. the loss curve")
     call("tools/plot_run.py", RUN, f"--output={FOLDER / 'loss.png'}")
     title("6. the model completes a line of Python")
-    speak = ["--prompt", PROMPT, "--max_new_tokens", "40"]
+    speak = ["--prompt", PROMPT, "--max_new_tokens", "16"]
     spoken = output_of("-m", "qwen_jax.generate", "--checkpoint", RUN, *speak)
     title("7. as Qwen2ForCausalLM, which transformers, vLLM, SGLang and llama.cpp load")
     call("tools/convert_checkpoint.py", "--from", f"orbax:{RUN}", "--to", f"qwen2:{CONVERTED}")

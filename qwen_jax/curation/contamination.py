@@ -1,0 +1,114 @@
+"""Removal of documents that share long n-grams with evaluation sets (report section 2.1, companion notes).
+
+As in Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C: an n-gram of 13 words. For Chinese and
+other scripts without spaces the n-gram is longer, since its tokens are characters.
+"""
+
+import csv
+import dataclasses
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow.parquet
+
+from qwen_jax.curation import normalise
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
+csv.field_size_limit(1 << 26)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContaminationConfig:
+    """What counts as overlap.
+
+    Attributes:
+        files: of benchmarks; every text in them counts, whatever its field is called.
+        words: length of an n-gram most of whose tokens are words.
+        characters: length of one most of whose tokens are characters of a script without spaces.
+        min_shared: different n-grams that a document must share with benchmarks to be dropped.
+    """
+
+    files: tuple[str, ...] = ()
+    words: int = 13
+    characters: int = 26
+    min_shared: int = 1
+
+
+def long_ngrams(texts: Sequence[str], config: ContaminationConfig) -> np.ndarray:
+    """Hashes of the long n-grams of some texts, sorted, uint64 [n-grams]. No n-gram reaches over the end of a text."""
+    tokens = normalise.tokenize(texts)
+    characters = np.concatenate([[0], np.cumsum(tokens.ideograph)])
+    found = []
+    for size, of_characters in ((config.words, False), (config.characters, True)):
+        hashes, where = normalise.windows(tokens, size)
+        mostly = characters[where + size] - characters[where] > size / 2
+        found.append(hashes[mostly == of_characters])
+    return np.unique(np.concatenate(found))
+
+
+def benchmark_texts(path: str) -> Iterator[str]:
+    """Every text of a benchmark file, field by field.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown suffix, or a file that is not what its suffix says.
+    """
+    name = path.removesuffix(".gz")
+    try:
+        if name.endswith(".parquet"):
+            with pyarrow.parquet.ParquetFile(path) as table:
+                for batch in table.iter_batches():
+                    yield from _texts(batch.to_pylist())
+            return
+        if not name.endswith(SUFFIXES):
+            raise ValueError(f"unknown suffix; a benchmark has files of {', '.join(SUFFIXES)}")
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as file:
+            if name.endswith(".jsonl"):
+                for line in file:
+                    if line.strip():
+                        yield from _texts(json.loads(line))
+            elif name.endswith(".json"):
+                yield from _texts(json.load(file))
+            elif name.endswith((".csv", ".tsv")):
+                for row in csv.reader(file, delimiter="\t" if name.endswith(".tsv") else ","):
+                    yield from row
+            else:
+                yield file.read()
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, pyarrow.ArrowException) as error:
+        raise ValueError(f"benchmark {path}: {error}") from error
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+
+
+def index(config: ContaminationConfig) -> np.ndarray:
+    """The long n-grams of all benchmark files, sorted, uint64 [n-grams].
+
+    Raises:
+        FileNotFoundError, ValueError: see `benchmark_texts`; or no text is long enough to have an n-gram.
+    """
+    parts = [long_ngrams(list(benchmark_texts(path)), config) for path in config.files]
+    merged = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
+    if parts and not len(merged):
+        raise ValueError(f"no text in the benchmark files has {config.words} words or {config.characters} characters")
+    return merged
+
+
+def shared(text: str, benchmarks: np.ndarray, config: ContaminationConfig) -> int:
+    """How many different long n-grams a text shares with `benchmarks`, the array of `index`."""
+    if not len(benchmarks):
+        return 0
+    grams = long_ngrams([text], config)
+    places = np.minimum(np.searchsorted(benchmarks, grams), len(benchmarks) - 1)
+    return int((benchmarks[places] == grams).sum())

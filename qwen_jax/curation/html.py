@@ -1,0 +1,104 @@
+"""Bytes of a page to its text: character encoding, then the main content without navigation, scripts and forms.
+
+The work is done by Resiliparse (Bevendorff et al., ECIR 2018), compiled code that was made for web archives.
+"""
+
+import codecs
+import re
+
+from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+# The time of extraction is quadratic in the depth of the tree: seconds at 20,000. Real pages stay below 100.
+_MAX_DEPTH = 2000
+_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
+# Elements without content, and those that the next of their kind closes: they do not nest.
+_FLAT = frozenset(
+    "area base br col embed hr img input link meta param source track wbr p li dt dd tr td th thead tbody tfoot option "
+    "optgroup colgroup rp rt".split()
+)
+# More characters than this share that stand for nothing readable: not text.
+_MAX_UNREADABLE = 0.05
+_UNREADABLE = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f]")
+
+
+class Unreadable(ValueError):
+    """A page or text that cannot be turned into text; the message is the reason, one word of the report."""
+
+
+def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) -> tuple[str, str]:
+    """Text of `data`, and the name of the encoding it was in.
+
+    Valid UTF-8 is believed first, since text in another encoding is never valid by accident; then what the server said,
+    what the page says of itself, and what its bytes look like. Bytes that fit none become U+FFFD.
+
+    Args:
+        data: bytes of a page or file.
+        charset: what the HTTP header says.
+        is_html: whether to look for `<meta charset>`.
+
+    Raises:
+        Unreadable: `undecodable`, more than one character in twenty is no text: binary data.
+    """
+    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
+                           (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if data.startswith(mark):
+            return _checked(data[len(mark):].decode(encoding, "replace")), encoding
+    declared = map_encoding_to_html5(charset, False) if charset else None
+    stateful = declared is not None and declared.startswith("iso2022")  # all its bytes are ASCII
+    detected = None
+    for encoding in (None if stateful else "utf-8", declared, "detect"):
+        if encoding == "detect":
+            encoding = detected = detect_encoding(data, from_html_meta=is_html) or "utf-8"
+        if encoding is None:
+            continue
+        try:
+            return _checked(data.decode(encoding)), encoding
+        except (UnicodeDecodeError, LookupError):
+            continue
+    encoding = declared or detected or "utf-8"
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        encoding = "utf-8"
+    return _checked(data.decode(encoding, "replace")), encoding
+
+
+def _checked(text: str) -> str:
+    if len(_UNREADABLE.findall(text[:100_000])) > _MAX_UNREADABLE * min(len(text), 100_000):
+        raise Unreadable("undecodable")
+    return text
+
+
+def extract(page: str) -> str:
+    """Main text of an HTML page; paragraphs and headings are lines. Empty where there is none.
+
+    Raises:
+        Unreadable: `nested_too_deeply`, a tree made to exhaust whoever walks it; `extraction_failed`.
+    """
+    if _depth(page) > _MAX_DEPTH:
+        raise Unreadable("nested_too_deeply")
+    try:
+        return extract_plain_text(printable(page), main_content=True, alt_texts=False, comments=False).strip()
+    except Exception as error:  # compiled code on whatever the web sends; one page must not end the run
+        raise Unreadable("extraction_failed") from error
+
+
+def _depth(page: str) -> int:
+    """Upper bound on the depth of the tree, from tags alone."""
+    depth = deepest = 0
+    for closing, name in _TAG.findall(page):
+        if name.lower() in _FLAT:
+            continue
+        depth = max(0, depth - 1) if closing else depth + 1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def printable(text: str) -> str:
+    """The text as every encoder takes it: lone surrogates become U+FFFD; no NUL; line ends are `\\n`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "")

@@ -1,0 +1,119 @@
+"""Where every document went: counts of each stage, and small samples for the report, both mergeable over shards."""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable
+
+from qwen_jax.curation.sampling import uniform
+
+# In this order, that of the report's section 2.1.
+STAGES = ("read", "extract", "language", "exact", "fuzzy", "rules", "scores", "contamination", "sampling")
+KEPT = "kept"
+EXCERPT = 1200
+_SAMPLES, _VALUES = 6, 4000
+
+
+class Ledger:
+    """Counts of documents and of bytes of text (before extraction: of pages) through the stages.
+
+    Samples are those with the smallest hash of the document's id, so they are random and depend neither on the order
+    nor on the number of shards.
+    """
+
+    def __init__(self, shards: int = 1):
+        """`shards`: of how many ledgers this is one; together they remember the statistics of some 4,000 documents."""
+        self._limit = min(_VALUES, 40 + 8 * _VALUES // shards)
+        self.stages = {stage: {"in": [0, 0], "kept": [0, 0], "dropped": {}} for stage in STAGES}
+        self.counters: dict[str, Counter] = {}
+        self.samples: dict[str, list] = {}
+        self.values: list = []
+
+    def enter(self, stage: str, size: int) -> None:
+        """A document of `size` bytes comes to a stage."""
+        _add(self.stages[stage]["in"], size)
+
+    def keep(self, stage: str, size: int) -> None:
+        """It goes on to the next stage, with `size` bytes."""
+        _add(self.stages[stage]["kept"], size)
+
+    def drop(self, stage: str, reason: str, size: int) -> None:
+        """It goes no further."""
+        _add(self.stages[stage]["dropped"].setdefault(reason, [0, 0]), size)
+
+    def count(self, what: str, value: str, number: int = 1) -> None:
+        """Adds to a table of the report, such as `language`."""
+        self.counters.setdefault(what, Counter())[value] += number
+
+    def sample(self, label: str, row: dict) -> None:
+        """Perhaps remembers a document: `row` has its `id`, and texts are cut to an excerpt."""
+        order = uniform(row["id"], label)
+        held = self.samples.setdefault(label, [])
+        if len(held) < _SAMPLES or order < held[-1][0]:
+            row = {key: value[:EXCERPT] if isinstance(value, str) else value for key, value in row.items()}
+            self.samples[label] = heapq.nsmallest(_SAMPLES, [*held, [order, row]], key=_order)
+
+    def value(self, document_id: str, language: str, values: dict) -> None:
+        """Perhaps remembers the statistics and scores of a document, for the histograms."""
+        self.values.append([uniform(document_id, "values"), {"id": document_id, "language": language, **values}])
+        if len(self.values) >= 2 * self._limit:
+            self.values = heapq.nsmallest(self._limit, self.values, key=_order)
+
+    def to_json(self) -> dict:
+        """As what `merge` takes."""
+        return {
+            "stages": self.stages,
+            "counters": self.counters,
+            "samples": self.samples,
+            "values": heapq.nsmallest(self._limit, self.values, key=_order),
+        }
+
+    @classmethod
+    def merge(cls, parts: Iterable[dict]) -> "Ledger":
+        """The ledger of all shards."""
+        merged = cls()
+        for part in parts:
+            for stage, counts in part["stages"].items():
+                mine = merged.stages[stage]
+                for side in ("in", "kept"):
+                    mine[side] = [a + b for a, b in zip(mine[side], counts[side], strict=True)]
+                for reason, pair in counts["dropped"].items():
+                    held = mine["dropped"].get(reason, [0, 0])
+                    mine["dropped"][reason] = [a + b for a, b in zip(held, pair, strict=True)]
+            for what, counter in part["counters"].items():
+                merged.counters.setdefault(what, Counter()).update(counter)
+            for label, rows in part["samples"].items():
+                held = [*merged.samples.get(label, []), *rows]
+                merged.samples[label] = heapq.nsmallest(_SAMPLES, held, key=_order)
+            merged.values = heapq.nsmallest(_VALUES, [*merged.values, *part["values"]], key=_order)
+        for counts in merged.stages.values():
+            counts["dropped"] = dict(sorted(counts["dropped"].items()))
+        merged.counters = {what: Counter(dict(sorted(one.items()))) for what, one in sorted(merged.counters.items())}
+        merged.samples = dict(sorted(merged.samples.items()))
+        return merged
+
+    def check(self) -> None:
+        """Verifies that no document was lost: kept + dropped = read, and each stage reads what the one before kept.
+
+        Raises:
+            RuntimeError: a stage does not add up; that is a fault of the program.
+        """
+        before = None
+        for stage, counts in self.stages.items():
+            # Extraction turns pages into text, and sampling writes copies: there only documents can be compared.
+            for place, unit in enumerate(("documents", "bytes")):
+                read, kept = counts["in"][place], counts["kept"][place]
+                dropped = sum(pair[place] for pair in counts["dropped"].values())
+                if read != kept + dropped and not (place and stage == "extract"):
+                    raise RuntimeError(f"stage {stage}: {read} {unit} read, {kept} kept and {dropped} dropped")
+                if before is not None and read != before[place]:
+                    raise RuntimeError(f"stage {stage}: {read} {unit} read, the stage before kept {before[place]}")
+            before = counts["kept"]
+
+
+def _add(pair: list, size: int) -> None:
+    pair[0] += 1
+    pair[1] += size
+
+
+def _order(row: list) -> tuple:
+    return row[0], row[1]["id"]

@@ -1,0 +1,320 @@
+"""From a crawl to a training set, on Apache Beam (report section 2.1).
+
+Stages follow one another; within a stage, Beam deals pieces of work (`qwen_jax.curation.stages`) to workers, which see
+one folder. What a piece makes appears whole, so a run that was killed goes on with the pieces that are missing, and the
+bytes written depend neither on the number of workers nor on interruptions.
+
+    output/documents/<source>/*.jsonl.zst   what is kept: text, url, source, language, scores; read by `local_files`
+    output/dropped/<source>/*.jsonl.zst     what is not, with stage and reason
+    output/manifest.json                    counts of each stage, files with checksums, the configuration
+    output/report.html                      for reading by hand
+    output/work/                            removed at the end unless it is to be kept
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from qwen_jax.curation import contamination, readers, report, stages, storage
+from qwen_jax.curation.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST, REPORT = "manifest.json", "report.html"
+_PLAN, _LOCK = "plan.json", "lock"
+# In one process: Beam's other direct runners first try to download a program called Prism.
+_DEFAULT_RUNNER = "--runner=FnApiRunner"
+_PROGRESS_SECONDS = 10
+
+
+def curate(
+    inputs: Mapping[str, Sequence[str]],
+    output: str | os.PathLike,
+    config: stages.CurationConfig = stages.CurationConfig(),
+    *,
+    beam_options: Sequence[str] = (),
+    keep_work: bool = False,
+) -> dict:
+    """Runs the pipeline, or what is left of it.
+
+    Args:
+        inputs: name of a source to its folders and globs. Of duplicates in several sources, the one in the source
+            that is named first is kept.
+        output: a folder that all workers see.
+        config: what is kept.
+        beam_options: such as `--runner=FlinkRunner`; the default runner works in this process.
+        keep_work: leave `output/work` there.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FileNotFoundError: no input, or no benchmark or model file.
+        ValueError: something in the configuration, or `output` was made from another corpus or configuration.
+        RuntimeError: the counts of some stage do not add up.
+    """
+    output = Path(os.path.abspath(output))
+    sources = [readers.list_source(name, patterns) for name, patterns in inputs.items()]
+    _check(config, sources)
+    description = _describe(sources, config)
+    if (output / MANIFEST).exists():
+        manifest = storage.load_json(output / MANIFEST)
+        _check_same(output, manifest, description)
+        logger.info("%s is complete already", output)
+        if not keep_work:
+            shutil.rmtree(output / "work", ignore_errors=True)  # the run was killed while it cleaned up
+        return manifest
+    work = stages.Work(output / "work", config, _units(sources, config.unit_bytes))
+    _check_output(output, work.folder, description)
+    with _locked(work.folder):
+        _prepare(work, description)
+        _run_stages(work, _Runner(work, beam_options))
+        manifest = _finish(work, output, description)
+        if not keep_work:
+            shutil.rmtree(work.folder)
+    return manifest
+
+
+def _check_output(output: Path, work: Path, description: dict) -> None:
+    """Raises unless `output` is new or holds an interrupted run of the same description: nothing else is touched."""
+    if (work / _PLAN).exists():
+        _check_same(output, storage.load_json(work / _PLAN), description)
+        logger.info("%s: going on with an interrupted run", output)
+        return
+    found = {path.name for path in output.iterdir()} - {work.name} if output.exists() else set()
+    found |= {path.name for path in work.glob("[!.]*")} - {_LOCK}
+    if found:
+        raise ValueError(f"{output} holds {min(found)} and no run of curation: give an --output that is new or empty")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is at work in {folder.parent}: wait for it, or end it") from error
+        yield
+
+
+def _prepare(work: stages.Work, description: dict) -> None:
+    # Benchmarks that cannot be read must not leave a plan, which would bind the folder to them.
+    benchmarks = work.folder / "benchmarks.npy"
+    if not (work.folder / _PLAN).exists() or not benchmarks.exists():
+        index = contamination.index(work.config.contamination)
+        storage.save_json(work.folder / _PLAN, description)
+        storage.save_array(benchmarks, index)
+
+
+def _check(config: stages.CurationConfig, sources: Sequence[readers.Source]) -> None:
+    unknown = sorted(set(config.weights) - {source.name for source in sources})
+    if unknown:
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(f"weights name a source {unknown[0]!r} that is no input; there are {names}")
+    for name, weight in config.weights.items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"the weight of source {name} is {weight}, expected a number of at least 0")
+    names = [one.name for one in config.scores]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two scores have one name: {', '.join(names)}")
+    for one in config.scores:
+        one.scorer("a text that shows, before hours of work, whether the model can be read")
+
+
+def _describe(sources: Sequence[readers.Source], config: stages.CurationConfig) -> dict:
+    """What a run is made from; equal descriptions give equal bytes."""
+    listing = {
+        source.name: [[os.path.relpath(path, source.base), size] for path, size in source.files] for source in sources
+    }
+    models = {}
+    for one in config.scores:
+        path = getattr(one.scorer, "path", None)
+        if path is not None and os.path.isfile(path):
+            models[one.name] = _sha256(Path(path))
+    settings = _plain(config)
+    settings["contamination"]["files"] = [os.path.basename(path) for path in config.contamination.files]
+    benchmarks = [_sha256(Path(path)) for path in config.contamination.files]
+    digest = hashlib.sha256(json.dumps([listing, settings, models, benchmarks], sort_keys=True).encode()).hexdigest()
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": digest,
+        "inputs": {name: {"files": len(files), "bytes": sum(s for _, s in files)} for name, files in listing.items()},
+        "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        "config": settings,
+    }
+
+
+def _plain(value: object) -> object:
+    """A configuration as JSON; of files, only the names."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(fields.get("path"), str):
+            fields["path"] = os.path.basename(fields["path"])
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_same(output: Path, found: dict, expected: dict) -> None:
+    if found["fingerprint"] == expected["fingerprint"]:
+        return
+    what = [name for name in ("inputs", "listing", "config") if found.get(name) != expected[name]]
+    changed = {"inputs": "another corpus", "listing": "another corpus", "config": "another configuration"}
+    reason = " and ".join(dict.fromkeys(changed[name] for name in what)) or "other model or benchmark files"
+    raise ValueError(f"{output} was made from {reason}: give another --output, or delete that folder to make it anew")
+
+
+def _units(sources: Sequence[readers.Source], unit_bytes: int) -> tuple[stages.Unit, ...]:
+    units = []
+    for priority, source in enumerate(sources):
+        files, size = [], 0
+        for path, file_size in source.files:
+            files.append(path)
+            size += file_size
+            if size >= unit_bytes:
+                units.append(stages.Unit(source.name, source.base, tuple(files), priority))
+                files, size = [], 0
+        if files:
+            units.append(stages.Unit(source.name, source.base, tuple(files), priority))
+    return tuple(units)
+
+
+def _run_stages(work: stages.Work, run: "_Runner") -> None:
+    config, folder, numbers = work.config, work.folder, range(len(work.units))
+    run("extract", stages.extract, [(number,) for number in numbers], lambda number: work.extracted(number))
+    total = sum(len(work.array(number, "lengths")) for number in numbers)
+    parts = max(1, -(-total // config.documents_per_part))
+    if config.exact:
+        run("exact duplicates", stages.exact, [(part, parts) for part in range(parts)],
+            lambda part, _: folder / "exact" / f"{part:06d}.npy")
+    if config.fuzzy is not None:
+        pieces = [(band, part, parts) for band in range(config.fuzzy.bands) for part in range(parts)]
+        run("candidates of near-duplicates", stages.candidates, pieces,
+            lambda band, part, _: folder / "candidates" / f"{band:03d}-{part:06d}.npy")
+        run("near-duplicates", stages.edges, [(number,) for number in numbers],
+            lambda number: folder / "edges" / f"{number:06d}.npy")
+        if not (folder / "clusters.json").exists():
+            stages.clusters(work)
+    run("select", stages.select, [(number,) for number in numbers], lambda number: work.selected(number))
+
+
+class _Runner:
+    """Runs the pieces of a stage that are not done, on Beam."""
+
+    logged = 0.0  # when this process last showed progress
+
+    def __init__(self, work: stages.Work, beam_options: Sequence[str]):
+        self._work, self._options = work, list(beam_options)
+        self._local = not any(option.startswith("--runner") for option in self._options)
+        if self._local:
+            self._options.append(_DEFAULT_RUNNER)
+
+    def __call__(self, label: str, function: Callable, pieces: Sequence[tuple], made: Callable[..., Path]) -> None:
+        """Calls `function(work, *piece)` for each piece whose file or folder, `made(*piece)`, is not there."""
+        for folder in {made(*piece).parent for piece in pieces}:
+            storage.remove_unfinished(folder) if folder.exists() else None
+        missing = [piece for piece in pieces if not made(*piece).exists()]
+        logger.info("%s: %d of %d pieces to do", label, len(missing), len(pieces))
+        if not missing:
+            return
+        started = time.monotonic()
+        with self._quiet(), beam.Pipeline(options=PipelineOptions(self._options)) as pipeline:
+            call = functools.partial(_piece, self._work, function, label, len(missing))
+            _ = pipeline | beam.Create(list(enumerate(missing, 1))) | beam.Reshuffle() | beam.Map(call)
+        logger.info("%s: done in %.1f s", label, time.monotonic() - started)
+
+    @contextlib.contextmanager
+    def _quiet(self):
+        beam_logger = logging.getLogger("apache_beam")
+        before = beam_logger.level
+        if self._local:
+            beam_logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            beam_logger.setLevel(before)
+
+
+def _piece(work: stages.Work, function: Callable, label: str, total: int, numbered: tuple[int, tuple]) -> None:
+    number, piece = numbered
+    function(work, *piece)
+    if number == total or time.monotonic() - _Runner.logged > _PROGRESS_SECONDS:
+        _Runner.logged = time.monotonic()
+        logger.info("%s: piece %d of %d is done", label, number, total)
+
+
+def _finish(work: stages.Work, output: Path, description: dict) -> dict:
+    """Checks the counts, gives the files their places, and writes report and manifest, the manifest last."""
+    numbers = range(len(work.units))
+    ledger = Ledger.merge(
+        storage.load_json(folder(number) / stages.LEDGER)
+        for folder in (work.extracted, work.selected) for number in numbers
+    )
+    ledger.check()
+    files = _place_files(work, output)
+    counted = ledger.to_json()
+    clusters = storage.load_json(work.folder / "clusters.json") if work.config.fuzzy is not None else None
+    manifest = description | {
+        "stages": counted["stages"],
+        "counters": counted["counters"],
+        "clusters": clusters["sizes"] if clusters else {},
+        "benchmark_ngrams": len(storage.load_array(work.folder / "benchmarks.npy")),
+        "files": files,
+    }
+    with storage.new_file(output / REPORT) as temporary:
+        temporary.write_text(report.render(ledger, work.config, clusters, description["inputs"]), encoding="utf-8")
+    storage.save_json(output / MANIFEST, manifest)
+    return manifest
+
+
+def _place_files(work: stages.Work, output: Path) -> dict[str, list[dict]]:
+    """Links or copies what the pieces made to its place, and lists it.
+
+    Raises:
+        RuntimeError: a file is missing that a piece wrote.
+    """
+    files: dict[str, list[dict]] = {"documents": [], "dropped": []}
+    for kind in files:
+        shutil.rmtree(output / kind, ignore_errors=True)
+    counts: dict[str, int] = {}
+    for number, unit in enumerate(work.units):
+        shard = counts[unit.source] = counts.get(unit.source, -1) + 1
+        for kind, name, made, step in (
+            ("documents", stages.DOCUMENTS, work.selected(number), ""),
+            ("dropped", stages.DROPPED, work.extracted(number), "-extract"),
+            ("dropped", stages.DROPPED, work.selected(number), "-select"),
+        ):
+            lines = storage.load_json(made / stages.LEDGER)["lines"][name]
+            if not lines:
+                continue
+            if not (made / name).exists():
+                raise RuntimeError(f"{made / name} is gone, with {lines} lines: delete {output} and start again")
+            place = output / kind / unit.source / f"part-{shard:06d}{step}.jsonl.zst"
+            storage.place(made / name, place)
+            shown = place.relative_to(output).as_posix()
+            entry = {"path": shown, "lines": lines, "bytes": place.stat().st_size, "sha256": _sha256(place)}
+            files[kind].append(entry)
+    return files
