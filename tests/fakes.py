@@ -1,8 +1,14 @@
-"""Examples made by arithmetic, for tests of the loop that need no corpus."""
+"""Examples made by arithmetic and models made by chance, for tests that need no corpus and no training."""
+
+from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from qwen_jax.conversion.mapping import parameter_shapes
+from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.training.checkpoints import save_params
 
 
 class FakeExamples:
@@ -34,3 +40,16 @@ def small_model(**changes) -> ModelConfig:
         dtype="float32", remat="none",
     )
     return ModelConfig(**{**values, **changes})
+
+
+def random_run(folder: Path, spread: float = 0.25, **sizes) -> Path:
+    """A run folder with random weights, large enough that greedy choices differ, over a vocabulary of single bytes."""
+    write_ranks({bytes([byte]): byte for byte in range(256)}, folder / "bytes.tiktoken")
+    config = ModelConfig(vocab_size=464, head_dim=16, **sizes)
+    random = np.random.default_rng(0)
+    flat = {
+        path: (random.standard_normal(shape) * spread + ("scale" in path)).astype(np.float32)
+        for path, shape in parameter_shapes(config).items()
+    }
+    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), folder / "bytes.tiktoken")
+    return folder / "run"

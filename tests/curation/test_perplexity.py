@@ -7,31 +7,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
 from qwen_jax.conversion import load_pretrained, load_tokenizer
-from qwen_jax.conversion.mapping import parameter_shapes
-from qwen_jax.data.tokenizer import write_ranks
-from qwen_jax.models.config import ModelConfig
 from qwen_jax.perplexity import CheckpointPerplexity
-from qwen_jax.training.checkpoints import save_params
+from tests.fakes import random_run
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random model over a vocabulary of single bytes."""
-    folder = tmp_path_factory.mktemp("perplexity")
-    write_ranks({bytes([byte]): byte for byte in range(256)}, folder / "bytes.tiktoken")
-    config = ModelConfig(
-        vocab_size=464, hidden_size=32, num_layers=2, num_heads=2, head_dim=16, ffn_size=48, max_length=128
-    )
-    random = np.random.default_rng(0)
-    flat = {
-        path: (random.standard_normal(shape) * 0.25 + ("scale" in path)).astype(np.float32)
-        for path, shape in parameter_shapes(config).items()
-    }
-    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), folder / "bytes.tiktoken")
-    return folder / "run"
+    sizes = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, max_length=128)
+    return random_run(tmp_path_factory.mktemp("perplexity"), **sizes)
 
 
 @pytest.mark.parametrize("text", ["ab", "def add(a, b):\n    return a + b\n" * 2, "你好，世界" * 30])

@@ -6,16 +6,12 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
 from qwen_jax.conversion import convert, load_pretrained, load_tokenizer
-from qwen_jax.conversion.mapping import parameter_shapes
-from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.generate import generate, text_pieces
 from qwen_jax.inference.generate import Generator, bucket
 from qwen_jax.inference.sampling import SamplingConfig
-from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.checkpoints import save_params
+from tests.fakes import random_run
 
 PROMPTS = ["def f(x):\n", "你好，世界 123", "a" * 70]
 
@@ -23,18 +19,8 @@ PROMPTS = ["def f(x):\n", "你好，世界 123", "a" * 70]
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A random model over a vocabulary of single bytes; large weights, so that greedy choices are not all alike."""
-    folder = tmp_path_factory.mktemp("generate")
-    write_ranks({bytes([byte]): byte for byte in range(256)}, folder / "bytes.tiktoken")
-    config = ModelConfig(
-        vocab_size=464, hidden_size=64, num_layers=3, num_heads=4, head_dim=16, ffn_size=96, max_length=256
-    )
-    random = np.random.default_rng(0)
-    flat = {
-        path: (random.standard_normal(shape) * 0.25 + ("scale" in path)).astype(np.float32)
-        for path, shape in parameter_shapes(config).items()
-    }
-    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), folder / "bytes.tiktoken")
-    return folder / "run"
+    sizes = dict(hidden_size=64, num_layers=3, num_heads=4, ffn_size=96, max_length=256)
+    return random_run(tmp_path_factory.mktemp("generate"), **sizes)
 
 
 @pytest.fixture(scope="module")

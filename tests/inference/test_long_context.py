@@ -7,14 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from qwen_jax.conversion import load_pretrained
-from qwen_jax.conversion.mapping import parameter_shapes
-from qwen_jax.data.tokenizer import write_ranks
-from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.checkpoints import save_params
+from tests.fakes import random_run
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +28,8 @@ def tool(root, monkeypatch):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A random model over single bytes, of training length 16."""
-    folder = tmp_path_factory.mktemp("long_context")
-    write_ranks({bytes([byte]): byte for byte in range(256)}, folder / "bytes.tiktoken")
-    config = ModelConfig(
-        vocab_size=464, hidden_size=32, num_layers=3, num_heads=2, head_dim=16, ffn_size=48, max_length=16
-    )
-    random = np.random.default_rng(0)
-    flat = {
-        path: (random.standard_normal(shape) * 0.3 + ("scale" in path)).astype(np.float32)
-        for path, shape in parameter_shapes(config).items()
-    }
-    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), folder / "bytes.tiktoken")
-    return folder / "run"
+    sizes = dict(hidden_size=32, num_layers=3, num_heads=2, ffn_size=48, max_length=16)
+    return random_run(tmp_path_factory.mktemp("long_context"), spread=0.3, **sizes)
 
 
 @pytest.fixture
