@@ -205,13 +205,13 @@ def _run(arguments: argparse.Namespace, inputs: list[Input]) -> None:
     from qwen_jax.data.tokenizer import Tokenizer
 
     output = arguments.output.absolute()
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"no folder {output.parent} to write {output.name} in")
     if arguments.base_ranks is not None and arguments.base is None:
         raise ValueError("--base_ranks needs --base: which file are the ranks of?")
     started = time.monotonic()
     base = None if arguments.base is None else read_base(arguments.base, arguments.base_ranks)
-    beside = write(train(inputs, arguments.size, base), output)
+    ranks = train(inputs, arguments.size, base)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = write(ranks, output)
     seconds = time.monotonic() - started
     tokenizer = Tokenizer(output)
     for one in inputs:

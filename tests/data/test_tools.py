@@ -104,8 +104,15 @@ def test_nothing_to_train_on(tool, tmp_path):
         build.train([], 1000)
     with pytest.raises(FileNotFoundError, match="no file of a corpus matches"):
         build.main(["--input", str(tmp_path / "none"), "--size=1000", f"--output={tmp_path / 'v'}"])
-    with pytest.raises(FileNotFoundError, match="no folder .*missing to write v in"):
-        build.main(["--size=1000", f"--output={tmp_path / 'missing' / 'v'}"])
+    with pytest.raises(FileNotFoundError, match="no file of a corpus matches"):
+        build.main(["--input", str(tmp_path / "none"), "--size=1000", f"--output={tmp_path / 'missing' / 'v'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_output_is_made(tool, corpus, tmp_path):
+    build = tool("build_tokenizer")
+    build.main(["--input", str(corpus), "--size=480", f"--output={tmp_path / 'new' / 'v.tiktoken'}"])
+    assert (tmp_path / "new" / "v.tiktoken").is_file()
 
 
 def test_building_on_a_base_with_weights(tool, built, corpus, tmp_path, capsys):
