@@ -1,6 +1,6 @@
 """Draws the loss curves of one or more runs as a PNG.
 
-    python tools/plot_run.py runs/tiny --output loss.png
+    python tools/plot_run.py runs/tiny
     python tools/plot_run.py runs/tiny runs/other --output comparison.png
 """
 
@@ -73,10 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="OUTPUT_DIR of each run")
-    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="PNG to write (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="PNG to write (default: loss.png in the first run's folder)")
     arguments = parser.parse_args(argv)
-    draw(arguments.runs, arguments.output)
-    print(f"wrote {arguments.output}")
+    output = arguments.output or arguments.runs[0] / "loss.png"
+    draw(arguments.runs, output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":
