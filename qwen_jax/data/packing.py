@@ -350,6 +350,18 @@ def write_json(path: Path, value: Mapping) -> Path:
     return path
 
 
+def spread_copies(documents: Iterable[tuple[bytes, Document]]) -> Iterator[tuple[bytes, Document]]:
+    """Gives each further copy of a document (up-sampled sources have some) a key of its own.
+
+    With one key they would be merged one after the other, and a model would learn to repeat. Copies are equal, so
+    which of them comes first makes no difference.
+    """
+    copies: dict[bytes, int] = {}
+    for key, document in documents:
+        number = copies[key] = copies.get(key, -1) + 1
+        yield hashlib.blake2b(key + number.to_bytes(8, "little"), digest_size=16).digest() if number else key, document
+
+
 def write_shard(
     path: Path,
     documents: Iterable[tuple[bytes, Document]],
@@ -368,7 +380,7 @@ def write_shard(
         columns: the columns to write; with `segment_ids` among them, documents are packed by `fit`, else by `pack`.
         token_bytes: int array [vocab_size], UTF-8 bytes of text that each id stands for (0 for control tokens).
     """
-    ordered = [document for _, document in sorted(documents, key=lambda item: item[0])]
+    ordered = [document for _, document in sorted(spread_copies(documents), key=lambda item: item[0])]
     terminated = [Document(*_terminated(document, eos_id)) for document in ordered]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     records = 0

@@ -176,6 +176,19 @@ def test_shard_file_does_not_depend_on_the_order_of_delivery(tmp_path_factory, m
     assert shard.records == array_record_module.ArrayRecordReader(str(folder / "two")).num_records()
 
 
+def test_copies_of_a_document_are_spread_over_the_shard():
+    """Up-sampled copies side by side would teach a model to repeat itself."""
+    documents = [Document(np.array([number, 7], "<i4")) for number in [*range(60), *[99] * 6]]
+    keyed = [(packing.document_key(document, 0), document) for document in documents]
+    for delivered in (keyed, keyed[::-1]):
+        spread = sorted(packing.spread_copies(delivered), key=lambda item: item[0])
+        order = [int(document.tokens[0]) for _, document in spread]
+        places = [place for place, number in enumerate(order) if number == 99]
+        assert sorted(order) == sorted(int(document.tokens[0]) for document in documents)
+        assert len(places) == 6 and min(np.diff(places)) > 1
+    assert len({key for key, _ in spread}) == len(documents)
+
+
 def test_a_failing_shard_leaves_nothing(tmp_path):
     def documents():
         yield b"k", Document(np.array([1, 2]))
