@@ -107,7 +107,7 @@ class Qwen(nn.Module):
         hidden = self.hidden_states(
             tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic
         )
-        return self._logits(hidden)
+        return self.logits(hidden)
 
     def inference_hidden_states(self, tokens, lengths=None) -> jax.Array:
         """The inference-mode forward pass: context extension (report 2.3.2) acts as `config` says.
@@ -139,10 +139,7 @@ class Qwen(nn.Module):
         return self._decode(tokens, positions, mask, cache, True, extension)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits [..., vocab_size] of hidden states [..., hidden]."""
-        return self._logits(hidden)
-
-    def _logits(self, hidden):
+        """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
         kernel = self.output_kernel().astype(self.config.compute_dtype)
         logits = jnp.einsum(
             "bld,dv->blv", hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
