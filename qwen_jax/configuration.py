@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gin
 
-from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.sharding import HardwareConfig, MeshConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -36,7 +36,9 @@ def by_size(size: str, table: dict):
 
 
 gin.configurable(by_size)
-for _configurable in (ModelConfig, MeshConfig, HardwareConfig, OptimizerConfig, LoopConfig, next_token_loss):
+for _configurable in (
+    AttentionBlocks, ModelConfig, MeshConfig, HardwareConfig, OptimizerConfig, LoopConfig, next_token_loss
+):
     gin.external_configurable(_configurable, module="qwen_jax")
 
 

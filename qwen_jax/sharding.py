@@ -122,6 +122,11 @@ def use_mesh(mesh: Mesh):
         _mesh.reset(token)
 
 
+def mesh_in_use() -> Mesh | None:
+    """The mesh of the innermost `use_mesh`, or None."""
+    return _mesh.get()
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Places activation `x`, whose dimensions have these logical names, on the mesh in use, if there is one."""
     mesh = _mesh.get()

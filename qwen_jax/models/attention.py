@@ -1,4 +1,4 @@
-"""Causal self-attention: the one interface to the kernels, the projections around it, and the key-value cache."""
+"""Causal self-attention: the projections around the kernel, rotary positions, and the key-value cache."""
 
 import flax.linen as nn
 import flax.struct
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.layers import Projection, matmul_precision
+from qwen_jax.models.kernels import causal_attention, dot_product_attention
+from qwen_jax.models.layers import Projection
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotate
 from qwen_jax.sharding import constrain
 
@@ -61,42 +62,6 @@ class KVCache:
         return self.key.shape[3]
 
 
-def dot_product_attention(query, key, value, mask, *, dropout_rate=0.0, dropout_rng=None) -> jax.Array:
-    """softmax(query key^T / sqrt(head_dim)) value, with the softmax in float32.
-
-    Args:
-      query: [batch, heads, length, head_dim].
-      key, value: [batch, kv_heads, keys, head_dim]; query head h reads kv head h // (heads / kv_heads).
-      mask: bool, broadcastable to [batch, length, keys]; False is not attended to.
-      dropout_rate, dropout_rng: dropout on the attention weights when an rng is given.
-
-    Returns:
-      [batch, heads, length, head_dim] in the dtype of `query`.
-    """
-    batch, heads, length, head_dim = query.shape
-    kv_heads = key.shape[1]
-    precision = matmul_precision(query.dtype)
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    logits = jnp.einsum(
-        "bkgld,bkmd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32
-    ) * (head_dim**-0.5)
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if dropout_rng is not None and dropout_rate > 0:
-        keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
-        weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
-    mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(query.dtype), value, precision=precision)
-    return mixed.reshape(batch, heads, length, head_dim)
-
-
-def causal_mask(length: int, segment_ids: jax.Array | None) -> jax.Array:
-    """Bool [1 or batch, length, length]: query may see key at or before it, within its segment if there are any."""
-    mask = jnp.tril(jnp.ones((1, length, length), bool))
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return mask
-
-
 class SelfAttention(nn.Module):
     """Multi-head (or grouped-query) causal attention with rotary positions and biases on Q, K and V."""
 
@@ -104,15 +69,18 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, angles, mask, *, deterministic, layer=None, cache=None, positions=None,
+        self, x, angles, segment_ids, mask, *, deterministic, layer=None, cache=None, positions=None,
         extension: ContextExtension | None = None,
     ):
         """Attends within `x`, or, given a cache, to all that the cache holds up to each position.
 
+        Without a mask it is a training pass, and the configuration's kernel runs.
+
         Args:
           x: [batch, length, hidden].
           angles: (cos, sin) of the positions, each [batch, length, head_dim / 2].
-          mask: bool [1 or batch, length, keys], keys being `length`, or the slots of the cache.
+          segment_ids: int32 [batch, length] or None, in a training pass.
+          mask: bool [1 or batch, length, keys], keys being `length`, or the slots of the cache; None: a training pass.
           layer, positions: index of this layer, and [batch, length] int32.
           cache: KVCache, when decoding.
           extension: None in a training pass. `angles` are already those of its `ntk_alpha`.
@@ -142,11 +110,13 @@ class SelfAttention(nn.Module):
         if extension is not None and extension.windows is not None:
             key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
             mask = mask & (positions[:, :, None] - key_positions[:, None, :] < extension.windows[layer])
-        dropping = c.attention_dropout > 0 and not deterministic
-        mixed = dot_product_attention(
-            query, key, value, mask, dropout_rate=c.attention_dropout,
-            dropout_rng=self.make_rng("dropout") if dropping else None,
-        )
+        if mask is None:
+            dropping = c.attention_dropout > 0 and not deterministic
+            mixed = causal_attention(
+                query, key, value, segment_ids, c, dropout_rng=self.make_rng("dropout") if dropping else None
+            )
+        else:
+            mixed = dot_product_attention(query, key, value, mask)
         mixed = constrain(mixed, "batch", "heads", "length", None)
         out = Projection(
             "bhlk,hkd->bld", (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"),

@@ -5,9 +5,35 @@ import dataclasses
 import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "dots", "full")
-ATTENTION_KERNELS = ("xla",)
+ATTENTION_KERNELS = ("auto", "xla", "splash")
 # Table 3 of the report follows dynamic NTK to eight times the training length.
 NTK_EXTENSION = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBlocks:
+    """Sizes of the blocks, in tokens, that TPU attention works in, at most: the largest that divide the sequence are used.
+
+    They change speed only. A larger block reads memory less often and needs more of the vector memory.
+
+    Attributes:
+      query, key: of queries and keys that the forward kernel holds.
+      key_step: how many of the keys it multiplies at a time.
+      backward_query, backward_key, backward_key_step: the same of the backward kernel, which also writes one partial
+        gradient of the queries for every block of keys.
+    """
+
+    query: int = 512
+    key: int = 512
+    key_step: int = 512
+    backward_query: int = 512
+    backward_key: int = 512
+    backward_key_step: int = 512
+
+    def __post_init__(self):
+        for field, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int) or value < 128 or value % 128:
+                raise ValueError(f"AttentionBlocks.{field} must be a positive multiple of 128, found {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +66,9 @@ class ModelConfig:
       embedding_dropout, attention_dropout: probabilities, used only when `deterministic=False`.
       dtype: compute dtype, "bfloat16" or "float32". Parameters are float32 whatever it is.
       remat: what the backward pass recomputes per block: "none", "dots" (keep products with weights), "full".
-      attention_kernel: "xla".
+      attention_kernel: of training passes: "splash" (TPU), "xla" (any platform), or "auto", the platform's own where it
+        can run. Inference is always XLA's.
+      attention_blocks: block sizes of the TPU kernel; hardware files set them.
     """
 
     vocab_size: int
@@ -63,7 +91,8 @@ class ModelConfig:
     attention_dropout: float = 0.0
     dtype: str = "bfloat16"
     remat: str = "full"
-    attention_kernel: str = "xla"
+    attention_kernel: str = "auto"
+    attention_blocks: AttentionBlocks = AttentionBlocks()
 
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "head_dim", "max_length"):
@@ -78,6 +107,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim must be even for rotary positions, found {self.head_dim}")
+        if isinstance(self.attention_blocks, dict):  # from JSON
+            object.__setattr__(self, "attention_blocks", AttentionBlocks(**self.attention_blocks))
         self._check_context_extension()
         for field, allowed in (
             ("dtype", ("bfloat16", "float32")), ("remat", REMAT_POLICIES), ("attention_kernel", ATTENTION_KERNELS),

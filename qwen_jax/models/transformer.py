@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.models.attention import KVCache, SelfAttention, causal_mask
+from qwen_jax.models.attention import KVCache, SelfAttention
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, matmul_precision, weight_init
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
 from qwen_jax.sharding import constrain
@@ -18,14 +19,14 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, carry, layer, angles, mask, positions, extension):
+    def __call__(self, carry, layer, angles, segment_ids, mask, positions, extension):
         """Maps the scan's carry (residual stream [batch, length, hidden], cache or None) to the next block's."""
         x, cache = carry
         c = self.config
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="attention_norm")(x)
         attended, cache = SelfAttention(c, name="attention")(
-            normed, angles, mask, deterministic=self.deterministic, layer=layer, cache=cache, positions=positions,
-            extension=extension,
+            normed, angles, segment_ids, mask, deterministic=self.deterministic, layer=layer, cache=cache,
+            positions=positions, extension=extension,
         )
         x = constrain(x + attended, "batch", "length", "activation_embed")
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="mlp_norm")(x)
@@ -62,7 +63,7 @@ class Qwen(nn.Module):
             )
 
     @nn.compact
-    def _decode(self, tokens, positions, mask, cache, deterministic, extension=None):
+    def _decode(self, tokens, positions, segment_ids, mask, cache, deterministic, extension=None):
         c = self.config
         x = embed(self.token_embedding, tokens, c.compute_dtype)
         x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
@@ -74,11 +75,11 @@ class Qwen(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 5),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, deterministic, name="layers")
-        (x, cache), _ = blocks((x, cache), jnp.arange(c.num_layers), angles, mask, positions, extension)
+        (x, cache), _ = blocks((x, cache), jnp.arange(c.num_layers), angles, segment_ids, mask, positions, extension)
         return self.final_norm(x), cache
 
     def output_kernel(self) -> jax.Array:
@@ -89,8 +90,9 @@ class Qwen(nn.Module):
         """Normed final hidden states [batch, length, hidden] in the compute dtype; arguments as in `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = causal_mask(tokens.shape[1], segment_ids)
-        return self._decode(tokens, positions, mask, None, deterministic)[0]
+        # Parameters are made with a sequence of one token, whatever kernel trains them.
+        mask = causal_mask(tokens.shape[1], segment_ids) if self.is_initializing() else None
+        return self._decode(tokens, positions, segment_ids, mask, None, deterministic)[0]
 
     def __call__(self, tokens, *, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
         """The training-mode forward pass.
@@ -123,7 +125,8 @@ class Qwen(nn.Module):
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1]) if lengths is None else lengths
         alpha = dynamic_ntk_alpha(lengths, self.config.max_length)
         extension = ContextExtension.of(self.config, positions, alpha)
-        return self._decode(tokens, positions, causal_mask(tokens.shape[1], None), None, True, extension)[0]
+        mask = causal_mask(tokens.shape[1], None)
+        return self._decode(tokens, positions, None, mask, None, True, extension)[0]
 
     def decode(self, tokens, positions, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One inference-mode step with a cache: `tokens` [batch, length] at `positions` [batch, length] of their rows.
@@ -136,7 +139,7 @@ class Qwen(nn.Module):
         """
         mask = jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None]
         extension = ContextExtension.of(self.config, positions, cache.ntk_alpha)
-        return self._decode(tokens, positions, mask, cache, True, extension)
+        return self._decode(tokens, positions, None, mask, cache, True, extension)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""

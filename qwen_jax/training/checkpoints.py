@@ -32,8 +32,8 @@ CONFIG_FILE = "model_config.json"
 TOKENIZER_FILE = "tokenizer.tiktoken"
 # How a run computes, or what only inference uses: these may change between two starts of one run.
 RUNTIME_FIELDS = (
-    "dtype", "remat", "attention_kernel", "embedding_dropout", "attention_dropout", "use_dynamic_ntk", "use_logn",
-    "window_sizes",
+    "dtype", "remat", "attention_kernel", "attention_blocks", "embedding_dropout", "attention_dropout",
+    "use_dynamic_ntk", "use_logn", "window_sizes",
 )
 
 

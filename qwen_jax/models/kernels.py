@@ -1,0 +1,163 @@
+"""The attention kernels behind one interface, and which of them a model runs where."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import Mesh
+
+from qwen_jax.models.config import AttentionBlocks, ModelConfig
+from qwen_jax.models.layers import matmul_precision
+from qwen_jax.sharding import mesh_in_use, spec
+
+# Lanes of a TPU's vector unit: splash attention's blocks are multiples of them.
+TPU_LANES = 128
+
+
+def dot_product_attention(query, key, value, mask, *, dropout_rate=0.0, dropout_rng=None) -> jax.Array:
+    """softmax(query key^T / sqrt(head_dim)) value, with the softmax in float32.
+
+    Args:
+      query: [batch, heads, length, head_dim].
+      key, value: [batch, kv_heads, keys, head_dim]; query head h reads kv head h // (heads / kv_heads).
+      mask: bool, broadcastable to [batch, length, keys]; False is not attended to.
+      dropout_rate, dropout_rng: dropout on the attention weights when an rng is given.
+
+    Returns:
+      [batch, heads, length, head_dim] in the dtype of `query`.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    precision = matmul_precision(query.dtype)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    logits = jnp.einsum(
+        "bkgld,bkmd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32
+    ) * (head_dim**-0.5)
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    if dropout_rng is not None and dropout_rate > 0:
+        keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
+    mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(query.dtype), value, precision=precision)
+    return mixed.reshape(batch, heads, length, head_dim)
+
+
+def causal_mask(length: int, segment_ids: jax.Array | None) -> jax.Array:
+    """Bool [1 or batch, length, length]: query may see key at or before it, within its segment if there are any."""
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return mask
+
+
+def _splash_blocks(blocks: AttentionBlocks, length: int) -> splash_attention.BlockSizes:
+    """The kernel's own sizes: the largest blocks up to the configured ones that divide the sequence."""
+
+    def fit(size, whole):
+        return max(part for part in range(TPU_LANES, min(size, whole) + 1, TPU_LANES) if whole % part == 0)
+
+    key, backward_key = fit(blocks.key, length), fit(blocks.backward_key, length)
+    return splash_attention.BlockSizes(
+        block_q=fit(blocks.query, length), block_kv=key, block_kv_compute=fit(blocks.key_step, key),
+        block_q_dkv=fit(blocks.backward_query, length), block_kv_dkv=backward_key,
+        block_kv_dkv_compute=fit(blocks.backward_key_step, backward_key), use_fused_bwd_kernel=True,
+    )
+
+
+def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, interpret: bool = False) -> jax.Array:
+    """Causal attention by JAX's Pallas kernel for TPUs, which skips blocks above the diagonal (no [length, length]).
+
+    One call per device: rows over the batch's mesh axes, heads over theirs. The backward pass is one kernel, too.
+
+    Args:
+      query, key, value: as in `dot_product_attention`, keys and queries being the same positions.
+      segment_ids: int32 [batch, length], or None.
+      interpret: run the kernel by XLA operations, on any platform: for tests.
+    """
+    length, head_dim = query.shape[2:]
+    sizes = _splash_blocks(blocks, length)
+
+    def on_device(query, key, value, segment_ids):
+        heads = query.shape[1]
+        mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads)
+        kernel = splash_attention.make_splash_mha(
+            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention",
+            interpret=interpret,
+        )
+        if segment_ids is None:
+            return jax.vmap(lambda q, k, v: kernel(q, k, v))(query, key, value)
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash_attention.SegmentIds(ids, ids)))(
+            query, key, value, segment_ids
+        )
+
+    query = checkpoint_name((query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), "query")
+    mesh = mesh_in_use()
+    if mesh is None or mesh.size == 1:
+        return on_device(query, key, value, segment_ids)
+    heads, kv_heads = (spec(("batch", name, "length", None)) for name in ("heads", "kv_heads"))
+    # The kernel says nothing about which mesh axes its results vary over.
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(heads, kv_heads, kv_heads, spec(("batch", "length"))), out_specs=heads,
+        check_vma=False,
+    )(query, key, value, segment_ids)
+
+
+def _splash_refusal(config: ModelConfig, platform: str, length: int) -> str | None:
+    """Why splash attention cannot run, or None."""
+    if platform != "tpu":
+        return f"it runs on TPUs, and the devices are {platform}s"
+    if config.attention_dropout > 0:
+        return f"it has no dropout, and ModelConfig.attention_dropout is {config.attention_dropout}"
+    if config.head_dim % TPU_LANES:
+        return f"it needs a head_dim that is a multiple of {TPU_LANES}, and ModelConfig.head_dim is {config.head_dim}"
+    if length % TPU_LANES:
+        return f"it needs sequences of a multiple of {TPU_LANES} tokens, and these have {length}"
+    return None
+
+
+def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
+    """Which kernel a training pass of `config` over sequences of `length` tokens runs on the devices of `mesh`.
+
+    "auto" is the platform's own kernel where it can run, and XLA otherwise.
+
+    Args:
+      mesh: by default the one in use, or JAX's default devices.
+
+    Raises:
+      ValueError: the configuration asks for a kernel that cannot run, and why.
+    """
+    mesh = mesh or mesh_in_use()
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    refusals = {"xla": None, "splash": _splash_refusal(config, platform, length)}
+    if config.attention_kernel == "auto":
+        return "splash" if platform == "tpu" and refusals["splash"] is None else "xla"
+    if refusal := refusals[config.attention_kernel]:
+        raise ValueError(
+            f"ModelConfig.attention_kernel = {config.attention_kernel!r} cannot run here: {refusal}. \"auto\" chooses "
+            f"one that can"
+        )
+    return config.attention_kernel
+
+
+def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dropout_rng=None) -> jax.Array:
+    """Attention of a training pass: each position to those at or before it, within its segment if there are any.
+
+    Args:
+      query: [batch, heads, length, head_dim], not scaled.
+      key, value: [batch, kv_heads, length, head_dim].
+      segment_ids: int32 [batch, length], or None.
+      dropout_rng: for attention dropout; None: no dropout.
+
+    Returns:
+      [batch, heads, length, head_dim] in the dtype of `query`.
+
+    Raises:
+      ValueError: as `resolve_kernel`.
+    """
+    length = query.shape[2]
+    if resolve_kernel(config, length) == "splash":
+        return splash(query, key, value, segment_ids, blocks=config.attention_blocks)
+    return dot_product_attention(
+        query, key, value, causal_mask(length, segment_ids), dropout_rate=config.attention_dropout,
+        dropout_rng=dropout_rng,
+    )
