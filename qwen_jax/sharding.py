@@ -127,6 +127,13 @@ def mesh_in_use() -> Mesh | None:
     return _mesh.get()
 
 
+def ways(name: str) -> int:
+    """Into how many parts the mesh in use splits an axis of this logical name; 1 without a mesh."""
+    axes = RULES[name] or ()
+    mesh = _mesh.get()
+    return 1 if mesh is None else int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)]))
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Places activation `x`, whose dimensions have these logical names, on the mesh in use, if there is one."""
     mesh = _mesh.get()

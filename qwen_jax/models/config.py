@@ -4,7 +4,23 @@ import dataclasses
 
 import jax.numpy as jnp
 
-REMAT_POLICIES = ("none", "dots", "full")
+# What the backward pass finds in memory of each block; it computes the rest again from the block's input. From the
+# fastest to the smallest; `hidden` below is one residual stream in the compute dtype.
+REMAT_POLICIES = {
+    "none": "everything",
+    "dots": "every product with a weight, and not that of attention: about 5 + 3 x ffn_size / hidden_size hidden",
+    "minimal": "queries, keys, values, attention, the residual stream after it, gate and up: 5 + 2 x ffn_size / "
+    "hidden_size hidden; repeats no product with a weight but the attention's output and FFN's down",
+    "qkv": "queries, keys, values and attention: 4 hidden",
+    "attention": "attention: 1 hidden; the attention kernel does not run again",
+    "full": "nothing",
+    "offload": "what `minimal` keeps, in the host's memory",
+}
+SAVED_NAMES = {
+    "minimal": ("query", "key", "value", "attention", "residual", "gate", "up"),
+    "qkv": ("query", "key", "value", "attention"),
+    "attention": ("attention",),
+}
 ATTENTION_KERNELS = ("auto", "xla", "splash")
 # Table 3 of the report follows dynamic NTK to eight times the training length.
 NTK_EXTENSION = 8
@@ -12,7 +28,7 @@ NTK_EXTENSION = 8
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBlocks:
-    """Sizes of the blocks, in tokens, that TPU attention works in, at most: the largest that divide the sequence are used.
+    """Sizes of the blocks, in tokens, that TPU attention works in: the largest up to these that divide the sequence.
 
     They change speed only. A larger block reads memory less often and needs more of the vector memory.
 
@@ -65,7 +81,7 @@ class ModelConfig:
         init_std / sqrt(2 * num_layers).
       embedding_dropout, attention_dropout: probabilities, used only when `deterministic=False`.
       dtype: compute dtype, "bfloat16" or "float32". Parameters are float32 whatever it is.
-      remat: what the backward pass recomputes per block: "none", "dots" (keep products with weights), "full".
+      remat: what each block keeps for the backward pass; one of REMAT_POLICIES.
       attention_kernel: of training passes: "splash" (TPU), "xla" (any platform), or "auto", the platform's own where it
         can run. Inference is always XLA's.
       attention_blocks: block sizes of the TPU kernel; hardware files set them.

@@ -91,6 +91,7 @@ def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, inte
         )
 
     query = checkpoint_name((query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), "query")
+    key, value = checkpoint_name(key, "key"), checkpoint_name(value, "value")
     mesh = mesh_in_use()
     if mesh is None or mesh.size == 1:
         return on_device(query, key, value, segment_ids)
@@ -157,7 +158,9 @@ def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dro
     length = query.shape[2]
     if resolve_kernel(config, length) == "splash":
         return splash(query, key, value, segment_ids, blocks=config.attention_blocks)
-    return dot_product_attention(
+    query, key, value = (checkpoint_name(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
+    mixed = dot_product_attention(
         query, key, value, causal_mask(length, segment_ids), dropout_rate=config.attention_dropout,
         dropout_rng=dropout_rng,
     )
+    return checkpoint_name(mixed, "attention")

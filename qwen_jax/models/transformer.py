@@ -3,11 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.attention import KVCache, SelfAttention
-from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.config import SAVED_NAMES, ModelConfig
 from qwen_jax.models.kernels import causal_mask
-from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, matmul_precision, weight_init
+from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, gather_weight, matmul_precision, weight_init
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
 from qwen_jax.sharding import constrain
 
@@ -28,16 +29,26 @@ class Block(nn.Module):
             normed, angles, segment_ids, mask, deterministic=self.deterministic, layer=layer, cache=cache,
             positions=positions, extension=extension,
         )
-        x = constrain(x + attended, "batch", "length", "activation_embed")
+        x = checkpoint_name(constrain(x + attended, "batch", "length", "activation_embed"), "residual")
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="mlp_norm")(x)
         x = constrain(x + SwiGLU(c, name="mlp")(normed), "batch", "length", "activation_embed")
         return (x, cache), None
 
 
 def _rematerialised(block: type[Block], policy: str) -> type[Block]:
+    """The block with `policy` of REMAT_POLICIES."""
+    policies = jax.checkpoint_policies
     if policy == "none":
         return block
-    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "dots" else None
+    if policy == "dots":
+        saved = policies.checkpoint_dots_with_no_batch_dims
+    elif policy == "offload":
+        saved = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list(SAVED_NAMES["minimal"]),
+            offload_src="device", offload_dst="pinned_host",
+        )
+    else:
+        saved = policies.save_only_these_names(*SAVED_NAMES.get(policy, ()))
     # The scan already keeps XLA from merging the recomputation with the forward pass.
     return nn.remat(block, policy=saved, prevent_cse=False)
 
@@ -83,8 +94,11 @@ class Qwen(nn.Module):
         return self.final_norm(x), cache
 
     def output_kernel(self) -> jax.Array:
-        """The output projection, float32 [hidden, vocab_size]."""
-        return self.token_embedding.T if self.config.tie_embeddings else self.output
+        """The output projection, [hidden, vocab_size] in the compute dtype."""
+        dtype = self.config.compute_dtype
+        if self.config.tie_embeddings:
+            return gather_weight(self.token_embedding, ("vocab", "embed"), dtype).T
+        return gather_weight(self.output, ("embed", "vocab"), dtype)
 
     def hidden_states(self, tokens, *, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
         """Normed final hidden states [batch, length, hidden] in the compute dtype; arguments as in `__call__`."""
@@ -143,9 +157,9 @@ class Qwen(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
-        kernel = self.output_kernel().astype(self.config.compute_dtype)
         logits = jnp.einsum(
-            "bld,dv->blv", hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
+            "bld,dv->blv", hidden, self.output_kernel(), precision=matmul_precision(hidden.dtype),
+            preferred_element_type=jnp.float32,
         )
         return constrain(logits, "batch", "length", "vocab")
 

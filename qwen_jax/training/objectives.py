@@ -10,59 +10,113 @@ import jax.numpy as jnp
 
 from qwen_jax.models.layers import matmul_precision
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.sharding import constrain
+from qwen_jax.sharding import constrain, ways
 
-# Logits of this many positions of each row exist at a time. The whole array, [batch, length, 151,936] in float32, would
-# be the largest of the step.
-LOSS_CHUNK = 256
+# So many logits exist on a device at a time, in float32 and again in the compute dtype: 2,048 tokens of the released
+# vocabulary. Those of a whole batch would be the largest array of the step.
+LOGITS_AT_A_TIME = 2048 * 152064
 
 
-def _chunk_length(length: int, vocab_size: int) -> int:
-    if vocab_size <= 8192:
-        return length
-    return max(size for size in range(1, min(length, LOSS_CHUNK) + 1) if length % size == 0)
+def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
+    """The largest divisor of `length` whose chunk of `rows` rows has at most LOGITS_AT_A_TIME logits; at least 1."""
+    longest = max(LOGITS_AT_A_TIME // (rows * vocab_size), 1)
+    return max(size for size in range(1, min(length, longest) + 1) if length % size == 0)
 
 
 def cross_entropy_sums(hidden, kernel, targets, weights) -> dict[str, jax.Array]:
     """Weighted sums of the cross-entropy and of correct predictions, in chunks along the length.
 
+    The gradients are computed together with the loss, while a chunk's logits are there: neither are all logits ever
+    kept, nor is any computed twice. No gradient goes to `weights`, and "correct" has none.
+
     Args:
       hidden: [batch, length, hidden] in the compute dtype.
-      kernel: [hidden, vocabulary], float32.
+      kernel: [hidden, vocabulary].
       targets: int32 [batch, length].
       weights: float32 [batch, length]; 0 leaves a position out.
 
     Returns:
       float32 scalars: "loss" (nats), "correct" and "weight".
     """
-    batch, length, _ = hidden.shape
-    chunk = _chunk_length(length, kernel.shape[1])
-    kernel = kernel.astype(hidden.dtype)
+    loss, correct = _cross_entropy(hidden, kernel.astype(hidden.dtype), targets, weights)
+    return {"loss": loss, "correct": correct, "weight": jnp.sum(weights)}
 
-    def sums_of(hidden, targets, weights):
+
+@jax.custom_vjp
+def _cross_entropy(hidden, kernel, targets, weights):
+    return _cross_entropy_in_chunks(hidden, kernel, targets, weights, with_gradients=False)[0]
+
+
+def _cross_entropy_forward(hidden, kernel, targets, weights):
+    return _cross_entropy_in_chunks(hidden, kernel, targets, weights, with_gradients=True)
+
+
+def _cross_entropy_backward(gradients, cotangents):
+    # The cotangent is 1 in training, and XLA then leaves the products out.
+    hidden, kernel = (gradient * cotangents[0].astype(gradient.dtype) for gradient in gradients)
+    return hidden, kernel, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients: bool):
+    """((loss sum, correct sum), gradients of the loss sum by hidden and kernel in their dtypes, or None)."""
+    batch, length, width = hidden.shape
+    vocab_size = kernel.shape[1]
+    # Each device's rows and positions apart from those of the others, so that what it adds up stays its own until the
+    # end: [row shards, rows, length shards, positions, ...].
+    row_shards, length_shards = ways("batch"), ways("length")
+    rows, positions = batch // row_shards, length // length_shards
+    chunk = _chunk_length(rows, positions, vocab_size // ways("vocab"))
+    precision = matmul_precision(hidden.dtype)
+
+    def apart(x):
+        x = x.reshape(row_shards, rows, length_shards, positions, *x.shape[2:])
+        return constrain(x, "batch", None, "length", *[None] * (x.ndim - 3))
+
+    hidden, targets, weights = apart(hidden), apart(targets), apart(weights)
+
+    def one_chunk(carry, start):
+        sums, hidden_gradient, kernel_gradient = carry
+        h, t, w = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=3) for x in (hidden, targets, weights))
         logits = jnp.einsum(
-            "bld,dv->blv", hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
+            "arcld,dv->arclv", h, kernel, precision=precision, preferred_element_type=jnp.float32
         )
-        logits = constrain(logits, "batch", "length", "vocab")
+        logits = constrain(logits, "batch", None, "length", None, "vocab")
         log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        picked = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
         correct = picked >= jnp.max(logits, axis=-1)
-        return jnp.stack([
-            jnp.sum((log_normaliser - picked) * weights), jnp.sum(correct * weights), jnp.sum(weights)
-        ])
-
-    if chunk == length:
-        total = sums_of(hidden, targets, weights)
-    else:
-        def split(x):
-            return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-        total, _ = jax.lax.scan(
-            # Without checkpoint, every chunk's logits would be kept for the backward pass.
-            lambda carry, xs: (carry + jax.checkpoint(sums_of)(*xs), None), jnp.zeros(3, jnp.float32),
-            (split(hidden), split(targets), split(weights)),
+        sums = sums + jnp.stack([jnp.sum((log_normaliser - picked) * w), jnp.sum(correct * w)])
+        if not with_gradients:
+            return (sums, None, None), None
+        probabilities = jnp.exp(logits - log_normaliser[..., None])
+        of_target = jnp.arange(vocab_size) == t[..., None]
+        error = ((probabilities - of_target) * w[..., None]).astype(kernel.dtype)
+        h_gradient = jnp.einsum("arclv,dv->arcld", error, kernel, precision=precision)
+        hidden_gradient = jax.lax.dynamic_update_slice_in_dim(hidden_gradient, h_gradient, start, axis=3)
+        kernel_gradient = kernel_gradient + jnp.einsum(
+            "arcld,arclv->acdv", h, error, precision=precision, preferred_element_type=jnp.float32
         )
-    return {"loss": total[0], "correct": total[1], "weight": total[2]}
+        kernel_gradient = constrain(kernel_gradient, "batch", "length", None, "vocab")
+        return (sums, hidden_gradient, kernel_gradient), None
+
+    carry = (jnp.zeros(2, jnp.float32), None, None)
+    if with_gradients:
+        kernel_gradient = jnp.zeros((row_shards, length_shards, width, vocab_size), jnp.float32)
+        kernel_gradient = constrain(kernel_gradient, "batch", "length", None, "vocab")
+        carry = (carry[0], jnp.zeros_like(hidden), kernel_gradient)
+    starts = jnp.arange(0, positions, chunk)
+    (sums, hidden_gradient, kernel_gradient), _ = (
+        one_chunk(carry, starts[0]) if chunk == positions else jax.lax.scan(one_chunk, carry, starts)
+    )
+    if not with_gradients:
+        return tuple(sums), None
+    # Like every other gradient of a weight, it is summed over the devices in the compute dtype.
+    kernel_gradient = jax.lax.reduce(
+        kernel_gradient.astype(kernel.dtype), jnp.zeros((), kernel.dtype), jax.lax.add, (0, 1)
+    )
+    return tuple(sums), (hidden_gradient.reshape(batch, length, width), kernel_gradient)
 
 
 def next_token_loss(model: Qwen, params, batch: dict[str, jax.Array], rng: jax.Array | None):
@@ -88,7 +142,7 @@ def next_token_loss(model: Qwen, params, batch: dict[str, jax.Array], rng: jax.A
     weights = jnp.roll(batch["loss_weights"].astype(jnp.float32), -1, axis=1).at[:, -1].set(0.0)
     if segment_ids is not None:
         weights = weights * (segment_ids == jnp.roll(segment_ids, -1, axis=1))
-    kernel = params["token_embedding"].T if model.config.tie_embeddings else params["output"]
+    kernel = model.apply({"params": params}, method=Qwen.output_kernel)
     sums = cross_entropy_sums(hidden, kernel, targets, weights)
     loss = sums.pop("loss")
     return loss, sums

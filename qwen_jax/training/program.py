@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.kernels import resolve_kernel
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from qwen_jax.training.state import abstract_state
@@ -29,18 +30,23 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 def compile_run(
     model: Qwen, objective, optimizer: OptimizerConfig, train_steps: int, mesh: Mesh, *, batch_size: int,
     sequence_length: int, accumulation: int = 1, seed: int = 0, columns: tuple[str, ...] = (),
+    compiler_options: dict | None = None,
 ) -> jax.stages.Compiled:
     """Compiles the train step of a run from shapes alone, for the devices of `mesh`, whether they exist here or not.
 
     This is what `Trainer` runs and what `tools/compile_for_tpu.py` measures.
 
+    Args:
+      compiler_options: XLA's, by name; those of `gin/hardware/`.
+
     Raises:
-      ValueError: batch, model or mesh do not divide.
+      ValueError: batch, model or mesh do not divide, or the model asks for an attention kernel that cannot run.
     """
+    resolve_kernel(model.config, sequence_length, mesh)
     schedule, transform = learning_rate_schedule(optimizer, train_steps), make_optimizer(optimizer, train_steps)
     shapes = batch_shapes(mesh, batch_size, sequence_length, accumulation, columns)
     step = make_train_step(model, transform, objective, schedule, seed=seed, accumulation=accumulation)
-    return compile_train_step(step, abstract_state(model, transform, mesh), shapes, mesh)
+    return compile_train_step(step, abstract_state(model, transform, mesh), shapes, mesh, compiler_options)
 
 
 @dataclasses.dataclass(frozen=True)

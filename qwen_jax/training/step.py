@@ -90,11 +90,12 @@ def batch_shapes(mesh: Mesh, batch_size: int, length: int, accumulation: int = 1
     }
 
 
-def compile_train_step(train_step: Callable, state, batch, mesh: Mesh):
+def compile_train_step(train_step: Callable, state, batch, mesh: Mesh, compiler_options: dict | None = None):
     """Compiles the step for these shapes and shardings; the state is donated.
 
     Args:
       state, batch: pytrees of arrays or of ShapeDtypeStructs with shardings.
+      compiler_options: XLA's, by name; hardware files set them.
 
     Returns:
       A compiled function. Called with other shapes it raises instead of compiling again.
@@ -105,7 +106,7 @@ def compile_train_step(train_step: Callable, state, batch, mesh: Mesh):
         train_step, in_shardings=shardings, out_shardings=(shardings[0], replicated), donate_argnums=0
     )
     with use_mesh(mesh):
-        return jitted.lower(state, batch).compile()
+        return jitted.lower(state, batch).compile(compiler_options=dict(compiler_options or {}))
 
 
 def compile_eval_step(model: Qwen, objective: Callable, params, batch, mesh: Mesh):

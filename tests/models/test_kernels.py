@@ -1,4 +1,4 @@
-"""Attention kernels against the reference: packed or not, grouped queries, gradients, on a mesh; which one runs where."""
+"""Attention kernels against the reference, packed or not, gradients included; which of them runs where."""
 
 import types
 
@@ -37,7 +37,9 @@ def reference(segment_ids):
     return attention
 
 
-@pytest.mark.parametrize("blocks", [SMALL_BLOCKS, AttentionBlocks(backward_query=128, key_step=128)], ids=["128", "mixed"])
+@pytest.mark.parametrize(
+    "blocks", [SMALL_BLOCKS, AttentionBlocks(backward_query=128, key_step=128)], ids=["small", "mixed"]
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped"])
 def test_the_tpu_kernel_equals_the_reference(kv_heads, packed, blocks):
@@ -78,7 +80,8 @@ def config(**changes):
     ("platform", "changes", "length", "kernel"),
     [
         ("tpu", {}, 2048, "splash"), ("cpu", {}, 2048, "xla"), ("tpu", {"attention_kernel": "xla"}, 2048, "xla"),
-        ("tpu", {}, 100, "xla"), ("tpu", {"head_dim": 64}, 2048, "xla"), ("tpu", {"attention_dropout": 0.1}, 2048, "xla"),
+        ("tpu", {}, 100, "xla"), ("tpu", {"head_dim": 64}, 2048, "xla"),
+        ("tpu", {"attention_dropout": 0.1}, 2048, "xla"),
     ],
 )
 def test_auto_is_the_platforms_kernel_where_it_can_run(platform, changes, length, kernel):

@@ -15,7 +15,7 @@ from tests.fakes import small_model
 def test_loss_and_gradients_equal_torch(chunked, monkeypatch):
     torch = pytest.importorskip("torch", reason="compares with torch's cross_entropy")
     if chunked:
-        monkeypatch.setattr(objectives, "_chunk_length", lambda length, vocab_size: 4)
+        monkeypatch.setattr(objectives, "_chunk_length", lambda rows, length, vocab_size: 4)
     random = np.random.default_rng(0)
     hidden, kernel = random.standard_normal((3, 12, 8), np.float32), random.standard_normal((8, 50), np.float32)
     targets, weights = random.integers(0, 50, (3, 12)), (random.random((3, 12)) < 0.7).astype(np.float32)
