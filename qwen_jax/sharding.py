@@ -127,6 +127,12 @@ def mesh_in_use() -> Mesh | None:
     return _mesh.get()
 
 
+def platform() -> str:
+    """Of the devices that a function is traced for: "tpu", "gpu" or "cpu"."""
+    mesh = _mesh.get()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def ways(name: str) -> int:
     """Into how many parts the mesh in use splits an axis of this logical name; 1 without a mesh."""
     axes = RULES[name] or ()

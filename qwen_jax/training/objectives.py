@@ -12,9 +12,9 @@ from qwen_jax.models.layers import matmul_precision
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import constrain, ways
 
-# So many logits exist on a device at a time, in float32 and again in the compute dtype: 2,048 tokens of the released
+# So many logits exist on a device at a time, in float32 and again in the compute dtype: 1,024 tokens of the released
 # vocabulary. Those of a whole batch would be the largest array of the step.
-LOGITS_AT_A_TIME = 2048 * 152064
+LOGITS_AT_A_TIME = 1024 * 152064
 
 
 def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
