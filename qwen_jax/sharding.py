@@ -177,9 +177,12 @@ def mesh_in_use() -> Mesh | None:
 
 def ways(name: str) -> int:
     """Into how many parts the mesh in use splits an axis of this logical name; 1 without a mesh."""
-    axes = RULES[name] or ()
     mesh = _mesh.get()
-    return 1 if mesh is None else int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)]))
+    return 1 if mesh is None else _ways(spec((name,))[0], mesh)
+
+
+def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -240,7 +243,7 @@ def tree_shardings(boxed, mesh: Mesh):
         shape = nn.meta.unbox(leaf).shape
         placed = spec(names)
         for size, name, axes in zip(shape, names, placed, strict=False):
-            ways = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
+            ways = _ways(axes, mesh)
             if size % ways:
                 raise ValueError(
                     f"the mesh does not divide the model: {jax.tree_util.keystr(path)} has {size} along {name!r}, "
