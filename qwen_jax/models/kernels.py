@@ -111,7 +111,36 @@ def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, inte
     )(kernel, query, key, value, segment_ids)
 
 
-def _splash_refusal(config: ModelConfig, platform: str, length: int) -> str | None:
+def cudnn(query, key, value, segment_ids=None) -> jax.Array:
+    """Causal attention by cuDNN's flash attention for NVIDIA GPUs, forward and backward.
+
+    One call per device, as in `splash`, without splitting rows. Packed rows are masked by a bias, in which a key of
+    another segment has weight exactly 0: [batch, 1, length, length] in the compute dtype, for lack of segment ids in
+    JAX's interface to cuDNN.
+
+    Args:
+      query, key, value: as in `dot_product_attention`, keys and queries being the same positions; bfloat16.
+      segment_ids: int32 [batch, length], or None.
+    """
+
+    def on_device(query, key, value, segment_ids):
+        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        mixed = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (query, key, value)), mask=mask, is_causal=True, implementation="cudnn"
+        )
+        return mixed.swapaxes(1, 2)
+
+    mesh = mesh_in_use()
+    if mesh is None or mesh.size == 1:
+        return on_device(query, key, value, segment_ids)
+    placed, kv_placed = (spec(("batch", name, None, None)) for name in ("heads", "kv_heads"))
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(placed, kv_placed, kv_placed, spec(("batch", None))), out_specs=placed,
+        check_vma=False,
+    )(query, key, value, segment_ids)
+
+
+def _splash_refusal(config: ModelConfig, platform: str, length: int, mesh_shape: dict[str, int]) -> str | None:
     """Why splash attention cannot run, or None."""
     if platform != "tpu":
         return f"it runs on TPUs, and the devices are {platform}s"
@@ -119,27 +148,52 @@ def _splash_refusal(config: ModelConfig, platform: str, length: int) -> str | No
         return f"it has no dropout, and ModelConfig.attention_dropout is {config.attention_dropout}"
     if config.head_dim % TPU_LANES:
         return f"it needs a head_dim that is a multiple of {TPU_LANES}, and ModelConfig.head_dim is {config.head_dim}"
-    if length % TPU_LANES:
-        return f"it needs sequences of a multiple of {TPU_LANES} tokens, and these have {length}"
+    shards = mesh_shape.get("sequence", 1)
+    unit = TPU_LANES if shards == 1 else 2 * shards * TPU_LANES
+    if length % unit:
+        split = "" if shards == 1 else f" on sequence={shards} devices"
+        return f"it needs sequences of a multiple of {unit} tokens{split}, and these have {length}"
     return None
 
 
-def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
+def _cudnn_refusal(config: ModelConfig, platform: str, packed: bool, mesh_shape: dict[str, int]) -> str | None:
+    """Why cuDNN's attention cannot run, or None."""
+    if platform != "gpu":
+        return f"it runs on NVIDIA GPUs, and the devices are {platform}s"
+    if config.dtype != "bfloat16":
+        return f"it computes in bfloat16, and ModelConfig.dtype is {config.dtype}"
+    if config.attention_dropout > 0:
+        return f"it is used without dropout, and ModelConfig.attention_dropout is {config.attention_dropout}"
+    if config.head_dim % 8 or config.head_dim > 128:
+        return f"it needs a head_dim that is a multiple of 8 up to 128, and ModelConfig.head_dim is {config.head_dim}"
+    if mesh_shape.get("sequence", 1) > 1:
+        return f"it does not split rows, and MeshConfig.sequence is {mesh_shape['sequence']}"
+    if packed and mesh_shape.get("data", 1) > 1:
+        return f"it has no packed rows with copies of the parameters, and MeshConfig.data is {mesh_shape['data']}"
+    return None
+
+
+def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None, packed: bool = False) -> str:
     """Which kernel a training pass of `config` over sequences of `length` tokens runs on the devices of `mesh`.
 
     "auto" is the platform's own kernel where it can run, and XLA otherwise.
 
     Args:
       mesh: by default the one in use, or JAX's default devices.
+      packed: whether rows have segments.
 
     Raises:
       ValueError: the configuration asks for a kernel that cannot run, and why.
     """
     mesh = mesh or mesh_in_use()
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    refusals = {"xla": None, "splash": _splash_refusal(config, platform, length)}
+    shape = {} if mesh is None else mesh.shape
+    refusals = {
+        "xla": None, "splash": _splash_refusal(config, platform, length, shape),
+        "cudnn": _cudnn_refusal(config, platform, packed, shape),
+    }
     if config.attention_kernel == "auto":
-        return "splash" if platform == "tpu" and refusals["splash"] is None else "xla"
+        return next((kernel for kernel in ("splash", "cudnn") if refusals[kernel] is None), "xla")
     if refusal := refusals[config.attention_kernel]:
         raise ValueError(
             f"ModelConfig.attention_kernel = {config.attention_kernel!r} cannot run here: {refusal}. \"auto\" chooses "
@@ -164,9 +218,12 @@ def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dro
       ValueError: as `resolve_kernel`.
     """
     length = query.shape[2]
-    if resolve_kernel(config, length) == "splash":
+    kernel = resolve_kernel(config, length, packed=segment_ids is not None)
+    if kernel == "splash":
         return splash(query, key, value, segment_ids, blocks=config.attention_blocks)
     query, key, value = (checkpoint_name(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
+    if kernel == "cudnn":
+        return checkpoint_name(cudnn(query, key, value, segment_ids), "attention")
     mixed = dot_product_attention(
         query, key, value, causal_mask(length, segment_ids), dropout_rate=config.attention_dropout,
         dropout_rng=dropout_rng,
