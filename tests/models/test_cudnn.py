@@ -1,5 +1,6 @@
 """cuDNN's attention: what is lowered for NVIDIA GPUs, what is refused, and, where there is one, its numbers."""
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -106,8 +107,8 @@ def compare_with_the_reference():
 
     for segment_ids in (None, ids):
         mask = kernels.causal_mask(LENGTH, segment_ids)
-        found = jax.jit(jax.grad(squares(lambda *qkv: kernels.cudnn(*qkv, segment_ids)), (0, 1, 2)))(*arrays)
-        exact = jax.jit(jax.grad(squares(lambda *qkv: kernels.dot_product_attention(*qkv, mask)), (0, 1, 2)))(*wide)
+        found = jax.jit(jax.grad(squares(functools.partial(kernels.cudnn, segment_ids=segment_ids)), (0, 1, 2)))(*arrays)
+        exact = jax.jit(jax.grad(squares(functools.partial(kernels.dot_product_attention, mask=mask)), (0, 1, 2)))(*wide)
         for one, other in zip(found, exact, strict=True):
             error = jnp.linalg.norm(one.astype(jnp.float32) - other) / jnp.linalg.norm(other)
             assert error < 0.02, (segment_ids is None, error)
