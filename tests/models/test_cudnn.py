@@ -107,8 +107,13 @@ def compare_with_the_reference():
 
     for segment_ids in (None, ids):
         mask = kernels.causal_mask(LENGTH, segment_ids)
-        found = jax.jit(jax.grad(squares(functools.partial(kernels.cudnn, segment_ids=segment_ids)), (0, 1, 2)))(*arrays)
-        exact = jax.jit(jax.grad(squares(functools.partial(kernels.dot_product_attention, mask=mask)), (0, 1, 2)))(*wide)
+        found, exact = (
+            jax.jit(jax.grad(squares(attention), (0, 1, 2)))(*inputs)
+            for attention, inputs in (
+                (functools.partial(kernels.cudnn, segment_ids=segment_ids), arrays),
+                (functools.partial(kernels.dot_product_attention, mask=mask), wide),
+            )
+        )
         for one, other in zip(found, exact, strict=True):
             error = jnp.linalg.norm(one.astype(jnp.float32) - other) / jnp.linalg.norm(other)
             assert error < 0.02, (segment_ids is None, error)
