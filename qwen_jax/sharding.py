@@ -6,20 +6,23 @@ Models name the axes of their parameters and activations; nothing else of the pr
 import contextlib
 import contextvars
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the axis that exchanges least to the one that exchanges most: the last one gets the nearest devices.
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Parameters and activations have separate names for the model width: a parameter is sharded over `fsdp` along it, an
-# activation is not, because its batch dimension already is.
+# Parameters and activations have separate names for the model width: a parameter is sharded over `fsdp` and `sequence`
+# along it, an activation is not, because its batch and its length already are.
 RULES = {
     "batch": ("data", "fsdp"),
-    "length": None,
-    "embed": "fsdp",
+    "length": "sequence",
+    "embed": ("fsdp", "sequence"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -31,20 +34,27 @@ RULES = {
 }
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("qwen_jax_mesh", default=None)
+# True while what one copy of the parameters does is traced: `data` is then no axis of its arrays.
+_one_copy: contextvars.ContextVar[bool] = contextvars.ContextVar("qwen_jax_one_copy", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis. One axis may be -1: it takes the devices that the others leave.
 
-    data: copies of the model; each reduces gradients with the others.
-    fsdp: parameters, optimizer state and batch are split over it.
+    docs/parallelism.md says what each costs and when to use it.
+
+    data: copies of the parameters; they exchange gradients once per step, and nothing else. The only axis that may span
+      several slices, which only a data-centre network joins.
+    fsdp: the rows of a batch, the parameters and the optimizer state are split over it.
     tensor: heads, FFN width and vocabulary are split over it.
+    sequence: the tokens of each row (context parallelism), the parameters and the optimizer state are split over it.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,28 +98,66 @@ class HardwareConfig:
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Arranges the devices (all of the job's by default) as `config` says.
 
+    Devices of several slices are told by their `slice_index`; each slice then holds whole copies of the parameters.
+
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the axes do not multiply to the number of devices, `data` does not divide by the number of slices, or
+        no arrangement follows the links between the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    text = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise ValueError(f"mesh {text}: each axis must be at least 1, and at most one of them may be -1")
-    known = int(np.prod([size for size in sizes if size > 0]))
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices):
+    known = math.prod(size for size in sizes.values() if size > 0)
+    for axis, size in sizes.items():
+        if size == -1 and len(devices) % known == 0:
+            sizes[axis] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
         raise ValueError(
-            f"mesh {text} does not divide {len(devices)} device(s): make the product of MeshConfig.data, .fsdp and "
-            f".tensor equal to {len(devices)}, or set one of them to -1"
+            f"mesh {text} does not divide {len(devices)} device(s): make the product of MeshConfig.data, .fsdp, "
+            f".sequence and .tensor equal to {len(devices)}, or set one of them to -1"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    try:
+        arranged = _arrange(sizes, devices, text)
+    except NotImplementedError as error:  # mesh_utils' word for "no such arrangement"
+        raise ValueError(f"mesh {text} does not follow the links between {len(devices)} devices: {error}") from error
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(sizes: dict[str, int], devices, text: str) -> np.ndarray:
+    """The devices in an array with one dimension per mesh axis, neighbours beside each other."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh {text} on {slices} slices: parameters are gathered within a slice only, so MeshConfig.data must be "
+            f"a multiple of {slices}"
+        )
+    within = [sizes["data"] // slices, *(sizes[axis] for axis in MESH_AXES[1:])]
+
+    def arrange(**options):
+        if slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, **options)
+        across = [slices] + [1] * (len(MESH_AXES) - 1)
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, **options)
+
+    try:
+        return arrange()
+    except NotImplementedError:
+        # One dimension of the torus for two mesh axes: fewer links for each, but an arrangement.
+        return arrange(allow_split_physical_axes=True)
 
 
 def spec(names) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical names (None: not sharded)."""
-    return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+
+    def axes_of(name):
+        axes = None if name is None else RULES[name]
+        if _one_copy.get() and isinstance(axes, tuple):
+            axes = tuple(axis for axis in axes if axis != "data")
+        return axes
+
+    return PartitionSpec(*map(axes_of, names))
 
 
 @contextlib.contextmanager
@@ -135,9 +183,12 @@ def platform() -> str:
 
 def ways(name: str) -> int:
     """Into how many parts the mesh in use splits an axis of this logical name; 1 without a mesh."""
-    axes = RULES[name] or ()
     mesh = _mesh.get()
-    return 1 if mesh is None else int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)]))
+    return 1 if mesh is None else _ways(spec((name,))[0], mesh)
+
+
+def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -146,6 +197,40 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names)))
+
+
+def sum_over_copies(function):
+    """`function` computed by each copy of the parameters on its own rows, then summed over the copies.
+
+    Whatever `function` gathers or reduces stays among the devices of one copy. The sum is the one exchange between
+    copies, which may lie in different slices, and it is one of sharded arrays. Left to itself, XLA sums gradients over
+    all devices at once, unsharded, and so in every accumulation step. Without copies it is `function` itself.
+
+    Args:
+      function: `(params, batch, rng) -> pytree` of sums over the rows; rows are the first dimension of the batch's
+        arrays. The key, if there is one, differs between copies.
+    """
+    mesh = _mesh.get()
+    if mesh is None or mesh.shape["data"] == 1:
+        return function
+    copies = mesh.shape["data"]
+
+    def of_all_copies(params, batch, rng):
+        def split(x):
+            placed = NamedSharding(mesh, PartitionSpec("data", *spec(("batch", "length"))))
+            return jax.lax.with_sharding_constraint(x.reshape(copies, x.shape[0] // copies, *x.shape[1:]), placed)
+
+        token = _one_copy.set(True)
+        try:
+            rngs = None if rng is None else jax.random.split(rng, copies)
+            sums = jax.vmap(function, in_axes=(None, 0, 0), spmd_axis_name="data")(
+                params, jax.tree.map(split, batch), rngs
+            )
+        finally:
+            _one_copy.reset(token)
+        return jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+    return of_all_copies
 
 
 def tree_shardings(boxed, mesh: Mesh):
@@ -164,7 +249,7 @@ def tree_shardings(boxed, mesh: Mesh):
         shape = nn.meta.unbox(leaf).shape
         placed = spec(names)
         for size, name, axes in zip(shape, names, placed, strict=False):
-            ways = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
+            ways = _ways(axes, mesh)
             if size % ways:
                 raise ValueError(
                     f"the mesh does not divide the model: {jax.tree_util.keystr(path)} has {size} along {name!r}, "

@@ -14,9 +14,9 @@ from qwen_jax.training.checkpoints import save_params
 class FakeExamples:
     """Rows that are a function of their index: runs of a seeded arithmetic sequence, learnable in a few steps."""
 
-    def __init__(self, length=16, vocab_size=61, count=400, repeat=True, seed=0):
+    def __init__(self, length=16, vocab_size=61, count=400, repeat=True, seed=0, packed=False):
         self.length, self.vocab_size, self.count, self.repeat, self.seed = length, vocab_size, count, repeat, seed
-        self.bytes_per_token, self.columns = 2.0, ()
+        self.bytes_per_token, self.columns = 2.0, ("segment_ids", "positions") if packed else ()
         self.fingerprint = f"fake-{seed}-{length}-{vocab_size}"
         self.reads: list[tuple[int, int]] = []
 
@@ -30,7 +30,18 @@ class FakeExamples:
         tokens = (rows * 7 + self.seed + np.arange(self.length) * (1 + rows % 3)) % self.vocab_size
         weights = np.ones(tokens.shape, np.float32)
         weights[rows[:, 0] % 5 == 0, : self.length // 2] = 0.0
-        return {"tokens": tokens.astype(np.int32), "loss_weights": weights}
+        return {"tokens": tokens.astype(np.int32), "loss_weights": weights, **self._segments(rows)}
+
+    def _segments(self, rows):
+        """Two documents a row, the second of which begins elsewhere in each."""
+        if not self.columns:
+            return {}
+        begin, place = 1 + rows % (self.length - 1), np.arange(self.length)
+        second = place >= begin
+        return {
+            "segment_ids": (1 + second).astype(np.int32),
+            "positions": (place - second * begin).astype(np.int32),
+        }
 
 
 def small_model(**changes) -> ModelConfig:

@@ -21,7 +21,7 @@ SAVED_NAMES = {
     "qkv": ("query", "key", "value", "attention"),
     "attention": ("attention",),
 }
-ATTENTION_KERNELS = ("auto", "xla", "splash")
+ATTENTION_KERNELS = ("auto", "xla", "splash", "cudnn")
 # Table 3 of the report follows dynamic NTK to eight times the training length.
 NTK_EXTENSION = 8
 
@@ -82,8 +82,8 @@ class ModelConfig:
       embedding_dropout, attention_dropout: probabilities, used only when `deterministic=False`.
       dtype: compute dtype, "bfloat16" or "float32". Parameters are float32 whatever it is.
       remat: what each block keeps for the backward pass; one of REMAT_POLICIES.
-      attention_kernel: of training passes: "splash" (TPU), "xla" (any platform), or "auto", the platform's own where it
-        can run. Inference is always XLA's.
+      attention_kernel: of training passes: "splash" (TPU), "cudnn" (NVIDIA GPU), "xla" (any platform), or "auto", the
+        platform's own where it can run. Inference is always XLA's.
       attention_blocks: block sizes of the TPU kernel; hardware files set them.
     """
 

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.layers import matmul_precision
-from qwen_jax.sharding import mesh_in_use, spec
+from qwen_jax.models.sequence_parallel import AXIS, balance, balanced_positions, unbalance, whole_rows
+from qwen_jax.sharding import mesh_in_use, spec, ways
 
 # Lanes of a TPU's vector unit: splash attention's blocks are multiples of them.
 TPU_LANES = 128
@@ -50,16 +51,16 @@ def causal_mask(length: int, segment_ids: jax.Array | None) -> jax.Array:
     return mask
 
 
-def _splash_blocks(blocks: AttentionBlocks, length: int) -> splash_attention.BlockSizes:
-    """The kernel's own sizes: the largest blocks up to the configured ones that divide the sequence."""
+def _splash_blocks(blocks: AttentionBlocks, queries: int, keys: int) -> splash_attention.BlockSizes:
+    """The kernel's own sizes: the largest blocks up to the configured ones that divide queries and keys."""
 
     def fit(size, whole):
         return max(part for part in range(TPU_LANES, min(size, whole) + 1, TPU_LANES) if whole % part == 0)
 
-    key, backward_key = fit(blocks.key, length), fit(blocks.backward_key, length)
+    key, backward_key = fit(blocks.key, keys), fit(blocks.backward_key, keys)
     return splash_attention.BlockSizes(
-        block_q=fit(blocks.query, length), block_kv=key, block_kv_compute=fit(blocks.key_step, key),
-        block_q_dkv=fit(blocks.backward_query, length), block_kv_dkv=backward_key,
+        block_q=fit(blocks.query, queries), block_kv=key, block_kv_compute=fit(blocks.key_step, key),
+        block_q_dkv=fit(blocks.backward_query, queries), block_kv_dkv=backward_key,
         block_kv_dkv_compute=fit(blocks.backward_key_step, backward_key), use_fused_bwd_kernel=True,
     )
 
@@ -67,43 +68,79 @@ def _splash_blocks(blocks: AttentionBlocks, length: int) -> splash_attention.Blo
 def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, interpret: bool = False) -> jax.Array:
     """Causal attention by JAX's Pallas kernel for TPUs, which skips blocks above the diagonal (no [length, length]).
 
-    One call per device: rows over the batch's mesh axes, heads over theirs. The backward pass is one kernel, too.
+    One call per device: rows over the batch's mesh axes, heads over theirs, and the queries of a row over `sequence`,
+    whose devices gather each other's keys and values. The backward pass is one kernel, too.
 
     Args:
       query, key, value: as in `dot_product_attention`, keys and queries being the same positions.
       segment_ids: int32 [batch, length], or None.
       interpret: run the kernel by XLA operations, on any platform: for tests.
     """
-    length, head_dim = query.shape[2:]
-    sizes = _splash_blocks(blocks, length)
+    heads, length, head_dim = query.shape[1:]
+    shards = ways("length")
+    mask = splash_attention.CausalMask((length, length))
+    if shards > 1:
+        mask.q_sequence = balanced_positions(length, shards)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * (heads // ways("heads"))),
+        # No block of queries reaches over from one of a device's two chunks to the other.
+        block_sizes=_splash_blocks(blocks, length if shards == 1 else length // shards // 2, length),
+        head_shards=1, q_seq_shards=shards, residual_checkpoint_name="attention", interpret=interpret,
+    )
 
-    def on_device(query, key, value, segment_ids):
-        heads = query.shape[1]
-        mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads)
-        kernel = splash_attention.make_splash_mha(
-            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention",
-            interpret=interpret,
-        )
-        if segment_ids is None:
-            return jax.vmap(lambda q, k, v: kernel(q, k, v))(query, key, value)
-        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash_attention.SegmentIds(ids, ids)))(
-            query, key, value, segment_ids
-        )
+    def on_device(kernel, query, key, value, segment_ids):
+        ids = None if segment_ids is None else splash_attention.SegmentIds(segment_ids, segment_ids)
+        if shards > 1:
+            query, key, value = balance(query, 2, shards), whole_rows(key, 2), whole_rows(value, 2)
+            if ids is not None:
+                ids = splash_attention.SegmentIds(balance(segment_ids, 1, shards), whole_rows(segment_ids, 1))
+        mixed = jax.vmap(kernel)(query, key, value, ids)
+        return mixed if shards == 1 else unbalance(mixed, 2, shards)
 
     query = checkpoint_name((query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), "query")
     key, value = checkpoint_name(key, "key"), checkpoint_name(value, "value")
     mesh = mesh_in_use()
     if mesh is None or mesh.size == 1:
-        return on_device(query, key, value, segment_ids)
-    heads, kv_heads = (spec(("batch", name, "length", None)) for name in ("heads", "kv_heads"))
+        return on_device(kernel, query, key, value, segment_ids)
+    placed, kv_placed = (spec(("batch", name, "length", None)) for name in ("heads", "kv_heads"))
+    mask_placed = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, AXIS)))
     # The kernel says nothing about which mesh axes its results vary over.
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(heads, kv_heads, kv_heads, spec(("batch", "length"))), out_specs=heads,
+        on_device, mesh=mesh, in_specs=(mask_placed, placed, kv_placed, kv_placed, spec(("batch", "length"))),
+        out_specs=placed, check_vma=False,
+    )(kernel, query, key, value, segment_ids)
+
+
+def cudnn(query, key, value, segment_ids=None) -> jax.Array:
+    """Causal attention by cuDNN's flash attention for NVIDIA GPUs, forward and backward.
+
+    One call per device, as in `splash`, without splitting rows. Packed rows are masked by a bias, in which a key of
+    another segment has weight exactly 0: [batch, 1, length, length] in the compute dtype, for lack of segment ids in
+    JAX's interface to cuDNN.
+
+    Args:
+      query, key, value: as in `dot_product_attention`, keys and queries being the same positions; bfloat16.
+      segment_ids: int32 [batch, length], or None.
+    """
+
+    def on_device(query, key, value, segment_ids):
+        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        mixed = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (query, key, value)), mask=mask, is_causal=True, implementation="cudnn"
+        )
+        return mixed.swapaxes(1, 2)
+
+    mesh = mesh_in_use()
+    if mesh is None or mesh.size == 1:
+        return on_device(query, key, value, segment_ids)
+    placed, kv_placed = (spec(("batch", name, None, None)) for name in ("heads", "kv_heads"))
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(placed, kv_placed, kv_placed, spec(("batch", None))), out_specs=placed,
         check_vma=False,
     )(query, key, value, segment_ids)
 
 
-def _splash_refusal(config: ModelConfig, platform: str, length: int) -> str | None:
+def _splash_refusal(config: ModelConfig, platform: str, length: int, mesh_shape: dict[str, int]) -> str | None:
     """Why splash attention cannot run, or None."""
     if platform != "tpu":
         return f"it runs on TPUs, and the devices are {platform}s"
@@ -111,27 +148,52 @@ def _splash_refusal(config: ModelConfig, platform: str, length: int) -> str | No
         return f"it has no dropout, and ModelConfig.attention_dropout is {config.attention_dropout}"
     if config.head_dim % TPU_LANES:
         return f"it needs a head_dim that is a multiple of {TPU_LANES}, and ModelConfig.head_dim is {config.head_dim}"
-    if length % TPU_LANES:
-        return f"it needs sequences of a multiple of {TPU_LANES} tokens, and these have {length}"
+    shards = mesh_shape.get("sequence", 1)
+    unit = TPU_LANES if shards == 1 else 2 * shards * TPU_LANES
+    if length % unit:
+        split = "" if shards == 1 else f" on sequence={shards} devices"
+        return f"it needs sequences of a multiple of {unit} tokens{split}, and these have {length}"
     return None
 
 
-def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
+def _cudnn_refusal(config: ModelConfig, platform: str, packed: bool, mesh_shape: dict[str, int]) -> str | None:
+    """Why cuDNN's attention cannot run, or None."""
+    if platform != "gpu":
+        return f"it runs on NVIDIA GPUs, and the devices are {platform}s"
+    if config.dtype != "bfloat16":
+        return f"it computes in bfloat16, and ModelConfig.dtype is {config.dtype}"
+    if config.attention_dropout > 0:
+        return f"it is used without dropout, and ModelConfig.attention_dropout is {config.attention_dropout}"
+    if config.head_dim % 8 or config.head_dim > 128:
+        return f"it needs a head_dim that is a multiple of 8 up to 128, and ModelConfig.head_dim is {config.head_dim}"
+    if mesh_shape.get("sequence", 1) > 1:
+        return f"it does not split rows, and MeshConfig.sequence is {mesh_shape['sequence']}"
+    if packed and mesh_shape.get("data", 1) > 1:
+        return f"it has no packed rows with copies of the parameters, and MeshConfig.data is {mesh_shape['data']}"
+    return None
+
+
+def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None, packed: bool = False) -> str:
     """Which kernel a training pass of `config` over sequences of `length` tokens runs on the devices of `mesh`.
 
     "auto" is the platform's own kernel where it can run, and XLA otherwise.
 
     Args:
       mesh: by default the one in use, or JAX's default devices.
+      packed: whether rows have segments.
 
     Raises:
       ValueError: the configuration asks for a kernel that cannot run, and why.
     """
     mesh = mesh or mesh_in_use()
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    refusals = {"xla": None, "splash": _splash_refusal(config, platform, length)}
+    shape = {} if mesh is None else mesh.shape
+    refusals = {
+        "xla": None, "splash": _splash_refusal(config, platform, length, shape),
+        "cudnn": _cudnn_refusal(config, platform, packed, shape),
+    }
     if config.attention_kernel == "auto":
-        return "splash" if platform == "tpu" and refusals["splash"] is None else "xla"
+        return next((kernel for kernel in ("splash", "cudnn") if refusals[kernel] is None), "xla")
     if refusal := refusals[config.attention_kernel]:
         raise ValueError(
             f"ModelConfig.attention_kernel = {config.attention_kernel!r} cannot run here: {refusal}. \"auto\" chooses "
@@ -156,9 +218,12 @@ def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dro
       ValueError: as `resolve_kernel`.
     """
     length = query.shape[2]
-    if resolve_kernel(config, length) == "splash":
+    kernel = resolve_kernel(config, length, packed=segment_ids is not None)
+    if kernel == "splash":
         return splash(query, key, value, segment_ids, blocks=config.attention_blocks)
     query, key, value = (checkpoint_name(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
+    if kernel == "cudnn":
+        return checkpoint_name(cudnn(query, key, value, segment_ids), "attention")
     mixed = dot_product_attention(
         query, key, value, causal_mask(length, segment_ids), dropout_rate=config.attention_dropout,
         dropout_rng=dropout_rng,

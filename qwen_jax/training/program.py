@@ -42,7 +42,7 @@ def compile_run(
     Raises:
       ValueError: batch, model or mesh do not divide, or the model asks for an attention kernel that cannot run.
     """
-    resolve_kernel(model.config, sequence_length, mesh)
+    resolve_kernel(model.config, sequence_length, mesh, packed="segment_ids" in columns)
     schedule, transform = learning_rate_schedule(optimizer, train_steps), make_optimizer(optimizer, train_steps)
     shapes = batch_shapes(mesh, batch_size, sequence_length, accumulation, columns)
     step = make_train_step(model, transform, objective, schedule, seed=seed, accumulation=accumulation)

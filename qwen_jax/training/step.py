@@ -1,5 +1,6 @@
 """The train step and the evaluation step: pure functions, compiled ahead of time, once."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,11 +9,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.sharding import batch_sharding, batch_ways, constrain, use_mesh
+from qwen_jax.sharding import batch_sharding, batch_ways, constrain, sum_over_copies, use_mesh
 from qwen_jax.training.state import TrainState
 
 
-def _accumulated_gradients(objective, model, params, batch, rng, accumulation: int):
+def _accumulated_gradients(objective, model, accumulation: int, params, batch, rng):
     """Sums and gradient of the objective over the batch, computed in `accumulation` parts of equal size."""
 
     def sums_and_gradient(part, rng):
@@ -27,7 +28,7 @@ def _accumulated_gradients(objective, model, params, batch, rng, accumulation: i
     def split(x):
         # Every part takes rows from every device, so that no row moves between devices.
         x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+        return constrain(x, None, "batch", "length", *[None] * (x.ndim - 3))
 
     def add_part(totals, xs):
         part, index = xs
@@ -53,7 +54,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-        sums, gradient = _accumulated_gradients(objective, model, state.params, batch, rng, accumulation)
+        gradients = functools.partial(_accumulated_gradients, objective, model, accumulation)
+        sums, gradient = sum_over_copies(gradients)(state.params, batch, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -82,6 +84,11 @@ def batch_shapes(mesh: Mesh, batch_size: int, length: int, accumulation: int = 1
         raise ValueError(
             f"a batch of {batch_size} sequences does not divide into {accumulation} accumulation step(s) on "
             f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}: set BATCH_SIZE to a multiple of {ways}"
+        )
+    if length % mesh.shape["sequence"]:
+        raise ValueError(
+            f"rows of {length} tokens do not divide over sequence={mesh.shape['sequence']}: set SEQUENCE_LENGTH to a "
+            f"multiple of it"
         )
     sharding = batch_sharding(mesh)
     dtypes = {"tokens": jnp.int32, "loss_weights": jnp.float32, **dict.fromkeys(columns, jnp.int32)}

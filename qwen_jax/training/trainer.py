@@ -78,7 +78,7 @@ class LoopConfig:
 
 
 def global_batch(examples: Examples, start: int, shapes: dict) -> dict[str, jax.Array]:
-    """The batch of examples `start`, `start + 1`, … as sharded arrays; each host reads only the rows it holds.
+    """The batch of examples `start`, `start + 1`, … as sharded arrays; each host reads only its own rows.
 
     Rows past the end of `examples` (only where they do not repeat) are zeros, and carry no loss.
     """
@@ -92,12 +92,12 @@ def global_batch(examples: Examples, start: int, shapes: dict) -> dict[str, jax.
             read[first, last] = examples.read(start + first, min(start + last, stop)) if start + first < stop else {}
         values = read[first, last].get(name)
         shape = (last - first, shapes[name].shape[1])
-        if values is not None and values.shape == shape:
-            return values
-        padded = np.zeros(shape, shapes[name].dtype)
-        if values is not None:
-            padded[: len(values)] = values
-        return padded
+        if values is None or values.shape != shape:
+            padded = np.zeros(shape, shapes[name].dtype)
+            if values is not None:
+                padded[: len(values)] = values
+            values = padded
+        return values[:, index[1]]
 
     return {
         name: jax.make_array_from_callback(shape.shape, shape.sharding, lambda index, name=name: part(name, index))

@@ -67,9 +67,9 @@ def test_the_tpu_kernel_runs_on_each_device_of_a_mesh(packed):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def mesh_of(platform):
+def mesh_of(platform, **shape):
     """All that choosing a kernel asks of a mesh."""
-    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]), shape=shape)
 
 
 def config(**changes):
@@ -81,7 +81,8 @@ def config(**changes):
     [
         ("tpu", {}, 2048, "splash"), ("cpu", {}, 2048, "xla"), ("tpu", {"attention_kernel": "xla"}, 2048, "xla"),
         ("tpu", {}, 100, "xla"), ("tpu", {"head_dim": 64}, 2048, "xla"),
-        ("tpu", {"attention_dropout": 0.1}, 2048, "xla"),
+        ("tpu", {"attention_dropout": 0.1}, 2048, "xla"), ("gpu", {}, 100, "cudnn"),
+        ("gpu", {"dtype": "float32"}, 2048, "xla"),
     ],
 )
 def test_auto_is_the_platforms_kernel_where_it_can_run(platform, changes, length, kernel):

@@ -1,5 +1,8 @@
 """The train step: sharding and accumulation change nothing, nothing is held whole, dropout follows the step."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +19,12 @@ from qwen_jax.training.trainer import global_batch
 from tests.fakes import FakeExamples, small_model
 
 OPTIMIZER = OptimizerConfig(1e-2, warmup_steps=2)
-# Every way to lay 8 devices out over three axes that divides the model (4 heads) and the batch.
-LAYOUTS = [
-    (data, fsdp, tensor)
-    for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) for tensor in (1, 2, 4) if data * fsdp * tensor == 8
+# (data, fsdp, tensor, sequence): each axis alone, and with each other.
+LAYOUTS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 4, 1), (1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 2, 2)]
+# Every other way to lay 8 devices out over four axes that divides the model (4 heads) and the batch.
+MORE_LAYOUTS = [
+    layout for layout in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 8))
+    if math.prod(layout) == 8 and layout not in LAYOUTS
 ]
 
 
@@ -30,18 +35,21 @@ RECORDER = optax.GradientTransformation(
 )
 
 
-def run_steps(layout, steps=2, accumulation=1, model_changes=None, seed=0, batch_size=16, transform=RECORDER):
+def run_steps(
+    layout, steps=2, accumulation=1, model_changes=None, seed=0, batch_size=16, transform=RECORDER, packed=False,
+):
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     model = Qwen(small_model(**(model_changes or {})))
     state = initial_state(model, transform, mesh, seed=3)
     step = make_train_step(
         model, transform, next_token_loss, learning_rate_schedule(OPTIMIZER, 10), seed=seed, accumulation=accumulation
     )
-    shapes = batch_shapes(mesh, batch_size, 16, accumulation)
+    examples = FakeExamples(packed=packed)
+    shapes = batch_shapes(mesh, batch_size, 16, accumulation, examples.columns)
     compiled = compile_train_step(step, state, shapes, mesh)
     losses = []
     for index in range(steps):
-        batch = global_batch(FakeExamples(), index * batch_size, shapes)
+        batch = global_batch(examples, index * batch_size, shapes)
         state, metrics = compiled(state, batch)
         losses.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     return np.asarray(losses), state
@@ -61,19 +69,30 @@ def one_device():
     return run_steps((1, 1, 1))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_loss_and_gradients_do_not_depend_on_the_layout(layout, one_device):
-    assert_same_run(run_steps(layout), one_device)
+@pytest.fixture(scope="module")
+def one_device_packed():
+    return run_steps((1, 1, 1), packed=True)
 
 
-@pytest.mark.parametrize(("layout", "accumulation"), [((1, 1, 1), 2), ((1, 1, 1), 8), ((2, 2, 2), 4)])
+@pytest.mark.parametrize("layout", [
+    *LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)
+], ids=str)
+def test_loss_and_gradients_do_not_depend_on_the_layout(layout, one_device_packed):
+    """Packed rows: segments and positions that start anew in the midst of a device's part of a row."""
+    assert_same_run(run_steps(layout, packed=True), one_device_packed)
+
+
+@pytest.mark.parametrize(("layout", "accumulation"), [
+    ((1, 1, 1), 8), ((2, 2, 1, 2), 4),
+    *(pytest.param((*layout,), 2, marks=pytest.mark.slow) for layout in ((1, 1, 1), *LAYOUTS)),
+])
 def test_accumulation_gives_the_update_of_the_whole_batch(layout, accumulation, one_device):
     """Rows carry different numbers of tokens with loss, so a mean of means would show."""
     assert_same_run(run_steps(layout, accumulation=accumulation), one_device)
 
 
 def test_no_device_holds_a_whole_matrix_or_moment():
-    _, state = run_steps((1, 4, 2), steps=1, transform=make_optimizer(OPTIMIZER, 10))
+    _, state = run_steps((1, 2, 2, 2), steps=1, transform=make_optimizer(OPTIMIZER, 10))
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
         name = jax.tree_util.keystr(path)
         if leaf.size > 1024:
@@ -96,7 +115,7 @@ def test_the_initial_state_is_made_sharded_and_is_the_same_on_every_mesh():
 
 
 def test_each_device_reads_only_its_rows():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
     examples = FakeExamples()
     batch = global_batch(examples, 32, batch_shapes(mesh, 16, 16))
     assert sorted(examples.reads) == [(32, 36), (36, 40), (40, 44), (44, 48)]
@@ -145,6 +164,11 @@ def test_the_state_is_donated():
 def test_a_batch_that_does_not_divide_is_refused(mesh, batch, accumulation, message):
     with pytest.raises(ValueError, match=message):
         batch_shapes(make_mesh(MeshConfig(*mesh)), batch, 16, accumulation)
+
+
+def test_rows_that_do_not_divide_over_the_sequence_axis_are_refused():
+    with pytest.raises(ValueError, match="sequence=8.*SEQUENCE_LENGTH"):
+        batch_shapes(make_mesh(MeshConfig(fsdp=1, sequence=8)), 8, 20)
 
 
 def test_a_mesh_that_does_not_divide_devices_or_model_is_refused():
