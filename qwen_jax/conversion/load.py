@@ -32,6 +32,7 @@ from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.training import checkpoints
+from qwen_jax.training import weights as run_weights
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class RunFolder:
             name: jax.ShapeDtypeStruct(shape, np.float32, sharding=place) if name == path else ...
             for name, shape in parameter_shapes(self.config).items()
         }
-        restored = checkpoints.restore_params(self._path, unflatten_dict(wanted, sep="/"))
+        restored = run_weights.restore_params(self._path, unflatten_dict(wanted, sep="/"))
         return np.asarray(flatten_dict(restored, sep="/")[path])
 
 
@@ -115,7 +116,7 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32") -> tuple[Qw
       FileNotFoundError, ValueError: naming the file, field or tensor that is wrong.
     """
     if (found := detect_format(path)) == ORBAX:
-        config, tree = checkpoints.load_params(path)
+        config, tree = run_weights.load_params(path)
         return Qwen(dataclasses.replace(config, dtype=dtype)), jax.tree.map(jnp.asarray, tree)
     weights = huggingface.SafetensorsFolder(path, FORMATS[found])
     model = Qwen(dataclasses.replace(weights.config, dtype=dtype))
@@ -132,7 +133,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     in_run = detect_format(path) == ORBAX
     with tempfile.TemporaryDirectory() as scratch:
-        ranks = checkpoints.tokenizer_path(path) if in_run else recover_ranks(path, scratch)
+        ranks = run_weights.tokenizer_path(path) if in_run else recover_ranks(path, scratch)
         if ranks is None:
             wanted = checkpoints.TOKENIZER_FILE if in_run else f"{RANKS_FILE} or {TOKENIZER_FILE}"
             raise FileNotFoundError(f"{path} has no tokenizer: put the one it was trained with there as {wanted}")
@@ -181,7 +182,7 @@ def convert(
         if target_format == ORBAX:
             names = tqdm(parameter_shapes(weights.config), desc="parameters", disable=not progress)
             params = unflatten_dict({name: read_parameter(weights, name) for name in names}, sep="/")
-            checkpoints.save_params(result, weights.config, params, ranks.path if ranks else None)
+            run_weights.save_params(result, weights.config, params, ranks.path if ranks else None)
         else:
             _write_outside(target_format, weights, tensors, result, dtype or weights.dtype, shard_size, ranks, progress)
     return target
@@ -209,7 +210,7 @@ def _open(name: str, path: str | os.PathLike) -> Weights:
 
 def _tokenizer(source_format, source, given, scratch: Path, config: ModelConfig) -> Tokenizer | None:
     if given is None:
-        given = checkpoints.tokenizer_path(source) if source_format == ORBAX else recover_ranks(source, scratch)
+        given = run_weights.tokenizer_path(source) if source_format == ORBAX else recover_ranks(source, scratch)
     if given is None:
         log.warning("warning: %s has no tokenizer, so none is written: name a .tiktoken file to add one", source)
         return None

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from qwen_jax.conversion import convert, detect_format, load_pretrained
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.checkpoints import load_params, save_params
+from qwen_jax.training.weights import load_params, save_params
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "qwen1_tiny"
