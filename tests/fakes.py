@@ -8,7 +8,7 @@ from flax.traverse_util import unflatten_dict
 from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.checkpoints import save_params
+from qwen_jax.training.weights import save_params
 
 
 class FakeExamples:

@@ -8,7 +8,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from qwen_jax import command_line  # noqa: E402
-from qwen_jax.conversion.load import FORMAT_NAMES, convert  # noqa: E402
+from qwen_jax.conversion.converter import convert  # noqa: E402
+from qwen_jax.conversion.load import FORMAT_NAMES  # noqa: E402
 from qwen_jax.conversion.tokenizer import TOKENIZER_FILE  # noqa: E402
 
 EXAMPLES = """\

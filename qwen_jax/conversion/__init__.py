@@ -4,6 +4,7 @@
 tokenizer; `convert` writes one as the other (`tools/convert_checkpoint.py` on the command line).
 """
 
-from qwen_jax.conversion.load import convert, detect_format, load_pretrained, load_tokenizer
+from qwen_jax.conversion.converter import convert
+from qwen_jax.conversion.load import detect_format, load_pretrained, load_tokenizer
 
 __all__ = ["convert", "detect_format", "load_pretrained", "load_tokenizer"]

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.mapping import (
     FORMATS,
     REQUIRED,
@@ -35,9 +36,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 READ_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 WRITE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-# The released context extension was made for about four times the training length, and this is what the released 7B
-# and 14B configurations say of max_position_embeddings.
-EXTENSION = 4
+# What released configurations with context extension say of max_position_embeddings, by hidden size, layers and
+# seq_length; no rule gives these. (Where there is no extension, all say seq_length.)
+RELEASED_LIMITS = {(2048, 24, 8192): 8192, (4096, 32, 8192): 32768, (5120, 40, 2048): 8192}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -176,12 +177,16 @@ def _refuse_unsupported(path: Path, content: dict, table: Format) -> None:
         raise ValueError(f"{path} asks for what this model does not compute: {'; '.join(wrong)}")
 
 
-def outside_config(table: Format, config: ModelConfig, dtype: str, endoftext_id: int | None) -> dict:
+def outside_config(
+    table: Format, config: ModelConfig, dtype: str, endoftext_id: int | None, position_limit: int | None = None
+) -> dict:
     """The content of config.json.
 
     Args:
       dtype: of the weights, "float32" or "bfloat16".
       endoftext_id: id of the token that ends a document, or None if the tokenizer is not known.
+      position_limit: what format qwen is to say of max_position_embeddings, apart from the training length. None: what
+        the released model of this size says, and for other sizes how far our own generation goes.
     """
     content = {"architectures": [table.architecture], "model_type": table.model_type}
     for field in table.fields:
@@ -197,8 +202,9 @@ def outside_config(table: Format, config: ModelConfig, dtype: str, endoftext_id:
         content["rope_theta"] = config.rope_theta  # transformers 4; version 5 reads the next line
         content["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     else:
-        extended = config.use_dynamic_ntk or config.use_logn
-        content["max_position_embeddings"] = config.max_length * (EXTENSION if extended else 1)
+        size = (config.hidden_size, config.num_layers, config.max_length)
+        released = RELEASED_LIMITS.get(size) if config.use_dynamic_ntk else None
+        content["max_position_embeddings"] = position_limit or released or config.inference_length
         content |= {"bf16": dtype == "bfloat16", "fp16": False, "fp32": dtype == "float32"}
     if endoftext_id is not None:
         content |= {"bos_token_id": endoftext_id, "eos_token_id": endoftext_id}
@@ -229,6 +235,7 @@ class SafetensorsFolder:
     Attributes:
       config: ModelConfig of the folder's config.json.
       dtype: "bfloat16" if all tensors are, else "float32", which holds all that is read.
+      position_limit: what a qwen config.json says of max_position_embeddings; None in other formats.
 
     Raises:
       FileNotFoundError: config.json, the weights, or a file that their index names is missing.
@@ -239,6 +246,8 @@ class SafetensorsFolder:
     def __init__(self, folder: str | os.PathLike, table: Format):
         self.folder = Path(folder)
         self.config = read_config(self.folder, table)
+        limit = None if table.rope_parameters else read_json(self.folder / CONFIG_FILE).get("max_position_embeddings")
+        self.position_limit = limit if type(limit) is int else None
         self._stored = _stored_tensors(self.folder)
         expected = outside_tensors(table, self.config)
         self._check(table, {tensor.name: tensor.shape for tensor in expected})
@@ -292,11 +301,7 @@ class SafetensorsFolder:
             )
 
     def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        stored = self._stored[name]
-        dtype = READ_DTYPES[stored.dtype]
-        row = math.prod(stored.shape[1:]) * dtype.itemsize
-        raw = np.fromfile(stored.file, np.uint8, (stop - start) * row, offset=stored.offset + start * row)
-        return raw.view(dtype).reshape(stop - start, *stored.shape[1:])
+        return _read_rows(self._stored[name], start, stop)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """See `Weights.read`: only the rows that hold this parameter are read."""
@@ -304,6 +309,19 @@ class SafetensorsFolder:
         shape = parameter_shapes(self.config)[path][0 if layer is None else 1:]
         rows = outside_shape(tensor.row.layout, shape)[0]
         return from_outside(tensor.row.layout, self._read_rows(tensor.name, start, start + rows), shape)
+
+
+def _read_rows(stored: _Stored, start: int, stop: int) -> np.ndarray:
+    dtype = READ_DTYPES[stored.dtype]
+    row = math.prod(stored.shape[1:]) * dtype.itemsize
+    raw = np.fromfile(stored.file, np.uint8, (stop - start) * row, offset=stored.offset + start * row)
+    return raw.view(dtype).reshape(stop - start, *stored.shape[1:])
+
+
+def read_again(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor of a folder, file by file."""
+    for name, stored in _stored_tensors(folder).items():
+        yield name, _read_rows(stored, 0, stored.shape[0])
 
 
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
@@ -359,6 +377,7 @@ def write_safetensors(
     produce: Callable[[OutsideTensor], np.ndarray],
     dtype: str,
     max_shard_size: int,
+    checksums: Checksums,
     progress: bool,
 ) -> None:
     """Writes tensors one after the other, with an index if they need more than one file.
@@ -369,6 +388,7 @@ def write_safetensors(
       produce: makes one of them; called once for each, when it is written.
       dtype: "float32" or "bfloat16".
       max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
+      checksums: is told of every tensor.
       progress: whether to show a bar.
     """
     itemsize = READ_DTYPES[WRITE_DTYPES[dtype]].itemsize
@@ -387,14 +407,14 @@ def write_safetensors(
         files = [SINGLE_FILE]
     with tqdm(total=total * itemsize, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
         for file, shard in zip(files, shards, strict=True):
-            _write_file(folder / file, shard, produce, dtype, bar)
+            _write_file(folder / file, shard, produce, dtype, checksums, bar)
     if len(shards) > 1:
         where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         metadata = {"total_parameters": total, "total_size": total * itemsize}
         write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
 
 
-def _write_file(path: Path, tensors, produce, dtype: str, bar) -> None:
+def _write_file(path: Path, tensors, produce, dtype: str, checksums: Checksums, bar) -> None:
     kind = WRITE_DTYPES[dtype]
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
     end = 0
@@ -407,5 +427,6 @@ def _write_file(path: Path, tensors, produce, dtype: str, bar) -> None:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             array = np.ascontiguousarray(produce(tensor), dtype=READ_DTYPES[kind])
+            checksums.add(tensor.name, array)
             stream.write(array.reshape(-1).view(np.uint8).data)
             bar.update(array.nbytes)

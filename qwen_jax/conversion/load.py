@@ -1,83 +1,31 @@
-"""Loading a model from any known format, and writing it as another."""
+"""Opening and loading a model from any known format."""
 
-import contextlib
 import dataclasses
-import fcntl
-import logging
+import math
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from qwen_jax.conversion import huggingface
-from qwen_jax.conversion.mapping import (
-    FORMATS,
-    OutsideTensor,
-    Weights,
-    gather,
-    outside_tensors,
-    parameter_shapes,
-    read_parameter,
-)
-from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ranks, write_tokenizer
+from qwen_jax.conversion.mapping import FORMATS, Weights, is_stacked, parameter_shapes, read_parameter
+from qwen_jax.conversion.run_folder import SCANNED, RunFolder
+from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
-from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen
+from qwen_jax.models.transformer import Qwen, abstract_params
+from qwen_jax.sharding import tree_shardings
 from qwen_jax.training import checkpoints
-
-log = logging.getLogger(__name__)
+from qwen_jax.training.weights import PIECE_BYTES, restore_params, tokenizer_path
 
 ORBAX = "orbax"
 FORMAT_NAMES = (ORBAX, *FORMATS)
-
-
-class RunFolder:
-    """The parameters of a run folder (or of one of its steps), restored one at a time; a `Weights` of mapping.py.
-
-    Raises:
-      ValueError: the folder holds no checkpoint, or, from `read`, one that cannot be read.
-    """
-
-    dtype = "float32"
-
-    def __init__(self, path: str | os.PathLike):
-        self._path = Path(path).absolute()
-        steps = checkpoints.saved_steps(self._path)
-        inside_run = self._path.parent.name == checkpoints.CHECKPOINTS
-        self.config = checkpoints.read_config(self._path.parent.parent if inside_run else self._path)
-        if steps:
-            # A run that goes on must not change the step between two parameters.
-            self._path = self._path / checkpoints.CHECKPOINTS / str(max(steps))
-        self._kept: dict[str, np.ndarray] = {}
-
-    def read(self, path: str, layer: int | None) -> np.ndarray:
-        """See `Weights.read`. A stacked parameter is kept from its first block to its last."""
-        array = self._kept.pop(path, None)
-        if array is None:
-            array = self._restore(path)
-        if layer is None:
-            return array
-        if layer + 1 < self.config.num_layers:
-            self._kept[path] = array
-        return array[layer]
-
-    def _restore(self, path: str) -> np.ndarray:
-        place = SingleDeviceSharding(jax.devices("cpu")[0])
-        wanted = {
-            # An ellipsis tells Orbax to leave a parameter where it is.
-            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=place) if name == path else ...
-            for name, shape in parameter_shapes(self.config).items()
-        }
-        restored = checkpoints.restore_params(self._path, unflatten_dict(wanted, sep="/"))
-        return np.asarray(flatten_dict(restored, sep="/")[path])
 
 
 def detect_format(path: str | os.PathLike) -> str:
@@ -100,28 +48,67 @@ def detect_format(path: str | os.PathLike) -> str:
     )
 
 
-def load_pretrained(path: str | os.PathLike, dtype: str = "float32") -> tuple[Qwen, dict]:
+def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
+    """The parameters of a folder, to be read one at a time.
+
+    Args:
+      name: the format that the folder must be of; None: whichever it is.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, field or tensor that is wrong.
+    """
+    if (found := detect_format(path)) != (name or found):
+        raise ValueError(f"{path} is a folder of format {found}, not {name}")
+    return RunFolder(path) if found == ORBAX else huggingface.SafetensorsFolder(path, FORMATS[found])
+
+
+def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Qwen, dict]:
     """The model of a folder in any known format, for training, evaluation or generation.
 
     Args:
       path: a run folder (or the folder of one of its steps), or a folder in format qwen or qwen2.
       dtype: compute dtype of the model, "float32" or "bfloat16".
+      mesh: devices to lay the parameters over as training does. They go there as they are read; this host holds one
+        layer of one parameter besides. None: the default device.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens)` takes int32 [batch, length] to float32 logits
       [batch, length, vocab_size]. Parameters are float32 jax arrays, layers stacked.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, field or tensor that is wrong.
+      FileNotFoundError, ValueError: naming the file, field or tensor that is wrong, or that the mesh does not divide.
     """
-    if (found := detect_format(path)) == ORBAX:
-        config, tree = checkpoints.load_params(path)
-        return Qwen(dataclasses.replace(config, dtype=dtype)), jax.tree.map(jnp.asarray, tree)
-    weights = huggingface.SafetensorsFolder(path, FORMATS[found])
+    weights = open_weights(path)
     model = Qwen(dataclasses.replace(weights.config, dtype=dtype))
+    boxed = abstract_params(model)
+    abstract = nn.meta.unbox(boxed)
+    here = SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: here, abstract) if mesh is None else tree_shardings(boxed, mesh)
+    if isinstance(weights, RunFolder) and weights.layout == SCANNED:
+        placed = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
+        return model, restore_params(path, placed)
     # On a terminal only: this is a library call.
-    names = tqdm(parameter_shapes(weights.config), desc="parameters", disable=None)
-    return model, unflatten_dict({name: jnp.asarray(read_parameter(weights, name)) for name in names}, sep="/")
+    named = tqdm(flatten_dict(shardings, sep="/").items(), desc="parameters", disable=None)
+    return model, unflatten_dict({name: _placed(weights, name, sharding) for name, sharding in named}, sep="/")
+
+
+def _placed(weights: Weights, path: str, sharding: Sharding) -> jax.Array:
+    """A parameter in float32 on the devices; a large stacked one goes there layer by layer."""
+    shape = parameter_shapes(weights.config)[path]
+    if not is_stacked(path) or 4 * math.prod(shape) <= PIECE_BYTES:
+        return jax.device_put(read_parameter(weights, path), sharding)
+    of_layer = sharding
+    if isinstance(sharding, NamedSharding):
+        # The axis of layers lies on no mesh axis.
+        of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stacked = jnp.zeros(shape, jnp.float32, device=sharding)
+    put = jax.jit(lambda all, one, layer: all.at[layer].set(one), donate_argnums=0, out_shardings=sharding)
+    for layer in range(shape[0]):
+        one = np.ascontiguousarray(weights.read(path, layer), dtype=np.float32)
+        stacked = put(stacked, jax.device_put(one, of_layer), layer)
+    return stacked
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -132,157 +119,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     in_run = detect_format(path) == ORBAX
     with tempfile.TemporaryDirectory() as scratch:
-        ranks = checkpoints.tokenizer_path(path) if in_run else recover_ranks(path, scratch)
+        ranks = tokenizer_path(path) if in_run else recover_ranks(path, scratch)
         if ranks is None:
             wanted = checkpoints.TOKENIZER_FILE if in_run else f"{RANKS_FILE} or {TOKENIZER_FILE}"
             raise FileNotFoundError(f"{path} has no tokenizer: put the one it was trained with there as {wanted}")
         return Tokenizer(ranks)
-
-
-def convert(
-    source_format: str,
-    source: str | os.PathLike,
-    target_format: str,
-    target: str | os.PathLike,
-    dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
-    tokenizer: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> Path:
-    """Writes the model of one folder as a new folder, with its tokenizer.
-
-    The numbers are unchanged unless `dtype` rounds them. A log warning says what the target format cannot express.
-
-    Args:
-      source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel) or "qwen2" (Qwen2ForCausalLM).
-      source: the folder to read; for orbax a run folder (newest step) or the folder of one step.
-      target: the folder to write; must not exist, or be empty. It appears whole, or not at all.
-      dtype: of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax. Run
-        folders are always float32.
-      max_shard_size: bytes of one safetensors file, as a number or as in "5GB".
-      tokenizer: a .tiktoken file. None: the one that the source has, if any.
-      progress: whether to show bars.
-
-    Returns:
-      The absolute path of `target`.
-
-    Raises:
-      FileNotFoundError, ValueError: naming what is wrong in the arguments, the source or the target; OSError: from
-        the file system. Nothing is written then.
-    """
-    target = Path(target).absolute()
-    shard_size = huggingface.parse_size(max_shard_size)
-    _check_arguments(source_format, target_format, dtype, target)
-    weights = _open(source_format, source)
-    if target_format != ORBAX:
-        tensors = outside_tensors(FORMATS[target_format], weights.config)
-    with _staged(target) as (scratch, result):
-        ranks = _tokenizer(source_format, source, tokenizer, scratch, weights.config)
-        if target_format == ORBAX:
-            names = tqdm(parameter_shapes(weights.config), desc="parameters", disable=not progress)
-            params = unflatten_dict({name: read_parameter(weights, name) for name in names}, sep="/")
-            checkpoints.save_params(result, weights.config, params, ranks.path if ranks else None)
-        else:
-            _write_outside(target_format, weights, tensors, result, dtype or weights.dtype, shard_size, ranks, progress)
-    return target
-
-
-def _check_arguments(source_format: str, target_format: str, dtype: str | None, target: Path) -> None:
-    for name in (source_format, target_format):
-        if name not in FORMAT_NAMES:
-            raise ValueError(f"unknown format {name!r}: expected {', '.join(FORMAT_NAMES)}")
-    if dtype is not None and dtype not in huggingface.WRITE_DTYPES:
-        raise ValueError(f"dtype {dtype!r} cannot be written: expected {' or '.join(huggingface.WRITE_DTYPES)}")
-    if target_format == ORBAX and dtype not in (None, "float32"):
-        raise ValueError(f"run folders hold float32 parameters: dtype {dtype!r} cannot be written to one, leave it out")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder: choose another target, or remove it")
-
-
-def _open(name: str, path: str | os.PathLike) -> Weights:
-    if (found := detect_format(path)) != name:
-        raise ValueError(f"{path} is a folder of format {found}, not {name}")
-    if name == ORBAX:
-        return RunFolder(path)
-    return huggingface.SafetensorsFolder(path, FORMATS[name])
-
-
-def _tokenizer(source_format, source, given, scratch: Path, config: ModelConfig) -> Tokenizer | None:
-    if given is None:
-        given = checkpoints.tokenizer_path(source) if source_format == ORBAX else recover_ranks(source, scratch)
-    if given is None:
-        log.warning("warning: %s has no tokenizer, so none is written: name a .tiktoken file to add one", source)
-        return None
-    tokenizer = Tokenizer(given)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{given} has {tokenizer.vocab_size} ids, but the model's vocab_size is {config.vocab_size}: this is the "
-            "tokenizer of another model; name the right .tiktoken file"
-        )
-    return tokenizer
-
-
-def _write_outside(
-    target_format: str,
-    weights: Weights,
-    tensors: list[OutsideTensor],
-    folder: Path,
-    dtype: str,
-    max_shard_size: int,
-    tokenizer: Tokenizer | None,
-    progress: bool,
-) -> None:
-    table, config = FORMATS[target_format], weights.config
-    if (config.use_dynamic_ntk or config.use_logn) and "use_dynamic_ntk" not in {field.ours for field in table.fields}:
-        log.warning(
-            "warning: format %s has no dynamic NTK and no LogN attention, which this model has: the written model is "
-            "the same up to its length limit of %d tokens (max_position_embeddings), and must not be used beyond",
-            target_format, config.max_length,
-        )
-    folder.mkdir()
-    endoftext = tokenizer.endoftext_id if tokenizer else None
-    outside = huggingface.outside_config(table, config, dtype, endoftext)
-    huggingface.write_json(folder / huggingface.CONFIG_FILE, outside)
-    if tokenizer:
-        generation = huggingface.generation_config(table, config, endoftext, tokenizer.im_end_id)
-        huggingface.write_json(folder / huggingface.GENERATION_FILE, generation)
-        write_tokenizer(folder, tokenizer, config.max_length)
-    huggingface.write_safetensors(
-        folder, tensors, lambda tensor: gather(weights, tensor), dtype, max_shard_size, progress
-    )
-
-
-@contextlib.contextmanager
-def _staged(target: Path) -> Iterator[tuple[Path, Path]]:
-    """A hidden folder beside `target`, and in it the name of what becomes `target` when the block ends well.
-
-    A killed conversion leaves the hidden folder, which the next one to the same target clears. The lock tells that
-    from a conversion that is still running.
-    """
-    stage = target.with_name(f".{target.name}.converting")
-    made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage.mkdir(exist_ok=True)
-    lock = os.open(stage, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another conversion to {target} is running: wait, or choose another target") from error
-        try:
-            _clear(stage)
-            yield stage, stage / "result"
-            (stage / "result").rename(target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    finally:
-        os.close(lock)
-        if not target.exists():
-            for folder in made:
-                with contextlib.suppress(OSError):  # not empty: someone else has put something there
-                    folder.rmdir()
-
-
-def _clear(folder: Path) -> None:
-    for child in folder.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()

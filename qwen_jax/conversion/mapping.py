@@ -224,10 +224,12 @@ class Weights(Protocol):
 
     config: what they are the parameters of.
     dtype: "bfloat16" if that holds all of them exactly, else "float32".
+    position_limit: how many positions the source says that context extension reaches, or None.
     """
 
     config: ModelConfig
     dtype: str
+    position_limit: int | None
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """Our parameter `path` in the dtype it is stored in.

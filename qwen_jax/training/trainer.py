@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.training.checkpoints import CheckpointError, Checkpoints, check_same_model, restore_params
+from qwen_jax.training.checkpoints import CheckpointError, Checkpoints, check_same_model
 from qwen_jax.training.metrics import MetricsWriter
 from qwen_jax.training.optimizer import OptimizerConfig, make_optimizer
 from qwen_jax.training.program import compile_run
 from qwen_jax.training.state import TrainState, abstract_state, initial_state
 from qwen_jax.training.step import batch_shapes, compile_eval_step
+from qwen_jax.training.weights import restore_params
 
 log = logging.getLogger(__name__)
 

@@ -80,7 +80,7 @@ def random_params():
 @pytest.fixture
 def run_folder(tmp_path, config, random_params, tokenizer_file):
     """A run folder of that model, with the tokenizer."""
-    from qwen_jax.training.checkpoints import save_params
+    from qwen_jax.training.weights import save_params
 
     save_params(tmp_path / "run", config, random_params(config), str(tokenizer_file))
     return tmp_path / "run"

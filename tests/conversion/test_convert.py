@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from qwen_jax.conversion import convert, detect_format, load_pretrained
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.checkpoints import load_params, save_params
+from qwen_jax.training.weights import load_params, save_params
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "qwen1_tiny"
@@ -213,13 +213,13 @@ def test_a_checkpoint_with_damaged_data_is_named(tmp_path, run_folder):
 
 KILLED = """
 import os, signal, sys
-from qwen_jax.conversion import convert, load
-whole = load.gather
+from qwen_jax.conversion import convert, converter
+whole = converter.gather
 def gather(weights, tensor):
     if tensor.name == "transformer.ln_f.weight":
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(weights, tensor)
-load.gather = gather
+converter.gather = gather
 convert("qwen", sys.argv[1], "qwen", sys.argv[2], progress=False)
 """
 
@@ -239,15 +239,15 @@ def test_a_killed_conversion_leaves_only_a_hidden_folder_that_the_next_one_remov
 
 
 def test_two_conversions_to_one_target_do_not_mix(tmp_path, monkeypatch):
-    from qwen_jax.conversion import load
+    from qwen_jax.conversion import converter
 
     def second(*arguments):
         with pytest.raises(ValueError, match="another conversion to .* is running"):
             convert("qwen", GOLDEN, "qwen2", tmp_path / "out", progress=False)
         return whole(*arguments)
 
-    whole = load._write_outside
-    monkeypatch.setattr(load, "_write_outside", second)
+    whole = converter._write_outside
+    monkeypatch.setattr(converter, "_write_outside", second)
     convert("qwen", GOLDEN, "qwen", tmp_path / "out", progress=False)
     assert detect_format(tmp_path / "out") == "qwen" and os.listdir(tmp_path) == ["out"]
 

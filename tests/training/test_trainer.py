@@ -14,14 +14,13 @@ from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
-    load_params,
-    save_params,
     write_run_files,
 )
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.trainer import LoopConfig, Trainer, TrainingDiverged
+from qwen_jax.training.weights import load_params, save_params
 from tests.fakes import FakeExamples, small_model
 
 LOOP = LoopConfig(

@@ -1,0 +1,198 @@
+"""Writing the model of one folder as another format: streamed, whole or not at all, verified if asked for."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen_jax.conversion import huggingface
+from qwen_jax.conversion.checksums import Checksums, flush
+from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, open_weights
+from qwen_jax.conversion.mapping import FORMATS, Format, Weights, gather, outside_tensors
+from qwen_jax.conversion.padding import repadded
+from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED, read_again, write_run_folder
+from qwen_jax.conversion.tokenizer import recover_ranks, write_tokenizer
+from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.training.weights import tokenizer_path
+
+log = logging.getLogger(__name__)
+
+
+def convert(
+    source_format: str,
+    source: str | os.PathLike,
+    target_format: str,
+    target: str | os.PathLike,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    tokenizer: str | os.PathLike | None = None,
+    progress: bool = True,
+    *,
+    vocab_size: int | None = None,
+    layout: str = SCANNED,
+    verify: bool = False,
+) -> Path:
+    """Writes the model of one folder as a new folder, with its tokenizer.
+
+    The numbers are unchanged unless `dtype` rounds them. A log warning says what the target format cannot express.
+    Memory holds one tensor at a time, never the model.
+
+    Args:
+      source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel) or "qwen2" (Qwen2ForCausalLM).
+      source: the folder to read; for orbax a run folder (newest step) or the folder of one step.
+      target: the folder to write; must not exist, or be empty. It appears whole, or not at all.
+      dtype: of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax. Run
+        folders are always float32.
+      max_shard_size: bytes of one safetensors file, as a number or as in "5GB".
+      tokenizer: a .tiktoken file. None: the one that the source has, if any.
+      progress: whether to show bars.
+      vocab_size: rows of the vocabulary in the target. None: as many as the source has.
+      layout: of a run folder that is written, "scanned" (blocks stacked, as training wants them) or "unscanned".
+      verify: whether to read back from disk what was written, and compare its hashes, before `target` appears.
+
+    Returns:
+      The absolute path of `target`.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what is wrong in the arguments, the source or the target; OSError: from
+        the file system; ChecksumError: `verify` found a difference. Nothing is written then.
+    """
+    target = Path(target).absolute()
+    shard_size = huggingface.parse_size(max_shard_size)
+    _check_arguments(source_format, target_format, dtype, target, layout)
+    weights = open_weights(source, source_format)
+    if target_format != ORBAX:
+        outside_tensors(FORMATS[target_format], weights.config)  # refuses what the format cannot express
+    checksums = Checksums(wanted=verify)
+    with _staged(target) as (scratch, result):
+        found = _tokenizer(source_format, source, tokenizer, scratch, weights.config)
+        weights = repadded(weights, vocab_size, found, source)
+        if target_format == ORBAX:
+            write_run_folder(result, weights, found.path if found else None, layout, checksums, progress)
+        else:
+            table = FORMATS[target_format]
+            _warn_of_losses(table, weights.config)
+            _write_outside(table, weights, result, dtype or weights.dtype, shard_size, found, checksums, progress)
+        if verify:
+            flush(result)
+            stored = read_again(result) if target_format == ORBAX else huggingface.read_again(result)
+            log.info("verified: %d tensors read back as they were written", checksums.compare(stored, progress))
+    return target
+
+
+def _check_arguments(source_format: str, target_format: str, dtype: str | None, target: Path, layout: str) -> None:
+    for name in (source_format, target_format):
+        if name not in FORMAT_NAMES:
+            raise ValueError(f"unknown format {name!r}: expected {', '.join(FORMAT_NAMES)}")
+    if dtype is not None and dtype not in huggingface.WRITE_DTYPES:
+        raise ValueError(f"dtype {dtype!r} cannot be written: expected {' or '.join(huggingface.WRITE_DTYPES)}")
+    if target_format == ORBAX and dtype not in (None, "float32"):
+        raise ValueError(f"run folders hold float32 parameters: dtype {dtype!r} cannot be written to one, leave it out")
+    if layout not in LAYOUTS or (target_format != ORBAX and layout != SCANNED):
+        raise ValueError(
+            f"layout {layout!r} cannot be written as {target_format}: {' and '.join(LAYOUTS)} are layouts of orbax; "
+            "the other formats name the tensors of each block"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder: choose another target, or remove it")
+
+
+def _tokenizer(source_format, source, given, scratch: Path, config: ModelConfig) -> Tokenizer | None:
+    if given is None:
+        given = tokenizer_path(source) if source_format == ORBAX else recover_ranks(source, scratch)
+    if given is None:
+        log.warning("warning: %s has no tokenizer, so none is written: name a .tiktoken file to add one", source)
+        return None
+    tokenizer = Tokenizer(given)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{given} has {tokenizer.vocab_size} ids, but the model's vocab_size is {config.vocab_size}: this is the "
+            "tokenizer of another model; name the right .tiktoken file"
+        )
+    return tokenizer
+
+
+def _warn_of_losses(table: Format, config: ModelConfig) -> None:
+    known = {field.ours for field in table.fields}
+    extension = [
+        name for name, used, field in (
+            ("dynamic NTK", config.use_dynamic_ntk, "use_dynamic_ntk"), ("LogN attention", config.use_logn, "use_logn")
+        ) if used and field not in known
+    ]
+    if extension:
+        log.warning(
+            "warning: format %s has no %s, which this model has: the written model is the same up to its length limit "
+            "of %d tokens (max_position_embeddings), and must not be used beyond",
+            table.name, " and no ".join(extension), config.max_length,
+        )
+    if windows := [size for size in config.window_sizes or () if size]:
+        log.warning(
+            "warning: format %s has no window attention, which inference with this model uses (window_sizes, from %d "
+            "tokens): the written model attends to everything, as in training, and its length limit is %d tokens",
+            table.name, min(windows), config.max_length,
+        )
+
+
+def _write_outside(
+    table: Format,
+    weights: Weights,
+    folder: Path,
+    dtype: str,
+    max_shard_size: int,
+    tokenizer: Tokenizer | None,
+    checksums: Checksums,
+    progress: bool,
+) -> None:
+    folder.mkdir()
+    config = weights.config
+    endoftext = tokenizer.endoftext_id if tokenizer else None
+    outside = huggingface.outside_config(table, config, dtype, endoftext, weights.position_limit)
+    huggingface.write_json(folder / huggingface.CONFIG_FILE, outside)
+    if tokenizer:
+        generation = huggingface.generation_config(table, config, endoftext, tokenizer.im_end_id)
+        huggingface.write_json(folder / huggingface.GENERATION_FILE, generation)
+        write_tokenizer(folder, tokenizer, config.max_length)
+    tensors = outside_tensors(table, config)
+    huggingface.write_safetensors(
+        folder, tensors, lambda tensor: gather(weights, tensor), dtype, max_shard_size, checksums, progress
+    )
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[tuple[Path, Path]]:
+    """A hidden folder beside `target`, and in it the name of what becomes `target` when the block ends well.
+
+    A killed conversion leaves the hidden folder, which the next one to the same target clears. The lock tells that
+    from a conversion that is still running.
+    """
+    stage = target.with_name(f".{target.name}.converting")
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage.mkdir(exist_ok=True)
+    lock = os.open(stage, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another conversion to {target} is running: wait, or choose another target") from error
+        try:
+            _clear(stage)
+            yield stage, stage / "result"
+            (stage / "result").rename(target)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    finally:
+        os.close(lock)
+        if not target.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):  # not empty: someone else has put something there
+                    folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()

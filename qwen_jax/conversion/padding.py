@@ -1,0 +1,67 @@
+"""Vocabularies padded to another number of rows: the released models have 151,936 or 152,064 for 151,851 ids.
+
+Rows past the tokenizer's ids exist so that the vocabulary divides by the devices; no text has such an id.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from qwen_jax.conversion.mapping import Weights
+from qwen_jax.data.tokenizer import Tokenizer
+
+# Which axis of each parameter counts the vocabulary.
+VOCABULARY_AXES = {"token_embedding": 0, "output": 1}
+
+
+class Repadded:
+    """The same model with another number of vocabulary rows; a `Weights` of mapping.py.
+
+    Rows that are added repeat the last row, if that is padding too: a trained model has learned never to predict it.
+    Otherwise they are zero.
+    """
+
+    def __init__(self, source: Weights, vocab_size: int, used: int):
+        """`used` is how many ids the tokenizer has, at most `vocab_size`."""
+        self._source, self._used = source, used
+        self.config = dataclasses.replace(source.config, vocab_size=vocab_size)
+        self.dtype, self.position_limit = source.dtype, source.position_limit
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """See `Weights.read`."""
+        array = self._source.read(path, layer)
+        if path not in VOCABULARY_AXES:
+            return array
+        axis, rows = VOCABULARY_AXES[path], self.config.vocab_size
+        if rows <= array.shape[axis]:
+            return array[:rows] if axis == 0 else array[:, :rows]
+        last = np.take(array, [-1], axis)
+        if self._used == array.shape[axis]:
+            last = np.zeros_like(last)
+        return np.concatenate([array, np.repeat(last, rows - array.shape[axis], axis)], axis)
+
+
+def repadded(source: Weights, vocab_size: int | None, tokenizer: Tokenizer | None, where: str | os.PathLike) -> Weights:
+    """`source` with `vocab_size` rows of the vocabulary; None leaves it as it is.
+
+    Args:
+      where: the source, for errors.
+
+    Raises:
+      ValueError: rows would be lost that the tokenizer uses, or it is not known whether they would.
+    """
+    present = source.config.vocab_size
+    if vocab_size is None or vocab_size == present:
+        return source
+    if tokenizer is None:
+        raise ValueError(
+            f"{where} has no tokenizer, so which of its {present} vocabulary rows are padding is not known: name its "
+            ".tiktoken file to change their number"
+        )
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} rows would cut ids in use: the tokenizer of {where} has "
+            f"{tokenizer.vocab_size}, so choose at least that many (the model has {present})"
+        )
+    return Repadded(source, vocab_size, tokenizer.vocab_size)

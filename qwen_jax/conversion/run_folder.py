@@ -1,0 +1,157 @@
+"""Our run folders as a side of a conversion: parameters read by layer, written piece by piece.
+
+`scanned` is how training keeps a model: each parameter of a block is one array with a leading axis of layers.
+`unscanned` has one subtree per block, `layers_0/mlp/up/kernel` and so on, which code without `nn.scan` uses.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from qwen_jax.conversion.checksums import Checksums
+from qwen_jax.conversion.huggingface import listing
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, is_stacked, parameter_shapes
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.training import checkpoints, weights
+
+SCANNED, UNSCANNED = "scanned", "unscanned"
+LAYOUTS = (SCANNED, UNSCANNED)
+
+
+def unscanned_path(path: str, layer: int) -> str:
+    """Path of one block's own parameter: `layers/mlp/up/kernel` of block 3 is `layers_3/mlp/up/kernel`."""
+    return f"{LAYER_PREFIX.rstrip('/')}_{layer}/{path.removeprefix(LAYER_PREFIX)}"
+
+
+def layout_shapes(config: ModelConfig, layout: str) -> dict[str, tuple[int, ...]]:
+    """Path to shape of every array of a run folder in this layout."""
+    shapes = dict(parameter_shapes(config))
+    if layout == SCANNED:
+        return shapes
+    own = {
+        unscanned_path(path, layer): shape[1:]
+        for path, shape in shapes.items() if is_stacked(path) for layer in range(config.num_layers)
+    }
+    return own | {path: shape for path, shape in shapes.items() if not is_stacked(path)}
+
+
+class RunFolder:
+    """The parameters of a run folder (its newest checkpoint, or one step's folder); a `Weights` of mapping.py.
+
+    Attributes:
+      layout: "scanned" or "unscanned".
+
+    Raises:
+      ValueError: the folder holds no checkpoint, one of another model than its configuration says, or, from `read`,
+        one that cannot be read.
+    """
+
+    dtype, position_limit = "float32", None
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path).absolute()
+        in_step = path.parent.name == checkpoints.CHECKPOINTS
+        self.config = checkpoints.read_config(path.parent.parent if in_step else path)
+        self._stored = weights.StoredParams(path)
+        first = unscanned_path("", 0)
+        self.layout = UNSCANNED if any(name.startswith(first) for name in self._stored.shapes) else SCANNED
+        self._check()
+        # Layers that one chunk holds together: path to (first of them, array).
+        self._kept: dict[str, tuple[int, np.ndarray]] = {}
+
+    def _check(self) -> None:
+        expected, found = layout_shapes(self.config, self.layout), self._stored.shapes
+        shapes = [
+            f"{path} is {list(found[path])}, expected {list(shape)}"
+            for path, shape in expected.items() if path in found and found[path] != shape
+        ]
+        problems = [
+            f"{len(names)} {what}: {listing(names)}"
+            for what, names in (
+                ("missing", [path for path in expected if path not in found]),
+                ("unexpected", sorted(found.keys() - expected.keys())), ("of wrong shape", shapes),
+            )
+            if names
+        ]
+        if problems:
+            raise ValueError(
+                f"parameters of {self._stored.folder} do not fit the run's {checkpoints.CONFIG_FILE}: "
+                f"{'. '.join(problems)}. Are the two of the same run?"
+            )
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """See `Weights.read`. Reads one layer, or as many as the checkpoint stores together, which are then kept."""
+        if layer is None:
+            return self._stored.read(path, slice(None))
+        if self.layout == UNSCANNED:
+            return self._stored.read(unscanned_path(path, layer), slice(None))
+        together = self._stored.stored_together(path)
+        start = layer - layer % together
+        kept = self._kept.pop(path, None)
+        block = kept[1] if kept and kept[0] == start else self._stored.read(path, slice(start, start + together))
+        if layer + 1 < min(start + together, self.config.num_layers):
+            self._kept[path] = (start, block)
+        return block[layer - start]
+
+
+def write_run_folder(
+    folder: Path, source: Weights, tokenizer: Path | None, layout: str, checksums: Checksums, progress: bool
+) -> None:
+    """Writes a run folder of float32 weights; holds one parameter of one block, or one outside of blocks, at a time.
+
+    Args:
+      folder: must not exist; appears whole or not at all.
+      tokenizer: a .tiktoken file, or None.
+      checksums: is told of every piece.
+      progress: whether to show a bar.
+    """
+    shapes = layout_shapes(source.config, layout)
+    total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
+    with (
+        weights.writing_params(folder, source.config, tokenizer, shapes) as writer,
+        tqdm(total=total, unit="B", unit_scale=True, desc="parameters", disable=not progress) as bar,
+    ):
+        for path, piece, array in _pieces(source, layout):
+            checksums.add(_piece_name(path, piece), array)
+            writer.write(path, piece, array)
+            bar.update(array.nbytes)
+
+
+def _pieces(source: Weights, layout: str):
+    """(path, piece, contiguous float32 array) of everything that is written, in the order of the paths."""
+    for path, shape in parameter_shapes(source.config).items():
+        if not is_stacked(path):
+            whole = source.read(path, None)
+            for piece in weights.pieces(shape):
+                yield path, piece, _float32(whole[piece])
+            del whole
+        elif layout == SCANNED:
+            for piece in weights.pieces(shape):
+                block = np.empty((piece.stop - piece.start, *shape[1:]), np.float32)
+                for layer in range(piece.start, piece.stop):
+                    block[layer - piece.start] = source.read(path, layer)
+                yield path, piece, block
+        else:
+            for layer in range(shape[0]):
+                own = source.read(path, layer)
+                for piece in weights.pieces(shape[1:]):
+                    yield unscanned_path(path, layer), piece, _float32(own[piece])
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    # A copy always: what is written in the background must not be a view of what is let go.
+    return np.array(array, dtype=np.float32, order="C")
+
+
+def read_again(folder: Path):
+    """(name, array) of every piece that is stored, as `write_run_folder` named them to its checksums."""
+    stored = weights.StoredParams(folder)
+    for path, shape in stored.shapes.items():
+        for piece in weights.pieces(shape):
+            yield _piece_name(path, piece), stored.read(path, piece)
+
+
+def _piece_name(path: str, piece: slice) -> str:
+    return f"{path}[{piece.start}:{piece.stop}]"

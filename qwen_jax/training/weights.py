@@ -1,0 +1,237 @@
+"""The weights of run folders without the optimizer: written as a run of their own, read as arrays or onto a mesh."""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+import tensorstore as ts
+from flax.traverse_util import unflatten_dict
+from jax.sharding import SingleDeviceSharding
+
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.transformer import Qwen, abstract_params
+from qwen_jax.training.checkpoints import (
+    CHECKPOINTS,
+    TOKENIZER_FILE,
+    CheckpointError,
+    one_line,
+    read_config,
+    saved_steps,
+    write_run_files,
+)
+
+PIECE_BYTES = 2**26
+
+def tokenizer_path(path: str | Path) -> Path | None:
+    """The .tiktoken file of a run folder (or of one step's folder in it), or None."""
+    file = _run_folder(Path(path))[0] / TOKENIZER_FILE
+    return file if file.is_file() else None
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, which takes its place when the block ends well, and vanishes otherwise."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty: choose another output folder, or remove it")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_params(folder: str | Path, config: ModelConfig, params, tokenizer: str | Path | None) -> None:
+    """Writes weights alone as a run folder with one checkpoint, at step 0.
+
+    Args:
+      folder: must not exist, or be empty. Appears whole or not at all.
+      params: the parameter pytree, numpy or jax arrays.
+      tokenizer: a .tiktoken file to copy, or None.
+
+    Raises:
+      CheckpointError: the folder has something in it.
+    """
+    with _appearing(Path(folder)) as temporary:
+        write_run_files(temporary, config, tokenizer)
+        ocp.save_checkpointables((temporary / CHECKPOINTS / "0").absolute(), {"params": params})
+
+
+def pieces(shape: tuple[int, ...]) -> list[slice]:
+    """Slices of the first axis that together cover an array, each of about `PIECE_BYTES` in float32, or one index."""
+    step = max(1, PIECE_BYTES // max(1, 4 * math.prod(shape[1:])))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+class ParamsWriter:
+    """Parameters on their way into a run folder, written piece by piece; made by `writing_params`."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]):
+        # Orbax itself lays down all files but the arrays' data: it saves a tree of the same names with one number each.
+        skeleton = unflatten_dict({path: np.zeros(1, np.float32) for path in shapes}, sep="/")
+        ocp.save_checkpointables(folder.absolute(), {"params": skeleton})
+        self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context()
+        self._path, self._array, self._pending = None, None, None
+
+    def write(self, path: str, piece: slice, array: np.ndarray) -> None:
+        """Writes one of the `pieces` of a parameter; those of one parameter follow each other.
+
+        Args:
+          array: [piece, …], float32. It is written in the background, and must not be changed.
+        """
+        if path != self._path:
+            self._path, self._array = path, self._replace(path)
+        self.wait()
+        self._pending = self._array[piece].write(array)
+
+    def wait(self) -> None:
+        """Returns when all that was given is on disk."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _replace(self, path: str) -> ts.TensorStore:
+        """Makes the array of the parameter's full shape, with the data format that Orbax chose for its one number."""
+        spec = _array_spec(self._folder, path)
+        metadata = ts.open(spec, context=self._context).result().spec().to_json()["metadata"]
+        shape = self._shapes[path]
+        chunk = [piece.stop - piece.start for piece in pieces(shape)[:1]] + list(shape[1:])
+        metadata |= {"shape": list(shape)}
+        metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+        for codec in metadata["codecs"]:
+            if codec["name"] == "sharding_indexed":
+                codec["configuration"]["chunk_shape"] = chunk
+        return ts.open(
+            spec | {"metadata": metadata}, create=True, delete_existing=True, context=self._context
+        ).result()
+
+
+def _array_spec(folder: Path, path: str) -> dict:
+    """Where Orbax keeps one parameter of a `params` folder, for TensorStore, the library below it."""
+    name = path.replace("/", ".")
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": f"{name}/"}
+    return {"driver": "zarr3", "kvstore": kvstore}
+
+
+@contextlib.contextmanager
+def writing_params(
+    folder: str | Path, config: ModelConfig, tokenizer: str | Path | None, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[ParamsWriter]:
+    """As `save_params`, but parameters are written a piece at a time, so that the model is never held whole.
+
+    Orbax's own saving holds at least one whole parameter, of all layers, several times. Here it makes the checkpoint
+    with arrays of one number, which are then replaced through TensorStore, on which Orbax stands. The chunks of the
+    arrays are the pieces, so that one layer can be read without the others.
+
+    Args:
+      shapes: path, such as "layers/mlp/up/kernel", to shape of every parameter. All are float32.
+
+    Raises:
+      CheckpointError: the folder has something in it.
+    """
+    with _appearing(Path(folder)) as temporary:
+        write_run_files(temporary, config, tokenizer)
+        writer = ParamsWriter(temporary / CHECKPOINTS / "0", shapes)
+        yield writer
+        writer.wait()
+
+
+class StoredParams:
+    """The parameters of a run folder's newest checkpoint (or of the folder of one step), read in slices.
+
+    Attributes:
+      shapes: path, such as "layers/mlp/up/kernel", to shape of every parameter that is there.
+
+    Raises:
+      CheckpointError: no such checkpoint, or it cannot be read.
+    """
+
+    def __init__(self, path: str | Path):
+        # The step is fixed here: a run that goes on must not change it between two parameters.
+        self.folder = _step_folder(path, None)
+        self._params, self._context = self.folder / "params", ts.Context()
+        try:
+            kvstore = _array_spec(self._params, "")["kvstore"] | {"path": ""}
+            keys = ts.KvStore.open(kvstore, context=self._context).result().list().result()
+            names = sorted(key.decode().removesuffix("/zarr.json") for key in keys if key.endswith(b"/zarr.json"))
+            self._arrays = {name.replace(".", "/"): self._open(name) for name in names}
+        except Exception as error:  # TensorStore and the file system each have their own kinds
+            raise CheckpointError(f"checkpoint {self.folder} cannot be read: {one_line(error)}") from error
+        self.shapes = {path: tuple(array.shape) for path, array in self._arrays.items()}
+
+    def _open(self, name: str) -> ts.TensorStore:
+        return ts.open(_array_spec(self._params, name), context=self._context).result()
+
+    def stored_together(self, path: str) -> int:
+        """How many indices of the first axis one chunk holds: reading one of them reads all of these."""
+        return self._arrays[path].chunk_layout.read_chunk.shape[0]
+
+    def read(self, path: str, piece: slice) -> np.ndarray:
+        """Part of a parameter along its first axis, in the stored dtype.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        try:
+            return self._arrays[path][piece].read().result()
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {self.folder} cannot be read: {path}: {one_line(error)}") from error
+
+
+def _run_folder(path: Path) -> tuple[Path, int | None]:
+    """(run folder, step or None) of a path that is a run folder or the folder of one step."""
+    path = path.absolute()
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
+def _step_folder(path: str | Path, step: int | None) -> Path:
+    run, named = _run_folder(Path(path))
+    steps = saved_steps(run)
+    wanted = step if step is not None else named
+    if not steps:
+        raise CheckpointError(f"{run} has no checkpoint under {CHECKPOINTS}/: was it stopped before its first save?")
+    if wanted is not None and wanted not in steps:
+        raise CheckpointError(f"{run} has no checkpoint of step {wanted}; it has {', '.join(map(str, steps))}")
+    return run / CHECKPOINTS / str(steps[-1] if wanted is None else wanted)
+
+
+def restore_params(path: str | Path, abstract, step: int | None = None):
+    """Weights without the optimizer, placed as `abstract` says (a pytree of ShapeDtypeStructs with shardings).
+
+    Args:
+      path: a run folder (its newest checkpoint unless `step` names one), or the folder of one step.
+
+    Raises:
+      CheckpointError: no such checkpoint, or it cannot be read as these shapes.
+    """
+    folder = _step_folder(path, step)
+    try:
+        return ocp.load_checkpointables(folder, {"params": abstract})["params"]
+    except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {one_line(error)}") from error
+
+
+def load_params(path: str | Path, step: int | None = None) -> tuple[ModelConfig, dict]:
+    """(ModelConfig, nested dict of float32 numpy arrays) of a run folder or of one step's folder.
+
+    Raises:
+      CheckpointError: as `read_config` and `restore_params`.
+    """
+    config = read_config(_run_folder(Path(path))[0])
+    one_device = SingleDeviceSharding(jax.devices("cpu")[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one_device),
+        nn.meta.unbox(abstract_params(Qwen(config))),
+    )
+    return config, jax.tree.map(np.asarray, restore_params(path, abstract, step))
