@@ -13,9 +13,9 @@ import gin
 
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.sharding import HardwareConfig, MeshConfig
+from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import LoopConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 _BINDING = "--gin."

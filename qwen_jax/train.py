@@ -25,9 +25,10 @@ from qwen_jax.training.checkpoints import (
     write_atomically,
     write_run_files,
 )
+from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import LoopConfig, Trainer
+from qwen_jax.training.trainer import Trainer
 
 with quiet():  # what TensorFlow and Beam write when imported
     import tasks  # noqa: F401  registers the SeqIO tasks, and the functions that gin files configure in them

@@ -18,10 +18,12 @@ from qwen_jax.training.checkpoints import (
     save_params,
     write_run_files,
 )
+from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import LoopConfig, Trainer, TrainingDiverged
+from qwen_jax.training.reporting import TrainingDiverged
+from qwen_jax.training.trainer import Trainer
 from tests.fakes import FakeExamples, small_model
 
 LOOP = LoopConfig(
