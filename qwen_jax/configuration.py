@@ -16,6 +16,7 @@ from qwen_jax.sharding import HardwareConfig, MeshConfig
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.resilience import SkipConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 _BINDING = "--gin."
@@ -36,7 +37,9 @@ def by_size(size: str, table: dict):
 
 
 gin.configurable(by_size)
-for _configurable in (ModelConfig, MeshConfig, HardwareConfig, OptimizerConfig, LoopConfig, next_token_loss):
+for _configurable in (
+    ModelConfig, MeshConfig, HardwareConfig, OptimizerConfig, SkipConfig, LoopConfig, next_token_loss
+):
     gin.external_configurable(_configurable, module="qwen_jax")
 
 

@@ -16,6 +16,9 @@ class LoopConfig:
       log_every, eval_every, checkpoint_every: intervals; 0 for eval_every means only at start and end.
       eval_batches: at most so many batches of the held-out set are used.
       keep_checkpoints: how many of the newest are kept.
+      keep_every: the checkpoints of multiples of this many steps are kept as well, for rewinds; 0 keeps no others.
+      trace_steps: (first, last) step to write an XProf trace of, into the run's folder; None writes none.
+      trace_process: the process that writes it.
     """
 
     train_steps: int
@@ -28,9 +31,19 @@ class LoopConfig:
     eval_batches: int = 16
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    trace_steps: tuple[int, int] | None = None
+    trace_process: int = 0
 
     def __post_init__(self):
+        may_be_zero = ("seed", "eval_every", "eval_batches", "keep_every", "trace_process")
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ("seed", "eval_every", "eval_batches") else 1
-            if not isinstance(value, int) or value < least:
+            value, least = getattr(self, field.name), 0 if field.name in may_be_zero else 1
+            if field.name != "trace_steps" and (not isinstance(value, int) or value < least):
                 raise ValueError(f"LoopConfig.{field.name} must be an integer of at least {least}, found {value!r}")
+        steps = self.trace_steps
+        if steps is not None and not (
+            isinstance(steps, (tuple, list)) and len(steps) == 2 and all(isinstance(step, int) for step in steps)
+            and 1 <= steps[0] <= steps[1]
+        ):
+            raise ValueError(f"LoopConfig.trace_steps must be (FIRST, LAST) with 1 <= FIRST <= LAST, found {steps!r}")
