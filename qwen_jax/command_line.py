@@ -5,26 +5,44 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Runs an entry point; an expected error becomes one line on standard error and exit code 2.
 
-    With QWEN_JAX_TRACEBACK=1 in the environment, the traceback is shown instead.
+    With QWEN_JAX_TRACEBACK=1 in the environment, the traceback is shown instead. A process of a job of several ends
+    without JAX's good-bye, which would wait for the others.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "jax", "orbax", "tensorflow", "apache_beam"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         sys.exit(main() or 0)
-    except (ValueError, OSError, ArithmeticError) as error:
-        if os.environ.get("QWEN_JAX_TRACEBACK") == "1":
-            raise
+    except Exception as error:
+        if os.environ.get("QWEN_JAX_TRACEBACK") == "1" or not isinstance(error, (ValueError, OSError, ArithmeticError)):
+            if not _in_a_job():
+                raise
+            traceback.print_exc()
+            _leave(1)
         # Gin appends which configurable was being called; the message itself says what to change.
         message = str(error).split("In call to configurable")[0]
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        if _in_a_job():
+            _leave(2)
         sys.exit(2)
+
+
+def _in_a_job() -> bool:
+    jax = sys.modules.get("jax")  # tools that need no JAX do not load it for this
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ import gin
 
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.sharding import HardwareConfig, MeshConfig
+from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import LoopConfig
+from qwen_jax.training.resilience import SkipConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 _BINDING = "--gin."
@@ -37,7 +38,8 @@ def by_size(size: str, table: dict):
 
 gin.configurable(by_size)
 for _configurable in (
-    AttentionBlocks, ModelConfig, MeshConfig, HardwareConfig, OptimizerConfig, LoopConfig, next_token_loss
+    AttentionBlocks, ModelConfig, MeshConfig, HardwareConfig, OptimizerConfig, SkipConfig, LoopConfig,
+    next_token_loss,
 ):
     gin.external_configurable(_configurable, module="qwen_jax")
 

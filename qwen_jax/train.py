@@ -1,9 +1,12 @@
 """Trains a model: pretraining, and whatever else has an objective and a SeqIO task.
 
     python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin --gin.OUTPUT_DIR=runs/tiny
+
+On several hosts: the same command on each (`qwen_jax.training.hosts`).
 """
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ from qwen_jax.configuration import parse_args
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training import hosts
 from qwen_jax.training.checkpoints import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -25,9 +29,15 @@ from qwen_jax.training.checkpoints import (
     write_atomically,
     write_run_files,
 )
+from qwen_jax.training.goodput import Goodput, process_began
+from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import LoopConfig, Trainer
+from qwen_jax.training.profiling import CompilationCache
+from qwen_jax.training.rewind import finish_rewinds
+from qwen_jax.training.run_lock import run_lock
+from qwen_jax.training.trainer import Trainer
+from qwen_jax.training.watchdog import Watchdog, joined
 
 with quiet():  # what TensorFlow and Beam write when imported
     import tasks  # noqa: F401  registers the SeqIO tasks, and the functions that gin files configure in them
@@ -42,8 +52,11 @@ def train(
     *, model: ModelConfig, optimizer: OptimizerConfig, loop: LoopConfig, mixture_or_task: str, output_dir: str,
     cache_dir: str, mesh: MeshConfig = MeshConfig(), objective: Callable = next_token_loss,
     initial_checkpoint: str | None = None, data_seed: int = 0, packing: str = "cut",
+    compilation_cache: str | None = "auto", watchdog: Watchdog | None = None, began: float | None = None,
 ) -> dict[str, float]:
     """Starts or continues the run in `output_dir`.
+
+    In a job of several processes all call it with the same arguments. Process 0 prepares the data and writes the files.
 
     Args:
       mixture_or_task: name of a SeqIO task or mixture of `tasks/`; cached in `cache_dir` first if it is not yet.
@@ -51,6 +64,10 @@ def train(
       data_seed: of the order of the examples.
       packing: "cut" merges documents and cuts them to the sequence length, as the report does; "fit" puts whole
         documents into sequences, and attention and positions keep to each.
+      compilation_cache: folder of compiled programs, for a quick start the next time; None keeps none, "auto" keeps
+        them in `output_dir`, except on CPUs, where a program may not run on another machine.
+      watchdog: to be told what is going on.
+      began: `time.time()` when the process started.
 
     Returns:
       The last metrics, with "step".
@@ -58,19 +75,56 @@ def train(
     Raises:
       ValueError, OSError: anything that cannot be run, with what to change.
     """
-    output = Path(output_dir)
-    check_output_dir(output, model)
+    output, watchdog = Path(output_dir), watchdog or Watchdog()
+    first = hosts.place()[0] == 0
+    hosts.by_first("output folder", "process 0 to look into OUTPUT_DIR", lambda: check_output_dir(output, model))
     if loop.sequence_length > model.max_length:
         raise ValueError(
             f"SEQUENCE_LENGTH {loop.sequence_length} is more than ModelConfig.max_length {model.max_length}: lower the "
             f"one or raise the other"
         )
     devices = make_mesh(mesh)
+    goodput = Goodput(output, began)
+    goodput.count("starting")
     where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
-    if not saved_steps(output):
+    watchdog.activity.now("preparing data", limited=False)
+
+    def prepare_data():
         # A run that goes on takes its data as they lie (their fingerprint is checked), whatever became of the corpus.
-        prepare(mixture_or_task, **where)
-    train_set = ExampleLoader(mixture_or_task, split="train", seed=data_seed, **where)
+        if not saved_steps(output):
+            prepare(mixture_or_task, **where)
+
+    hosts.by_first("data", f"process 0 to cache and pack {mixture_or_task}", prepare_data)
+    goodput.count("preparing data")
+    watchdog.activity.now("opening the data")
+    train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
+    with run_lock(output) if first else contextlib.nullcontext():
+        hosts.by_first("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(output))
+        watchdog.folder = output
+        trainer = Trainer(
+            Qwen(model), objective, optimizer, loop, devices, train_set, eval_set, output, initial_checkpoint,
+            activity=watchdog.activity, goodput=goodput, cache=find_cache(compilation_cache, output),
+        )
+        if first:
+            write_run_files(output, model, QwenVocabulary().tokenizer.path)
+            write_atomically(output / "config.gin", gin.config_str())
+            log.info(
+                "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
+                " per epoch", output, f"{parameter_count(model):,}", devices.size, dict(devices.shape),
+                hosts.place()[1], model.attention_kernel, mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
+            )
+        return trainer.run()
+
+
+def load_data(
+    mixture_or_task: str, where: dict, seed: int, model: ModelConfig
+) -> tuple[ExampleLoader, ExampleLoader | None]:
+    """(training set, held-out set or None) of a task that is cached.
+
+    Raises:
+      ValueError: they were made with another vocabulary, or the model is too small for it.
+    """
+    train_set = ExampleLoader(mixture_or_task, split="train", seed=seed, **where)
     try:
         eval_set = ExampleLoader(mixture_or_task, split="validation", shuffle=False, repeat=False, **where)
     except FileNotFoundError:
@@ -78,7 +132,7 @@ def train(
         eval_set = None
     if train_set.vocabulary_fingerprint != QwenVocabulary().fingerprint:
         raise ValueError(
-            f"{mixture_or_task} in {cache_dir} was made with another vocabulary than VOCABULARY "
+            f"{mixture_or_task} in {where['cache_dir']} was made with another vocabulary than VOCABULARY "
             f"({QwenVocabulary().tokenizer.path}): name the one it was made with, or another CACHE_DIR"
         )
     if train_set.vocab_size > model.vocab_size:
@@ -86,17 +140,14 @@ def train(
             f"the vocabulary has {train_set.vocab_size} ids and the model {model.vocab_size} rows: choose a model with "
             f"ModelConfig.vocab_size >= {train_set.vocab_size}, or another VOCABULARY"
         )
-    trainer = Trainer(
-        Qwen(model), objective, optimizer, loop, devices, train_set, eval_set, output, initial_checkpoint
-    )
-    write_run_files(output, model, QwenVocabulary().tokenizer.path)
-    write_atomically(output / "config.gin", gin.config_str())
-    log.info(
-        "%s: %s parameters, %s device(s) as %s, attention by %s, %s of %s examples of %d tokens per epoch",
-        output, f"{parameter_count(model):,}", devices.size, dict(devices.shape), model.attention_kernel,
-        mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
-    )
-    return trainer.run()
+    return train_set, eval_set
+
+
+def find_cache(folder: str | None, output: Path) -> CompilationCache:
+    """Where compiled programs are kept, as `train` says."""
+    if folder != "auto":
+        return CompilationCache(None if folder is None else Path(folder).absolute())
+    return CompilationCache(None if jax.default_backend() == "cpu" else (output / "compiled").absolute())
 
 
 def check_output_dir(output: Path, model: ModelConfig) -> None:
@@ -125,11 +176,13 @@ def main(argv=None) -> None:
         epilog="example: python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin "
         "--gin.OUTPUT_DIR=runs/tiny. The macros of a run are listed in its gin file.",
     )
+    hosts.add_arguments(parser)
     configured = gin.configurable(train)
     args = parse_args(parser, argv)
     if not args.gin_file:
         parser.error("name at least one --gin_file; see the example in --help")
-    result = configured()
+    with joined(hosts.job_config(args), gin.config_str()) as watchdog:
+        result = configured(watchdog=watchdog, began=process_began())
     if jax.process_index() == 0:
         print(", ".join(f"{name} {value:.6g}" for name, value in result.items()))
 

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.training import hosts
 from qwen_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -98,21 +99,28 @@ def check_same_model(folder: str | Path, config: ModelConfig) -> None:
 class Checkpoints:
     """The checkpoints of one run: saved in the background, restored sharded."""
 
-    def __init__(self, folder: str | Path, keep: int = 3):
+    def __init__(self, folder: str | Path, keep: int = 3, keep_every: int = 0):
         """Opens (or makes) the run folder's checkpoints, of which the last `keep` are kept.
 
         What a killed save left behind is removed.
+
+        Args:
+          keep_every: the checkpoints of multiples of this many steps are kept, too; 0 keeps no others.
         """
         self.folder = (Path(folder) / CHECKPOINTS).absolute()
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._open()
 
     def _open(self):
         training = ocp.training
+        keep = training.preservation_policies.LatestN(self._keep)
+        if self._keep_every:
+            every = training.preservation_policies.EveryNSteps(self._keep_every)
+            keep = training.preservation_policies.AnyPreservationPolicy([keep, every])
         self._manager = training.Checkpointer(
             self.folder,
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=training.preservation_policies.LatestN(self._keep),
+            preservation_policy=keep,
             cleanup_tmp_directories=True,
         )
 
@@ -139,10 +147,27 @@ class Checkpoints:
         """Returns when the last save is on disk."""
         self._manager.wait()
 
+    @staticmethod
+    def metadata(folder: str | Path, step: int) -> dict:
+        """What was saved beside the arrays of a checkpoint: where the data stood.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        path = (Path(folder) / CHECKPOINTS / str(step)).absolute()
+        try:
+            metadata = ocp.checkpointables_metadata(path).custom_metadata
+            if "next_example" not in (metadata or {}):
+                raise ValueError("it says nothing of the data position")
+        except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
+            raise CheckpointError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
+        return metadata
+
     def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
         """Restores the newest checkpoint that can be read, each shard straight to its device.
 
-        One that cannot be read is named in the log and set aside as `checkpoints/unreadable-STEP`.
+        One that cannot be read is named in the log and set aside as `checkpoints/unreadable-STEP`. All processes of a
+        job restore the same one: what one of them cannot read, none uses.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -156,13 +181,17 @@ class Checkpoints:
         failed = []
         for step in reversed(self.steps()):
             path = self.folder / str(step)
+            loaded = metadata = problem = None
             try:
                 loaded = ocp.load_checkpointables(path, {"params": abstract.params, "optimizer": abstract.opt_state})
-                metadata = ocp.checkpointables_metadata(path).custom_metadata
-                if "next_example" not in (metadata or {}):
-                    raise ValueError("it says nothing of the data position")
+                metadata = self.metadata(self.folder.parent, step)
             except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
-                failed.append((path, one_line(error)))
+                problem = one_line(error)
+            problems = hosts.agree(f"restored/{step}", f"the checkpoint of step {step} to be read", problem)
+            if problems:
+                process, problem = next(iter(problems.items()))
+                failed.append((path, problem if len(problems) == 1 == jax.process_count() else
+                               f"in process {process}: {problem}"))
                 log.warning("checkpoint %s cannot be read (%s); trying the one before", *failed[-1])
                 continue
             self._set_aside([path for path, _ in failed])
@@ -175,13 +204,16 @@ class Checkpoints:
 
     def _set_aside(self, paths):
         # The run will save this step again, and Orbax refuses a step that exists.
-        for path in paths:
-            aside = path.with_name(f"unreadable-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            log.warning("set aside as %s", aside)
+        def move():
+            for path in paths:
+                aside = path.with_name(f"unreadable-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                log.warning("set aside as %s", aside)
+
         if paths:
             self._manager.close()
+            hosts.by_first("set aside", "process 0 to set unreadable checkpoints aside", move)
             self._open()
 
     def close(self) -> None:

@@ -66,3 +66,19 @@ class MetricsWriter:
         self._bar.close()
         self._board.close()
         self._file.close()
+
+
+class NoMetrics:
+    """In place of a MetricsWriter where another process of the job writes."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes nothing."""
+
+    def progress(self, step: int, shown: dict[str, str] | None = None) -> None:
+        """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Says nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import optax
 
+from qwen_jax.training.resilience import SkipConfig, skip_updates
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -18,6 +20,7 @@ class OptimizerConfig:
       beta1, beta2, epsilon: of Adam.
       weight_decay: decoupled, times the learning rate, on projections, embedding and output; not on norms and biases.
       clip_norm: largest global norm of the gradient; None does not clip.
+      skip: which updates are left out; by default none.
     """
 
     peak_learning_rate: float
@@ -29,6 +32,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    skip: SkipConfig = SkipConfig()
 
     def __post_init__(self):
         if self.schedule not in ("cosine", "constant"):
@@ -82,4 +86,4 @@ def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientT
         learning_rate_schedule(config, train_steps), b1=config.beta1, b2=config.beta2, eps=config.epsilon,
         weight_decay=config.weight_decay, mask=decay_mask,
     ))
-    return optax.chain(*steps)
+    return skip_updates(optax.chain(*steps), config.skip)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import batch_sharding, batch_ways, constrain, sum_over_copies, use_mesh
+from qwen_jax.training.resilience import skip_metrics
 from qwen_jax.training.state import TrainState
 
 
@@ -45,7 +46,7 @@ def make_train_step(
     model: Qwen, optimizer: optax.GradientTransformation, objective: Callable, schedule: optax.Schedule, *,
     seed: int, accumulation: int = 1,
 ) -> Callable:
-    """The function `(state, batch) -> (state, metrics)`; metrics are float32 scalars.
+    """The function `(state, batch) -> (state, metrics)`; metrics are scalars.
 
     The update is that of the mean loss over the whole batch, whatever `accumulation` is. Dropout, when the model has
     any, depends on (seed, step) alone.
@@ -64,6 +65,7 @@ def make_train_step(
             "accuracy": sums["correct"] / weight,
             "gradient_norm": optax.global_norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            **skip_metrics(opt_state),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 

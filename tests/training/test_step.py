@@ -11,11 +11,11 @@ import pytest
 
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training.batches import global_batch
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from qwen_jax.training.state import abstract_state, initial_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
-from qwen_jax.training.trainer import global_batch
 from tests.fakes import FakeExamples, small_model
 
 OPTIMIZER = OptimizerConfig(1e-2, warmup_steps=2)

@@ -16,10 +16,12 @@ from qwen_jax.training.checkpoints import (
     Checkpoints,
     write_run_files,
 )
+from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import LoopConfig, Trainer, TrainingDiverged
+from qwen_jax.training.reporting import TrainingDiverged
+from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.weights import load_params, save_params
 from tests.fakes import FakeExamples, small_model
 

@@ -1,0 +1,49 @@
+"""Lengths and intervals of a run."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Lengths and intervals of a run, in updates (steps) and sequences.
+
+    Attributes:
+      train_steps: updates in all.
+      batch_size: sequences of one update, over all devices and accumulation steps.
+      sequence_length: tokens of one sequence.
+      accumulation_steps: parts that a batch is computed in, one after the other.
+      seed: of parameters and dropout.
+      log_every, eval_every, checkpoint_every: intervals; 0 for eval_every means only at start and end.
+      eval_batches: at most so many batches of the held-out set are used.
+      keep_checkpoints: how many of the newest are kept.
+      keep_every: the checkpoints of multiples of this many steps are kept as well, for rewinds; 0 keeps no others.
+      trace_steps: (first, last) step to write an XProf trace of, into the run's folder; None writes none.
+      trace_process: the process that writes it.
+    """
+
+    train_steps: int
+    batch_size: int
+    sequence_length: int
+    accumulation_steps: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 16
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    keep_every: int = 0
+    trace_steps: tuple[int, int] | None = None
+    trace_process: int = 0
+
+    def __post_init__(self):
+        may_be_zero = ("seed", "eval_every", "eval_batches", "keep_every", "trace_process")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in may_be_zero else 1
+            if field.name != "trace_steps" and (not isinstance(value, int) or value < least):
+                raise ValueError(f"LoopConfig.{field.name} must be an integer of at least {least}, found {value!r}")
+        steps = self.trace_steps
+        if steps is not None and not (
+            isinstance(steps, (tuple, list)) and len(steps) == 2 and all(isinstance(step, int) for step in steps)
+            and 1 <= steps[0] <= steps[1]
+        ):
+            raise ValueError(f"LoopConfig.trace_steps must be (FIRST, LAST) with 1 <= FIRST <= LAST, found {steps!r}")

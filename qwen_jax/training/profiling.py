@@ -1,0 +1,164 @@
+"""Looking into a run: traces of chosen steps, compiled programs kept between starts, and what filled the memory."""
+
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from qwen_jax.training.optimizer import path_name
+
+log = logging.getLogger(__name__)
+
+TRACE_FOLDER = "trace"
+MEMORY_PROFILE = "memory.prof"
+_HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+_SIZE = r"([\d.]+\s*[KMGTP]?i?B?)"
+_NEED = (
+    re.compile(rf"Used {_SIZE} of {_SIZE} (?:hbm|memory)"),  # the TPU compiler
+    re.compile(rf"allocat\w+ {_SIZE}ytes"),  # the GPU allocator: "trying to allocate 17179869184 bytes"
+    re.compile(rf"allocat\w+ {_SIZE}"),
+)
+_PROGRAM_BUFFER = re.compile(
+    r"Size: (?P<size>[\d.]+[KMGT]?)\s+(?:Operator: op_name=\"(?P<name>[^\"]*)\"\s+)?(?:Shape: (?P<shape>\S+))?"
+)
+
+
+class OutOfMemory(ValueError):
+    """The program needs more memory than the device has; names the largest buffers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilationCache:
+    """Where compiled programs are kept between starts; `folder` None keeps none."""
+
+    folder: Path | None
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[dict[str, int]]:
+        """While open, programs come from the cache or are put there; yields the numbers of "hits" and "misses"."""
+        counts = {"hits": 0, "misses": 0}
+        if self.folder is None:
+            yield counts
+            return
+
+        def listen(event, **_):
+            counts["hits"] += event == _HIT
+            counts["misses"] += event == _MISS
+
+        settings = {
+            "jax_compilation_cache_dir": str(self.folder), "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in settings}
+        jax.monitoring.register_event_listener(listen)
+        try:
+            self._set(settings)
+            yield counts
+        finally:
+            self._set(before)
+            jax.monitoring.unregister_event_listener(listen)
+
+    @staticmethod
+    def _set(settings):
+        from jax.experimental.compilation_cache import compilation_cache
+
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        # JAX decides once whether there is a cache; this makes it look again.
+        compilation_cache.reset_cache()
+
+
+class Trace:
+    """An XProf trace of the steps `first` to `last`, both included, into `folder/trace/process_N`."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, process: int):
+        self._steps, self._open = steps, False
+        self.folder = folder / TRACE_FOLDER / f"process_{process}"
+
+    def before(self, step: int) -> None:
+        """To be called before the step with this number (the first is 1) is started."""
+        if self._steps is not None and step == self._steps[0]:
+            jax.profiler.start_trace(self.folder)
+            self._open = True
+
+    def around(self, step: int):
+        """A context for the call of the step: the trace shows where it begins."""
+        return jax.profiler.StepTraceAnnotation("train", step_num=step) if self._open else contextlib.nullcontext()
+
+    def after(self, step: int, result) -> bool:
+        """To be called when the step has been started; ends the trace after the last one. True if it did."""
+        if not self._open or step < self._steps[1]:
+            return False
+        jax.block_until_ready(result)
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Ends a trace that is open, as when the run stops within the chosen steps."""
+        if self._open:
+            jax.profiler.stop_trace()
+            self._open = False
+
+
+def largest_arrays(tree, count: int = 3) -> list[tuple[str, int]]:
+    """(name and shape, bytes on one device) of the largest arrays of a pytree of arrays or ShapeDtypeStructs."""
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) is not None else leaf.shape
+        size = leaf.dtype.itemsize
+        for length in shape:
+            size *= length
+        name = path_name(path) or jax.tree_util.keystr(path)
+        prefix = jax.tree_util.keystr(path[:1]).strip(".")
+        rows.append((f"{prefix} {name} {leaf.dtype}{list(shape)}", size))
+    return sorted(rows, key=lambda row: -row[1])[:count]
+
+
+def gib(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+@contextlib.contextmanager
+def explaining_memory(doing: str, folder: Path, state) -> Iterator[None]:
+    """Turns an error for want of memory into one that says what took it, and writes a profile of the memory.
+
+    Args:
+      doing: what needed the memory, as the error says it.
+      folder: gets `memory.prof`, which `pprof` reads.
+      state: pytree of arrays or shapes that are named where they are among the largest.
+
+    Raises:
+      OutOfMemory: in place of JAX's RESOURCE_EXHAUSTED.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        raise OutOfMemory(_explanation(str(error), doing, folder, state)) from error
+
+
+def _explanation(message: str, doing: str, folder: Path, state) -> str:
+    match = next((found for pattern in _NEED if (found := pattern.search(message))), None)
+    amount = "" if match is None else f" ({match[0]})"
+    # The compiler lists the buffers of its program, largest first; without that, the arrays of the state are known.
+    named = [
+        f"{found['name'] or found['shape'] or 'unnamed'} {found['size']}"
+        for found in _PROGRAM_BUFFER.finditer(message)
+    ][:3] or [f"{name} {gib(size)}" for name, size in largest_arrays(state)]
+    profile = folder / MEMORY_PROFILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.profiler.save_device_memory_profile(profile)
+        written = f"; a profile of the memory is in {profile} (read it with pprof)"
+    except (OSError, jax.errors.JaxRuntimeError) as failed:
+        written = f"; no profile of the memory could be written ({failed})"
+    return (
+        f"out of memory while {doing}{amount}. Largest buffers of a device: {'; '.join(named)}{written}. Use more "
+        f"devices along MeshConfig.fsdp or .tensor, a higher ACCUMULATION_STEPS, or a remat policy that keeps less"
+    )

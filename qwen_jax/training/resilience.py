@@ -1,0 +1,96 @@
+"""Updates that would harm a run are skipped: gradients that are not finite, and spikes of their norm.
+
+The report says nothing of either, so both are off unless a run asks for them. The statistics that spikes are judged by
+are kept in any case, as a part of the optimizer's state: they are saved with every checkpoint, a resumed run judges as
+the unbroken one, and skipping can be turned on in the middle of a run that begins to spike.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Norms that the median is taken of. A constant, so that a checkpoint fits whatever a run asks for.
+WINDOW = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipConfig:
+    """Which updates are left out. Every skipped one is counted in the metrics; its examples are passed over.
+
+    Attributes:
+      nonfinite: skip where the norm of the gradient is infinite or NaN.
+      spike_factor: skip where the norm is more than this many times the median norm of the last 128 updates that were
+        made; None skips no spike. The median and not the mean, because one spike that passes moves it by one rank.
+      least_history: updates that must have been made before a spike is called one.
+      most_in_a_row: so many skipped one after the other end the run: the weights are lost, not a batch.
+    """
+
+    nonfinite: bool = False
+    spike_factor: float | None = None
+    least_history: int = 32
+    most_in_a_row: int = 10
+
+    def __post_init__(self):
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(f"SkipConfig.spike_factor must be more than 1 or None, found {self.spike_factor!r}")
+        if not 1 <= self.least_history <= WINDOW:
+            raise ValueError(f"SkipConfig.least_history must be in [1, {WINDOW}], found {self.least_history!r}")
+        if self.most_in_a_row < 1:
+            raise ValueError(f"SkipConfig.most_in_a_row must be at least 1, found {self.most_in_a_row!r}")
+
+
+class HealthState(NamedTuple):
+    """Around the state of the wrapped optimizer.
+
+    norms: float32 [128], gradient norms of the last updates that were made, oldest overwritten first; made: int32,
+    updates made; skipped: int32, left out; in_a_row: int32, left out since the last one that was made.
+    """
+
+    inner: optax.OptState
+    norms: jax.Array
+    made: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array
+
+
+def skip_updates(inner: optax.GradientTransformation, config: SkipConfig) -> optax.GradientTransformation:
+    """`inner`, whose update and state are left out where `config` says so.
+
+    After a skipped update parameters and the state of `inner` are bit for bit what they were; a learning-rate schedule
+    inside `inner` counts the updates made, so it lags behind the steps by those skipped.
+    """
+
+    def init(params) -> HealthState:
+        zero = jnp.zeros((), jnp.int32)
+        return HealthState(inner.init(params), jnp.zeros(WINDOW, jnp.float32), zero, zero, zero)
+
+    def update(gradient, state: HealthState, params=None):
+        norm = optax.global_norm(gradient).astype(jnp.float32)
+        skip = jnp.zeros((), bool)
+        if config.nonfinite:
+            skip |= ~jnp.isfinite(norm)
+        if config.spike_factor is not None:
+            known = jnp.where(jnp.arange(WINDOW) < state.made, state.norms, jnp.nan)
+            skip |= (state.made >= config.least_history) & (norm > config.spike_factor * jnp.nanmedian(known))
+        updates, inner_state = inner.update(gradient, state.inner, params)
+        if config.nonfinite or config.spike_factor is not None:
+            # Adding -0.0 changes no bit of any number; adding 0.0 would turn -0.0 into 0.0.
+            updates = jax.tree.map(lambda u: jnp.where(skip, jnp.full_like(u, -0.0), u), updates)
+            inner_state = jax.tree.map(lambda new, old: jnp.where(skip, old, new), inner_state, state.inner)
+        one = skip.astype(jnp.int32)
+        return updates, HealthState(
+            inner_state, jnp.where(skip, state.norms, state.norms.at[state.made % WINDOW].set(norm)),
+            state.made + 1 - one, state.skipped + one, jnp.where(skip, state.in_a_row + 1, 0),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def skip_metrics(state: optax.OptState) -> dict[str, jax.Array]:
+    """Scalars for the metrics of a step: updates left out so far, and without one made in between."""
+    if not isinstance(state, HealthState):
+        return {}
+    return {"skipped_updates": state.skipped, "skipped_in_a_row": state.in_a_row}

@@ -1,0 +1,128 @@
+"""Going back to an earlier checkpoint of a run, and past the examples that harmed it.
+
+A run folder's `rewinds.json` lists what was done. The examples to pass over are spans of the global data order, so they
+hold whatever checkpoint the run goes on from and however many hosts it has. Nothing is deleted: later checkpoints and
+the metrics as they were lie in `rewound_N`, which is a run folder itself.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from qwen_jax.training.batches import after_skipped
+from qwen_jax.training.checkpoints import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    CheckpointError,
+    Checkpoints,
+    read_config,
+    saved_steps,
+    write_atomically,
+)
+from qwen_jax.training.metrics import METRICS_FILE
+
+log = logging.getLogger(__name__)
+
+REWINDS_FILE = "rewinds.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewind:
+    """One return to an earlier checkpoint.
+
+    Attributes:
+      to_step, from_step: the checkpoint that the run goes on from, and its newest until then.
+      skipped: [start, stop) of the global example indices that are passed over; equal where none are.
+      folder: name of the folder with what was set aside.
+      time: of the command, as `time.time()` gives it.
+      done: False between the command's first and last write.
+    """
+
+    to_step: int
+    from_step: int
+    skipped: tuple[int, int]
+    folder: str
+    time: float
+    done: bool = False
+
+
+def read_rewinds(folder: str | Path) -> list[Rewind]:
+    """The rewinds of a run folder, oldest first.
+
+    Raises:
+      CheckpointError: the file cannot be read.
+    """
+    file = Path(folder) / REWINDS_FILE
+    if not file.exists():
+        return []
+    try:
+        return [Rewind(**row | {"skipped": tuple(row["skipped"])}) for row in json.loads(file.read_text())]
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}): restore it, or remove it to forget all rewinds of this run"
+        ) from error
+
+
+def skipped_spans(folder: str | Path) -> list[tuple[int, int]]:
+    """Spans [start, stop) of the global data order that the run passes over."""
+    return [rewind.skipped for rewind in read_rewinds(folder) if rewind.skipped[0] < rewind.skipped[1]]
+
+
+def _write(folder: Path, rewinds: list[Rewind]) -> None:
+    write_atomically(folder / REWINDS_FILE, json.dumps([dataclasses.asdict(one) for one in rewinds], indent=1) + "\n")
+
+
+def rewind(folder: str | Path, to_step: int, skip_examples: int = 0) -> Rewind:
+    """Makes the checkpoint of `to_step` the newest of a run that is not running.
+
+    Args:
+      skip_examples: how many examples to pass over, counted from where the run would go on.
+
+    Raises:
+      CheckpointError: no such checkpoint, or no run.
+      ValueError: a negative number of examples.
+    """
+    folder = Path(folder)
+    read_config(folder)
+    finish_rewinds(folder)
+    steps, before = saved_steps(folder), read_rewinds(folder)
+    if to_step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"{folder} has no checkpoint of step {to_step}; it has {there}")
+    if skip_examples < 0:
+        raise ValueError(f"expected a number of examples to skip of at least 0, found {skip_examples}")
+    position = after_skipped(Checkpoints.metadata(folder, to_step)["next_example"], skipped_spans(folder))
+    number = 1 + max((int(one.folder.rpartition("_")[2]) for one in before), default=0)
+    made = Rewind(
+        to_step, steps[-1], (position, position + skip_examples), f"rewound_{number}", time.time()
+    )
+    # From here on a kill is harmless: the next start of the run, or of this command, does the rest.
+    _write(folder, [*before, made])
+    finish_rewinds(folder)
+    return dataclasses.replace(made, done=True)
+
+
+def finish_rewinds(folder: str | Path) -> None:
+    """Sets aside what a rewind that was interrupted has not yet; does nothing where all are done."""
+    folder = Path(folder)
+    rewinds = read_rewinds(folder)
+    for index, one in enumerate(rewinds):
+        if one.done:
+            continue
+        aside = folder / one.folder
+        (aside / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG_FILE, TOKENIZER_FILE, METRICS_FILE):
+            if (folder / name).exists() and not (aside / name).exists():
+                temporary = aside / f".{name}.tmp"
+                shutil.copyfile(folder / name, temporary)
+                temporary.replace(aside / name)
+        for step in saved_steps(folder):
+            if step > one.to_step:
+                (folder / CHECKPOINTS / str(step)).rename(aside / CHECKPOINTS / str(step))
+                log.info("checkpoint of step %d set aside in %s", step, aside)
+        rewinds[index] = dataclasses.replace(one, done=True)
+        _write(folder, rewinds)

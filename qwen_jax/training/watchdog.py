@@ -1,0 +1,286 @@
+"""Notices when a run stands still: a process that died, a host that hangs, a step that does not end.
+
+Two threads stand beside the loop of every process. One exchanges signs of life through the job's store: each process
+writes its own and reads one verdict, and process 0 alone looks at all of them. The other only watches clocks, so that a
+call into the network that never returns is noticed too. What they find ends the process with an error that names who
+or what was waited for; the state since the last checkpoint is lost, and the same command goes on from there.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from qwen_jax.training import hosts
+
+log = logging.getLogger(__name__)
+
+# Given to the clocks beside the loop before the C timer, which needs no interpreter, ends the process.
+_GRACE_SECONDS = 30.0
+
+
+@dataclasses.dataclass
+class Activity:
+    """What the loop is doing now; every change of it is a sign of progress.
+
+    Attributes:
+      what: as errors call it.
+      step: updates made.
+      together: whether it ends only when all processes have come to it.
+      limited: False for what may rightly take hours, such as caching a corpus.
+    """
+
+    what: str = "starting"
+    step: int = 0
+    together: bool = False
+    limited: bool = False
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def now(self, what: str, step: int | None = None, *, together: bool = False, limited: bool = True) -> None:
+        """Says that something new has begun."""
+        self.what, self.together, self.limited = what, together, limited
+        self.step = self.step if step is None else step
+        self.since = time.monotonic()
+
+
+def dump_stacks(folder: Path | None, process: int) -> str:
+    """Writes what every thread is doing to standard error and into the run's folder; returns where."""
+    sys.stderr.flush()
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    if folder is None or not folder.is_dir():
+        return "standard error"
+    path = folder / f"stacks_{process}.txt"
+    with open(path, "w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    return str(path)
+
+
+def end(message: str, code: int) -> None:
+    """Ends this process at once: what the main thread waits for will not come, so it cannot be asked to."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(2, f"\nerror: {' '.join(message.split())}\n".encode())
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def joined(config: hosts.JobConfig, configuration: str) -> Iterator["Watchdog"]:
+    """Joins the job, compares all its processes, and watches them while open.
+
+    Raises:
+      ValueError, TimeoutError: as `hosts.connect` and `hosts.handshake`.
+    """
+    hosts.connect(config)
+    with Watchdog(config, hosts.handshake(configuration)) as watchdog:
+        yield watchdog
+
+
+class Watchdog:
+    """Watches one process and its job while open.
+
+    Attributes:
+      activity: what the loop does now; the loop keeps it up to date.
+    """
+
+    def __init__(
+        self, config: hosts.JobConfig = hosts.JobConfig(), facts: dict[int, dict] | None = None,
+        folder: Path | None = None,
+    ):
+        """Prepares to watch.
+
+        Args:
+          facts: what `hosts.handshake` gave.
+          folder: where the stacks of a process that hangs are written.
+        """
+        self.activity, self.folder = Activity(), folder
+        self._config, self._facts, self._limit = config, facts or {}, config.hang_timeout
+        self._process, self._processes = hosts.place()
+        self._closed = threading.Event()
+        self._contact = time.monotonic()
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._threads: list[threading.Thread] = []
+        self._told = False
+
+    def __enter__(self):
+        if self._processes > 1:
+            self._speak_when_the_service_dies()
+            self._threads.append(threading.Thread(target=self._talk, name="signs of life", daemon=True))
+        if self._processes > 1 or self._limit:
+            self._threads.append(threading.Thread(target=self._watch_clocks, name="watchdog", daemon=True))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind, error, _):
+        if error is not None and self._processes > 1 and not isinstance(error, SystemExit):
+            self._tell_the_others(error)
+        self._closed.set()
+        for thread in self._threads:
+            thread.join()
+        if self._limit:
+            faulthandler.cancel_dump_traceback_later()
+        if self._processes > 1 and error is None:
+            hosts.put(f"alive/{self._process}", {"beat": -1})
+
+    # Clocks.
+
+    def _watch_clocks(self):
+        interval = min(self._config.poll_seconds, self._limit / 4 or hosts.POLL_SECONDS)
+        while not self._closed.wait(interval):
+            if self._limit:
+                # Fires only if this loop no longer runs: some thread keeps the interpreter to itself.
+                faulthandler.dump_traceback_later(self._limit + _GRACE_SECONDS, exit=True)
+            now = time.monotonic()
+            if self._limit and self.activity.limited and now - self.activity.since > self._limit:
+                self._hung(now - self.activity.since)
+            if self._processes > 1 and now - self._contact > self._config.heartbeat_timeout + 2 * interval:
+                end(f"{self._name(0)} has not answered for {now - self._contact:.0f} s", hosts.TRY_AGAIN)
+
+    def _hung(self, seconds: float):
+        place = dump_stacks(self.folder, self._process)
+        text = (
+            f"no progress for {seconds:.0f} s (--hang_timeout={self._limit:g}) while {self.activity.what} after step "
+            f"{self.activity.step}; the stacks of its threads are in {place}"
+        )
+        if self._processes > 1:
+            said = {"error": f"{self._name(self._process)}: {text}", "code": hosts.TRY_AGAIN, "hang": True}
+            hosts.put(f"ended/{self._process}", said)
+            # The verdict that comes back says which process the others wait for.
+            self._closed.wait(4 * self._config.poll_seconds)
+        end(text if self._processes == 1 else f"{self._name(self._process)}: {text}", hosts.TRY_AGAIN)
+
+    # Signs of life.
+
+    def _talk(self):
+        beat = 0
+        while True:
+            beat += 1
+            try:
+                done = self._talk_once(beat)
+            except jax.errors.JaxRuntimeError as error:
+                log.debug("the job's store: %s", error)
+                done = False
+            else:
+                self._contact = time.monotonic()
+            if self._closed.wait(self._config.poll_seconds) or done:
+                return
+
+    def _talk_once(self, beat: int) -> bool:
+        activity = self.activity
+        hosts.put(f"alive/{self._process}", {
+            "beat": beat, "what": activity.what, "step": activity.step, "together": activity.together,
+            "seconds": time.monotonic() - activity.since,
+        })
+        verdict = self._judge() if self._process == 0 else hosts.peek("verdict")
+        if verdict is None or self._told:
+            return False
+        if verdict.get("hang"):
+            dump_stacks(self.folder, self._process)
+        self._told = True
+        self._pass_on(verdict)
+        end(verdict["error"], verdict["code"])
+        return True
+
+    def _pass_on(self, verdict: dict):
+        hosts.put(f"ended/{self._process}", verdict)
+        if self._process:
+            return
+        # The store lives in process 0: the others must have read the verdict before it ends.
+        hosts.put("verdict", verdict)
+        deadline = time.monotonic() + 2 * self._config.poll_seconds + 0.5
+        while time.monotonic() < deadline and len(hosts.peek_all("ended")) < self._processes:
+            time.sleep(0.1)
+
+    def _judge(self) -> dict | None:
+        alive, ended = hosts.peek_all("alive"), hosts.peek_all("ended")
+        for _, said in sorted(ended.items()):
+            why = self._suspects(alive) if said.get("hang") else ""
+            return said | {"error": said["error"] + why}
+        now = time.monotonic()
+        for process in range(1, self._processes):
+            beat = alive.get(process, {}).get("beat", 0)
+            if self._seen.setdefault(process, (beat, now))[0] != beat:
+                self._seen[process] = (beat, now)
+            silent = now - self._seen[process][1]
+            if beat >= 0 and silent > self._config.heartbeat_timeout:
+                last = alive.get(process, {"what": "starting", "step": 0})
+                return {"code": hosts.TRY_AGAIN, "error":
+                        f"{self._name(process)} gave no sign of life for {silent:.0f} s; it was last {last['what']} "
+                        f"after step {last['step']}. Was it killed, or did its host go down? The same command goes on "
+                        f"from the last checkpoint"}
+        return None
+
+    def _suspects(self, alive: dict[int, dict]) -> str:
+        """Which processes the others wait for."""
+        running = {process: said for process, said in alive.items() if said["beat"] >= 0}
+        least = min(said["step"] for said in running.values())
+        suspects = {p: said for p, said in running.items() if not said["together"]} or {
+            p: said for p, said in running.items() if said["step"] == least
+        }
+        if len(suspects) == len(running) and len(running) > 1:
+            return "; all processes wait for each other: a device, or the network between them"
+        shown = [
+            f"{self._name(p)}, {said['what']} after step {said['step']} for {said['seconds']:.0f} s"
+            for p, said in sorted(suspects.items())[:3]
+        ]
+        return f"; the others wait for {'; '.join(shown)}"
+
+    def _name(self, process: int) -> str:
+        facts = self._facts.get(process)
+        return hosts.name_of(process, facts) if facts else f"process {process}"
+
+    def _tell_the_others(self, error: BaseException):
+        """Says why this process ends, unless the reason is that another one did."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if _came_from_others(error):
+            print(f"process {self._process}: {text[:300]}; looking for the process that is missing", file=sys.stderr)
+            self._closed.wait(self._config.heartbeat_timeout + 4 * self._config.poll_seconds)
+        self._told = True
+        code = 2 if isinstance(error, (ValueError, OSError, ArithmeticError)) else 1
+        try:
+            self._pass_on({"error": f"{self._name(self._process)}: {text}", "code": code})
+        except jax.errors.JaxRuntimeError as unreachable:
+            log.warning("the other processes could not be told: %s", unreachable)
+
+    def _speak_when_the_service_dies(self):
+        """Names process 0 when JAX aborts this process because its coordination service is gone.
+
+        JAX does that within milliseconds, from a thread of its own and with no hook to add a message.
+        """
+        address, name = hosts.coordinator_address(), self._name(0)
+        if self._process == 0 or address is None:
+            return
+        host, _, port = address.rpartition(":")
+
+        def aborting(number):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            except OSError:
+                end(
+                    f"{name}, where the job's coordination service ran at {address}, cannot be reached: was it killed, "
+                    f"or did its host go down? The same command goes on from the last checkpoint", hosts.TRY_AGAIN
+                )
+
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborting)
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, type(self._handler)], ctypes.c_void_p
+        libc.signal(signal.SIGABRT, self._handler)
+
+
+def _came_from_others(error: BaseException) -> bool:
+    """Whether an error may be the end of another process, seen from here."""
+    text = str(error)
+    return "RESOURCE_EXHAUSTED" not in text and (
+        isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in text or "UNAVAILABLE" in text
+    )

@@ -1,0 +1,45 @@
+"""Sends a run back to an earlier checkpoint, and past a span of its data.
+
+    python tools/rewind.py --run runs/tiny --to 200 --skip_examples 1600
+
+The run then goes on with its usual command. Nothing is deleted: later checkpoints and the metrics as they were lie in
+`rewound_1`, `rewound_2`, … of the run's folder, and `rewinds.json` there lists what was done.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from qwen_jax.command_line import run  # noqa: E402
+from qwen_jax.training.rewind import rewind  # noqa: E402
+from qwen_jax.training.run_lock import run_lock  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, help="OUTPUT_DIR of a run that is stopped")
+    parser.add_argument("--to", required=True, type=int, metavar="STEP", help="a step that it has a checkpoint of")
+    parser.add_argument(
+        "--skip_examples", type=int, default=0, metavar="N",
+        help="examples to pass over, from where the run would go on (steps times BATCH_SIZE; default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.run.is_dir():
+        raise ValueError(f"--run {arguments.run}: no such folder")
+    with run_lock(arguments.run):
+        made = rewind(arguments.run, arguments.to, arguments.skip_examples)
+    start, stop = made.skipped
+    passed = f"passes over examples {start:,} to {stop - 1:,}" if stop > start else f"goes on with example {start:,}"
+    print(
+        f"{arguments.run} goes on after step {made.to_step} (was {made.from_step}) and {passed}; what came after lies "
+        f"in {arguments.run / made.folder}. Start the usual command."
+    )
+
+
+if __name__ == "__main__":
+    run(main)
