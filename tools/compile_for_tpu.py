@@ -8,6 +8,7 @@ minutes and 3 GB of memory. Needs libtpu (`pip install -c requirements.txt "jax[
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -22,16 +23,11 @@ import gin  # noqa: E402
 from qwen_jax import train  # noqa: E402
 from qwen_jax.command_line import run  # noqa: E402
 from qwen_jax.configuration import parse_args  # noqa: E402
+from qwen_jax.hardware import GIB, HardwareConfig  # noqa: E402
 from qwen_jax.models.transformer import Qwen, parameter_count  # noqa: E402
-from qwen_jax.sharding import HardwareConfig, make_mesh  # noqa: E402
-from qwen_jax.training.program import (  # noqa: E402
-    collectives_per_device,
-    compile_run,
-    memory_per_device,
-    model_flops_per_token,
-)
-
-GIB = 2**30
+from qwen_jax.programs.account import collectives_per_device  # noqa: E402
+from qwen_jax.sharding import make_mesh  # noqa: E402
+from qwen_jax.training.program import compile_run, memory_per_device, model_flops_per_token  # noqa: E402
 
 
 def compile_program(settings: dict, hardware: HardwareConfig):
@@ -56,7 +52,9 @@ def compile_program(settings: dict, hardware: HardwareConfig):
         "model_flops_per_token": causal.total, "model_flops_per_token_all_keys": conventional.total,
         "model_flops_per_device": causal.total * tokens / mesh.size,
         "seconds_at_peak": causal.total * tokens / mesh.size / (hardware.peak_tflops * 1e12),
-        "collectives_per_device": collectives_per_device(compiled.as_text()),
+        "collectives_per_device": {
+            kind: dataclasses.asdict(total) for kind, total in collectives_per_device(compiled.as_text()).items()
+        },
         # What sharding over fsdp cannot do without: each parameter gathered in bfloat16 for the forward and for the
         # backward pass, and each gradient reduced once.
         "least_gather_bytes": 2 * 2 * parameter_count(model), "least_reduce_bytes": 2 * parameter_count(model),
@@ -80,7 +78,7 @@ def describe(report: dict) -> str:
         "collectives         per device and step:",
     ]
     for kind, total in sorted(report["collectives_per_device"].items()):
-        lines.append(f"  {kind:<20}{total['count']:>6} of {total['bytes'] / GIB:8.2f} GiB in all")
+        lines.append(f"  {kind:<20}{total['count']:>6} of {total['payload_bytes'] / GIB:8.2f} GiB in all")
     lines.append(
         f"  least for the layout: {report['least_gather_bytes'] / GIB:.2f} GiB gathered, "
         f"{report['least_reduce_bytes'] / GIB:.2f} GiB reduced"
