@@ -56,8 +56,8 @@ class HardwareConfig:
         """
         if self.topology is None:
             raise ValueError(
-                f"{self.name} can be compiled for only where it is: of TPUs alone there are descriptions of devices that "
-                f"are not there. Name another file of gin/hardware, or start the run itself on {self.name}"
+                f"{self.name} can be compiled for only where it is: only of TPUs are there descriptions of absent "
+                f"devices. Name another file of gin/hardware, or start the run itself on {self.name}"
             )
         from jax.experimental import topologies
 

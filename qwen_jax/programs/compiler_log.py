@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 # Make it tell; libtpu reads them when it is loaded.
 ENVIRONMENT = {
@@ -16,20 +17,23 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @contextlib.contextmanager
-def stderr_into(file: Path) -> Iterator[None]:
-    """While open, what C++ writes on standard error goes to `file`. A crash is still told where people look."""
+def stderr_into(file: Path) -> Iterator[TextIO]:
+    """While open, what anything in this process writes on standard error goes to `file`; gives a stream to the screen.
+
+    A crash is still told on the screen.
+    """
     sys.stderr.flush()
     screen = os.dup(2)
     with open(file, "wb") as log:
         os.dup2(log.fileno(), 2)
     faulthandler.enable(file=screen)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(screen, 2)
-        faulthandler.enable(file=2)
-        os.close(screen)
+    with open(screen, "w", buffering=1) as stream:
+        try:
+            yield stream
+        finally:
+            sys.stderr.flush()
+            os.dup2(screen, 2)
+            faulthandler.disable()
 
 
 def program_hbm_bytes(log: str) -> int | None:

@@ -1,15 +1,23 @@
-"""The compiled train step of a run, and the operations and the memory that it needs."""
+"""The compiled train step of a run, and what it needs by arithmetic: operations, memory, data moved between devices."""
 
 import dataclasses
+import math
+import os
 
 import jax
 from jax.sharding import Mesh
 
+from qwen_jax.hardware import GIB
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.programs.account import CollectiveTotal
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from qwen_jax.training.state import abstract_state
+from qwen_jax.training.state import TrainState, abstract_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
+
+
+class TooLittleMemory(ValueError):
+    """Parameters, optimizer state and gradients alone are more than a device holds."""
 
 
 def compile_run(
@@ -69,3 +77,103 @@ def memory_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
         "aliased": analysis.alias_size_in_bytes, "temporaries": analysis.temp_size_in_bytes,
     }
     return {**sizes, "need": sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]}
+
+
+def shard_bytes(tree) -> int:
+    """Bytes that one device holds of a pytree of arrays or of ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def state_bytes_per_device(state: TrainState) -> dict[str, int]:
+    """Bytes that no schedule of an update can do without: parameters, optimizer state and all gradients at once.
+
+    All gradients exist together, because clipping needs their norm. They are counted in bfloat16, the least that a
+    compiler could keep of them; activations and everything temporary come on top.
+    """
+    parameters = shard_bytes(state.params)
+    gradients = sum(
+        2 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)
+    )
+    return {"parameters": parameters, "optimizer": shard_bytes(state.opt_state), "gradients": gradients}
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes that a program can use on one of these devices, if that is known: what the backend says; of a CPU, this
+    computer's memory shared by the devices that it plays."""
+    device = mesh.local_devices[0] if mesh.local_devices else mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(len(mesh.local_devices), 1)
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def check_run(
+    model: Qwen, optimizer: OptimizerConfig, train_steps: int, mesh: Mesh, *, batch_size: int, sequence_length: int,
+    accumulation: int = 1, memory: int | None = None,
+) -> dict[str, int]:
+    """What can be said before compiling: do batch, model and mesh divide, and can the state fit.
+
+    Args:
+      memory: bytes that a program can use on one device; None where that is not known.
+
+    Returns:
+      `state_bytes_per_device`.
+
+    Raises:
+      ValueError: batch, model or mesh do not divide.
+      TooLittleMemory: they do, but the state does not fit.
+    """
+    batch_shapes(mesh, batch_size, sequence_length, accumulation)
+    needed = state_bytes_per_device(abstract_state(model, make_optimizer(optimizer, train_steps), mesh))
+    if memory is not None and sum(needed.values()) > memory:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+        raise TooLittleMemory(
+            f"too little memory: the state of {parameter_count(model.config):,} parameters needs "
+            f"{sum(needed.values()) / GIB:.2f} GiB on each of {mesh.size} device(s) ({parts}), before any activation, "
+            f"and a device has {memory / GIB:.2f} GiB: use more devices over MeshConfig.fsdp or .tensor, or a smaller "
+            f"model"
+        )
+    return needed
+
+
+def least_collectives(
+    config: ModelConfig, mesh: Mesh, tokens: int, accumulation: int = 1
+) -> dict[str, CollectiveTotal]:
+    """What one device must exchange in one step, however the layout of `mesh` is programmed, by kind.
+
+    Counted, in the compute dtype (n: devices of the axis):
+      parameters split over fsdp and sequence: gathered for the forward and for the backward pass of every accumulation
+        part (an embedding that is only looked up: for the forward pass); their gradients scattered once (an all-reduce
+        instead moves twice as much on the wire).
+      parameters held by several devices (data, and whatever does not split them): gradients of a device's share
+        all-reduced once.
+      tensor: activations all-reduced four times per block and part (after attention and FFN, and their mirror images
+        in the backward pass), once after the embedding and once before the output projection.
+      sequence: keys and values of each block gathered for the forward and for the backward pass, their gradients
+        scattered.
+    Norms, biases, the loss's sums and token ids are left out.
+    """
+    size, axis = config.compute_dtype.itemsize, lambda name: mesh.shape.get(name, 1)
+    held = parameter_count(config) / axis("tensor")
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size / axis("tensor")
+    split = axis("fsdp") * axis("sequence")
+    rows = tokens / (axis("data") * axis("fsdp"))  # tokens of the rows that a device works on, in all parts
+    found: dict[str, CollectiveTotal] = {}
+
+    def add(kind, payload, ways, times=1):
+        if ways > 1:
+            wire = payload * (ways - 1) / ways * (2 if kind == "all-reduce" else 1)
+            total = found.setdefault(kind, CollectiveTotal())
+            total.payload_bytes += payload * times
+            total.wire_bytes += wire * times
+
+    add("all-gather", (2 * held - looked_up) * size, split, accumulation)
+    add("reduce-scatter", held * size, split)
+    add("all-reduce", held / split * size, axis("data"))
+    activations = rows / axis("sequence") * config.hidden_size * size
+    add("all-reduce", activations, axis("tensor"), 4 * config.num_layers + 2)
+    keys_and_values = 2 * rows * config.num_kv_heads * config.head_dim / axis("tensor") * size
+    add("all-gather", keys_and_values, axis("sequence"), 2 * config.num_layers)
+    add("reduce-scatter", keys_and_values, axis("sequence"), config.num_layers)
+    return found
