@@ -11,8 +11,9 @@ from pathlib import Path
 
 import gin
 
+from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
-from qwen_jax.sharding import HardwareConfig, MeshConfig
+from qwen_jax.sharding import MeshConfig
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig

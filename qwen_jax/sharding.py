@@ -57,44 +57,6 @@ class MeshConfig:
     sequence: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class HardwareConfig:
-    """Devices that a program is compiled for without having them; one file in `gin/hardware/` each.
-
-    Attributes:
-      topology: what libtpu calls it, such as "v5p:4x8x8".
-      wrap: which of its dimensions have wrap-around links. Without them, gathers over all chips become all-reduces.
-      slices: how many of them, joined by the data-centre network.
-      hbm_gib: memory that a program can use on one device, in GiB.
-      peak_tflops: bfloat16 operations per second of one device, in 10^12 (public figures).
-    """
-
-    topology: str
-    wrap: tuple[bool, ...]
-    hbm_gib: float
-    peak_tflops: float
-    slices: int = 1
-
-    def devices(self) -> list:
-        """Descriptions of the devices, to compile for.
-
-        Raises:
-          ValueError: libtpu is not installed or knows no such topology.
-        """
-        from jax.experimental import topologies
-
-        options = {"num_slices": self.slices} if self.slices > 1 else {}
-        try:
-            return topologies.get_topology_desc(
-                platform="tpu", topology_name=self.topology, wrap=self.wrap, **options
-            ).devices
-        except Exception as error:  # from libtpu's loader and from the plugin, each of its own kind
-            raise ValueError(
-                f"no topology {self.topology!r} here: {error}. Compiling for TPUs needs libtpu, which "
-                f"`pip install -c requirements.txt \"jax[tpu]\"` brings"
-            ) from error
-
-
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Arranges the devices (all of the job's by default) as `config` says.
 

@@ -16,6 +16,8 @@ WALLS = {
                           "flax", "torch", "transformers", "tensorflow", "seqio"),
     "qwen_jax/training": ("qwen_jax.data", "qwen_jax.conversion", "tasks", "tensorflow", "seqio", "gin", "torch",
                           "transformers"),
+    "qwen_jax/programs": ("qwen_jax.models", "qwen_jax.data", "qwen_jax.training", "qwen_jax.inference", "jax", "flax",
+                          "tensorflow", "gin"),
     "qwen_jax/inference": ("qwen_jax.data", "qwen_jax.training", "qwen_jax.conversion", "tensorflow", "gin", "torch"),
     "qwen_jax/conversion": ("tensorflow", "seqio", "t5", "tasks", "gin", "torch", "transformers"),
 }

@@ -1,108 +1,224 @@
-"""Compiles the train step of a run for a TPU pod, on a machine without one, and says what it needs.
+"""Compiles a program of a run for a TPU pod, on a machine without one, and says what it needs and how long it takes.
 
     python tools/compile_for_tpu.py --gin_file=gin/models/7b.gin --gin_file=gin/runs/pretrain.gin \\
         --gin_file=gin/hardware/v5p_256.gin
 
-It is the step that `python -m qwen_jax.train` runs with the same files. Nothing is allocated; it takes about two
-minutes and 3 GB of memory. Needs libtpu (`pip install -c requirements.txt "jax[tpu]"`). Exit code 1: it does not fit.
+It is the step that `python -m qwen_jax.train` runs with the same files. Nothing is allocated; it takes one to two
+minutes and 3 GB of memory. Needs libtpu (`pip install -c requirements.txt "jax[tpu]"`).
+
+Exit code 1: it does not fit (said before compiling, where parameters, optimizer state and gradients alone are too
+much); 2: it cannot be compiled as asked.
+
+Operations, bytes and memory are read off the compiled program. Times are estimates, between a low and a high bound:
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
+
+from qwen_jax.programs import compiler_log, estimate
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+for _name, _value in compiler_log.ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 import gin  # noqa: E402
+import jax  # noqa: E402
 
 from qwen_jax import train  # noqa: E402
 from qwen_jax.command_line import run  # noqa: E402
-from qwen_jax.configuration import parse_args  # noqa: E402
+from qwen_jax.configuration import ROOT, ConfigurationError, parse_args  # noqa: E402
+from qwen_jax.data.packing import columns_for  # noqa: E402
+from qwen_jax.hardware import GIB, HardwareConfig  # noqa: E402
 from qwen_jax.models.transformer import Qwen, parameter_count  # noqa: E402
-from qwen_jax.sharding import HardwareConfig, make_mesh  # noqa: E402
+from qwen_jax.programs.report import Work, describe, make_report  # noqa: E402
+from qwen_jax.sharding import make_mesh  # noqa: E402
+from qwen_jax.training.checkpoints import write_atomically  # noqa: E402
 from qwen_jax.training.program import (  # noqa: E402
-    collectives_per_device,
+    TooLittleMemory,
+    check_run,
     compile_run,
+    least_collectives,
     memory_per_device,
     model_flops_per_token,
 )
 
-GIB = 2**30
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A program that can be compiled.
+
+    Attributes:
+      compile: does it.
+      mesh: devices along each axis.
+      state_bytes: what it cannot do without on one device, by part.
+    """
+
+    compile: Callable[[], jax.stages.Compiled]
+    work: Work
+    mesh: dict[str, int]
+    state_bytes: dict[str, int]
 
 
-def compile_program(settings: dict, hardware: HardwareConfig):
-    """Compiles the step of the run that `settings` (bindings of `train`) describe; returns (compiled, report)."""
-    model, loop = settings["model"], settings["loop"]
+def prepare_train_step(hardware: HardwareConfig) -> Prepared:
+    """The update of `train.train`, as it is bound in gin.
+
+    Raises:
+      ValueError: batch, model, mesh or devices do not go together.
+      TooLittleMemory: the state does not fit.
+    """
+    settings = gin.get_bindings("train")
+    model, loop, optimizer = settings["model"], settings["loop"], settings["optimizer"]
     mesh = make_mesh(settings["mesh"], hardware.devices())
-    began = time.perf_counter()
-    compiled = compile_run(
-        Qwen(model), settings["objective"], settings["optimizer"], loop.train_steps, mesh, batch_size=loop.batch_size,
-        sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, seed=loop.seed,
-    )
-    seconds = time.perf_counter() - began
+    shape = {
+        "batch_size": loop.batch_size, "sequence_length": loop.sequence_length, "accumulation": loop.accumulation_steps
+    }
+    state_bytes = check_run(Qwen(model), optimizer, loop.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
+    packed = columns_for(model.vocab_size, loop.sequence_length, settings.get("packing", "cut"))
+    columns = tuple(column.name for column in packed if column.name not in ("tokens", "loss_weights"))
+
+    def compile_step():
+        return compile_run(
+            Qwen(model), settings["objective"], optimizer, loop.train_steps, mesh, seed=loop.seed, columns=columns,
+            **shape,
+        )
+
     tokens = loop.batch_size * loop.sequence_length
-    causal = model_flops_per_token(model, loop.sequence_length)
-    conventional = model_flops_per_token(model, loop.sequence_length, causal=False)
-    memory = memory_per_device(compiled)
-    return compiled, {
-        "topology": hardware.topology, "slices": hardware.slices, "devices": mesh.size, "mesh": dict(mesh.shape),
-        "parameters": parameter_count(model), "tokens_per_step": tokens, "compile_seconds": seconds,
-        "memory_bytes_per_device": memory, "memory_limit_bytes": int(hardware.hbm_gib * GIB),
-        "fits": memory["need"] <= hardware.hbm_gib * GIB,
-        "model_flops_per_token": causal.total, "model_flops_per_token_all_keys": conventional.total,
-        "model_flops_per_device": causal.total * tokens / mesh.size,
-        "seconds_at_peak": causal.total * tokens / mesh.size / (hardware.peak_tflops * 1e12),
-        "collectives_per_device": collectives_per_device(compiled.as_text()),
-        # What sharding over fsdp cannot do without: each parameter gathered in bfloat16 for the forward and for the
-        # backward pass, and each gradient reduced once.
-        "least_gather_bytes": 2 * 2 * parameter_count(model), "least_reduce_bytes": 2 * parameter_count(model),
+    work = Work(
+        parameters=parameter_count(model), tokens=tokens,
+        flops_per_token=model_flops_per_token(model, loop.sequence_length).total,
+        flops_per_token_all_keys=model_flops_per_token(model, loop.sequence_length, causal=False).total,
+        least=least_collectives(model, mesh, tokens, loop.accumulation_steps),
+    )
+    return Prepared(compile_step, work, dict(mesh.shape), state_bytes)
+
+
+PROGRAMS = {"train": prepare_train_step}
+
+
+def bound_hardware() -> HardwareConfig:
+    """The hardware of the gin files.
+
+    Raises:
+      ConfigurationError: none is named.
+    """
+    if "name" not in gin.get_bindings("HardwareConfig"):
+        files = ", ".join(sorted(f"gin/hardware/{path.name}" for path in (ROOT / "gin" / "hardware").glob("*.gin")))
+        raise ConfigurationError(f"name the hardware to compile for with --gin_file: one of {files}")
+    return gin.get_configurable("HardwareConfig")()
+
+
+@contextlib.contextmanager
+def progress(screen: TextIO, what: str, every: float = 15.0) -> Iterator[None]:
+    """While open, says on the screen how long it takes."""
+    ended, began = threading.Event(), time.perf_counter()
+
+    def tell():
+        while not ended.wait(every):
+            print(f"{what}: {time.perf_counter() - began:.0f} s", file=screen)
+
+    print(what, file=screen)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class Phases:
+    """Seconds of tracing, of lowering and of XLA, as JAX itself reports them."""
+
+    _EVENTS = {
+        "/jax/core/compile/jaxpr_trace_duration": "trace",
+        "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
+        "/jax/core/compile/backend_compile_duration": "xla",
     }
 
+    def __init__(self):
+        self.seconds = dict.fromkeys(self._EVENTS.values(), 0.0)
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-def describe(report: dict) -> str:
-    """The report as lines for a person."""
-    memory = report["memory_bytes_per_device"]
-    limit = report["memory_limit_bytes"]
-    lines = [
-        f"{report['parameters']:,} parameters on {report['devices']} devices ({report['topology']}), mesh "
-        f"{report['mesh']}, {report['tokens_per_step']:,} tokens a step; compiled in {report['compile_seconds']:.0f} s",
-        f"memory per device   need {memory['need'] / GIB:.2f} of {limit / GIB:.2f} GiB "
-        f"(arguments {memory['arguments'] / GIB:.2f}, all but {(memory['outputs'] - memory['aliased']) / GIB:.2f} of "
-        f"the outputs aliased, temporaries {memory['temporaries'] / GIB:.2f}): "
-        + ("fits" if report["fits"] else "DOES NOT FIT"),
-        f"model operations    {report['model_flops_per_token'] / 1e9:.2f} GFLOP per token "
-        f"({report['model_flops_per_token_all_keys'] / 1e9:.2f} by the convention that counts masked keys), "
-        f"{report['model_flops_per_device'] / 1e12:.0f} TFLOP per device: {report['seconds_at_peak']:.2f} s at peak",
-        "collectives         per device and step:",
-    ]
-    for kind, total in sorted(report["collectives_per_device"].items()):
-        lines.append(f"  {kind:<20}{total['count']:>6} of {total['bytes'] / GIB:8.2f} GiB in all")
-    lines.append(
-        f"  least for the layout: {report['least_gather_bytes'] / GIB:.2f} GiB gathered, "
-        f"{report['least_reduce_bytes'] / GIB:.2f} GiB reduced"
-    )
-    return "\n".join(lines)
+    def _listen(self, event: str, seconds: float, **_):
+        if event in self._EVENTS:
+            # Tracing of inner functions is part of that of the outer one, which ends last and takes longest.
+            name = self._EVENTS[event]
+            self.seconds[name] = max(self.seconds[name], seconds)
+
+
+def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tuple[dict, str]:
+    """Compiles one of `PROGRAMS` for `hardware`.
+
+    Returns:
+      (report, the compiled program's text; empty if the compiler gave up because it does not fit)
+    """
+    with compiler_log.stderr_into(log_file) as screen:
+        prepared, phases, began = PROGRAMS[name](hardware), Phases(), time.perf_counter()
+        try:
+            with progress(screen, f"compiling for {hardware.name}"):
+                compiled = prepared.compile()
+        except jax.errors.JaxRuntimeError as error:
+            compiled, message = None, str(error)
+    seconds = time.perf_counter() - began
+    if compiled is None:
+        needed = compiler_log.needed_when_too_large(message)
+        if needed is None:
+            raise ValueError(f"the compiler gave up: {message.splitlines()[0]} (--log=FILE keeps what it wrote)")
+        return {
+            "hardware": hardware.name, "fits": False, "memory_need_bytes": needed, "compile_seconds": seconds,
+            "memory_limit_bytes": hardware.hbm_bytes, "mesh": prepared.mesh,
+        }, ""
+    text = compiled.as_text()
+    log = log_file.read_text(errors="replace")
+    report = make_report(text, prepared.work, hardware, prepared.mesh, memory_per_device(compiled), log)
+    return {
+        **report, "program": name, "state_bytes": prepared.state_bytes, "compile_seconds": seconds,
+        "compile_phases_seconds": phases.seconds,
+    }, text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{estimate.__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--program", choices=PROGRAMS, default="train", help="which program of the run (default train)")
     parser.add_argument("--json", type=Path, help="write the report there, too")
     parser.add_argument("--hlo", type=Path, help="write the text of the compiled program there")
+    parser.add_argument("--log", type=Path, help="keep what the compiler wrote on standard error there")
     gin.configurable(train.train)
     # A run must say where it goes; a compilation goes nowhere.
     arguments = parse_args(parser, [*(argv if argv is not None else sys.argv[1:]), "--gin.OUTPUT_DIR=none"])
-    settings = gin.get_bindings("train")
-    compiled, report = compile_program(settings, gin.get_configurable("HardwareConfig")())
-    print(describe(report))
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = arguments.log or Path(folder) / "compiler.log"
+        try:
+            report, text = compile_program(arguments.program, bound_hardware(), log_file)
+        except TooLittleMemory as error:
+            print(f"DOES NOT FIT: {error}")
+            return 1
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    if arguments.hlo:
-        arguments.hlo.write_text(compiled.as_text())
+        write_atomically(arguments.json, json.dumps(report, indent=1) + "\n")
+    if arguments.hlo and text:
+        write_atomically(arguments.hlo, text)
+    if text:
+        print(describe(report))
+    else:
+        print(
+            f"DOES NOT FIT: the compiler found no way below {report['memory_need_bytes'] / GIB:.2f} of "
+            f"{report['memory_limit_bytes'] / GIB:.2f} GiB: choose another ModelConfig.remat, a larger "
+            f"ACCUMULATION_STEPS, or more devices"
+        )
     return 0 if report["fits"] else 1
 
 

@@ -1,30 +1,24 @@
-"""The compiled train step of a run, and what it asks of each device: memory, operations, collectives."""
+"""The compiled train step of a run, and what it needs by arithmetic: operations, memory, data moved between devices."""
 
 import dataclasses
 import math
-import re
-from collections import defaultdict
+import os
 
 import jax
 from jax.sharding import Mesh
 
+from qwen_jax.hardware import GIB
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.kernels import resolve_kernel
 from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.programs.account import CollectiveTotal
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from qwen_jax.training.state import abstract_state
+from qwen_jax.training.state import TrainState, abstract_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 
-_BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "f64": 64}
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
-_CALLS = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+class TooLittleMemory(ValueError):
+    """Parameters, optimizer state and gradients alone are more than a device holds."""
 
 
 def compile_run(
@@ -91,72 +85,101 @@ def memory_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
     return {**sizes, "need": sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]}
 
 
-def collectives_per_device(hlo: str) -> dict[str, dict[str, int]]:
-    """Collectives that one device takes part in during one step, loops counted as often as they run.
+def shard_bytes(tree) -> int:
+    """Bytes that one device holds of a pytree of arrays or of ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def state_bytes_per_device(state: TrainState) -> dict[str, int]:
+    """Bytes that no schedule of an update can do without: parameters, optimizer state and all gradients at once.
+
+    All gradients exist together, because clipping needs their norm. They are counted in bfloat16, the least that a
+    compiler could keep of them; activations and everything temporary come on top.
+    """
+    parameters = shard_bytes(state.params)
+    gradients = sum(
+        2 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)
+    )
+    return {"parameters": parameters, "optimizer": shard_bytes(state.opt_state), "gradients": gradients}
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes that a program can use on one of these devices, if that is known: what the backend says; of a CPU, this
+    computer's memory shared by the devices that it plays."""
+    device = mesh.local_devices[0] if mesh.local_devices else mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(len(mesh.local_devices), 1)
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def check_run(
+    model: Qwen, optimizer: OptimizerConfig, train_steps: int, mesh: Mesh, *, batch_size: int, sequence_length: int,
+    accumulation: int = 1, memory: int | None = None,
+) -> dict[str, int]:
+    """What can be said before compiling: do batch, model and mesh divide, and can the state fit.
 
     Args:
-      hlo: text of the compiled program.
+      memory: bytes that a program can use on one device; None where that is not known.
 
     Returns:
-      kind to {"count", "bytes"}; bytes are those of the whole (gathered, or summed) array.
+      `state_bytes_per_device`.
+
+    Raises:
+      ValueError: batch, model or mesh do not divide.
+      TooLittleMemory: they do, but the state does not fit.
     """
-    instructions, calls, constants, entry = _parse(hlo)
-    times: dict[str, int] = defaultdict(int)
-
-    def visit(computation, factor):
-        times[computation] += factor
-        for callee, trips, condition in calls[computation]:
-            # The TPU compiler does not write how often a loop runs; ours count from 0 to a constant of the condition.
-            visit(callee, factor * (trips or max(constants[condition], default=1)))
-
-    visit(entry, 1)
-    # One that is fused into compute stands in the start, in each step and in the end of the fusion, on one channel.
-    once: dict[tuple, tuple[int, int]] = {}
-    for computation, found in instructions.items():
-        for kind, size, channel in found:
-            once[kind, channel] = max(once.get((kind, channel), (0, 0)), (times[computation], size))
-    totals: dict[str, dict[str, int]] = {}
-    for (kind, _), (count, size) in once.items():
-        total = totals.setdefault(kind, {"count": 0, "bytes": 0})
-        total["count"] += count
-        total["bytes"] += count * size
-    return {kind: total for kind, total in totals.items() if total["count"]}
+    batch_shapes(mesh, batch_size, sequence_length, accumulation)
+    needed = state_bytes_per_device(abstract_state(model, make_optimizer(optimizer, train_steps), mesh))
+    if memory is not None and sum(needed.values()) > memory:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+        raise TooLittleMemory(
+            f"too little memory: the state of {parameter_count(model.config):,} parameters needs "
+            f"{sum(needed.values()) / GIB:.2f} GiB on each of {mesh.size} device(s) ({parts}), before any activation, "
+            f"and a device has {memory / GIB:.2f} GiB: use more devices over MeshConfig.fsdp or .tensor, or a smaller "
+            f"model"
+        )
+    return needed
 
 
-def _parse(hlo: str):
-    """The program's computations by name.
+def least_collectives(
+    config: ModelConfig, mesh: Mesh, tokens: int, accumulation: int = 1
+) -> dict[str, CollectiveTotal]:
+    """What one device must exchange in one step, however the layout of `mesh` is programmed, by kind.
 
-    Returns:
-      (collectives of each: (kind, bytes, channel); calls of each: (callee, times or None, condition of the loop);
-      integer constants of each; name of the entry computation).
+    Counted, in the compute dtype (n: devices of the axis):
+      parameters split over fsdp and sequence: gathered for the forward and for the backward pass of every accumulation
+        part (an embedding that is only looked up: for the forward pass); their gradients scattered once (an all-reduce
+        instead moves twice as much on the wire).
+      parameters held by several devices (data, and whatever does not split them): gradients of a device's share
+        all-reduced once.
+      tensor: activations all-reduced four times per block and part (after attention and FFN, and their mirror images
+        in the backward pass), once after the embedding and once before the output projection.
+      sequence: keys and values of each block gathered for the forward and for the backward pass, their gradients
+        scattered.
+    Norms, biases, the loss's sums and token ids are left out.
     """
-    instructions, calls, constants = defaultdict(list), defaultdict(list), defaultdict(list)
-    entry = current = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = header[2]
-            entry = current if header[1] else entry
-            continue
-        instruction = _INSTRUCTION.match(line)
-        if not instruction:
-            continue
-        shape, op = instruction.groups()
-        kind = op.removesuffix("-start")
-        if kind in _COLLECTIVES:
-            channel = _CHANNEL.search(line)
-            name = channel[1] if channel else f"{current}/{len(instructions[current])}"
-            instructions[current].append((kind, _result_bytes(op, shape), name))
-        constants[current] += [int(value) for value in _CONSTANT.findall(line)]
-        condition, known = _CONDITION.search(line), _TRIPS.search(line)
-        trips = 1 if op != "while" else int(known[1]) if known else None
-        for callee in _CALLS.findall(line):
-            calls[current].append((callee, trips, condition[1] if condition else ""))
-    return instructions, calls, constants, entry
+    size, axis = config.compute_dtype.itemsize, lambda name: mesh.shape.get(name, 1)
+    held = parameter_count(config) / axis("tensor")
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size / axis("tensor")
+    split = axis("fsdp") * axis("sequence")
+    rows = tokens / (axis("data") * axis("fsdp"))  # tokens of the rows that a device works on, in all parts
+    found: dict[str, CollectiveTotal] = {}
 
+    def add(kind, payload, ways, times=1):
+        if ways > 1:
+            wire = payload * (ways - 1) / ways * (2 if kind == "all-reduce" else 1)
+            total = found.setdefault(kind, CollectiveTotal())
+            total.payload_bytes += payload * times
+            total.wire_bytes += wire * times
 
-def _result_bytes(op: str, shape: str) -> int:
-    """Bytes of what a collective gives; several arrays may be combined in one."""
-    arrays = [(_BITS.get(dtype, 32), [int(n) for n in dims.split(",") if n]) for dtype, dims in _SHAPE.findall(shape)]
-    sizes = [math.prod(dims) * bits // 8 for bits, dims in arrays]
-    # The start of an asynchronous gather or permutation lists its operands first.
-    return sum(sizes[len(sizes) // 2 :] if op in ("all-gather-start", "collective-permute-start") else sizes)
+    add("all-gather", (2 * held - looked_up) * size, split, accumulation)
+    add("reduce-scatter", held * size, split)
+    add("all-reduce", held / split * size, axis("data"))
+    activations = rows / axis("sequence") * config.hidden_size * size
+    add("all-reduce", activations, axis("tensor"), 4 * config.num_layers + 2)
+    keys_and_values = 2 * rows * config.num_kv_heads * config.head_dim / axis("tensor") * size
+    add("all-gather", keys_and_values, axis("sequence"), 2 * config.num_layers)
+    add("reduce-scatter", keys_and_values, axis("sequence"), config.num_layers)
+    return found

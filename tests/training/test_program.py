@@ -6,15 +6,11 @@ import pytest
 
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.programs.account import collectives_per_device
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.program import (
-    collectives_per_device,
-    compile_run,
-    memory_per_device,
-    model_flops_per_token,
-)
+from qwen_jax.training.program import compile_run, memory_per_device, model_flops_per_token
 from tests.fakes import small_model
 
 
@@ -39,13 +35,13 @@ def test_data_parallel_training_only_reduces():
     assert set(found) == {"all-reduce"}
     # Each gradient once, in float32; little else.
     gradients = 4 * parameter_count(small_model())
-    assert gradients <= found["all-reduce"]["bytes"] <= 1.1 * gradients
+    assert gradients <= found["all-reduce"].payload_bytes <= 1.1 * gradients
 
 
 def test_collectives_inside_the_layer_loop_count_once_per_layer():
     """More layers, more gathered bytes, although the program's text does not grow."""
     programs = [compiled((1, 8, 1), num_layers=layers) for layers in (2, 6)]
-    shallow, deep = (collectives_per_device(program.as_text())["all-gather"]["bytes"] for program in programs)
+    shallow, deep = (collectives_per_device(program.as_text())["all-gather"].payload_bytes for program in programs)
     per_layer = 4 * (parameter_count(small_model(num_layers=3)) - parameter_count(small_model(num_layers=2)))
     assert 0.9 * 4 * per_layer <= deep - shallow <= 4 * 4 * per_layer
 

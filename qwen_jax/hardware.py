@@ -1,0 +1,78 @@
+"""Devices that a program is compiled for, and the public figures of what they can do."""
+
+import dataclasses
+import importlib.util
+
+GIB = 2**30
+# Seen to work with libtpu 0.0.42; others of these families do where each size is a multiple of a host's 2x2x1 chips.
+KNOWN_TOPOLOGIES = (
+    "v4:2x2x1", "v4:4x4x4", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16",
+    "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8",
+    "v5p:8x8x16", "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16", "tpu7x:2x2x1",
+    "tpu7x:2x2x2", "tpu7x:4x4x4", "tpu7x:4x4x8",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareConfig:
+    """One kind of device and how many of them; one file in `gin/hardware/` each.
+
+    Figures are those of one JAX device, which is a chip, but for TPU v7 half of one.
+
+    Attributes:
+      name: for people.
+      hbm_gib: memory that a program can use, in GiB.
+      peak_tflops: bfloat16 operations per second of matrix products, in 10^12.
+      hbm_gbps: main-memory bandwidth, in 10^9 bytes per second.
+      link_gbps: what it sends to its neighbours, all links of its torus used one way by a ring; 10^9 bytes per second.
+      clock_ghz: turns the TPU compiler's cycles into seconds; set so that a large product's cycles give the peak.
+      topology: what libtpu calls it, such as "v5p:4x8x8"; None: a program can be compiled only where the devices are.
+      wrap: which of its dimensions have wrap-around links. Without them, gathers over all chips become all-reduces.
+      slices: how many of them, joined by the data-centre network.
+      devices_per_chip: JAX devices that make one chip.
+    """
+
+    name: str
+    hbm_gib: float
+    peak_tflops: float
+    hbm_gbps: float
+    link_gbps: float
+    clock_ghz: float | None = None
+    topology: str | None = None
+    wrap: tuple[bool, ...] | None = None
+    slices: int = 1
+    devices_per_chip: int = 1
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Memory of one device, in bytes."""
+        return int(self.hbm_gib * GIB)
+
+    def devices(self) -> list:
+        """Descriptions of the devices, to compile for.
+
+        Raises:
+          ValueError: nothing here can describe them; libtpu is not installed or knows no such topology.
+        """
+        if self.topology is None:
+            raise ValueError(
+                f"{self.name} can be compiled for only where it is: only of TPUs are there descriptions of absent "
+                f"devices. Name another file of gin/hardware, or start the run itself on {self.name}"
+            )
+        from jax.experimental import topologies
+
+        options = {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.wrap is not None:
+            options["wrap"] = self.wrap
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=self.topology, **options).devices
+        except Exception as error:  # from libtpu's loader and from the plugin, each of its own kind
+            if importlib.util.find_spec("libtpu") is None:
+                raise ValueError(
+                    f"compiling for {self.topology} needs libtpu, which `pip install -c requirements.txt \"jax[tpu]\"` "
+                    f"brings"
+                ) from error
+            raise ValueError(
+                f"HardwareConfig.topology {self.topology!r}: {str(error).splitlines()[0]}. Topologies that exist: "
+                f"{', '.join(KNOWN_TOPOLOGIES)}, and other sizes of these families in multiples of 2x2x1"
+            ) from error

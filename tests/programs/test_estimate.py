@@ -1,0 +1,132 @@
+"""Compiled programs read as text: a small one whose numbers are worked out by hand, and larger ones against the
+yardstick by which the team measures peers. 10 seconds; the slow one half a minute."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from qwen_jax.hardware import HardwareConfig
+from qwen_jax.models.transformer import Qwen
+from qwen_jax.programs.account import account
+from qwen_jax.programs.compiler_log import exposed_cycles, needed_when_too_large, program_hbm_bytes
+from qwen_jax.programs.estimate import estimate_time
+from qwen_jax.programs.hlo import Program
+from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.program import compile_run
+from tests.fakes import small_model
+
+V5E = HardwareConfig(
+    name="TPU v5e", topology="v5e:4x4", wrap=(False, False, False), hbm_gib=15.75, peak_tflops=197, hbm_gbps=819,
+    link_gbps=180, clock_ghz=1.5,
+)
+# Four trips of a loop (its length is only in its condition): a product of [8, 128] by [128, 256] fused with an
+# all-gather that overlaps it, written twice as one chain; an attention kernel; a gather started and awaited. Then an
+# all-reduce over pairs and a reduce-scatter over all, which overlap nothing.
+PROGRAM = (Path(__file__).parent / "small_program.hlo").read_text()
+
+
+def test_a_small_program_by_hand():
+    found = account(Program(PROGRAM))
+    assert found.loops == [("loop", 4, True)] and found.warnings == []
+    assert found.product_flops == 4 * 2 * 8 * 128 * 256
+    # Scores and weighted values: 2 products of [2, 4, 64, 32] with 64 keys, half of the square.
+    assert found.kernel_flops == 4 * 2 * 2 * (2 * 4 * 64 * 32) * 64 / 2
+    assert found.kernels["splash_mha_fwd"].calls == 4
+    gather, reduce, scatter = (found.collectives[k] for k in ("all-gather", "all-reduce", "reduce-scatter"))
+    whole = 128 * 256 * 2
+    assert (gather.count, gather.payload_bytes, gather.wire_bytes) == (8, 8 * whole, 8 * whole * 3 / 4)
+    assert gather.synchronous_wire_bytes == 0
+    assert (reduce.payload_bytes, reduce.wire_bytes, reduce.synchronous_wire_bytes) == (256, 256, 256)
+    assert (scatter.payload_bytes, scatter.wire_bytes, scatter.synchronous_wire_bytes) == (256, 192, 192)
+    assert found.cycles == 4 * 3000
+    # Of the first fusion x, w and the product move (the gathered result stays on the chip, the shard goes to the
+    # collective); of the second nothing; of the counter three words.
+    assert found.hbm_bytes == 4 * (2 * (8 * 128 + 128 * 256 + 8 * 256) + 12)
+
+
+def test_the_time_of_a_small_program_by_hand():
+    time = estimate_time(account(Program(PROGRAM)), V5E)
+    assert time.cycles == pytest.approx(12000 / 1.5e9)
+    traffic, kernels = 2 * (8 * 128 + 128 * 256 + 8 * 256), 4 * 2 * 2 * (2 * 4 * 64 * 32) * 32
+    assert time.roofline == pytest.approx(4 * (traffic + 12) / (0.85 * 819e9))
+    assert time.kernels == pytest.approx(kernels / (0.5 * 197e12))
+    assert time.synchronous == pytest.approx((256 + 192) / 180e9)
+    assert time.asynchronous == pytest.approx(8 * 128 * 256 * 2 * 0.75 / 180e9)
+    assert time.low == time.synchronous + max(time.roofline + time.kernels, time.asynchronous)
+    assert time.high == time.synchronous + time.cycles + time.kernels
+
+
+def test_what_the_compiler_says_beside():
+    log = (
+        "Statistics before scheduling:\nFor computation: body, module jit_step\nTotal wasted cycles: 9e9\n"
+        "Statistics after scheduling:\nFor computation: body, module jit_step\nWasted cycles for all-gather: 1.5e+03\n"
+        "Total wasted cycles: 1500\nTotal cycles: 8000\nProgram hbm requirement 17.5M:\n"
+    )
+    assert program_hbm_bytes(log) == 17.5 * 2**20 and program_hbm_bytes("") is None
+    assert exposed_cycles(log) == {"body": (1500.0, {"all-gather": 1500.0})}
+    assert estimate_time(account(Program(PROGRAM)), V5E, log).exposed == pytest.approx(4 * 1500 / 1.5e9)
+    given_up = "RESOURCE_EXHAUSTED: … Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded …"
+    assert needed_when_too_large(given_up) == 20.5 * 2**30 and needed_when_too_large("INTERNAL: …") is None
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        Program("HloModule jit_step\n")
+
+
+def compare(text, devices, yardstick, hardware, device_kind, log=None):
+    theirs = yardstick.report_text(text, devices, device_kind=device_kind, lhs_log=log)
+    found = account(Program(text))
+    time = estimate_time(found, hardware, log)
+    assert found.product_flops == theirs["matmul_flops"] and found.kernel_flops == theirs["custom_call_flops"]
+    assert found.cycles == theirs["estimated_cycles"] and found.hbm_bytes == theirs["hbm_traffic_bytes"]
+    ours = {
+        kind: (t.count, t.payload_bytes, t.wire_bytes, t.synchronous_wire_bytes)
+        for kind, t in found.collectives.items()
+    }
+    assert ours == {kind: tuple(total.values()) for kind, total in theirs["collectives"].items()}
+    assert [trips for _, trips, _ in found.loops] == [loop["trips"] for loop in theirs["loops"]]
+    assert time.low == pytest.approx(theirs["roofline_overlap_s"])
+    assert time.cycles is None or time.high == pytest.approx(theirs["est_overlap_s"])
+    if log:
+        assert time.exposed == pytest.approx(theirs["lhs_exposed_s"])
+    return ours
+
+
+@pytest.mark.parametrize("text", ["by hand", "compiled here"])
+def test_numbers_are_those_of_the_yardstick(text, yardstick):
+    if text == "by hand":
+        assert len(compare(PROGRAM, 4, yardstick, V5E, "TPU v5 lite")) == 3
+        return
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    compiled = compile_run(
+        Qwen(small_model()), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16
+    )
+    assert compare(compiled.as_text(), 8, yardstick, V5E, "TPU v5 lite")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (jax[tpu])")
+def test_a_tpu_program_has_the_numbers_of_the_yardstick(tmp_path, yardstick, plain_environment, root):
+    done = subprocess.run(
+        [
+            sys.executable, "tools/compile_for_tpu.py", "--gin_file=gin/models/tiny.gin",
+            "--gin_file=gin/runs/pretrain.gin", "--gin_file=gin/hardware/v5e_16.gin", "--json", tmp_path / "a.json",
+            "--hlo", tmp_path / "a.hlo", "--log", tmp_path / "a.log",
+        ],
+        capture_output=True, text=True, env=plain_environment, cwd=root,
+    )
+    assert done.returncode == 0, done.stderr
+    text, log = (tmp_path / "a.hlo").read_text(), (tmp_path / "a.log").read_text(errors="replace")
+    assert compare(text, 16, yardstick, V5E, "TPU v5 lite", log)
+    report = json.loads((tmp_path / "a.json").read_text())
+    memory = report["memory_bytes"]
+    theirs = yardstick.parse_program_hbm(log) + memory["arguments"] + memory["outputs"] - memory["aliased"]
+    assert report["memory_need_bytes"] == theirs and "log" in report["memory_source"]
