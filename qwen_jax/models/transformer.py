@@ -10,7 +10,7 @@ from qwen_jax.models.config import SAVED_NAMES, ModelConfig
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, gather_weight, matmul_precision, weight_init
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
-from qwen_jax.sharding import constrain
+from qwen_jax.sharding import constrain, platform
 
 
 class Block(nn.Module):
@@ -36,13 +36,19 @@ class Block(nn.Module):
 
 
 def _rematerialised(block: type[Block], policy: str) -> type[Block]:
-    """The block with `policy` of REMAT_POLICIES."""
+    """The block with `policy` of REMAT_POLICIES.
+
+    Raises:
+      ValueError: there is no other memory to offload to.
+    """
     policies = jax.checkpoint_policies
     if policy == "none":
         return block
     if policy == "dots":
         saved = policies.checkpoint_dots_with_no_batch_dims
     elif policy == "offload":
+        if platform() == "cpu":
+            raise ValueError("ModelConfig.remat = 'offload' needs TPUs or GPUs, which have a host: choose 'minimal'")
         saved = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=list(SAVED_NAMES["minimal"]),
             offload_src="device", offload_dst="pinned_host",
@@ -81,7 +87,8 @@ class Qwen(nn.Module):
         x = constrain(x, "batch", "length", "activation_embed")
         ntk_alpha = None if extension is None else extension.ntk_alpha
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, ntk_alpha)
-        block = _rematerialised(Block, c.remat) if cache is None else Block
+        training = cache is None and not self.is_initializing()
+        block = _rematerialised(Block, c.remat) if training else Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},

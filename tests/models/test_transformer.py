@@ -140,6 +140,12 @@ def test_rematerialisation_changes_no_gradient(remat):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(one).max()))
 
 
+def test_offloading_where_there_is_no_host_is_refused():
+    model, params = make(tiny_config(remat="offload"))
+    with pytest.raises(ValueError, match="'offload' needs TPUs or GPUs"):
+        forward(model, params, tokens_of(1, 8))
+
+
 def test_initial_weights_have_the_released_spread():
     config = ModelConfig(vocab_size=2000, hidden_size=256, num_layers=4, num_heads=2, ffn_size=512)
     params = nn.meta.unbox(jax.jit(Qwen(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])

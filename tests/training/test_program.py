@@ -59,3 +59,15 @@ def test_operations_of_the_7b_model(causal, gflop):
     assert flops.matmuls == 6 * (7_721_324_544 - 151_936 * 4096)
     assert flops.attention == 12 * 32 * 4096 * 2048 / (2 if causal else 1)
     assert flops.total / 1e9 == pytest.approx(gflop, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"xla_tpu_nonsense": 1}, "xla_tpu_nonsense"), ({"xla_cpu_enable_fast_math": "x"}, "bool")]
+)
+def test_options_that_the_compiler_does_not_take_are_refused(options, message):
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with pytest.raises(ValueError, match=message):
+        compile_run(
+            Qwen(small_model()), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16,
+            compiler_options=options,
+        )
