@@ -169,6 +169,7 @@ def test_sigterm_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp
         ({"SEQUENCE_LENGTH": 2048}, "max_length"),
         ({"ModelConfig.vocab_size": 128}, "the vocabulary has 512 ids and the model 128 rows"),
         ({"WARMUP_STEPS": 50}, "WARMUP_STEPS"),
+        ({"ModelConfig.num_layers": 10**8}, "too little memory"),
         ({"OUTPUT_DIR": "UNBROKEN", "ModelConfig.num_layers": 3}, "num_layers 3 here, 2 there"),
         ({"OUTPUT_DIR": "UNBROKEN", "SEED": 1}, "other data"),
         ({"OUTPUT_DIR": "FOREIGN"}, "holds 'thesis.doc' and is no run"),
