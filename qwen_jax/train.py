@@ -87,6 +87,10 @@ def train(
             f"one or raise the other"
         )
     devices = make_mesh(mesh)
+    check_run(
+        Qwen(model), optimizer, loop.train_steps, devices, batch_size=loop.batch_size,
+        sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, memory=device_memory(devices),
+    )
     goodput = Goodput(output, began)
     goodput.count("starting")
     where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}

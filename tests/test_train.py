@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax.training.checkpoints import load_params
 from qwen_jax.training.metrics import read_metrics
+from qwen_jax.training.weights import load_params
 
 SETTINGS = {
     "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 4, "TRAIN_STEPS": 40, "WARMUP_STEPS": 5,
