@@ -178,6 +178,8 @@ def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tupl
         return {
             "hardware": hardware.name, "fits": False, "memory_need_bytes": needed, "compile_seconds": seconds,
             "memory_limit_bytes": hardware.hbm_bytes, "mesh": prepared.mesh,
+            "message": f"the compiler found no way below {needed / GIB:.2f} of {hardware.hbm_gib:.2f} GiB: choose "
+            f"another ModelConfig.remat, a larger ACCUMULATION_STEPS, or more devices",
         }, ""
     text = compiled.as_text()
     log = log_file.read_text(errors="replace")
@@ -205,20 +207,12 @@ def main(argv: list[str] | None = None) -> int:
         try:
             report, text = compile_program(arguments.program, bound_hardware(), log_file)
         except TooLittleMemory as error:
-            print(f"DOES NOT FIT: {error}")
-            return 1
+            report, text = {"fits": False, "message": str(error)}, ""
     if arguments.json:
         write_atomically(arguments.json, json.dumps(report, indent=1) + "\n")
     if arguments.hlo and text:
         write_atomically(arguments.hlo, text)
-    if text:
-        print(describe(report))
-    else:
-        print(
-            f"DOES NOT FIT: the compiler found no way below {report['memory_need_bytes'] / GIB:.2f} of "
-            f"{report['memory_limit_bytes'] / GIB:.2f} GiB: choose another ModelConfig.remat, a larger "
-            f"ACCUMULATION_STEPS, or more devices"
-        )
+    print(describe(report) if text else f"DOES NOT FIT: {report['message']}")
     return 0 if report["fits"] else 1
 
 

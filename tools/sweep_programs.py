@@ -200,6 +200,8 @@ def verdict(result: dict) -> str:
     """A result in a few words."""
     if "error" in result:
         return result["error"]
+    if "memory_need_bytes" not in result:
+        return f"does not fit: {result['message']}"
     need = f"{result['memory_need_bytes'] / GIB:.2f} of {result['memory_limit_bytes'] / GIB:.2f} GiB"
     if not result["fits"]:
         return f"does not fit, {need}"
