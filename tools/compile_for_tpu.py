@@ -48,6 +48,7 @@ from qwen_jax.training.program import (  # noqa: E402
     TooLittleMemory,
     check_run,
     compile_run,
+    least_between_slices,
     least_collectives,
     memory_per_device,
     model_flops_per_token,
@@ -99,6 +100,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
         flops_per_token=model_flops_per_token(model, loop.sequence_length).total,
         flops_per_token_all_keys=model_flops_per_token(model, loop.sequence_length, causal=False).total,
         least=least_collectives(model, mesh, tokens, loop.accumulation_steps),
+        between_slices=least_between_slices(model, mesh, hardware.slices),
     )
     return Prepared(compile_step, work, dict(mesh.shape), state_bytes)
 

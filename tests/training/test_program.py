@@ -14,6 +14,7 @@ from qwen_jax.training.program import (
     TooLittleMemory,
     check_run,
     compile_run,
+    least_between_slices,
     least_collectives,
     memory_per_device,
     model_flops_per_token,
@@ -118,3 +119,6 @@ def test_the_least_of_7b_on_256_chips():
     gathered = 2 * (2 * 7_721_324_544 - 151_936 * 4096)
     assert least["all-gather"].payload_bytes == gathered
     assert least["reduce-scatter"].payload_bytes == 2 * 7_721_324_544
+    two_slices = jax.sharding.AbstractMesh((2, 64, 1), ("data", "fsdp", "tensor"))
+    assert least_between_slices(config, two_slices, 2) == 2 * 7_721_324_544 / 64
+    assert least_between_slices(config, mesh, 1) == 0
