@@ -52,7 +52,8 @@ def train(
     *, model: ModelConfig, optimizer: OptimizerConfig, loop: LoopConfig, mixture_or_task: str, output_dir: str,
     cache_dir: str, mesh: MeshConfig = MeshConfig(), objective: Callable = next_token_loss,
     initial_checkpoint: str | None = None, data_seed: int = 0, packing: str = "cut",
-    compilation_cache: str | None = "auto", watchdog: Watchdog | None = None, began: float | None = None,
+    compiler_options: dict | None = None, compilation_cache: str | None = "auto", watchdog: Watchdog | None = None,
+    began: float | None = None,
 ) -> dict[str, float]:
     """Starts or continues the run in `output_dir`.
 
@@ -64,6 +65,7 @@ def train(
       data_seed: of the order of the examples.
       packing: "cut" merges documents and cuts them to the sequence length, as the report does; "fit" puts whole
         documents into sequences, and attention and positions keep to each.
+      compiler_options: XLA's for the train step, by name; hardware files set them.
       compilation_cache: folder of compiled programs, for a quick start the next time; None keeps none, "auto" keeps
         them in `output_dir`, except on CPUs, where a program may not run on another machine.
       watchdog: to be told what is going on.
@@ -104,6 +106,7 @@ def train(
         trainer = Trainer(
             Qwen(model), objective, optimizer, loop, devices, train_set, eval_set, output, initial_checkpoint,
             activity=watchdog.activity, goodput=goodput, cache=find_cache(compilation_cache, output),
+            compiler_options=compiler_options,
         )
         if first:
             write_run_files(output, model, QwenVocabulary().tokenizer.path)
@@ -111,7 +114,7 @@ def train(
             log.info(
                 "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
                 " per epoch", output, f"{parameter_count(model):,}", devices.size, dict(devices.shape),
-                hosts.place()[1], model.attention_kernel, mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
+                hosts.place()[1], trainer.kernel, mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
             )
         return trainer.run()
 

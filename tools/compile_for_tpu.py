@@ -90,7 +90,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     def compile_step():
         return compile_run(
             Qwen(model), settings["objective"], optimizer, loop.train_steps, mesh, seed=loop.seed, columns=columns,
-            **shape,
+            compiler_options=settings.get("compiler_options"), **shape,
         )
 
     tokens = loop.batch_size * loop.sequence_length

@@ -76,7 +76,7 @@ class Qwen(nn.Module):
     @nn.compact
     def _decode(self, tokens, positions, segment_ids, mask, cache, deterministic, extension=None):
         c = self.config
-        x = embed(self.token_embedding, tokens, c.compute_dtype)
+        x = embed(gather_weight(self.token_embedding, ("vocab", "embed"), c.compute_dtype), tokens)
         x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
         x = constrain(x, "batch", "length", "activation_embed")
         ntk_alpha = None if extension is None else extension.ntk_alpha
