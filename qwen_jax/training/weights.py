@@ -107,9 +107,13 @@ class ParamsWriter:
         chunk = [piece.stop - piece.start for piece in pieces(shape)[:1]] + list(shape[1:])
         metadata |= {"shape": list(shape)}
         metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
-        for codec in metadata["codecs"]:
-            if codec["name"] == "sharding_indexed":
-                codec["configuration"]["chunk_shape"] = chunk
+        codecs = metadata["codecs"]
+        if codecs[0]["name"] == "sharding_indexed":
+            codecs[0]["configuration"]["chunk_shape"] = chunk
+            codecs = codecs[0]["configuration"]["codecs"]
+        for codec in codecs:
+            if codec["name"] == "zstd":  # Orbax's level 3 takes twice the time and saves 2% more
+                codec["configuration"]["level"] = 1
         return ts.open(
             spec | {"metadata": metadata}, create=True, delete_existing=True, context=self._context
         ).result()
