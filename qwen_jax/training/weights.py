@@ -79,7 +79,8 @@ class ParamsWriter:
         # Orbax itself lays down all files but the arrays' data: it saves a tree of the same names with one number each.
         skeleton = unflatten_dict({path: np.zeros(1, np.float32) for path in shapes}, sep="/")
         ocp.save_checkpointables(folder.absolute(), {"params": skeleton})
-        self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context()
+        # A kill loses nothing that a process has written, and the folder appears only when all is.
+        self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context({"file_io_sync": False})
         self._path, self._array, self._pending = None, None, None
 
     def write(self, path: str, piece: slice, array: np.ndarray) -> None:
