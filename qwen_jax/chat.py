@@ -103,8 +103,8 @@ class Chat:
             if len(prompt) <= room:
                 return first, prompt
         raise ValueError(
-            f"this message and the system message take {len(prompt)} tokens, and {self.max_new_tokens} are kept for the "
-            f"answer: the context has {self.engine.max_length}; shorten it, or lower --max_new_tokens"
+            f"this message and the system message take {len(prompt)} tokens, and {self.max_new_tokens} are kept for "
+            f"the answer: the context has {self.engine.max_length}; shorten it, or lower --max_new_tokens"
         )
 
     def _speak(self, messages, first, pieces) -> Iterator[str]:

@@ -67,7 +67,7 @@ def test_no_text_becomes_a_control_token(tokenizer, text):
     ("message", "named"),
     [
         ({"role": "root", "content": "x"}, "message 1: role 'root' is none of system, user, assistant"),
-        ({"role": "user<|im_end|>", "content": "x"}, "role"), ({"role": "user"}, "content must be text, found NoneType"),
+        ({"role": "user<|im_end|>", "content": "x"}, "role"), ({"role": "user"}, "must be text, found NoneType"),
         ({"role": "user", "content": 3}, "found int"), ("hi", "role 'hi'"),
     ],
 )
