@@ -10,6 +10,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -151,6 +152,23 @@ def ways(name: str) -> int:
 
 def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def apart(x: jax.Array) -> jax.Array:
+    """[batch, length, ...] as [row shards, rows, length shards, positions, ...]: what lies on different devices apart.
+
+    Sums over rows and positions then stay on their devices, until `sum_shards` adds them up once.
+    """
+    row_shards, length_shards = ways("batch"), ways("length")
+    batch, length, *rest = x.shape
+    x = x.reshape(row_shards, batch // row_shards, length_shards, length // length_shards, *rest)
+    return constrain(x, "batch", None, "length", None, *[None] * len(rest))
+
+
+def sum_shards(x: jax.Array, dtype) -> jax.Array:
+    """The sum over the first two axes of [row shards, length shards, ...]: between devices, and so in `dtype`."""
+    # jnp.sum would add in float32, twice the bytes.
+    return jax.lax.reduce(x.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0, 1))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -34,6 +34,7 @@ from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.profiling import CompilationCache
+from qwen_jax.training.program import check_run, device_memory
 from qwen_jax.training.rewind import finish_rewinds
 from qwen_jax.training.run_lock import run_lock
 from qwen_jax.training.trainer import Trainer
@@ -52,7 +53,8 @@ def train(
     *, model: ModelConfig, optimizer: OptimizerConfig, loop: LoopConfig, mixture_or_task: str, output_dir: str,
     cache_dir: str, mesh: MeshConfig = MeshConfig(), objective: Callable = next_token_loss,
     initial_checkpoint: str | None = None, data_seed: int = 0, packing: str = "cut",
-    compilation_cache: str | None = "auto", watchdog: Watchdog | None = None, began: float | None = None,
+    compiler_options: dict | None = None, compilation_cache: str | None = "auto", watchdog: Watchdog | None = None,
+    began: float | None = None,
 ) -> dict[str, float]:
     """Starts or continues the run in `output_dir`.
 
@@ -64,6 +66,7 @@ def train(
       data_seed: of the order of the examples.
       packing: "cut" merges documents and cuts them to the sequence length, as the report does; "fit" puts whole
         documents into sequences, and attention and positions keep to each.
+      compiler_options: XLA's for the train step, by name; hardware files set them.
       compilation_cache: folder of compiled programs, for a quick start the next time; None keeps none, "auto" keeps
         them in `output_dir`, except on CPUs, where a program may not run on another machine.
       watchdog: to be told what is going on.
@@ -84,6 +87,10 @@ def train(
             f"one or raise the other"
         )
     devices = make_mesh(mesh)
+    check_run(
+        Qwen(model), optimizer, loop.train_steps, devices, batch_size=loop.batch_size,
+        sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, memory=device_memory(devices),
+    )
     goodput = Goodput(output, began)
     goodput.count("starting")
     where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
@@ -104,6 +111,7 @@ def train(
         trainer = Trainer(
             Qwen(model), objective, optimizer, loop, devices, train_set, eval_set, output, initial_checkpoint,
             activity=watchdog.activity, goodput=goodput, cache=find_cache(compilation_cache, output),
+            compiler_options=compiler_options,
         )
         if first:
             write_run_files(output, model, QwenVocabulary().tokenizer.path)
@@ -111,7 +119,7 @@ def train(
             log.info(
                 "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
                 " per epoch", output, f"{parameter_count(model):,}", devices.size, dict(devices.shape),
-                hosts.place()[1], model.attention_kernel, mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
+                hosts.place()[1], trainer.kernel, mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
             )
         return trainer.run()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.sharding import constrain, platform
+from qwen_jax.sharding import apart, constrain, platform, sum_shards
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
@@ -82,32 +82,33 @@ def _gather_weight_backward(names, dtype, residuals, gradient):
 gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def embed(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
+@jax.custom_vjp
+def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding table in the compute dtype.
 
-    The table is gathered over the devices in the compute dtype, half of float32's bytes, and its gradient is still
-    summed in float32.
-
     Args:
-      table: float32 [vocabulary, hidden].
+      table: [vocabulary, hidden] in the compute dtype.
       tokens: int32 [batch, length]; an id outside the vocabulary gives NaN.
 
     Returns:
-      [batch, length, hidden] in `dtype`.
+      [batch, length, hidden].
     """
-    return jnp.take(constrain(table.astype(dtype), "vocab", None), tokens, axis=0)
+    return jnp.take(table, tokens, axis=0)
 
 
-def _embed_forward(table, tokens, dtype):
-    return embed(table, tokens, dtype), (tokens, table.shape)
+def _embed_forward(table, tokens):
+    return embed(table, tokens), (tokens, table.shape)
 
 
-def _embed_backward(dtype, residuals, gradient):
+def _embed_backward(residuals, gradient):
+    """Added up in float32 on each device, and in the compute dtype between devices, as any weight's gradient."""
     tokens, shape = residuals
-    summed = jnp.zeros(shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
-    # Summed where the rows are, then scattered: going to the parameter's placement at once would move the activations.
-    return constrain(constrain(summed, "vocab", None), "vocab", "embed"), None
+
+    def of_shard(tokens, gradient):
+        return jnp.zeros(shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+
+    summed = jax.vmap(jax.vmap(of_shard, 1), 0)(apart(tokens), apart(gradient))
+    return sum_shards(constrain(summed, "batch", "length", "vocab", None), gradient.dtype), None
 
 
 embed.defvjp(_embed_forward, _embed_backward)

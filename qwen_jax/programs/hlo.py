@@ -315,7 +315,7 @@ def trip_count(program: Program, loop: Instruction, known: dict[int, Value]) -> 
 def group_size(instruction: Instruction, partitions: int) -> int:
     """How many devices take part in one group of a collective."""
     attributes = instruction.attributes
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         # A part of an axis is written 'axis_0':(1)4.
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])

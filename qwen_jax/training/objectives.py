@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qwen_jax.models.layers import matmul_precision
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.sharding import constrain, ways
+from qwen_jax.sharding import apart, constrain, sum_shards, ways
 
 # So many logits exist on a device at a time, in float32 and again in the compute dtype: 1,024 tokens of the released
 # vocabulary. Those of a whole batch would be the largest array of the step.
@@ -64,18 +64,10 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
     """((loss sum, correct sum), gradients of the loss sum by hidden and kernel in their dtypes, or None)."""
     batch, length, width = hidden.shape
     vocab_size = kernel.shape[1]
-    # Each device's rows and positions apart from those of the others, so that what it adds up stays its own until the
-    # end: [row shards, rows, length shards, positions, ...].
-    row_shards, length_shards = ways("batch"), ways("length")
-    rows, positions = batch // row_shards, length // length_shards
+    hidden, targets, weights = apart(hidden), apart(targets), apart(weights)
+    row_shards, rows, length_shards, positions, _ = hidden.shape
     chunk = _chunk_length(rows, positions, vocab_size // ways("vocab"))
     precision = matmul_precision(hidden.dtype)
-
-    def apart(x):
-        x = x.reshape(row_shards, rows, length_shards, positions, *x.shape[2:])
-        return constrain(x, "batch", None, "length", *[None] * (x.ndim - 3))
-
-    hidden, targets, weights = apart(hidden), apart(targets), apart(weights)
 
     def one_chunk(carry, start):
         sums, hidden_gradient, kernel_gradient = carry
@@ -112,10 +104,7 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
     )
     if not with_gradients:
         return tuple(sums), None
-    # Like every other gradient of a weight, it is summed over the devices in the compute dtype.
-    kernel_gradient = jax.lax.reduce(
-        kernel_gradient.astype(kernel.dtype), jnp.zeros((), kernel.dtype), jax.lax.add, (0, 1)
-    )
+    kernel_gradient = sum_shards(kernel_gradient, kernel.dtype)
     return tuple(sums), (hidden_gradient.reshape(batch, length, width), kernel_gradient)
 
 

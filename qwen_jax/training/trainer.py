@@ -11,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from qwen_jax.models.kernels import resolve_kernel
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.training import hosts
 from qwen_jax.training.batches import Examples, Prefetcher, global_batch
@@ -66,7 +67,7 @@ class Trainer:
         self, model: Qwen, objective, optimizer: OptimizerConfig, loop: LoopConfig, mesh: Mesh, train_set: Examples,
         eval_set: Examples | None, output_dir: str | Path, initial_checkpoint: str | Path | None = None, *,
         activity: Activity | None = None, goodput: Goodput | None = None,
-        cache: CompilationCache = CompilationCache(None),
+        cache: CompilationCache = CompilationCache(None), compiler_options: dict | None = None,
     ):
         """Compiles, then restores the run in `output_dir` or starts one.
 
@@ -75,6 +76,7 @@ class Trainer:
           activity: what a watchdog looks at.
           goodput: the account of the run's time, begun by the caller.
           cache: where compiled programs are looked for first.
+          compiler_options: XLA's for the train step.
 
         Raises:
           ValueError: batch, mesh or model do not divide.
@@ -89,7 +91,9 @@ class Trainer:
         self._shapes = batch_shapes(mesh, loop.batch_size, loop.sequence_length, columns=train_set.columns)
         transform = make_optimizer(optimizer, loop.train_steps)
         self._abstract = abstract_state(model, transform, mesh)
-        self._compile(objective, cache)
+        packed = "segment_ids" in train_set.columns
+        self.kernel = resolve_kernel(model.config, loop.sequence_length, mesh, packed=packed)
+        self._compile(objective, cache, compiler_options)
         self._skipped = skipped_spans(self.output_dir)
         self.checkpoints = Checkpoints(output_dir, loop.keep_checkpoints, loop.keep_every)
         self._activity.now("restoring the state")
@@ -99,14 +103,14 @@ class Trainer:
         self._goodput.count("restoring")
         self._goodput.resumed(self.start_step)
 
-    def _compile(self, objective, cache: CompilationCache) -> None:
+    def _compile(self, objective, cache: CompilationCache, compiler_options: dict | None) -> None:
         loop, began = self.loop, time.perf_counter()
         self._activity.now("compiling the train step")
         with explaining_memory("compiling the train step", self.output_dir, self._abstract), cache.compiling() as found:
             self._train_step = compile_run(
                 self.model, objective, self._optimizer, loop.train_steps, self.mesh, batch_size=loop.batch_size,
                 sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, seed=loop.seed,
-                columns=self.train_set.columns,
+                columns=self.train_set.columns, compiler_options=compiler_options,
             )
             if self.eval_set is not None:
                 self._eval_step = compile_eval_step(
