@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.sharding import apart, constrain, platform, sum_shards
+from qwen_jax.sharding import apart, constrain, platform, sum_shards, ways
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
@@ -153,8 +153,15 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the projection in the compute dtype."""
         kernel = self.param("kernel", weight_init(self.std, self.names), self.shape)
-        kernel = gather_weight(kernel, self.names, self.dtype)
-        y = project(self.equation, x, kernel)
+        equation, names = self.equation, self.names
+        if ways("embed") > 1:
+            # The axis that is gathered first: the whole then lies in memory as it is read, and needs no copy.
+            order = sorted(range(len(names)), key=lambda axis: names[axis] != "embed")
+            kernel, names = kernel.transpose(order), tuple(names[axis] for axis in order)
+            operands, result = equation.split("->")
+            of_x, of_kernel = operands.split(",")
+            equation = f"{of_x},{''.join(of_kernel[axis] for axis in order)}->{result}"
+        y = project(equation, x, gather_weight(kernel, names, self.dtype))
         if self.bias_names is not None:
             shape = self.shape[-len(self.bias_names):]
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names), shape)
