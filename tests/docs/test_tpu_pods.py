@@ -39,7 +39,7 @@ def run_blocks(folder, needs_libtpu):
 def test_a_rehearsal_without_a_pod(tmp_path):
     first, second = run_blocks(tmp_path, needs_libtpu=False)
     assert "'fsdp': 8" in first and "'fsdp': 4" in second
-    assert "resuming runs/pods after step 4, example 48" in second
+    assert "goes on after step 4 (was 6) and passes over examples 32 to 47" in second
     rows = map(json.loads, (tmp_path / "runs" / "pods" / "metrics.jsonl").read_text().splitlines())
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
