@@ -1,52 +1,98 @@
-"""Continues a prompt with a trained or converted model, printing text as it comes.
+"""Continues prompts with a trained or converted model: one on the screen as it comes, or a file of them.
 
     python -m qwen_jax.generate --checkpoint runs/tiny --prompt "def main("
+    python -m qwen_jax.generate --checkpoint runs/tiny --prompts prompts.jsonl > continuations.jsonl
 """
 
 import argparse
-import codecs
+import json
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen_jax.command_line import run
 from qwen_jax.conversion import load_pretrained, load_tokenizer
-from qwen_jax.inference.generate import Generator
-from qwen_jax.inference.sampling import SamplingConfig
+from qwen_jax.inference import Engine, Request, Result, SamplingConfig
 
 
-def text_pieces(tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Text of token ids as it becomes complete: a character that is split over tokens comes with the last of them."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        piece = decoder.decode(tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else b"\xef\xbf\xbd")
-        if piece:
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16) -> Engine:
+    """An engine with the model and the tokenizer of a folder in any known format, on one device.
+
+    Raises:
+      ValueError, OSError: no such checkpoint, or it has no tokenizer.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    model, params = load_pretrained(checkpoint, dtype=dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {checkpoint} has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}: they "
+            "do not belong together"
+        )
+    return Engine(model, params, tokenizer, slots=slots)
 
 
-def generate(
-    *, checkpoint: str | Path, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
-    top_k: int = 0, seed: int = 0, dtype: str = "float32",
-) -> Iterator[str]:
+def text_request(
+    tokenizer, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+    repetition_penalty: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
+) -> Request:
+    """A request to continue text until the document or the turn ends.
+
+    Args:
+      prompt: text; whatever looks like a control token in it stays text.
+      stop: strings that end the continuation, too.
+      max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: see `Request` and `SamplingConfig`.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+    sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty)
+    stop_ids = (tokenizer.endoftext_id, tokenizer.im_end_id)
+    return Request(tokenizer.encode(prompt), max_new_tokens, sampling, stop_ids, tuple(stop), seed)
+
+
+def generate(*, checkpoint: str | Path, prompt: str, dtype: str = "float32", **options) -> Iterator[str]:
     """Yields the continuation of `prompt` in pieces of text.
 
     Args:
       checkpoint: run folder (Orbax), or a folder converted to `qwen` or `qwen2`.
-      prompt: text; whatever looks like a control token in it stays text.
-      max_new_tokens, temperature, top_p, top_k, seed: see `SamplingConfig` and `Generator.stream`.
+      prompt, options: see `text_request`.
       dtype: compute dtype, "float32" or "bfloat16".
 
     Raises:
       ValueError, OSError: no such checkpoint, or a value out of range.
     """
-    sampling = SamplingConfig(temperature, top_k, top_p)
-    tokenizer = load_tokenizer(checkpoint)
-    ids = tokenizer.encode(prompt)
-    model, params = load_pretrained(checkpoint, dtype=dtype)
-    stop_ids = (tokenizer.endoftext_id, tokenizer.im_end_id)
-    return text_pieces(tokenizer, Generator(model, params, sampling).stream(ids, max_new_tokens, stop_ids, seed))
+    engine = load_engine(checkpoint, dtype, slots=1)
+    pieces = engine.stream(text_request(engine.tokenizer, prompt, **options))
+    return (piece.text for piece in pieces if piece.text)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The `prompt` of each line of a JSON lines file.
+
+    Raises:
+      OSError: no such file; ValueError: naming the line that is no object with a text `prompt`.
+    """
+    prompts = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+            raise ValueError(f'{path}:{number}: expected an object with a text "prompt"')
+        prompts.append(content["prompt"])
+    return prompts
+
+
+def generate_all(
+    *, checkpoint: str | Path, prompts: Sequence[str], dtype: str = "float32", slots: int = 16, seed: int = 0, **options
+) -> Iterator[Result]:
+    """Yields the results of many prompts as they finish; prompt i draws with seed + i. Arguments as in `generate`."""
+    engine = load_engine(checkpoint, dtype, slots)
+    return engine.generate(
+        [text_request(engine.tokenizer, text, seed=seed + i, **options) for i, text in enumerate(prompts)]
+    )
 
 
 def main(argv=None) -> None:
@@ -56,18 +102,36 @@ def main(argv=None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, or converted folder (qwen or qwen2)")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to continue")
+    what.add_argument(
+        "--prompts", metavar="FILE", help='JSON lines with a "prompt" each; results are JSON lines as they finish'
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="at most so many")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the most probable tokens of this mass")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k most probable tokens; 0: from all")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: less of what was there")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends it; may be given repeatedly")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    args = parser.parse_args(argv)
-    for piece in generate(**vars(args)):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print()
+    parser.add_argument("--slots", type=int, default=16, help="with --prompts: how many are generated together")
+    parser.add_argument("--verbose", action="store_true", help="log each program that is compiled")
+    options = vars(parser.parse_args(argv))
+    if not options.pop("verbose"):
+        logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)
+    file, slots = options.pop("prompts"), options.pop("slots")
+    if file is None:
+        for piece in generate(**options):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+        return
+    del options["prompt"]
+    for result in generate_all(prompts=read_prompts(file), slots=slots, **options):
+        line = {"index": result.index, "text": result.text, "finish_reason": result.finish_reason,
+                "log_prob": float(result.log_probs.sum())}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class HardwareConfig:
       topology: what libtpu calls it, such as "v5p:4x8x8"; None: a program can be compiled only where the devices are.
       wrap: which of its dimensions have wrap-around links. Without them, gathers over all chips become all-reduces.
       slices: how many of them, joined by the data-centre network.
+      dcn_gbps: a device's share of that network, in 10^9 bytes per second; only for more than one slice.
       devices_per_chip: JAX devices that make one chip.
     """
 
@@ -41,6 +42,7 @@ class HardwareConfig:
     topology: str | None = None
     wrap: tuple[bool, ...] | None = None
     slices: int = 1
+    dcn_gbps: float | None = None
     devices_per_chip: int = 1
 
     @property

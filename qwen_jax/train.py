@@ -34,6 +34,7 @@ from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.profiling import CompilationCache
+from qwen_jax.training.program import check_run, device_memory
 from qwen_jax.training.rewind import finish_rewinds
 from qwen_jax.training.run_lock import run_lock
 from qwen_jax.training.trainer import Trainer
@@ -86,6 +87,10 @@ def train(
             f"one or raise the other"
         )
     devices = make_mesh(mesh)
+    check_run(
+        Qwen(model), optimizer, loop.train_steps, devices, batch_size=loop.batch_size,
+        sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, memory=device_memory(devices),
+    )
     goodput = Goodput(output, began)
     goodput.count("starting")
     where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}

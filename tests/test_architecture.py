@@ -43,7 +43,9 @@ def test_a_room_does_not_import_what_it_should_not_know(room, root):
         # tensorboardX imports torch where it is installed.
         ("qwen_jax.training.trainer", ("tensorflow", "seqio", "transformers", "gin")),
         ("qwen_jax.generate", ("tensorflow", "seqio", "torch", "transformers", "gin")),
+        ("qwen_jax.chat", ("tensorflow", "seqio", "torch", "transformers", "gin")),
         ("qwen_jax.data.tokenizer", ("tensorflow", "seqio", "jax", "torch")),
+        ("qwen_jax.data.chatml", ("tensorflow", "seqio", "jax", "torch")),
     ],
 )
 def test_importing_a_module_does_not_load_what_it_does_not_need(module, absent, plain_environment):

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax.training.checkpoints import load_params
 from qwen_jax.training.metrics import read_metrics
+from qwen_jax.training.weights import load_params
 
 SETTINGS = {
     "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 4, "TRAIN_STEPS": 40, "WARMUP_STEPS": 5,
@@ -169,6 +169,7 @@ def test_sigterm_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp
         ({"SEQUENCE_LENGTH": 2048}, "max_length"),
         ({"ModelConfig.vocab_size": 128}, "the vocabulary has 512 ids and the model 128 rows"),
         ({"WARMUP_STEPS": 50}, "WARMUP_STEPS"),
+        ({"ModelConfig.num_layers": 10**8}, "too little memory"),
         ({"OUTPUT_DIR": "UNBROKEN", "ModelConfig.num_layers": 3}, "num_layers 3 here, 2 there"),
         ({"OUTPUT_DIR": "UNBROKEN", "SEED": 1}, "other data"),
         ({"OUTPUT_DIR": "FOREIGN"}, "holds 'thesis.doc' and is no run"),

@@ -48,6 +48,7 @@ from qwen_jax.training.program import (  # noqa: E402
     TooLittleMemory,
     check_run,
     compile_run,
+    least_between_slices,
     least_collectives,
     memory_per_device,
     model_flops_per_token,
@@ -99,6 +100,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
         flops_per_token=model_flops_per_token(model, loop.sequence_length).total,
         flops_per_token_all_keys=model_flops_per_token(model, loop.sequence_length, causal=False).total,
         least=least_collectives(model, mesh, tokens, loop.accumulation_steps),
+        between_slices=least_between_slices(model, mesh, hardware.slices),
     )
     return Prepared(compile_step, work, dict(mesh.shape), state_bytes)
 
@@ -178,6 +180,8 @@ def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tupl
         return {
             "hardware": hardware.name, "fits": False, "memory_need_bytes": needed, "compile_seconds": seconds,
             "memory_limit_bytes": hardware.hbm_bytes, "mesh": prepared.mesh,
+            "message": f"the compiler found no way below {needed / GIB:.2f} of {hardware.hbm_gib:.2f} GiB: choose "
+            f"another ModelConfig.remat, a larger ACCUMULATION_STEPS, or more devices",
         }, ""
     text = compiled.as_text()
     log = log_file.read_text(errors="replace")
@@ -205,20 +209,12 @@ def main(argv: list[str] | None = None) -> int:
         try:
             report, text = compile_program(arguments.program, bound_hardware(), log_file)
         except TooLittleMemory as error:
-            print(f"DOES NOT FIT: {error}")
-            return 1
+            report, text = {"fits": False, "message": str(error)}, ""
     if arguments.json:
         write_atomically(arguments.json, json.dumps(report, indent=1) + "\n")
     if arguments.hlo and text:
         write_atomically(arguments.hlo, text)
-    if text:
-        print(describe(report))
-    else:
-        print(
-            f"DOES NOT FIT: the compiler found no way below {report['memory_need_bytes'] / GIB:.2f} of "
-            f"{report['memory_limit_bytes'] / GIB:.2f} GiB: choose another ModelConfig.remat, a larger "
-            f"ACCUMULATION_STEPS, or more devices"
-        )
+    print(describe(report) if text else f"DOES NOT FIT: {report['message']}")
     return 0 if report["fits"] else 1
 
 

@@ -2,14 +2,18 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 # Converting needs no accelerator, and must not take the memory of one that is training.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from qwen_jax import command_line  # noqa: E402
+from qwen_jax.conversion.check import compare_logits  # noqa: E402
+from qwen_jax.conversion.checksums import ChecksumError  # noqa: E402
 from qwen_jax.conversion.converter import convert  # noqa: E402
 from qwen_jax.conversion.load import FORMAT_NAMES  # noqa: E402
+from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED  # noqa: E402
 from qwen_jax.conversion.tokenizer import TOKENIZER_FILE  # noqa: E402
 
 EXAMPLES = """\
@@ -23,8 +27,10 @@ examples:
   python tools/convert_checkpoint.py --from orbax:runs/sft --to qwen2:exports/sft --dtype bfloat16
   # train on from released weights
   python tools/convert_checkpoint.py --from qwen:Qwen-7B --to orbax:runs/qwen_7b
-  # give released weights to a current server, in files of at most 2 GB
-  python tools/convert_checkpoint.py --from qwen:Qwen-7B --to qwen2:exports/qwen_7b --max_shard_size 2GB
+  # give released weights to a current server, read back and compared
+  python tools/convert_checkpoint.py --from qwen:Qwen-7B --to qwen2:exports/qwen_7b --verify --check
+
+exit status: 0; 1 if --verify or --check found a difference; 2 for anything else, with one line that says what
 """
 
 def loading(name: str, folder: Path) -> str:
@@ -56,8 +62,8 @@ def located(text: str) -> tuple[str, str]:
     return name, path
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Converts as the command line says, and prints what was written and how to load it.
+def main(arguments: list[str] | None = None) -> int:
+    """Converts as the command line says, and prints what was written and how to load it. Gives the exit status.
 
     Raises:
       as `qwen_jax.conversion.convert`, which leaves nothing behind then.
@@ -76,16 +82,49 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="FILE.tiktoken", help="default: the tokenizer that the source has")
+    parser.add_argument(
+        "--vocab_size", type=int, metavar="ROWS",
+        help="rows of the vocabulary to write, padded or cut past the tokenizer's ids (default: those of the source)",
+    )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default=SCANNED,
+        help="of an orbax target: blocks stacked (what training reads), or each with its own arrays (default: scanned)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything back from disk and compare hashes before it appears"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="then compare the logits of source and target on 128 tokens, by layer"
+    )
     parsed = parser.parse_args(arguments)
     (source_format, source), (target_format, target) = parsed.source, parsed.target
-    written = convert(
-        source_format, source, target_format, target, parsed.dtype, parsed.max_shard_size, parsed.tokenizer
-    )
+    try:
+        written = convert(
+            source_format, source, target_format, target, parsed.dtype, parsed.max_shard_size, parsed.tokenizer,
+            vocab_size=parsed.vocab_size, layout=parsed.layout, verify=parsed.verify,
+        )
+    except ChecksumError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"wrote {target_format} to {target}:")
     for file in sorted(written.iterdir()):
         size = sum(path.stat().st_size for path in [file, *file.rglob("*")] if path.is_file())
         print(f"  {file.name:<36}{size:>16,} bytes")
     print(loading(target_format, Path(target)))
+    return check(source, written, parsed.dtype) if parsed.check else 0
+
+
+def check(source: str, target: Path, dtype: str | None) -> int:
+    """Prints how far the logits of two folders are apart; 1 if they differ though nothing was rounded."""
+    comparison = compare_logits(source, target, progress=True)
+    print(f"check: {comparison}")
+    if comparison.same:
+        return 0
+    if dtype == "bfloat16":
+        print("the weights were rounded to bfloat16: if the source had more than that, a difference is expected")
+        return 0
+    print(f"error: {target} is not the model of {source}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_jax.conversion.huggingface import listing, read_json, write_json
+from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
 RANKS_FILE = "qwen.tiktoken"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
 CHAT_TEMPLATE = (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' -}}"

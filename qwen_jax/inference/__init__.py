@@ -1,5 +1,8 @@
-"""The inference-mode forward pass, decoding with a key-value cache, and sampling."""
+"""The inference-mode forward pass, and the engine that generates continuations of many prompts at once."""
 
+from qwen_jax.inference.engine import Engine
 from qwen_jax.inference.forward import logits
+from qwen_jax.inference.requests import Piece, Request, Result
+from qwen_jax.inference.sampling import SamplingConfig
 
-__all__ = ["logits"]
+__all__ = ["Engine", "Piece", "Request", "Result", "SamplingConfig", "logits"]

@@ -1,9 +1,20 @@
-"""Choosing the next token; temperature, top-k and top-p mean what transformers' `generate` gives them, in its order."""
+"""Choosing the next token of each row, every row by its own rules and its own random numbers.
+
+Repetition penalty, temperature, top-k and top-p mean what transformers' `generate` gives them, and act in its order.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# A draw under top-k or top-p looks at so many of the most probable tokens, and sorts the vocabulary only if they are
+# not enough.
+CANDIDATES = 256
+_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,53 +25,169 @@ class SamplingConfig:
       temperature: divides the logits; 0 takes the most probable token (greedy).
       top_k: only the k most probable tokens; 0 keeps all.
       top_p: only the smallest set of most probable tokens whose probabilities sum to at least this; 1 keeps all.
+      repetition_penalty: logits of tokens that the prompt or the continuation has are divided by it if positive, else
+        multiplied; 1 leaves them as they are.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, found {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all) or positive, found {self.top_k}")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise ValueError(f"top_k must be 0 (all) or a positive integer, found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], found {self.top_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be positive (1: none), found {self.repetition_penalty}")
 
 
-def filtered_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Logits divided by the temperature, minus infinity where top-k or top-p leave a token out.
+@flax.struct.dataclass
+class RowSampling:
+    """`SamplingConfig` and seed of each row of a batch: arrays [rows]."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    repetition_penalty: jax.Array
+    seed: jax.Array
+
+    @classmethod
+    def of(cls, configs: Sequence[SamplingConfig], seeds: Sequence[int]) -> "RowSampling":
+        """Arrays on the host, for rows with these configurations and seeds (0 to 2^32 - 1)."""
+        return cls(
+            temperature=np.asarray([c.temperature for c in configs], np.float32),
+            top_k=np.asarray([min(c.top_k, np.iinfo(np.int32).max) for c in configs], np.int32),
+            top_p=np.asarray([c.top_p for c in configs], np.float32),
+            repetition_penalty=np.asarray([c.repetition_penalty for c in configs], np.float32),
+            seed=np.asarray(seeds, np.uint32),
+        )
+
+
+def penalised_logits(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Repetition penalty (Keskar et al. 2019): logits [rows, vocabulary] of tokens that `seen` (bool) has, lowered."""
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def filtered_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Minus infinity where top-k, then top-p, leave a token out; tokens as probable as the last one stay.
 
     Args:
-      logits: float32 [batch, vocabulary]; `config.temperature` must be positive.
-
-    Returns:
-      float32 [batch, vocabulary].
+      logits: float32 [rows, vocabulary], divided by the temperature.
+      top_k: int32 [rows], 0 for all.
+      top_p: float32 [rows], 1 for all.
     """
-    logits = logits / config.temperature
-    if config.top_k and config.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if config.top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        least = jnp.min(jnp.where(before < config.top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
+    descending = -jnp.sort(-logits, axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    least, _ = _least_kept(descending, total, top_k, top_p)
+    return jnp.where(logits < least[:, None], -jnp.inf, logits)
 
 
-def sample(logits: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
-    """The next token of each row.
+def _least_kept(descending, total, top_k, top_p):
+    """The lowest logit [rows] that stays, and whether `descending`, the first of all, are enough to know.
+
+    total: logarithm [rows] of the sum of the exponentials of all logits.
+    """
+    length = descending.shape[-1]
+    last_of_k = jnp.take_along_axis(descending, jnp.clip(top_k - 1, 0, length - 1)[:, None], axis=-1)
+    last_of_k = jnp.where((top_k == 0)[:, None], -jnp.inf, last_of_k)
+    among_k = descending >= last_of_k
+    within = jnp.where(among_k, descending, -jnp.inf)
+    total = jnp.where(top_k == 0, total, jax.nn.logsumexp(within, axis=-1))
+    probabilities = jnp.exp(within - total[:, None])
+    sums = _running_sums(probabilities) if length <= CANDIDATES else jnp.cumsum(probabilities, axis=-1)
+    before = sums - probabilities
+    kept = among_k & ((before < top_p[:, None]) | (top_p == 1)[:, None])
+    least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1)
+    # What is as probable as the last that stays must be in sight, so one that is less probable must be.
+    enough = (top_k <= length) & (descending[:, -1] < jnp.where(top_k == 0, least, last_of_k[:, 0]))
+    return least, enough
+
+
+def _draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+    """A token [rows] by the softmax of logits [rows, vocabulary]: inverse distribution function at `uniform` [rows].
+
+    By blocks first, then within one: a running sum over the whole vocabulary would be most of a small model's step.
+    """
+    rows, vocabulary = logits.shape
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % _BLOCK))).reshape(rows, -1, _BLOCK)
+
+    def first_above(target, sums, parts):
+        index = jnp.argmax((sums > target[:, None]) & (parts > 0), axis=-1)
+        # Rounding may leave the target at the very end: then the last that has any weight.
+        last = parts.shape[-1] - 1 - jnp.argmax((parts > 0)[:, ::-1], axis=-1)
+        return jnp.where(sums[:, -1] > target, index, last)
+
+    parts = jnp.sum(weights, axis=-1)
+    sums = _running_sums(parts)
+    target = uniform * sums[:, -1]
+    block = first_above(target, sums, parts)
+    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    before = jnp.take_along_axis(sums - parts, block[:, None], axis=-1)[:, 0]
+    return (block * _BLOCK + first_above(target - before, _running_sums(inside), inside)).astype(jnp.int32)
+
+
+def _running_sums(x: jax.Array) -> jax.Array:
+    """Sums [rows, n] of the first 1 to n of `x`, as a matrix product: `jnp.cumsum` compiles slowly on CPUs."""
+    ones = jnp.triu(jnp.ones((x.shape[-1],) * 2, x.dtype))
+    return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
+
+
+def _draw_filtered(logits, uniform, sampling: RowSampling):
+    """(token [rows], whether the `CANDIDATES` most probable tokens were enough to know it [rows])."""
+    values, ids = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
+    least, enough = _least_kept(values, jax.nn.logsumexp(logits, axis=-1), sampling.top_k, sampling.top_p)
+    chosen = _draw(jnp.where(values < least[:, None], -jnp.inf, values), uniform)
+    return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0], enough
+
+
+def _sampled(logits, sampling: RowSampling, positions):
+    logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(sampling.seed, positions)
+    uniform = jax.vmap(jax.random.uniform)(keys)
+    filters = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1))
+    nothing = jnp.zeros(uniform.shape, jnp.int32)
+    filtered, enough = jax.lax.cond(
+        jnp.any(filters), lambda: _draw_filtered(logits, uniform, sampling), lambda: (nothing, filters)
+    )
+    # Which way a row's token is drawn depends on the row alone, never on the rows beside it.
+    narrow = filters & enough
+    wide = jax.lax.cond(
+        jnp.any(filters & ~enough),
+        lambda: jnp.where(filters[:, None], filtered_logits(logits, sampling.top_k, sampling.top_p), logits),
+        lambda: logits,
+    )
+    whole = jax.lax.cond(jnp.all(narrow | (sampling.temperature == 0)), lambda: nothing, lambda: _draw(wide, uniform))
+    return jnp.where(narrow, filtered, whole)
+
+
+def next_tokens(
+    logits: jax.Array, seen: jax.Array, sampling: RowSampling, positions: jax.Array, greedy: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row, and its log-probability under the model.
 
     Args:
-      logits: float32 [batch, vocabulary].
-      key: of this step.
+      logits: float32 [rows, vocabulary], as the model gives them.
+      seen: bool [rows, vocabulary], which tokens each row has so far.
+      sampling: of the rows.
+      positions: int32 [rows], where the new tokens come. The random numbers are a function of seed and position.
+      greedy: whether it is known that all temperatures are 0: what draws is then not compiled.
 
     Returns:
-      int32 [batch].
+      (token int32 [rows], log-probability float32 [rows]). The latter is that of the softmax of `logits`: before
+      penalty, temperature and filters.
     """
-    if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, filtered_logits(logits, config), axis=-1).astype(jnp.int32)
+    penalised = jax.lax.cond(
+        jnp.any(sampling.repetition_penalty != 1),
+        lambda: penalised_logits(logits, seen, sampling.repetition_penalty), lambda: logits,
+    )
+    tokens = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
+    if not greedy:
+        tokens = jnp.where(sampling.temperature > 0, _sampled(penalised, sampling, positions), tokens)
+    taken = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, taken - jax.nn.logsumexp(logits, axis=-1)

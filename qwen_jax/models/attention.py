@@ -8,58 +8,48 @@ import jax.numpy as jnp
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.kernels import causal_attention, dot_product_attention
 from qwen_jax.models.layers import Projection
-from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotate
+from qwen_jax.models.positions import ContextExtension, rotate
 from qwen_jax.sharding import constrain
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Rotated keys and values of all layers; slot j of a row holds position j of that row.
+    """Rotated keys and values of one layer; slot j of a row holds position j of that row.
 
-    key, value: [layers, batch, kv_heads, slots, head_dim] in the compute dtype.
-    ntk_alpha: float32 [batch], the stretch of the rotary base that each row's prompt asked for. Its keys are rotated
-      with it, so decoding keeps it.
+    key, value: [batch, kv_heads, slots, head_dim] in the compute dtype.
     """
 
     key: jax.Array
     value: jax.Array
-    ntk_alpha: jax.Array
 
     @classmethod
-    def empty(
-        cls, config: ModelConfig, batch: int, slots: int, prompt_lengths: jax.Array | None = None
-    ) -> "KVCache":
-        """A cache of zeros for `batch` rows of at most `slots` positions.
+    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
+        """Zeros for `batch` rows of at most `slots` positions."""
+        shape = (batch, config.num_kv_heads, slots, config.head_dim)
+        names = ("batch", "kv_heads", None, None)
+        return cls(*(constrain(jnp.zeros(shape, config.compute_dtype), *names) for _ in range(2)))
 
-        Args:
-          prompt_lengths: int32 [batch], without padding; only a model with dynamic NTK needs them.
+    def write(self, starts: jax.Array, key: jax.Array, value: jax.Array) -> "KVCache":
+        """Puts key and value [batch, kv_heads, length, head_dim] at each row's positions from `starts` [batch] on.
 
-        Raises:
-          ValueError: the model needs them, and there are none.
+        The caller sees to it that the last of them is a slot: otherwise all of them move back.
         """
-        if config.use_dynamic_ntk and prompt_lengths is None:
-            raise ValueError("dynamic NTK depends on the prompt: give KVCache.empty the rows' prompt_lengths")
-        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-        return cls(
-            key=jnp.zeros(shape, config.compute_dtype),
-            value=jnp.zeros(shape, config.compute_dtype),
-            ntk_alpha=dynamic_ntk_alpha(prompt_lengths, config.max_length)
-            if config.use_dynamic_ntk else jnp.ones(batch, jnp.float32),
-        )
-
-    def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array) -> "KVCache":
-        """Puts key and value [batch, kv_heads, length, head_dim] at `positions` [batch, length] of a layer."""
-        rows = jnp.arange(positions.shape[0])[:, None]
 
         def put(cache, new):
-            return cache.at[layer, rows, :, positions].set(new.swapaxes(1, 2))
+            # Updates of slices are done in place. XLA copies the whole cache for the batched form of a single one.
+            if cache.shape[0] == 1:
+                written = jax.lax.dynamic_update_slice(cache, new, (0, 0, starts[0], 0))
+            else:
+                update = jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice(row, part, (0, start, 0)))
+                written = update(cache, new, starts)
+            return constrain(written, "batch", "kv_heads", None, None)
 
         return self.replace(key=put(self.key, key), value=put(self.value, value))
 
     @property
     def slots(self) -> int:
         """How many positions of a row it holds."""
-        return self.key.shape[3]
+        return self.key.shape[2]
 
 
 class SelfAttention(nn.Module):
@@ -82,7 +72,7 @@ class SelfAttention(nn.Module):
           segment_ids: int32 [batch, length] or None, in a training pass.
           mask: bool [1 or batch, length, keys], keys being `length`, or the slots of the cache; None: a training pass.
           layer, positions: index of this layer, and [batch, length] int32.
-          cache: KVCache, when decoding.
+          cache: KVCache of this layer, when decoding; the positions of a row then follow each other.
           extension: None in a training pass. `angles` are already those of its `ntk_alpha`.
 
         Returns:
@@ -90,12 +80,15 @@ class SelfAttention(nn.Module):
         """
         c = self.config
 
+        # Heads before length turns the kernel around on CPUs: nothing beside a training step, half of a decoding step.
+        equation, bias_shape = ("bld,dhk->blhk", None) if cache is not None else ("bld,dhk->bhlk", (-1, 1, c.head_dim))
+
         def project(name, heads, axis):
-            return Projection(
-                "bld,dhk->bhlk", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"), c.init_std,
-                c.compute_dtype, (axis, "head_dim") if c.qkv_bias else None, (heads, 1, c.head_dim),
-                name=name,
+            y = Projection(
+                equation, (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"), c.init_std,
+                c.compute_dtype, (axis, "head_dim") if c.qkv_bias else None, bias_shape, name=name,
             )(x)
+            return y if cache is None else y.swapaxes(1, 2)
 
         query = rotate(project("query", c.num_heads, "heads"), *angles)
         key = rotate(project("key", c.num_kv_heads, "kv_heads"), *angles)
@@ -105,8 +98,8 @@ class SelfAttention(nn.Module):
         query = constrain(query, "batch", "heads", "length", None)
         key, value = (constrain(t, "batch", "kv_heads", "length", None) for t in (key, value))
         if cache is not None:
-            cache = cache.write(layer, positions, key, value)
-            key, value = cache.key[layer], cache.value[layer]
+            cache = cache.write(positions[:, 0], key, value)
+            key, value = cache.key, cache.value
         if extension is not None and extension.windows is not None:
             key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
             mask = mask & (positions[:, :, None] - key_positions[:, None, :] < extension.windows[layer])

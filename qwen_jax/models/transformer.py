@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen_jax.models.attention import KVCache, SelfAttention
+from qwen_jax.models.attention import SelfAttention
 from qwen_jax.models.config import SAVED_NAMES, ModelConfig
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, gather_weight, matmul_precision, weight_init
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
-from qwen_jax.sharding import constrain
+from qwen_jax.sharding import constrain, platform
 
 
 class Block(nn.Module):
@@ -36,13 +36,19 @@ class Block(nn.Module):
 
 
 def _rematerialised(block: type[Block], policy: str) -> type[Block]:
-    """The block with `policy` of REMAT_POLICIES."""
+    """The block with `policy` of REMAT_POLICIES.
+
+    Raises:
+      ValueError: there is no other memory to offload to.
+    """
     policies = jax.checkpoint_policies
     if policy == "none":
         return block
     if policy == "dots":
         saved = policies.checkpoint_dots_with_no_batch_dims
     elif policy == "offload":
+        if platform() == "cpu":
+            raise ValueError("ModelConfig.remat = 'offload' needs TPUs or GPUs, which have a host: choose 'minimal'")
         saved = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=list(SAVED_NAMES["minimal"]),
             offload_src="device", offload_dst="pinned_host",
@@ -74,14 +80,14 @@ class Qwen(nn.Module):
             )
 
     @nn.compact
-    def _decode(self, tokens, positions, segment_ids, mask, cache, deterministic, extension=None):
+    def _hidden(self, tokens, positions, segment_ids, mask, deterministic, extension=None):
         c = self.config
         x = embed(gather_weight(self.token_embedding, ("vocab", "embed"), c.compute_dtype), tokens)
         x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
         x = constrain(x, "batch", "length", "activation_embed")
         ntk_alpha = None if extension is None else extension.ntk_alpha
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, ntk_alpha)
-        block = _rematerialised(Block, c.remat) if cache is None else Block
+        block = Block if self.is_initializing() else _rematerialised(Block, c.remat)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -90,8 +96,8 @@ class Qwen(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, deterministic, name="layers")
-        (x, cache), _ = blocks((x, cache), jnp.arange(c.num_layers), angles, segment_ids, mask, positions, extension)
-        return self.final_norm(x), cache
+        (x, _), _ = blocks((x, None), jnp.arange(c.num_layers), angles, segment_ids, mask, positions, extension)
+        return self.final_norm(x)
 
     def output_kernel(self) -> jax.Array:
         """The output projection, [hidden, vocab_size] in the compute dtype."""
@@ -106,7 +112,7 @@ class Qwen(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         # Parameters are made with a sequence of one token, whatever kernel trains them.
         mask = causal_mask(tokens.shape[1], segment_ids) if self.is_initializing() else None
-        return self._decode(tokens, positions, segment_ids, mask, None, deterministic)[0]
+        return self._hidden(tokens, positions, segment_ids, mask, deterministic)
 
     def __call__(self, tokens, *, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
         """The training-mode forward pass.
@@ -140,20 +146,7 @@ class Qwen(nn.Module):
         alpha = dynamic_ntk_alpha(lengths, self.config.max_length)
         extension = ContextExtension.of(self.config, positions, alpha)
         mask = causal_mask(tokens.shape[1], None)
-        return self._decode(tokens, positions, None, mask, None, True, extension)[0]
-
-    def decode(self, tokens, positions, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One inference-mode step with a cache: `tokens` [batch, length] at `positions` [batch, length] of their rows.
-
-        A position sees every slot of its row up to itself, so slots that hold padding must be overwritten before a
-        later position can see them.
-
-        Returns:
-          (hidden states [batch, length, hidden], the cache with the new positions). `logits` makes logits of them.
-        """
-        mask = jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None]
-        extension = ContextExtension.of(self.config, positions, cache.ntk_alpha)
-        return self._decode(tokens, positions, None, mask, cache, True, extension)
+        return self._hidden(tokens, positions, None, mask, True, extension)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""

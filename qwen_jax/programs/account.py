@@ -20,6 +20,7 @@ from qwen_jax.programs.hlo import (
 # Custom calls that are the compiler's own bookkeeping.
 _BOOKKEEPING = (
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone",
+    "SliceId", "ZeroCrop",
 )
 
 

@@ -43,10 +43,12 @@ def program_hbm_bytes(log: str) -> int | None:
 
 
 def needed_when_too_large(message: str) -> int | None:
-    """Bytes that a program needs according to the error with which the compiler gave it up; None if it is another."""
+    """Bytes that a program needs at least, if it is for them that the compiler gave it up with this error, or None."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    found = re.search(r"Used ([\d.]+)([KMGB]) of [\d.]+[KMGB] hbm", message)
+    found = re.search(r"Used ([\d.]+)([KMGB]) of [\d.]+[KMGB] hbm", message) or re.search(
+        r"required for HLO temporaries \(([\d.]+)([KMGB])\) exceeds available HBM", message
+    )
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 

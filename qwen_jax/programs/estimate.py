@@ -9,10 +9,12 @@ Assumed:
     bandwidth.
   * hand-written kernels have no cycles. An attention kernel is known by its name, and half of the square of its
     operands is charged at 50% of peak, whatever its blocks skip; another kernel by the cost that it declares.
-  * a collective takes its bytes on the wire over the bandwidth of all links of the chip, as if it used all of them.
-    One that the schedule overlaps with nothing is added; the others cost only what exceeds all compute together.
+  * a collective within a slice takes its bytes on the wire over the bandwidth of all links of the chip, as if it used
+    all of them. One that the schedule overlaps with nothing is added; the others cost only what exceeds all compute
+    together.
+  * what must pass between slices is told beside the bounds and is in neither of them, as a program may hide it.
 Missed: start-up of kernels and of collectives, memory and vector time that hidden collectives take from compute, host
-transfers, the data-centre network between slices (charged like links of the chip), loading of batches, stragglers.
+transfers, loading of batches, stragglers.
 """
 
 import dataclasses

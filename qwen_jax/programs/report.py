@@ -22,6 +22,7 @@ class Work:
       flops_per_token: operations that the model's arithmetic needs, counting the keys that a token sees.
       flops_per_token_all_keys: the same in the usual convention, which counts masked keys, too.
       least: collectives that the layout cannot do without, per device.
+      between_slices: bytes on the wire of them that a device must send to another slice.
     """
 
     parameters: int
@@ -29,6 +30,7 @@ class Work:
     flops_per_token: float
     flops_per_token_all_keys: float
     least: dict[str, CollectiveTotal]
+    between_slices: float = 0.0
 
 
 def make_report(
@@ -61,7 +63,8 @@ def make_report(
         "tokens_per_step": work.tokens, "memory_bytes": memory, "memory_need_bytes": need, "memory_source": source,
         "memory_limit_bytes": hardware.hbm_bytes, "fits": need <= hardware.hbm_bytes,
         **_operations(found, work, hardware, devices, time), "seconds": time.to_dict(),
-        **_collectives(found, work),
+        **_collectives(found, work), "between_slices_bytes": work.between_slices,
+        "between_slices_seconds": work.between_slices / (hardware.dcn_gbps * 1e9) if hardware.dcn_gbps else 0.0,
         "kernels": {name: dataclasses.asdict(total) for name, total in found.kernels.items()},
         "cycles_by_op": dict(sorted(found.cycles_by_op.items(), key=lambda item: -item[1])),
         "hbm_traffic_bytes": found.hbm_bytes, "warnings": found.warnings,
@@ -81,6 +84,9 @@ def _operations(
         "model_flops": model, "model_flops_all_keys": work.flops_per_token_all_keys * work.tokens / devices,
         "executed_flops": found.flops, "seconds_at_peak": model / peak,
         "tokens_per_second_per_chip": {bound: per_chip / seconds for bound, seconds in bounds.items() if seconds},
+        "chip_hours_per_trillion_tokens": {
+            bound: 1e12 / 3600 * seconds / per_chip for bound, seconds in (("low", time.low), ("high", time.high))
+        },
         "mfu": {bound: model / peak / seconds for bound, seconds in bounds.items() if seconds},
         "mfu_all_keys": {
             bound: work.flops_per_token_all_keys * work.tokens / devices / peak / seconds
@@ -148,10 +154,12 @@ def _describe_time(seconds: dict) -> list[str]:
 
 
 def describe_speed(report: dict) -> str:
-    """Tokens per second and MFU, in one line."""
+    """Tokens per second, time per token and MFU, in one line."""
     speed, mfu, usual = report["tokens_per_second_per_chip"], report["mfu"], report["mfu_all_keys"]
+    hours = report["chip_hours_per_trillion_tokens"]
     return (
-        f"speed               {speed['low']:,.0f} to {speed['high']:,.0f} tokens/s per chip; MFU "
+        f"speed               {speed['low']:,.0f} to {speed['high']:,.0f} tokens/s per chip, {hours['low']:,.0f} to "
+        f"{hours['high']:,.0f} chip-hours per trillion tokens; MFU "
         f"{100 * mfu['low']:.0f} to {100 * mfu['high']:.0f}% "
         f"({100 * usual['low']:.0f} to {100 * usual['high']:.0f}% counting masked keys)"
     )
@@ -170,4 +178,9 @@ def _describe_collectives(report: dict) -> list[str]:
         )
     if least := report["least_wire_bytes"]:
         lines.append(f"  on the wire {report['wire_bytes'] / least:.2f} of the least")
+    if between := report["between_slices_bytes"]:
+        lines.append(
+            f"between slices      {between / GIB:.3f} GiB per device at least, "
+            f"{report['between_slices_seconds']:.4g} s where nothing hides them"
+        )
     return lines

@@ -39,8 +39,8 @@ class _Start:
     @property
     def useful(self) -> float:
         """Seconds of the steps that count."""
-        made = self.to - self.first
-        return self.seconds.get("steps", 0.0) * (self.kept - self.first) / made if made else 0.0
+        seconds, made = self.seconds.get("steps", 0.0), self.to - self.first
+        return seconds * (self.kept - self.first) / made if made else seconds
 
 
 class Goodput:

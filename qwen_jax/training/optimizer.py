@@ -20,6 +20,8 @@ class OptimizerConfig:
       beta1, beta2, epsilon: of Adam.
       weight_decay: decoupled, times the learning rate, on projections, embedding and output; not on norms and biases.
       clip_norm: largest global norm of the gradient; None does not clip.
+      first_moment_dtype: "float32", or "bfloat16", which saves 2 of the 12 bytes of a parameter and its moments. The
+        update itself is float32, and so is the second moment: what a step adds to it is near bfloat16's rounding.
       skip: which updates are left out; by default none.
     """
 
@@ -32,11 +34,16 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    first_moment_dtype: str = "float32"
     skip: SkipConfig = SkipConfig()
 
     def __post_init__(self):
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"OptimizerConfig.schedule must be cosine or constant, found {self.schedule!r}")
+        if self.first_moment_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"OptimizerConfig.first_moment_dtype must be float32 or bfloat16, found {self.first_moment_dtype!r}"
+            )
         if self.peak_learning_rate <= 0:
             raise ValueError(f"OptimizerConfig.peak_learning_rate must be positive, found {self.peak_learning_rate}")
 
@@ -84,6 +91,6 @@ def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientT
     steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     steps.append(optax.adamw(
         learning_rate_schedule(config, train_steps), b1=config.beta1, b2=config.beta2, eps=config.epsilon,
-        weight_decay=config.weight_decay, mask=decay_mask,
+        weight_decay=config.weight_decay, mask=decay_mask, mu_dtype=config.first_moment_dtype,
     ))
     return skip_updates(optax.chain(*steps), config.skip)

@@ -16,11 +16,9 @@ log = logging.getLogger(__name__)
 TRACE_FOLDER = "trace"
 MEMORY_PROFILE = "memory.prof"
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
-_SIZE = r"([\d.]+\s*[KMGTP]?i?B?)"
 _NEED = (
-    re.compile(rf"Used {_SIZE} of {_SIZE} (?:hbm|memory)"),  # the TPU compiler
-    re.compile(rf"allocat\w+ {_SIZE}ytes"),  # the GPU allocator: "trying to allocate 17179869184 bytes"
-    re.compile(rf"allocat\w+ {_SIZE}"),
+    re.compile(r"Used \S+ of \S+ \w+"),  # the TPU compiler: "Used 22.31G of 15.75G hbm"
+    re.compile(r"(?:to )?allocate [\d.]+ ?\w+"),  # GPU allocators: "trying to allocate 17179869184 bytes", "… 16.00GiB"
 )
 _PROGRAM_BUFFER = re.compile(
     r"Size: (?P<size>[\d.]+[KMGT]?)\s+(?:Operator: op_name=\"(?P<name>[^\"]*)\"\s+)?(?:Shape: (?P<shape>\S+))?"

@@ -143,6 +143,15 @@ def check_run(
     return needed
 
 
+def least_between_slices(config: ModelConfig, mesh: Mesh, slices: int) -> float:
+    """Bytes that a device must send to other slices in one step, in the compute dtype.
+
+    Parameters are split within a slice only, so it is the all-reduce of the gradients of its share.
+    """
+    share = parameter_count(config) / (mesh.size / mesh.shape["data"])
+    return 2 * (slices - 1) / slices * share * config.compute_dtype.itemsize
+
+
 def least_collectives(
     config: ModelConfig, mesh: Mesh, tokens: int, accumulation: int = 1
 ) -> dict[str, CollectiveTotal]:

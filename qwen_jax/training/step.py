@@ -108,6 +108,9 @@ def compile_train_step(train_step: Callable, state, batch, mesh: Mesh, compiler_
 
     Returns:
       A compiled function. Called with other shapes it raises instead of compiling again.
+
+    Raises:
+      ValueError: the compiler for these devices does not take the options.
     """
     shardings = jax.tree.map(lambda x: x.sharding, (state, batch))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -115,7 +118,16 @@ def compile_train_step(train_step: Callable, state, batch, mesh: Mesh, compiler_
         train_step, in_shardings=shardings, out_shardings=(shardings[0], replicated), donate_argnums=0
     )
     with use_mesh(mesh):
-        return jitted.lower(state, batch).compile(compiler_options=dict(compiler_options or {}))
+        lowered = jitted.lower(state, batch)
+    try:
+        return lowered.compile(compiler_options=dict(compiler_options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        if "compile option" not in str(error) and "While setting option" not in str(error):
+            raise
+        raise ValueError(
+            f"train.compiler_options do not suit {mesh.devices.flat[0].device_kind}: {error}. Use the file of "
+            f"gin/hardware/ that is for these devices"
+        ) from error
 
 
 def compile_eval_step(model: Qwen, objective: Callable, params, batch, mesh: Mesh):

@@ -79,7 +79,8 @@ class ParamsWriter:
         # Orbax itself lays down all files but the arrays' data: it saves a tree of the same names with one number each.
         skeleton = unflatten_dict({path: np.zeros(1, np.float32) for path in shapes}, sep="/")
         ocp.save_checkpointables(folder.absolute(), {"params": skeleton})
-        self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context()
+        # A kill loses nothing that a process has written, and the folder appears only when all is.
+        self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context({"file_io_sync": False})
         self._path, self._array, self._pending = None, None, None
 
     def write(self, path: str, piece: slice, array: np.ndarray) -> None:
@@ -107,9 +108,13 @@ class ParamsWriter:
         chunk = [piece.stop - piece.start for piece in pieces(shape)[:1]] + list(shape[1:])
         metadata |= {"shape": list(shape)}
         metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
-        for codec in metadata["codecs"]:
-            if codec["name"] == "sharding_indexed":
-                codec["configuration"]["chunk_shape"] = chunk
+        codecs = metadata["codecs"]
+        if codecs[0]["name"] == "sharding_indexed":
+            codecs[0]["configuration"]["chunk_shape"] = chunk
+            codecs = codecs[0]["configuration"]["codecs"]
+        for codec in codecs:
+            if codec["name"] == "zstd":  # Orbax's level 3 takes twice the time and saves 2% more
+                codec["configuration"]["level"] = 1
         return ts.open(
             spec | {"metadata": metadata}, create=True, delete_existing=True, context=self._context
         ).result()

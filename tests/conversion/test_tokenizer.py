@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.conversion.tokenizer import (
-    DEFAULT_SYSTEM,
     derive_merges,
     recover_ranks,
     tokenizer_json,
     write_tokenizer,
 )
+from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
 MULTILINGUAL = [

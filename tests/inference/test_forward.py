@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.conversion import load_pretrained
-from qwen_jax.inference import logits
-from qwen_jax.inference.generate import Generator
+from qwen_jax.inference import Engine, Request, logits
 from qwen_jax.models.transformer import Qwen
 
 TINY = Path(__file__).parents[1] / "golden" / "qwen1_tiny"
@@ -55,9 +54,10 @@ def test_other_shapes_and_kinds_are_refused(tiny, tokens, lengths, message):
 def test_generation_stops_at_eight_training_lengths_and_at_one_without_dynamic_ntk(tiny):
     model, params = tiny
     prompt = list(range(20))
-    assert len(list(Generator(model, params).stream(prompt, 108))) == 108
-    with pytest.raises(ValueError, match="at most 128, which dynamic NTK makes of the model's max_length of 16"):
-        Generator(model, params).stream(prompt, 109)
+    (result,) = Engine(model, params).generate([Request(prompt, 108)])
+    assert len(result.tokens) == 108
+    with pytest.raises(ValueError, match="at most 128 tokens, which dynamic NTK makes of the model's max_length of 16"):
+        Engine(model, params).stream(Request(prompt, 109))
     without = Qwen(dataclasses.replace(model.config, use_dynamic_ntk=False))
-    with pytest.raises(ValueError, match="at most the model's max_length of 16$"):
-        Generator(without, params).stream(prompt, 1)
+    with pytest.raises(ValueError, match="at most 16 tokens, the model's max_length of 16"):
+        Engine(without, params).stream(Request(prompt, 1))

@@ -5,45 +5,105 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.inference.sampling import SamplingConfig, filtered_logits, sample
+from qwen_jax.inference.sampling import RowSampling, SamplingConfig, filtered_logits, next_tokens, penalised_logits
+
+VALUES = [(t, k, p) for t in (0.3, 1.0, 2.5) for k in (0, 1, 7, 500) for p in (0.05, 0.6, 0.95, 1.0)]
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [0, 1, 7, 500])
-@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
-def test_filters_mean_what_transformers_means(temperature, top_k, top_p):
+def rows(*configs, seeds=None):
+    return jax.tree.map(jnp.asarray, RowSampling.of(configs, seeds or range(len(configs))))
+
+
+def draws(logits, config, count):
+    """`count` draws for each row of logits [rows, vocabulary], by count different seeds: [rows, count]."""
+    repeated = jnp.repeat(logits, count, axis=0)
+    sampling = rows(*[config] * len(repeated))
+    tokens, _ = jax.jit(next_tokens)(repeated, jnp.zeros(repeated.shape, bool), sampling, jnp.full(len(repeated), 9))
+    return np.asarray(tokens).reshape(-1, count)
+
+
+def theirs(logits, temperature, top_k, top_p):
+    """Logits of transformers' warpers, numpy [rows, vocabulary]."""
     torch = pytest.importorskip("torch", reason="compares with transformers")
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    logits = np.random.default_rng(0).standard_normal((4, 60)).astype(np.float32) * 3
-    theirs = torch.tensor(logits)
+    scores = torch.tensor(logits)
     warpers = [transformers.TemperatureLogitsWarper(temperature)]
     warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
     warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
     for warper in warpers:
-        theirs = warper(None, theirs)
-    ours = filtered_logits(jnp.asarray(logits), SamplingConfig(temperature, top_k, top_p))
-    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs.numpy()))
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
+        scores = warper(None, scores)
+    return scores.numpy()
 
 
-def test_draws_follow_the_probabilities_and_the_key():
-    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-    draw = jax.jit(jax.vmap(lambda key: sample(logits, key, SamplingConfig(1.0, 3))[0]))
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    draws = np.asarray(draw(keys))
-    np.testing.assert_array_equal(draws, draw(keys))
-    shares = np.bincount(draws, minlength=4) / len(draws)
-    np.testing.assert_allclose(shares, np.asarray([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.015)
+def test_filters_mean_what_transformers_means():
+    """All of them at once, every row by its own rule."""
+    logits = np.random.default_rng(0).standard_normal((4, 60)).astype(np.float32) * 3
+    wanted = np.concatenate([theirs(logits, *values) for values in VALUES])
+    sampling = rows(*[SamplingConfig(*values) for values in VALUES for _ in range(4)])
+    scaled = jnp.tile(logits, (len(VALUES), 1)) / sampling.temperature[:, None]
+    ours = filtered_logits(scaled, sampling.top_k, sampling.top_p)
+    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(wanted))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 
 
-def test_temperature_zero_is_greedy():
-    logits = jnp.asarray(np.random.default_rng(1).standard_normal((5, 40)), jnp.float32)
-    np.testing.assert_array_equal(sample(logits, jax.random.key(0), SamplingConfig()), logits.argmax(-1))
+@pytest.mark.parametrize("values", [(1.3, 0, 1.0), (1.0, 20, 1.0), (0.9, 0, 0.8), (2.0, 30, 0.9), (3.0, 400, 0.97)])
+def test_draws_follow_the_probabilities_of_transformers(values):
+    """Of 1,000 tokens: among the most probable ones, among all, and where these are not enough."""
+    logits = np.random.default_rng(1).standard_normal((1, 1000)).astype(np.float32) * 2
+    wanted = theirs(logits, *values)[0].astype(np.float64)
+    wanted = np.exp(wanted - wanted.max()) / np.exp(wanted - wanted.max()).sum()
+    found = np.bincount(draws(jnp.asarray(logits), SamplingConfig(*values), 5000)[0], minlength=1000) / 5000
+    assert (found[wanted == 0] == 0).all()
+    assert np.abs(found - wanted).max() < 0.03 and np.abs(found - wanted).sum() < 0.3
+
+
+def test_repetition_penalty_means_what_transformers_means():
+    torch = pytest.importorskip("torch", reason="compares with transformers")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    random = np.random.default_rng(2)
+    logits, ids = random.standard_normal((3, 50)).astype(np.float32), random.integers(0, 50, (3, 20))
+    seen = np.zeros((3, 50), bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    for penalty in (0.7, 1.0, 1.5):
+        wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(logits))
+        ours = penalised_logits(jnp.asarray(logits), seen, jnp.full(3, penalty))
+        np.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-6)
+
+
+def test_a_row_draws_by_its_own_rules_seed_and_position_alone():
+    logits = jnp.asarray(np.random.default_rng(3).standard_normal((6, 700)), jnp.float32)
+    seen = jnp.asarray(np.random.default_rng(4).random((6, 700)) < 0.1)
+    configs = [
+        SamplingConfig(), SamplingConfig(1.0), SamplingConfig(0.7, 50, 0.9), SamplingConfig(2.0, 600, 0.99, 1.5),
+        SamplingConfig(1.0, 0, 0.99), SamplingConfig(repetition_penalty=3.0),
+    ]
+    positions = jnp.arange(6) * 10
+    together, log_probs = next_tokens(logits, seen, rows(*configs), positions)
+    for row, config in enumerate(configs):
+        one = slice(row, row + 1)
+        alone, log_prob = next_tokens(logits[one], seen[one], rows(config, seeds=[row]), positions[one])
+        assert alone[0] == together[row]
+        np.testing.assert_allclose(log_prob[0], log_probs[row], rtol=1e-6)
+        np.testing.assert_allclose(log_prob[0], jax.nn.log_softmax(logits[row])[alone[0]], rtol=1e-5)
+    assert together[0] == logits[0].argmax()
+    moved, _ = next_tokens(logits, seen, rows(*configs), positions + 1)
+    reseeded, _ = next_tokens(logits, seen, rows(*configs, seeds=range(6, 12)), positions)
+    for other in (moved, reseeded):
+        assert (other[jnp.asarray([0, 5])] == together[jnp.asarray([0, 5])]).all()
+        assert (other[1:5] != together[1:5]).any()
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = jnp.where(jnp.arange(2000) % 7 == 3, 0.0, -jnp.inf)[None]
+    assert set(draws(logits, SamplingConfig(1.0), 4000)[0] % 7) == {3}
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [((-1.0,), "temperature"), ((1.0, -2), "top_k"), ((1.0, 0, 0.0), "top_p"), ((1, 0, 1.5), "top_p")],
+    [
+        ((-1.0,), "temperature"), ((float("nan"),), "temperature"), ((1.0, -2), "top_k"), ((1.0, 2.5), "top_k"),
+        ((1.0, 0, 0.0), "top_p"), ((1, 0, 1.5), "top_p"), ((1, 0, 1, 0.0), "repetition_penalty"),
+    ],
 )
 def test_values_out_of_range_are_refused(values, named):
     with pytest.raises(ValueError, match=named):

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.configuration import load_gin
-from qwen_jax.models.attention import KVCache
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, unstack_layers
 from qwen_jax.models.positions import dynamic_ntk_alpha, logn_scale, rotary_angles
 from qwen_jax.models.transformer import Qwen
 
@@ -122,27 +122,28 @@ def test_unequal_prompts_decode_like_the_whole_pass_of_each(params, changes):
     whole = [inference_logits(model, params, tokens[row : row + 1, : n + new])[0] for row, n in enumerate((20, 36))]
 
     @jax.jit
-    def decode(tokens, positions, cache):
-        hidden, cache = model.apply({"params": params}, tokens, positions, cache, method=Qwen.decode)
-        return model.apply({"params": params}, hidden, method=Qwen.logits), cache
+    def step(tokens, starts, cache):
+        hidden, cache = decode(model.config, layered, tokens, starts, cache)
+        return decoding_logits(model.config, layered, hidden), cache
 
+    layered = unstack_layers(params, model.config.num_layers)
     prompt = jnp.where(jnp.arange(40) < lengths[:, None], tokens[:, :40], 0)
-    cache = KVCache.empty(model.config, 2, 48, lengths)
-    logits, cache = decode(prompt, jnp.broadcast_to(jnp.arange(40), (2, 40)), cache)
+    cache = DecodingCache.empty(model.config, 2, 48, lengths)
+    logits, cache = step(prompt, jnp.zeros(2, int), cache)
     padded = inference_logits(model, params, prompt, lengths)
     for row, length in enumerate((20, 36)):
         np.testing.assert_allclose(logits[row, :length], whole[row][:length], atol=1e-4)
         np.testing.assert_allclose(padded[row, :length], whole[row][:length], atol=1e-4)
-    for step in range(new):
-        at = lengths[:, None] + step
-        logits, cache = decode(jnp.take_along_axis(tokens, at, axis=1), at, cache)
+    for index in range(new):
+        at = lengths + index
+        logits, cache = step(jnp.take_along_axis(tokens, at[:, None], axis=1), at, cache)
         for row in range(2):
-            np.testing.assert_allclose(logits[row, 0], whole[row][int(at[row, 0])], atol=1e-4)
+            np.testing.assert_allclose(logits[row, 0], whole[row][int(at[row])], atol=1e-4)
 
 
 def test_dynamic_ntk_must_know_the_prompt():
     with pytest.raises(ValueError, match="prompt_lengths"):
-        KVCache.empty(config(use_dynamic_ntk=True), 1, 8)
+        DecodingCache.empty(config(use_dynamic_ntk=True), 1, 8)
 
 
 def test_windows_come_from_gin_and_survive_json():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.configuration import load_gin
-from qwen_jax.models.attention import KVCache
 from qwen_jax.models.config import REMAT_POLICIES, ModelConfig
+from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, unstack_layers
 from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
 
 RELEASED = {"1_8b": 1_836_828_672, "7b": 7_721_324_544, "14b": 14_167_290_880, "72b": 72_287_920_128}
@@ -112,18 +112,18 @@ def test_cached_decoding_gives_the_logits_of_the_whole_pass(changes):
     whole = forward(model, params, tokens)
 
     @jax.jit
-    def decode(tokens, positions, cache):
-        hidden, cache = model.apply({"params": params}, tokens, positions, cache, method=Qwen.decode)
-        return model.apply({"params": params}, hidden, method=Qwen.logits), cache
+    def step(tokens, starts, cache):
+        hidden, cache = decode(model.config, layered, tokens, starts, cache)
+        return decoding_logits(model.config, layered, hidden), cache
 
-    cache = KVCache.empty(model.config, 2, 32)
+    layered = unstack_layers(params, model.config.num_layers)
+    cache = DecodingCache.empty(model.config, 2, 32)
     # A prompt of 10 padded to 16: what padding wrote must not be seen later.
     prompt = jnp.where(jnp.arange(16) < 10, tokens[:, :16], 0)
-    logits, cache = decode(prompt, jnp.broadcast_to(jnp.arange(16), (2, 16)), cache)
+    logits, cache = step(prompt, jnp.zeros(2, int), cache)
     np.testing.assert_allclose(logits[:, :10], whole[:, :10], atol=2e-5)
     for position in range(10, 24):
-        at = jnp.full((2, 1), position)
-        logits, cache = decode(tokens[:, position : position + 1], at, cache)
+        logits, cache = step(tokens[:, position : position + 1], jnp.full(2, position), cache)
         np.testing.assert_allclose(logits[:, 0], whole[:, position], atol=2e-5)
 
 
@@ -138,6 +138,12 @@ def test_rematerialisation_changes_no_gradient(remat):
 
     for one, other in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(one).max()))
+
+
+def test_offloading_where_there_is_no_host_is_refused():
+    model, params = make(tiny_config(remat="offload"))
+    with pytest.raises(ValueError, match="'offload' needs TPUs or GPUs"):
+        forward(model, params, tokens_of(1, 8))
 
 
 def test_initial_weights_have_the_released_spread():

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.conversion import convert, load_pretrained
-from qwen_jax.inference import logits
-from qwen_jax.inference.generate import Generator
-from qwen_jax.models.attention import KVCache
+from qwen_jax.inference import Engine, Request, logits
+from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, unstack_layers
 from qwen_jax.models.positions import dynamic_ntk_alpha
 from qwen_jax.models.transformer import Qwen
 
@@ -56,31 +55,32 @@ def test_logits_and_alpha_of_every_length(golden):
 def test_greedy_decoding_with_the_cache(golden):
     """Prompts of 20 and 40 tokens, 24 more with the cache: past the training length in prefill, or on the way."""
     model, params, expected = golden
+    layered = unstack_layers(params, model.config.num_layers)
     for length in numbers_after("prompt_", expected):
         prompt, theirs = expected[f"prompt_{length}"], expected[f"greedy_logits_{length}"]
 
         @jax.jit
-        def step(tokens, positions, cache):
-            hidden, cache = model.apply({"params": params}, tokens, positions, cache, method=Qwen.decode)
-            return model.apply({"params": params}, hidden[:, -1:], method=Qwen.logits)[:, 0], cache
+        def step(tokens, starts, cache):
+            hidden, cache = decode(model.config, layered, tokens, starts, cache)
+            return decoding_logits(model.config, layered, hidden[:, -1:])[:, 0], cache
 
-        cache = KVCache.empty(model.config, 1, length + 24, jnp.asarray([length]))
-        step_logits, cache = step(jnp.asarray(prompt), jnp.arange(length)[None], cache)
+        cache = DecodingCache.empty(model.config, 1, length + 24, jnp.asarray([length]))
+        step_logits, cache = step(jnp.asarray(prompt), jnp.zeros(1, int), cache)
         for index, token in enumerate(expected[f"greedy_{length}"]):
             assert worst(step_logits[0], theirs[index]) < 1e-4, f"prompt of {length}, new token {index}"
             assert int(step_logits[0].argmax()) == token
-            step_logits, cache = step(jnp.asarray([[token]]), jnp.asarray([[length + index]]), cache)
+            step_logits, cache = step(jnp.asarray([[token]]), jnp.asarray([length + index]), cache)
 
 
-def test_the_generator_gives_the_greedy_tokens_of_the_released_code(golden):
-    """Its prompts are padded to a bucket: alpha must come from the prompt alone."""
+def test_the_engine_gives_the_greedy_tokens_of_the_released_code(golden):
+    """Prompts are padded to buckets and decode in one batch: alpha must come from each prompt alone."""
     model, params, expected = golden
     if not model.config.use_dynamic_ntk:  # the released code goes on past the length; ours refuses
         model = Qwen(dataclasses.replace(model.config, max_length=256))
-    generator = Generator(model, params)
-    for length in numbers_after("prompt_", expected):
-        ours = list(generator.stream(expected[f"prompt_{length}"][0].tolist(), 24))
-        assert ours == expected[f"greedy_{length}"].tolist()
+    lengths = numbers_after("prompt_", expected)
+    requests = [Request(expected[f"prompt_{length}"][0], 24) for length in lengths]
+    for result in Engine(model, params).generate(requests):
+        assert list(result.tokens) == expected[f"greedy_{lengths[result.index]}"].tolist()
 
 
 @pytest.mark.parametrize("switched", [{}, {"use_dynamic_ntk": False}, {"use_logn": False}])

@@ -74,6 +74,13 @@ def test_what_the_compiler_says_beside():
     assert estimate_time(account(Program(PROGRAM)), V5E, log).exposed == pytest.approx(4 * 1500 / 1.5e9)
     given_up = "RESOURCE_EXHAUSTED: … Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded …"
     assert needed_when_too_large(given_up) == 20.5 * 2**30 and needed_when_too_large("INTERNAL: …") is None
+    given_up = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (61.5G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert needed_when_too_large(given_up) == 61.5 * 2**30
+    # Of the chip's small vector memory: no question of fitting, but of block sizes.
+    assert needed_when_too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M") is None
 
 
 def test_text_that_is_no_program_is_refused():

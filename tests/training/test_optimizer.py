@@ -35,6 +35,27 @@ def test_updates_equal_torch():
         np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), atol=2e-6)
 
 
+def test_a_first_moment_in_bfloat16_takes_half_the_memory_and_moves_parameters_alike():
+    random = np.random.default_rng(0)
+    params = {"kernel": random.standard_normal((50, 70), np.float32)}
+    gradients = [{"kernel": random.standard_normal((50, 70), np.float32)} for _ in range(20)]
+
+    def moved(dtype):
+        transform = make_optimizer(OptimizerConfig(1e-2, schedule="constant", first_moment_dtype=dtype), 100)
+        ours, state = params, transform.init(params)
+        for gradient in gradients:
+            updates, state = transform.update(gradient, state, ours)
+            ours = optax.apply_updates(ours, updates)
+        return ours["kernel"] - params["kernel"], state
+
+    (exact, wide), (close, narrow) = moved("float32"), moved("bfloat16")
+    wide_bytes, narrow_bytes = (sum(leaf.nbytes for leaf in jax.tree.leaves(state)) for state in (wide, narrow))
+    assert wide_bytes - narrow_bytes == 50 * 70 * 2
+    assert close.dtype == jnp.float32 and 1e-6 < np.abs(close - exact).max() < 0.01 * np.abs(exact).max()
+    with pytest.raises(ValueError, match="first_moment_dtype must be float32 or bfloat16, found 'float16'"):
+        OptimizerConfig(1e-2, first_moment_dtype="float16")
+
+
 def test_weight_decay_touches_matrices_only():
     shapes = jax.eval_shape(lambda: Qwen(small_model()).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     mask = decay_mask(shapes)

@@ -10,7 +10,15 @@ from qwen_jax.programs.account import collectives_per_device
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.program import compile_run, memory_per_device, model_flops_per_token
+from qwen_jax.training.program import (
+    TooLittleMemory,
+    check_run,
+    compile_run,
+    least_between_slices,
+    least_collectives,
+    memory_per_device,
+    model_flops_per_token,
+)
 from tests.fakes import small_model
 
 
@@ -59,3 +67,58 @@ def test_operations_of_the_7b_model(causal, gflop):
     assert flops.matmuls == 6 * (7_721_324_544 - 151_936 * 4096)
     assert flops.attention == 12 * 32 * 4096 * 2048 / (2 if causal else 1)
     assert flops.total / 1e9 == pytest.approx(gflop, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"xla_tpu_nonsense": 1}, "xla_tpu_nonsense"), ({"xla_cpu_enable_fast_math": "x"}, "bool")]
+)
+def test_options_that_the_compiler_does_not_take_are_refused(options, message):
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with pytest.raises(ValueError, match=message):
+        compile_run(
+            Qwen(small_model()), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16,
+            compiler_options=options,
+        )
+
+
+def test_a_state_that_cannot_fit_is_refused_before_compiling():
+    """14 bytes a parameter, split over fsdp; a byte too little is too little."""
+    mesh = make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8])
+    model, shape = Qwen(small_model()), {"batch_size": 8, "sequence_length": 16}
+    needed = check_run(model, OptimizerConfig(1e-3), 10, mesh, **shape)
+    parameters = parameter_count(model.config)
+    assert 14 * parameters / 8 <= sum(needed.values()) <= 1.2 * 14 * parameters / 8
+    check_run(model, OptimizerConfig(1e-3), 10, mesh, memory=sum(needed.values()), **shape)
+    with pytest.raises(TooLittleMemory, match=f"{parameters:,} parameters needs .* on each of 8 device"):
+        check_run(model, OptimizerConfig(1e-3), 10, mesh, memory=sum(needed.values()) - 1, **shape)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds"),
+    [((1, 1, 1), set()), ((8, 1, 1), {"all-reduce"}), ((1, 8, 1), {"all-gather", "reduce-scatter"}),
+     ((2, 2, 2), {"all-gather", "reduce-scatter", "all-reduce"})],
+)
+def test_no_program_moves_less_than_its_layout_needs(layout, kinds):
+    """The least, in float32 here, is what the compiled step moves at least, and not far from what it moves."""
+    config = small_model(hidden_size=64, ffn_size=256)
+    mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+    least = least_collectives(config, mesh, tokens=8 * 16)
+    assert set(least) == kinds
+    program = compile_run(
+        Qwen(config), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16
+    )
+    moved = sum(total.wire_bytes for total in collectives_per_device(program.as_text()).values())
+    needed = sum(total.wire_bytes for total in least.values())
+    assert 0.95 * needed <= moved <= 4 * needed
+
+
+def test_the_least_of_7b_on_256_chips():
+    config = ModelConfig(vocab_size=151_936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11_008)
+    mesh = jax.sharding.AbstractMesh((1, 256, 1), ("data", "fsdp", "tensor"))
+    least = least_collectives(config, mesh, 2048 * 2048)
+    gathered = 2 * (2 * 7_721_324_544 - 151_936 * 4096)
+    assert least["all-gather"].payload_bytes == gathered
+    assert least["reduce-scatter"].payload_bytes == 2 * 7_721_324_544
+    two_slices = jax.sharding.AbstractMesh((2, 64, 1), ("data", "fsdp", "tensor"))
+    assert least_between_slices(config, two_slices, 2) == 2 * 7_721_324_544 / 64
+    assert least_between_slices(config, mesh, 1) == 0

@@ -1,0 +1,163 @@
+"""Peak memory and speed of conversions between all pairs of formats, at the shape of a released model.
+
+    python benchmarks/conversion.py --folder=/scratch/convert                  # 7B: 15.4 GB of random bfloat16 values
+    python benchmarks/conversion.py --folder=/scratch/convert --size=tiny      # the same in seconds
+    python benchmarks/conversion.py --folder=/scratch/convert --step=qwen:orbax
+
+Each conversion is a process of `tools/convert_checkpoint.py`, started with the source out of the kernel's cache, and
+timed until its files are on disk. Its peak memory is what the kernel says of it at its end (`VmHWM`: resident pages,
+with those of mapped files such as shared libraries, and without the kernel's cache of files, which it gives up when
+memory is short). The peer is a plain copy of the same files by `cp`. Every conversion ends with a comparison of
+all tensors with what was made at first. Two checkpoints are on disk at a time (31 GB for 7B): a source is removed once
+it has been read for the last time.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ml_dtypes  # noqa: E402
+import numpy as np  # noqa: E402
+
+from qwen_jax.command_line import run  # noqa: E402
+from qwen_jax.conversion import huggingface  # noqa: E402
+from qwen_jax.conversion.checksums import Checksums, flush  # noqa: E402
+from qwen_jax.conversion.load import open_weights  # noqa: E402
+from qwen_jax.conversion.mapping import FORMATS, gather, outside_tensors  # noqa: E402
+from qwen_jax.models.config import ModelConfig  # noqa: E402
+
+SIZES = {
+    "tiny": ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4, num_heads=2, ffn_size=704),
+    "1_8b": ModelConfig(vocab_size=151936, hidden_size=2048, num_layers=24, num_heads=16, ffn_size=5504),
+    "7b": ModelConfig(vocab_size=151936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11008),
+}
+# In an order in which two checkpoints at a time are enough.
+STEPS = ("make", "copy", "qwen:qwen2", "qwen2:qwen", "qwen2:orbax", "orbax:qwen2", "orbax:qwen", "qwen:orbax")
+BLOCK = 2**24
+# A process tells its own peak: what its parent can ask for afterwards includes the parent's pages of before the start.
+PEAK_FILE = "peak.txt"
+TELLING = """
+import runpy, sys
+from pathlib import Path
+file, sys.argv = sys.argv[1], sys.argv[2:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    Path(file).write_text(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+
+
+def make(folder: Path, config: ModelConfig) -> None:
+    """Writes random bfloat16 weights as format qwen, and their hashes beside."""
+    values = np.random.default_rng(0).standard_normal(BLOCK, np.float32).astype(ml_dtypes.bfloat16)
+    offsets = np.random.default_rng(1)
+
+    def produce(tensor):
+        count = int(np.prod(tensor.shape))
+        start = int(offsets.integers(BLOCK))
+        return np.resize(np.roll(values, -start), count).reshape(tensor.shape)
+
+    (folder / "qwen").mkdir(parents=True)
+    table = FORMATS["qwen"]
+    content = huggingface.outside_config(table, config, "bfloat16", None)
+    huggingface.write_json(folder / "qwen" / huggingface.CONFIG_FILE, content)
+    huggingface.write_safetensors(
+        folder / "qwen", outside_tensors(table, config), produce, "bfloat16", 5 * 10**9, Checksums(False), True
+    )
+    huggingface.write_json(folder / "hashes.json", hashes(folder / "qwen"))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a folder in any format, as format qwen has it in bfloat16."""
+    weights = open_weights(folder)
+    found = {}
+    for tensor in outside_tensors(FORMATS["qwen"], weights.config):
+        array = np.ascontiguousarray(gather(weights, tensor))
+        narrow = array.astype(ml_dtypes.bfloat16)
+        if not np.array_equal(narrow.astype(array.dtype).reshape(-1).view(np.uint8), array.reshape(-1).view(np.uint8)):
+            raise ValueError(f"{folder}: {tensor.name} is not bfloat16 any more")
+        found[tensor.name] = hashlib.sha256(narrow.reshape(-1).view(np.uint8).data).hexdigest()
+    return found
+
+
+def measured(command: list[str], source: Path, target: Path) -> float:
+    """Seconds until the target is on disk, of a command that makes `target` of `source`."""
+    shutil.rmtree(target, ignore_errors=True)
+    flush(source)
+    began = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    flush(target)
+    return time.perf_counter() - began
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def convert(folder: Path, source: str, target: str, config: ModelConfig) -> str:
+    """Converts and compares; gives a row of the table."""
+    command = [sys.executable, "-c", TELLING, str(folder / PEAK_FILE), "tools/convert_checkpoint.py"]
+    command += ["--from", f"{source}:{folder / source}", "--to", f"{target}:{folder / target}"]
+    if target != "orbax":
+        command += ["--dtype", "bfloat16"]
+    seconds = measured(command, folder / source, folder / target)
+    peak = int((folder / PEAK_FILE).read_text()) * 1024 / 1e9
+    if hashes(folder / target) != json.loads((folder / "hashes.json").read_text()):
+        raise ValueError(f"{source} to {target} changed tensors")
+    wide = max(int(np.prod(tensor.shape)) for tensor in outside_tensors(FORMATS["qwen"], config))
+    limit = (wide * 2 * 4 + 10**9) / 1e9
+    size = weight_bytes(config)
+    return (
+        f"| {source} to {target} | {seconds:.0f} | {size / seconds / 1e9:.2f} | {peak:.2f} | {limit:.2f} | "
+        f"{size_of(folder / target) / 1e9:.1f} |"
+    )
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the weights in bfloat16."""
+    return 2 * sum(int(np.prod(tensor.shape)) for tensor in outside_tensors(FORMATS["qwen"], config))
+
+
+def main() -> None:
+    """Runs the steps and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are made")
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--step", choices=STEPS, help="one of them alone; default: all, one after the other")
+    arguments = parser.parse_args()
+    folder, config = arguments.folder, dataclasses.replace(SIZES[arguments.size], use_dynamic_ntk=True, use_logn=True)
+    rows = []
+    for step in (arguments.step,) if arguments.step else STEPS:
+        if step == "make":
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder, config)
+        elif step == "copy":
+            command = ["cp", "-r", str(folder / "qwen"), str(folder / "copy")]
+            seconds = measured(command, folder / "qwen", folder / "copy")
+            rows.append(f"| cp -r | {seconds:.0f} | {weight_bytes(config) / seconds / 1e9:.2f} | | | |")
+            shutil.rmtree(folder / "copy")
+        else:
+            source, target = step.split(":")
+            for other in set(FORMATS) | {"orbax"}:
+                if other not in (source, target):
+                    shutil.rmtree(folder / other, ignore_errors=True)
+            rows.append(convert(folder, source, target, config))
+    print("| | seconds | GB/s of bfloat16 | peak GB | limit GB | GB written |", "|---|--:|--:|--:|--:|--:|", sep="\n")
+    print(*rows, sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)

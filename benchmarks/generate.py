@@ -1,0 +1,174 @@
+"""Tokens per second of the generation engine against transformers' `generate`, on the same weights, in one run.
+
+    python benchmarks/generate.py                          # a model of 110M parameters on CPUs, float32
+    python benchmarks/generate.py --dtypes float32 bfloat16
+    python benchmarks/generate.py --preset 1.8b --dtypes bfloat16 --batches 1 64 --prompt 256 --new 256   # one GPU
+    python benchmarks/generate.py --preset tiny --rounds 1 --new 8 --prompt 16     # does it run?
+
+Random weights are written as a `qwen2` folder, which both load. Both first continue the same prompts greedily: the
+tokens must be equal (in bfloat16, where rounding decides between near-equal logits, the share that is equal is printed). Then
+they take turns; medians are printed. Prefill is the time to the first token; decoding is what the other tokens take.
+With --bandwidth (or on a GPU whose figure is known), decoding is also put beside the least time that reading the
+weights and the cache from memory takes.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives on the same GPU
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from flax.traverse_util import unflatten_dict  # noqa: E402
+
+from qwen_jax.conversion import convert, load_pretrained  # noqa: E402
+from qwen_jax.conversion.mapping import parameter_shapes  # noqa: E402
+from qwen_jax.inference import Engine, Request  # noqa: E402
+from qwen_jax.models.config import ModelConfig  # noqa: E402
+from qwen_jax.training.checkpoints import save_params  # noqa: E402
+
+PRESETS = {
+    "tiny": ModelConfig(vocab_size=500, hidden_size=64, num_layers=2, num_heads=4, head_dim=16, ffn_size=128),
+    "100m": ModelConfig(vocab_size=32000, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, ffn_size=2048),
+    "1.8b": ModelConfig(
+        vocab_size=151936, hidden_size=2048, num_layers=24, num_heads=16, head_dim=128, ffn_size=5504, max_length=8192
+    ),
+}
+# Bytes per second between memory and processor, by the makers' sheets; found in the name of the device.
+BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}
+
+
+@dataclasses.dataclass
+class Contest:
+    """One model in both libraries, in one compute dtype."""
+
+    config: ModelConfig
+    engine: Engine
+    peer: transformers.PreTrainedModel
+    prompts: np.ndarray  # [batch, length]
+
+    def ours(self, new: int) -> list[tuple[int, ...]]:
+        """New tokens of each prompt."""
+        requests = [Request(prompt, new) for prompt in self.prompts]
+        return [result.tokens for result in sorted(self.engine.generate(requests), key=lambda result: result.index)]
+
+    def theirs(self, new: int) -> list[tuple[int, ...]]:
+        """The same of transformers."""
+        tokens = torch.tensor(self.prompts, device=self.peer.device)
+        with torch.no_grad():
+            whole = self.peer.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new,
+                do_sample=False, pad_token_id=0,
+            )
+        return [tuple(row) for row in whole[:, tokens.shape[1]:].tolist()]
+
+
+def write_model(config: ModelConfig, folder: Path) -> Path:
+    """A `qwen2` folder with random weights, of a spread that makes greedy continuations wander."""
+    random = np.random.default_rng(0)
+    flat = {
+        path: random.standard_normal(shape, np.float32) * (0.02 if len(shape) > 2 or "output" in path else 0.5)
+        + np.float32("scale" in path)
+        for path, shape in parameter_shapes(config).items()
+    }
+    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), None)
+    return convert("orbax", folder / "run", "qwen2", folder / "qwen2", progress=False)
+
+
+def seconds(generate: Callable[[int], list], new: int) -> tuple[float, float]:
+    """(to the first token, for each further one)."""
+    begun = time.perf_counter()
+    generate(1)
+    first = time.perf_counter() - begun
+    begun = time.perf_counter()
+    generate(new)
+    return first, (time.perf_counter() - begun - first) / (new - 1)
+
+
+def least_bytes(config: ModelConfig, batch: int, length: float) -> float:
+    """Bytes that one decoding step must read: the weights of all products, and the cache of `length` positions."""
+    size = np.dtype(config.compute_dtype).itemsize
+    weights = sum(int(np.prod(shape)) for name, shape in parameter_shapes(config).items() if name != "token_embedding")
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length * batch
+    return size * (weights + cache)
+
+
+def bandwidth_of(device: str, given: float | None) -> float | None:
+    """Bytes per second: as given, or those of a known GPU."""
+    if given:
+        return given * 1e9
+    return next((value for name, value in BANDWIDTHS.items() if name in device), None)
+
+
+def measure(contest: Contest, dtype: str, new: int, rounds: int, bandwidth: float | None) -> None:
+    """Compares the tokens, then the times, and prints a line for each library."""
+    batch, length = contest.prompts.shape
+    ours, theirs = np.asarray(contest.ours(new)), np.asarray(contest.theirs(new))
+    contest.ours(1)
+    if dtype == "float32" and not np.array_equal(ours, theirs):
+        raise ValueError(f"the tokens differ: {np.mean(ours == theirs):.2%} are equal")
+    times = {"transformers": [], "qwen_jax": []}
+    for _ in range(rounds):
+        times["transformers"].append(seconds(contest.theirs, new))
+        times["qwen_jax"].append(seconds(contest.ours, new))
+    peer = [statistics.median(column) for column in zip(*times["transformers"], strict=True)]
+    for name, rows in times.items():
+        first, step = (statistics.median(column) for column in zip(*rows, strict=True))
+        limit = ""
+        if bandwidth:
+            limit = f"{least_bytes(contest.config, batch, length + new / 2) / bandwidth / step:>10.0%}"
+        print(
+            f"{dtype:9} {batch:>5} {name:13} {batch * length / first:>12,.0f} {peer[0] / first:>6.2f} "
+            f"{batch / step:>12,.1f} {peer[1] / step:>6.2f} {step * 1e3:>9.2f}{limit}"
+        )
+    print(f"{'':15} equal tokens: {np.mean(ours == theirs):.1%} of {ours.size}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the model, measures, prints a table with the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="100m", choices=PRESETS)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="prompts that are continued together")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are generated after each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bandwidth", type=float, help="of the memory, in GB/s")
+    arguments = parser.parse_args(argv)
+    device = jax.devices()[0].device_kind
+    gpu = jax.default_backend() == "gpu"
+    bandwidth = bandwidth_of(device, arguments.bandwidth)
+    random = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_model(PRESETS[arguments.preset], Path(temporary))
+        print(
+            f"{arguments.preset} on {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
+            f"transformers {transformers.__version__}, jax {jax.__version__}; prompts of {arguments.prompt} tokens, "
+            f"{arguments.new} new, medians of {arguments.rounds}"
+        )
+        print(f"{'dtype':9} {'batch':>5} {'':13} {'prefill tok/s':>12} {'ratio':>5} {'decode tok/s':>12} {'ratio':>6} "
+              f"{'ms/step':>9}{'of limit' if bandwidth else '':>10}")
+        for dtype in arguments.dtypes:
+            model, params = load_pretrained(folder, dtype=dtype)
+            engine = Engine(model, params, slots=max(arguments.batches))
+            del params
+            peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+            peer = peer.to("cuda") if gpu else peer
+            for batch in arguments.batches:
+                prompts = random.integers(0, model.config.vocab_size, (batch, arguments.prompt))
+                contest = Contest(model.config, engine, peer, prompts)
+                measure(contest, dtype, arguments.new, arguments.rounds, bandwidth)
+
+
+if __name__ == "__main__":
+    main()

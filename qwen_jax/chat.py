@@ -1,0 +1,285 @@
+"""A conversation with a chat model in the terminal, or through standard input: one message a line.
+
+    python -m qwen_jax.chat --checkpoint exports/chat
+    printf 'Hello!\\nAnd in French?\\n' | python -m qwen_jax.chat --checkpoint exports/chat --temperature 0
+
+Commands: /reset forgets the conversation, /system TEXT sets the system message, /save FILE writes the conversation as
+JSON, /help, /exit. A line that ends in a backslash goes on in the next; // at the beginning is a / of the message.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen_jax.command_line import run
+from qwen_jax.conversion.huggingface import GENERATION_FILE, read_json
+from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_prompt, stop_ids
+from qwen_jax.generate import load_engine
+from qwen_jax.inference import Engine, Request, SamplingConfig
+
+# generation_config.json of the released chat models (7B and 14B); temperature is what transformers has without one.
+RELEASED = {"temperature": 1.0, "top_p": 0.8, "top_k": 0, "repetition_penalty": 1.1, "max_new_tokens": 512}
+HELP = """/reset        forget the conversation, keep the system message
+/system TEXT  set the system message, from the next message on
+/save FILE    write the conversation as JSON
+/help         this
+/exit         end (so does Ctrl-D)
+A line that ends in \\ goes on in the next one. // at the beginning is a / of the message. Ctrl-C stops an answer."""
+FULL_AT = 0.8  # of the context: from here on, it is said how much is left
+
+
+class Chat:
+    """A conversation: its messages, and what the model says to the next one.
+
+    Attributes:
+      messages: all of them, oldest first, without the system message.
+      system: the system message.
+      notices: what the last call has to say beside the answer.
+    """
+
+    def __init__(
+        self, engine: Engine, system: str = DEFAULT_SYSTEM, sampling: SamplingConfig = SamplingConfig(),
+        max_new_tokens: int = 512, seed: int = 0,
+    ):
+        """`engine` must have a tokenizer; answer n draws with seed + n.
+
+        Raises:
+          ValueError: max_new_tokens leaves no room for a message.
+        """
+        if not 1 <= max_new_tokens < engine.max_length:
+            raise ValueError(
+                f"max_new_tokens must be from 1 to {engine.max_length - 1}, below the context of {engine.max_length} "
+                f"tokens, found {max_new_tokens}"
+            )
+        self.engine, self.system, self.sampling = engine, system, sampling
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.messages: list[dict[str, str]] = []
+        self.notices: list[str] = []
+        self._first = 0  # the oldest message that the model still sees
+        self._answers = 0
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.messages, self._first = [], 0
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yields what the assistant says to `text`, in pieces. Stopped early, what came so far is its answer.
+
+        When message and answer may not fit, the oldest turns are left out, for good, and a notice says so.
+
+        Raises:
+          ValueError: the system message and `text` alone leave no room for an answer. The conversation is as before.
+        """
+        self.notices = []
+        messages = [*self.messages, {"role": "user", "content": text}]
+        first, prompt = self._fit(messages)
+        if first > self._first:
+            many = (first - self._first) // 2
+            self.notices.append(
+                f"the context of {self.engine.max_length} tokens is full: the oldest {many} question(s) and their "
+                "answers are left out from now on"
+            )
+        used = len(prompt) + self.max_new_tokens
+        if first == self._first and used > FULL_AT * self.engine.max_length:
+            self.notices.append(
+                f"the conversation takes {len(prompt)} of {self.engine.max_length} tokens; before it does not fit any "
+                "more, its oldest turns are left out (/reset starts anew)"
+            )
+        request = Request(
+            prompt, self.max_new_tokens, self.sampling, stop_ids(self.engine.tokenizer),
+            seed=(self.seed + self._answers) % 2**32,
+        )
+        pieces = self.engine.stream(request)
+        return self._speak(messages, first, pieces)
+
+    def _fit(self, messages) -> tuple[int, list[int]]:
+        tokenizer, room = self.engine.tokenizer, self.engine.max_length - self.max_new_tokens
+        for first in range(self._first, len(messages), 2):
+            prompt = encode_prompt(tokenizer, [{"role": "system", "content": self.system}, *messages[first:]])
+            if len(prompt) <= room:
+                return first, prompt
+        raise ValueError(
+            f"this message and the system message take {len(prompt)} tokens, and {self.max_new_tokens} are kept for "
+            f"the answer: the context has {self.engine.max_length}; shorten it, or lower --max_new_tokens"
+        )
+
+    def _speak(self, messages, first, pieces) -> Iterator[str]:
+        said = []
+        try:
+            for piece in pieces:
+                said.append(piece.text)
+                if piece.text:
+                    yield piece.text
+                if piece.finish_reason == "length":
+                    self.notices.append(f"stopped after {self.max_new_tokens} tokens (--max_new_tokens)")
+        finally:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+            self._first = first
+            self._answers += 1
+
+    def save(self, path: str | Path) -> None:
+        """Writes {"messages": [...]}, the system message first; the file appears whole or not at all.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        path = Path(path).expanduser()
+        content = {"messages": [{"role": "system", "content": self.system}, *self.messages]}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def defaults(checkpoint: str | Path) -> dict[str, float | int]:
+    """The generation settings of a folder's generation_config.json; what it does not say is as released.
+
+    Raises:
+      ValueError: the file is there, and one of its settings is no number.
+    """
+    path = Path(checkpoint) / GENERATION_FILE
+    found = read_json(path) if path.is_file() else {}
+    settings = {name: found[name] for name in RELEASED if found.get(name) is not None}
+    if wrong := [name for name, value in settings.items() if type(value) not in (int, float)]:
+        raise ValueError(f"{path}: {wrong[0]} is {settings[wrong[0]]!r}, expected a number")
+    if found.get("do_sample") is False:
+        settings["temperature"] = 0.0
+    return {**RELEASED, **settings}
+
+
+def command(chat: Chat, line: str) -> str | None:
+    """Does what a line that begins with / says.
+
+    Returns:
+      What to tell the user; None ends the conversation.
+
+    Raises:
+      ValueError, OSError: there is no such command, or it cannot be done.
+    """
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if name == "/exit":
+        return None
+    if name == "/help":
+        return HELP
+    if name == "/reset":
+        chat.reset()
+        return "the conversation is forgotten"
+    if name == "/system":
+        if not argument:
+            return f"the system message is: {chat.system}"
+        chat.system = argument
+        return "the system message is set"
+    if name == "/save":
+        if not argument:
+            raise ValueError("/save needs a file: /save conversation.json")
+        chat.save(argument)
+        return f"saved {len(chat.messages)} messages to {argument}"
+    raise ValueError(f"there is no command {name}: /help lists them (// at the beginning is a / of the message)")
+
+
+def messages_from(stream, interactive: bool) -> Iterator[str]:
+    """The messages and commands of a text stream, one a line unless it ends in a backslash; empty ones left out."""
+    parts: list[str] = []
+    while True:
+        if interactive:
+            try:
+                line = input("... " if parts else "> ")
+            except EOFError:
+                print()
+                line = None
+        else:
+            line = stream.readline()
+            line = line.rstrip("\r\n") if line else None
+        if line is not None and line.endswith("\\"):
+            parts.append(line[:-1])
+            continue
+        text = "\n".join([*parts, *([line] if line is not None else [])]).strip()
+        parts = []
+        if text:
+            yield text
+        if line is None:
+            return
+
+
+def converse(chat: Chat, interactive: bool) -> None:
+    """Answers the messages of standard input until it ends. Notices and errors go to standard error.
+
+    Raises:
+      ValueError, OSError: a message or command that cannot be, unless somebody sits there: then it is said, and the
+        conversation goes on.
+    """
+    for text in messages_from(sys.stdin, interactive):
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                told = command(chat, text)
+                if told is None:
+                    return
+                print(told, file=sys.stdout if interactive else sys.stderr)
+                continue
+            _answer(chat, text[1:] if text.startswith("//") else text)
+        except (ValueError, OSError) as error:
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _answer(chat: Chat, text: str) -> None:
+    pieces = chat.answer(text)
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pieces.close()
+        chat.notices.append("stopped")
+    print(flush=True)
+    for notice in chat.notices:
+        print(f"note: {notice}", file=sys.stderr, flush=True)
+
+
+def main(argv=None) -> None:
+    """Command line of `python -m qwen_jax.chat`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen_jax.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="run folder, or converted folder (qwen or qwen2)")
+    parser.add_argument("--system", default=DEFAULT_SYSTEM, help=f"system message; default: {DEFAULT_SYSTEM!r}")
+    for name, kind in (("temperature", float), ("top_p", float), ("top_k", int), ("repetition_penalty", float),
+                       ("max_new_tokens", int)):
+        text = f"default: the checkpoint's generation_config.json, else {RELEASED[name]}"
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    parser.add_argument("--verbose", action="store_true", help="log each program that is compiled")
+    args = parser.parse_args(argv)
+    if not args.verbose:
+        logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)
+    engine = load_engine(args.checkpoint, args.dtype, slots=1)
+    settings = defaults(args.checkpoint)
+    settings |= {name: value for name in RELEASED if (value := getattr(args, name)) is not None}
+    new = int(settings.pop("max_new_tokens"))
+    if args.max_new_tokens is None:
+        new = min(new, engine.max_length // 2)  # a small model must have room for the question, too
+    chat = Chat(engine, args.system, SamplingConfig(**settings), new, args.seed)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        try:
+            import readline  # noqa: F401  line editing and history in input()
+        except ImportError:
+            pass
+        print(f"context of {engine.max_length} tokens; /help lists the commands, Ctrl-D ends")
+    try:
+        converse(chat, interactive)
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    run(main)

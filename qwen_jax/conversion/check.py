@@ -1,0 +1,110 @@
+"""What `--check` compares: the logits of two checkpoints on the same tokens, computed one layer at a time.
+
+Both sides run through our decoder in float32, so this says whether two folders hold the same function, however they
+are stored. That other software computes the same from a folder is for the tests and for docs/serving.md.
+"""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from tqdm import tqdm
+
+from qwen_jax.conversion.load import open_weights
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, is_stacked, parameter_shapes
+from qwen_jax.models.kernels import causal_mask
+from qwen_jax.models.layers import RMSNorm
+from qwen_jax.models.positions import rotary_angles
+from qwen_jax.models.transformer import Block
+
+# Columns of the output projection that are multiplied at a time.
+VOCABULARY_BLOCK = 16384
+# Float32 products of the same numbers, relative to the largest logit.
+TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How far the logits of two checkpoints are apart.
+
+    Attributes:
+      largest: largest absolute difference.
+      scale: largest magnitude of the first's logits.
+      positions, agreeing: how many positions were compared, and at how many the most likely token is the same.
+    """
+
+    largest: float
+    scale: float
+    positions: int
+    agreeing: int
+
+    @property
+    def same(self) -> bool:
+        """Whether the difference is that of float32 arithmetic at most."""
+        return self.largest <= TOLERANCE * self.scale
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.largest:.3g} at most (their scale is {self.scale:.3g}); the most likely token is "
+            f"the same at {self.agreeing} of {self.positions} positions"
+        )
+
+
+def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False) -> np.ndarray:
+    """Logits of the training-mode forward pass; holds one layer, and one side of the vocabulary, at a time.
+
+    Args:
+      tokens: int [batch, length].
+
+    Returns:
+      float32 [batch, length, vocab_size].
+    """
+    config = dataclasses.replace(weights.config, dtype="float32", attention_kernel="xla")
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    mask = causal_mask(tokens.shape[1], None)
+    block = jax.jit(Block(config, deterministic=True).apply)
+    stacked = [path for path in parameter_shapes(config) if is_stacked(path)]
+    x = jnp.asarray(weights.read("token_embedding", None)[tokens], jnp.float32)
+    for layer in tqdm(range(config.num_layers), desc="layers", disable=not progress):
+        own = {path.removeprefix(LAYER_PREFIX): _float32(weights.read(path, layer)) for path in stacked}
+        params = unflatten_dict(own, sep="/")
+        (x, _), _ = block({"params": params}, (x, None), jnp.int32(layer), angles, None, mask, positions, None)
+    scale = _float32(weights.read("final_norm/scale", None))
+    x = np.asarray(RMSNorm(config.norm_epsilon, jnp.float32).apply({"params": {"scale": scale}}, x))
+    kernel = weights.read("token_embedding", None).T if config.tie_embeddings else weights.read("output", None)
+    logits = np.empty((*tokens.shape, config.vocab_size), np.float32)
+    for start in range(0, config.vocab_size, VOCABULARY_BLOCK):
+        part = slice(start, start + VOCABULARY_BLOCK)
+        logits[..., part] = x @ _float32(kernel[:, part])
+    return logits
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress: bool = False) -> Comparison:
+    """Compares two folders in any formats on two rows of 64 random tokens, or of the training length if that is less.
+
+    Tokens are of the smaller vocabulary, and logits of rows that only one side has (see padding.py) are left out.
+
+    Raises:
+      FileNotFoundError, ValueError: see `open_weights`; or the logits of a side are not finite.
+    """
+    sides = [open_weights(first), open_weights(second)]
+    rows = min(weights.config.vocab_size for weights in sides)
+    length = min(64, *(weights.config.max_length for weights in sides))
+    tokens = np.random.default_rng(0).integers(0, rows, (2, length))
+    found = []
+    for folder, weights in zip((first, second), sides, strict=True):
+        found.append(streamed_logits(weights, tokens, progress)[..., :rows])
+        if not np.isfinite(found[-1]).all():
+            raise ValueError(f"the logits of {folder} are not finite: its weights are damaged")
+    return Comparison(
+        largest=float(np.abs(found[0] - found[1]).max()), scale=float(np.abs(found[0]).max()), positions=tokens.size,
+        agreeing=int((found[0].argmax(-1) == found[1].argmax(-1)).sum()),
+    )

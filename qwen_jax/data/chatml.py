@@ -1,0 +1,83 @@
+"""ChatML, the format of the released chat models (report 3.1): messages to token ids.
+
+A turn is `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n`. Role, line ends and content are encoded each by itself, as the
+released `make_context` and `finetune.py` do, and control tokens are put between them as ids: no text, whoever wrote it,
+can become one.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+from qwen_jax.data.tokenizer import Tokenizer
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """The token ids of one message, in the three parts that training tells apart.
+
+    Attributes:
+      role: one of `ROLES`.
+      header: `<|im_start|>`, the role's name, a line end.
+      content: what the message says; holds no control token.
+      footer: `<|im_end|>`, a line end.
+    """
+
+    role: str
+    header: tuple[int, ...]
+    content: tuple[int, ...]
+    footer: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of them."""
+        return self.header + self.content + self.footer
+
+
+def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], system: str = DEFAULT_SYSTEM) -> list[Turn]:
+    """The turns of a conversation.
+
+    Args:
+      messages: each with `role` and `content`, oldest first. Content is untrusted text: what looks like a control token
+        in it is encoded as the characters it is made of.
+      system: what a conversation that does not begin with a system message begins with.
+
+    Raises:
+      ValueError: a message has another role or a content that is no text; its index is named.
+    """
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, Mapping) else message
+            raise ValueError(f"message {index}: role {role!r} is none of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {index}: content must be text, found {type(message.get('content')).__name__}")
+    if not messages or messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return [_turn(tokenizer, message["role"], message["content"]) for message in messages]
+
+
+def _turn(tokenizer: Tokenizer, role: str, content: str) -> Turn:
+    line_end = tuple(tokenizer.encode("\n"))
+    return Turn(
+        role, _header(tokenizer, role), tuple(tokenizer.encode(content)), (tokenizer.im_end_id, *line_end)
+    )
+
+
+def _header(tokenizer: Tokenizer, role: str) -> tuple[int, ...]:
+    return (tokenizer.im_start_id, *tokenizer.encode(role), *tokenizer.encode("\n"))
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], system: str = DEFAULT_SYSTEM
+) -> list[int]:
+    """Token ids of a conversation and of the header after which the assistant speaks; arguments as in `turns`."""
+    whole = (turn.ids for turn in turns(tokenizer, messages, system))
+    return [*itertools.chain.from_iterable(whole), *_header(tokenizer, "assistant")]
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids that end what the assistant says: `<|im_end|>` and `<|endoftext|>`."""
+    return tokenizer.im_end_id, tokenizer.endoftext_id

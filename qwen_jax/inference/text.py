@@ -1,0 +1,74 @@
+"""Text of token ids as they come: whole characters only, and nothing of a stop string."""
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+
+class TextStream:
+    """Turns the bytes of one continuation, token by token, into text that will not change any more.
+
+    A character that is split over tokens comes with the last of them; bytes that are not UTF-8 become U+FFFD. Text that
+    may be the beginning of a stop string is held back until it is known whether it is one.
+
+    Attributes:
+      text: all that has been given out.
+      stopped: whether a stop string has come. It is not part of the text.
+    """
+
+    def __init__(self, stop_strings: Sequence[str] = ()):
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop_strings = tuple(stop_strings)
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def feed(self, data: bytes) -> str:
+        """The text that `data`, the bytes of the next token, makes certain; nothing after a stop string."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(data)
+        found = [at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._give(min(found), drop=True)
+        return self._give(len(self._held) - self._beginning())
+
+    def finish(self) -> str:
+        """The rest, when no token follows."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(b"", final=True)
+        return self._give(len(self._held))
+
+    def _beginning(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop_strings:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+    def _give(self, length: int, drop: bool = False) -> str:
+        given = self._held[:length]
+        self._held = "" if drop else self._held[length:]
+        self.text += given
+        return given
+
+
+def token_bytes(tokenizer, token: int) -> bytes:
+    """Bytes of a token; U+FFFD for an id that the tokenizer does not have, as padded vocabularies may give."""
+    return tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else "\ufffd".encode()
+
+
+def text_pieces(tokenizer, ids: Iterable[int], stop_strings: Sequence[str] = ()) -> Iterable[str]:
+    """The text of `ids` in pieces, as `TextStream` gives them, empty ones left out."""
+    stream = TextStream(stop_strings)
+    for token in ids:
+        if piece := stream.feed(token_bytes(tokenizer, token)):
+            yield piece
+        if stream.stopped:
+            return
+    if rest := stream.finish():
+        yield rest

@@ -1,0 +1,99 @@
+"""The decoder with a key-value cache: the blocks of transformer.py one after the other, each with its own weights.
+
+Training scans over blocks, so that compilation does not grow with depth. A decoding step does so little work for each
+weight that cutting a block out of the stack, a copy of its weights, would take as long again: here they lie apart.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.models.attention import KVCache
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.layers import RMSNorm, embed
+from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
+from qwen_jax.models.transformer import Block, Qwen
+from qwen_jax.sharding import constrain
+
+
+def unstack_layers(params, num_layers: int) -> dict:
+    """Parameters of `Qwen` with `layers` as a tuple of `num_layers` trees, one for each block."""
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers))
+    return {**params, "layers": layers}
+
+
+@flax.struct.dataclass
+class DecodingCache:
+    """What decoding keeps of the tokens before.
+
+    layers: a KVCache for each block.
+    ntk_alpha: float32 [batch], the stretch of the rotary base that each row's prompt asked for. Its keys are rotated
+      with it, so decoding keeps it.
+    """
+
+    layers: tuple[KVCache, ...]
+    ntk_alpha: jax.Array
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, prompt_lengths: jax.Array | None = None
+    ) -> "DecodingCache":
+        """A cache of zeros for `batch` rows of at most `slots` positions.
+
+        Args:
+          prompt_lengths: int32 [batch], without padding; only a model with dynamic NTK needs them.
+
+        Raises:
+          ValueError: the model needs them, and there are none.
+        """
+        if config.use_dynamic_ntk and prompt_lengths is None:
+            raise ValueError("dynamic NTK depends on the prompt: give DecodingCache.empty the rows' prompt_lengths")
+        alpha = jnp.ones(batch, jnp.float32)
+        if config.use_dynamic_ntk:
+            alpha = dynamic_ntk_alpha(prompt_lengths, config.max_length)
+        return cls(tuple(KVCache.empty(config, batch, slots) for _ in range(config.num_layers)), alpha)
+
+    @property
+    def slots(self) -> int:
+        """How many positions of a row it holds."""
+        return self.layers[0].slots
+
+
+def decode(
+    config: ModelConfig, params, tokens: jax.Array, starts: jax.Array, cache: DecodingCache
+) -> tuple[jax.Array, DecodingCache]:
+    """One inference-mode step: a whole prompt, or the token after it.
+
+    A position sees every slot of its row up to itself, so slots that hold padding must be overwritten before a later
+    position can see them.
+
+    Args:
+      config: of the model; context extension (report 2.3.2) acts as it says.
+      params: as `unstack_layers` gives them, in the compute dtype or any other.
+      tokens: int32 [batch, length].
+      starts: int32 [batch], the position of each row's first token; start + length must be within the cache's slots.
+      cache: of the tokens before.
+
+    Returns:
+      (normed final hidden states [batch, length, hidden], the cache with the new positions).
+      `Qwen.logits` makes logits of the first.
+    """
+    positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    mask = jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None]
+    extension = ContextExtension.of(config, positions, cache.ntk_alpha)
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta, extension.ntk_alpha)
+    x = constrain(embed(params["token_embedding"], tokens, config.compute_dtype), "batch", "length", "activation_embed")
+    layers = []
+    for index, (weights, layer_cache) in enumerate(zip(params["layers"], cache.layers, strict=True)):
+        (x, layer_cache), _ = Block(config, deterministic=True).apply(
+            {"params": weights}, (x, layer_cache), index, angles, None, mask, positions, extension
+        )
+        layers.append(layer_cache)
+    norm = RMSNorm(config.norm_epsilon, config.compute_dtype)
+    return norm.apply({"params": params["final_norm"]}, x), cache.replace(layers=tuple(layers))
+
+
+def decoding_logits(config: ModelConfig, params, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
+    above = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return Qwen(config).apply({"params": above}, hidden, method=Qwen.logits)

@@ -1,0 +1,316 @@
+"""`python -m qwen_jax.train` as several processes of one job: real ones, on this machine, killed, stopped, hung.
+
+Each has a device or two of its own and reaches the others by Gloo over TCP, as CPU hosts of a cluster would. The
+everyday tests are one chain of six starts (about a minute on two free cores); the rest is marked slow.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax.training.checkpoints import load_params, saved_steps
+from qwen_jax.training.hosts import TRY_AGAIN
+from qwen_jax.training.metrics import read_metrics
+
+SETTINGS = {
+    "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 8, "TRAIN_STEPS": 600, "WARMUP_STEPS": 5,
+    "CHECKPOINT_EVERY": 50, "EVAL_EVERY": 300, "EVAL_BATCHES": 2, "LOG_EVERY": 10, "PEAK_LEARNING_RATE": 3e-4,
+    "MeshConfig.data": 2, "ModelConfig.vocab_size": 512, "ModelConfig.hidden_size": 32, "ModelConfig.num_layers": 2,
+    "ModelConfig.num_heads": 2, "ModelConfig.head_dim": 16, "ModelConfig.ffn_size": 64,
+}
+HEARTBEAT = 8
+# Our own limit is the heartbeat and two looks at it; what is added is for a machine that does other things too.
+LIMIT = 2 * HEARTBEAT + 30
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hosts")
+    words = random.Random(0)
+    (folder / "text").mkdir()
+    for index in range(40):
+        (folder / "text" / f"{index}.txt").write_text(" ".join(words.choices("the cat sat on a mat".split(), k=99)))
+    other = ["".join(words.choices("abcdefghij", k=6)) for _ in range(80)]
+    (folder / "text" / "long.txt").write_text(" ".join(other * 3))
+    subprocess.run(
+        [sys.executable, "tools/build_tokenizer.py", "--input", folder / "text", "--size", "512", "--output",
+         folder / "small.tiktoken"], check=True, capture_output=True,
+    )
+    return folder
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Job:
+    """Processes of one training job, their logs in files."""
+
+    def __init__(self, corpus, output, processes=2, devices=1, flags=(), patches=None, per_process=None, **changes):
+        settings = {
+            **SETTINGS, "OUTPUT_DIR": output, "CACHE_DIR": corpus / "cache", "VOCABULARY": corpus / "small.tiktoken",
+            "local_files.pattern": corpus / "text", "local_files.validation_share": 0.2, **changes,
+        }
+        environment = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        address = f"localhost:{free_port()}"
+        self.output, self.logs, self.processes = output, [], []
+        for index in range(processes):
+            place = ["--num_processes=1"] if processes == 1 else [
+                f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={index}",
+                f"--heartbeat_timeout={HEARTBEAT}",
+            ]
+            own = {**settings, **(per_process or {}).get(index, {})}
+            arguments = [
+                "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin", *place, *flags,
+                *(f"--gin.{name}={value}" for name, value in own.items()),
+            ]
+            start = ["-m", "qwen_jax.train"]
+            if patch := (patches or {}).get(index):
+                start = ["-c", f"from qwen_jax import command_line, train\n{patch}\ncommand_line.run(train.main)"]
+            self.logs.append(corpus / f"{output.name}-{len(list(corpus.glob('*.log')))}.log")
+            with open(self.logs[-1], "w") as log:
+                self.processes.append(subprocess.Popen(
+                    [sys.executable, *start, *arguments], env=environment, stdout=log, stderr=log
+                ))
+
+    def said(self, index) -> str:
+        return self.logs[index].read_text()
+
+    def errors(self, index) -> list[str]:
+        return [line for line in self.said(index).splitlines() if line.startswith("error: ")]
+
+    def when(self, step) -> None:
+        """Returns once this job, not one before it, has logged step `step`."""
+        while "step/s" not in self.said(0) or not any(row["step"] >= step for row in read_metrics(self.output)):
+            assert all(process.poll() is None for process in self.processes), self.said(0) + self.said(-1)
+            time.sleep(0.02)
+
+    def wait(self, timeout=300, without=()) -> list[int]:
+        """Exit codes of all processes but those in `without`."""
+        deadline = time.monotonic() + timeout
+        try:
+            return [
+                process.wait(max(deadline - time.monotonic(), 0.1))
+                for index, process in enumerate(self.processes) if index not in without
+            ]
+        except subprocess.TimeoutExpired:
+            pytest.fail("\n\n".join(self.said(index)[-3000:] for index in range(len(self.processes))))
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+
+    def done(self) -> None:
+        assert set(self.wait()) == {0}, "\n\n".join(self.said(i)[-3000:] for i in range(len(self.processes)))
+
+
+def losses(output):
+    return {row["step"]: row["loss"] for row in read_metrics(output) if "loss" in row}
+
+
+def assert_same_run(output, reference, bits: bool):
+    here, there = losses(output), losses(reference)
+    assert here.keys() == there.keys()
+    if bits:
+        assert here == there
+    for step, loss in here.items():
+        assert loss == pytest.approx(there[step], rel=2e-5), step
+    pairs = zip(jax.tree.leaves(load_params(output)[1]), jax.tree.leaves(load_params(reference)[1]), strict=True)
+    for one, other in pairs:
+        if bits:
+            np.testing.assert_array_equal(one, other)
+        else:
+            np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus):
+    """The unbroken run of one process with two devices."""
+    Job(corpus, corpus / "alone", processes=1, devices=2).done()
+    return corpus / "alone"
+
+
+def test_a_job_survives_a_lost_process_a_notice_and_another_number_of_processes(corpus, alone):
+    output = corpus / "job"
+    job = Job(corpus, output)
+    job.when(60)
+    began = time.monotonic()
+    job.processes[1].kill()
+    codes = job.wait(without=[1])
+    assert codes == [TRY_AGAIN] and time.monotonic() - began < LIMIT, job.said(0)
+    assert f"process 1 ({socket.gethostname()}, pid {job.processes[1].pid}) gave no sign of life" in job.errors(0)[0]
+    assert saved_steps(output)
+
+    job = Job(corpus, output)
+    job.when(max(saved_steps(output)) + 10)
+    job.processes[1].send_signal(signal.SIGTERM)
+    job.done()
+    assert "stopped by SIGTERM after step" in job.said(0) and "stopped by SIGTERM" not in job.said(1)
+    stopped = max(saved_steps(output))
+    assert stopped < 600 and f"after step {stopped}, saved" in job.said(0)
+
+    # The rest in one process with as many devices: the checkpoint of two is read by one.
+    Job(corpus, output, processes=1, devices=2).done()
+    assert_same_run(output, alone, bits=False)
+    rows = read_metrics(output)
+    hosts = next(row for row in rows if "hosts/step_median" in row)
+    assert hosts["hosts/step_min"] <= hosts["hosts/step_median"] <= hosts["hosts/step_max"]
+    assert hosts["hosts/busy_slowest"] in (0, 1)
+    account = json.loads((output / "goodput.json").read_text())["starts"]
+    assert len(account) == 3 and account[0]["kept"] <= account[0]["to"] and account[2]["first"] == stopped
+
+
+def test_processes_that_differ_are_refused_and_named(corpus, alone):
+    job = Job(
+        corpus, corpus / "mixed", processes=3, per_process={1: {"TRAIN_STEPS": 700}},
+        patches={2: "from qwen_jax.training import hosts; hosts.jaxlib.__version__ = '0.0.1'"},
+    )
+    assert job.wait() == [2, 2, 2]
+    for index in range(3):
+        (error,) = job.errors(index)
+        assert f"process 1 ({socket.gethostname()}, pid" in error and "TRAIN_STEPS = 700" in error
+        assert f"process 2 ({socket.gethostname()}, pid" in error and "jaxlib 0.0.1" in error
+    assert not (corpus / "mixed").exists()
+
+
+def test_flags_of_a_job_that_make_no_sense_are_named(corpus):
+    from qwen_jax import train
+
+    for flags, message in (
+        (["--process_id=1"], "--process_id needs --coordinator_address and --num_processes"),
+        (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], r"must be in \[0, 2\)"),
+        (["--coordinator_address=a", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
+        (["--heartbeat_timeout=0"], "--heartbeat_timeout must be positive"),
+        (["--hang_timeout=-1"], "--hang_timeout must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            files = ["--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin"]
+            train.main([*files, "--gin.OUTPUT_DIR=/nowhere", *flags])
+
+
+@pytest.mark.slow
+def test_any_split_into_processes_gives_the_same_losses(corpus):
+    """Four devices in one process, two and four; then the checkpoint of four goes on in two and one, other meshes."""
+    short = {"TRAIN_STEPS": 40, "EVAL_EVERY": 20, "LOG_EVERY": 1, "CHECKPOINT_EVERY": 20, "MeshConfig.tensor": 1}
+    runs = {}
+    for processes in (1, 2, 4):
+        runs[processes] = corpus / f"split-{processes}"
+        Job(corpus, runs[processes], processes=processes, devices=4 // processes, **short).done()
+        assert_same_run(runs[processes], runs[1], bits=False)
+    # Rows that a process holds need not be neighbours: tensor lies inside fsdp, data outside.
+    longer = {**short, "TRAIN_STEPS": 40}
+    for processes, mesh in (
+        (2, {"MeshConfig.data": 1, "MeshConfig.fsdp": 4}), (1, {"MeshConfig.data": 2, "MeshConfig.tensor": 2}),
+    ):
+        copy = corpus / f"resumed-{processes}"
+        shutil.copytree(runs[4], copy)
+        shutil.rmtree(copy / "checkpoints" / "40")
+        job = Job(corpus, copy, processes=processes, devices=4 // processes, **{**longer, **mesh})
+        job.done()
+        assert "resuming" in job.said(0) and "after step 20" in job.said(0)
+        assert_same_run(copy, runs[1], bits=False)
+
+
+@pytest.mark.slow
+def test_a_lost_job_goes_on_bit_for_bit(corpus):
+    """Two processes killed and started again, against two that were left alone; process 0 is the one that is lost."""
+    short = {"TRAIN_STEPS": 300, "LOG_EVERY": 10}
+    Job(corpus, corpus / "left alone", **short).done()
+    output = corpus / "killed"
+    job = Job(corpus, output, **short)
+    job.when(60)
+    began = time.monotonic()
+    job.processes[0].kill()
+    assert job.wait(without=[0]) == [TRY_AGAIN] and time.monotonic() - began < LIMIT
+    assert f"process 0 ({socket.gethostname()}, pid {job.processes[0].pid}), where the job's" in job.said(1)
+    Job(corpus, output, **short).done()
+    assert_same_run(output, corpus / "left alone", bits=True)
+
+
+@pytest.mark.slow
+def test_a_notice_to_every_process_saves_one_step(corpus):
+    job = Job(corpus, corpus / "notice", processes=4, TRAIN_STEPS=100_000, CHECKPOINT_EVERY=100_000, EVAL_EVERY=0)
+    job.when(20)
+    for process in job.processes:
+        process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    job.done()
+    assert time.monotonic() - began < 30, "the notice of a spot machine is 30 s"
+    (step,) = saved_steps(corpus / "notice")
+    assert f"stopped by SIGTERM after step {step}" in job.said(0)
+
+
+HANG = """
+from qwen_jax.data import loader
+import time
+read = loader.ExampleLoader.read
+def hanging(self, start, stop):
+    if start >= 400:
+        time.sleep(10_000)
+    return read(self, start, stop)
+loader.ExampleLoader.read = hanging
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_hangs_is_named_and_all_write_their_stacks(corpus, which):
+    output = corpus / f"hang-{which}"
+    job = Job(corpus, output, patches={which: HANG}, flags=["--hang_timeout=20"])
+    assert job.wait() == [TRY_AGAIN] * 2
+    for index in range(2):
+        assert f"process {which} ({socket.gethostname()}, pid" in job.errors(index)[-1], job.said(index)
+        assert "reading the batch of step" in job.errors(index)[-1] and "the others wait for" in job.errors(index)[-1]
+        assert "Thread 0x" in job.said(index)
+    assert (output / f"stacks_{which}.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_frozen_is_lost(corpus):
+    job = Job(corpus, corpus / "frozen")
+    job.when(20)
+    job.processes[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert job.wait(without=[1]) == [TRY_AGAIN] and time.monotonic() - began < LIMIT
+    assert "process 1 (" in job.errors(0)[0] and "gave no sign of life" in job.errors(0)[0]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_with_its_text(corpus):
+    patch = HANG.replace("time.sleep(10_000)", "raise OSError('the disk of this host is gone')")
+    job = Job(corpus, corpus / "one error", patches={1: patch})
+    assert job.wait() == [2, 2]
+    assert "the disk of this host is gone" in job.errors(1)[0]
+    assert f"process 1 ({socket.gethostname()}, pid" in job.errors(0)[0]
+    assert "the disk of this host is gone" in job.errors(0)[0]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(corpus):
+    short = {"TRAIN_STEPS": 40, "LOG_EVERY": 1, "CHECKPOINT_EVERY": 20, "EVAL_EVERY": 0}
+    output = corpus / "unreadable"
+    Job(corpus, output, **short).done()
+    reference = losses(output)
+    # Each process writes files of its own; those of process 1 are damaged.
+    files = [p for p in (output / "checkpoints" / "40").rglob("*process_1*/d/*") if p.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(b"")
+    job = Job(corpus, output, **short)
+    job.done()
+    assert "after step 20" in job.said(0) and (output / "checkpoints" / "unreadable-40").is_dir()
+    assert losses(output) == reference
