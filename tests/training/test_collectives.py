@@ -5,6 +5,7 @@ elements, so that no activation can be taken for a parameter.
 """
 
 import collections
+import dataclasses
 import functools
 import math
 
@@ -33,11 +34,11 @@ Exchange = collections.namedtuple("Exchange", "kind dtype shape group times")
 
 
 @functools.cache
-def compiled(accumulation=1, columns=(), **layout):
+def compiled(accumulation=1, columns=(), remat="full", **layout):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **layout}), jax.devices()[: math.prod(layout.values())])
     return compile_run(
-        Qwen(MODEL), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=BATCH, sequence_length=LENGTH,
-        accumulation=accumulation, columns=columns,
+        Qwen(dataclasses.replace(MODEL, remat=remat)), next_token_loss, OptimizerConfig(1e-3), 10, mesh,
+        batch_size=BATCH, sequence_length=LENGTH, accumulation=accumulation, columns=columns,
     )
 
 
@@ -64,6 +65,15 @@ def elements(found, kind, group=None):
         math.prod(exchange.shape) * exchange.times for exchange in found
         if exchange.kind == kind and group in (None, exchange.group)
     )
+
+
+@pytest.mark.parametrize("remat", [
+    "minimal", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("dots", "qkv", "attention"))
+])
+def test_no_remat_policy_keeps_gathered_parameters(remat):
+    """They are gathered again, or the model would be held whole. Only "none" keeps them, as it does everything."""
+    found = large(compiled(fsdp=8, remat=remat))
+    assert elements(found, "all-gather") == 2 * 3 * BLOCK + 2 * EMBEDDING
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
