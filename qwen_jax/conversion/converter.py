@@ -158,7 +158,7 @@ def _write_outside(
         write_tokenizer(folder, tokenizer, config.max_length)
     tensors = outside_tensors(table, config)
     huggingface.write_safetensors(
-        folder, tensors, lambda tensor: gather(weights, tensor), dtype, max_shard_size, checksums, progress
+        folder, tensors, lambda tensor, kind: gather(weights, tensor, kind), dtype, max_shard_size, checksums, progress
     )
 
 

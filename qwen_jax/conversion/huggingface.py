@@ -374,7 +374,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
 def write_safetensors(
     folder: Path,
     tensors: Sequence[OutsideTensor],
-    produce: Callable[[OutsideTensor], np.ndarray],
+    produce: Callable[[OutsideTensor, np.dtype], np.ndarray],
     dtype: str,
     max_shard_size: int,
     checksums: Checksums,
@@ -385,7 +385,7 @@ def write_safetensors(
     Args:
       folder: an existing folder.
       tensors: what to write, in this order.
-      produce: makes one of them; called once for each, when it is written.
+      produce: makes one of them, contiguous and in this dtype; called once for each, when it is written.
       dtype: "float32" or "bfloat16".
       max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
       checksums: is told of every tensor.
@@ -426,7 +426,7 @@ def _write_file(path: Path, tensors, produce, dtype: str, checksums: Checksums, 
     with open(path, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            array = np.ascontiguousarray(produce(tensor), dtype=READ_DTYPES[kind])
+            array = produce(tensor, READ_DTYPES[kind])
             checksums.add(tensor.name, array)
             stream.write(array.reshape(-1).view(np.uint8).data)
             bar.update(array.nbytes)

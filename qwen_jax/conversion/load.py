@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from tqdm import tqdm
 
 from qwen_jax.conversion import huggingface
-from qwen_jax.conversion.mapping import FORMATS, Weights, is_stacked, parameter_shapes, read_parameter
+from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked, parameter_shapes, read_parameter
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
@@ -106,7 +106,8 @@ def _placed(weights: Weights, path: str, sharding: Sharding) -> jax.Array:
     stacked = jnp.zeros(shape, jnp.float32, device=sharding)
     put = jax.jit(lambda all, one, layer: all.at[layer].set(one), donate_argnums=0, out_shardings=sharding)
     for layer in range(shape[0]):
-        one = np.ascontiguousarray(weights.read(path, layer), dtype=np.float32)
+        one = np.empty(shape[1:], np.float32)
+        copy_moved(weights.read(path, layer), one)
         stacked = put(stacked, jax.device_put(one, of_layer), layer)
     return stacked
 

@@ -215,10 +215,10 @@ KILLED = """
 import os, signal, sys
 from qwen_jax.conversion import convert, converter
 whole = converter.gather
-def gather(weights, tensor):
+def gather(weights, tensor, dtype):
     if tensor.name == "transformer.ln_f.weight":
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole(weights, tensor)
+    return whole(weights, tensor, dtype)
 converter.gather = gather
 convert("qwen", sys.argv[1], "qwen", sys.argv[2], progress=False)
 """
