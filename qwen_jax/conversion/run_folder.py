@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_jax.conversion.checksums import Checksums
-from qwen_jax.conversion.huggingface import listing
 from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, is_stacked, parameter_shapes
+from qwen_jax.conversion.outside import listing
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.training import checkpoints, weights
 
