@@ -19,9 +19,10 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax.training.checkpoints import load_params, saved_steps
+from qwen_jax.training.checkpoints import saved_steps
 from qwen_jax.training.hosts import TRY_AGAIN
 from qwen_jax.training.metrics import read_metrics
+from qwen_jax.training.weights import load_params
 
 SETTINGS = {
     "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 8, "TRAIN_STEPS": 600, "WARMUP_STEPS": 5,

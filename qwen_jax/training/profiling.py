@@ -9,8 +9,6 @@ from pathlib import Path
 
 import jax
 
-from qwen_jax.training.optimizer import path_name
-
 log = logging.getLogger(__name__)
 
 TRACE_FOLDER = "trace"
@@ -110,9 +108,8 @@ def largest_arrays(tree, count: int = 3) -> list[tuple[str, int]]:
         size = leaf.dtype.itemsize
         for length in shape:
             size *= length
-        name = path_name(path) or jax.tree_util.keystr(path)
-        prefix = jax.tree_util.keystr(path[:1]).strip(".")
-        rows.append((f"{prefix} {name} {leaf.dtype}{list(shape)}", size))
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        rows.append((f"{name} {leaf.dtype}{list(shape)}", size))
     return sorted(rows, key=lambda row: -row[1])[:count]
 
 

@@ -70,7 +70,7 @@ def trainer(folder, cache=CompilationCache(None), **loop):
     [
         (TPU_MESSAGE, ["Used 22.31G of 15.75G hbm", "jit(train_step)/transpose/dot_general 9.27G",
                        "bf16[4096,2,151936]{2,1,0:T(8,128)(2,1)} 4.64G", "jit(train_step)/mlp/up 2.00G"]),
-        (GPU_MESSAGE, ["17179869184 bytes", "params output float32", "MiB"]),
+        (GPU_MESSAGE, ["17179869184 bytes", "params/output float32", "MiB"]),
     ],
     ids=["while compiling for a TPU", "while running on a GPU"],
 )
@@ -99,7 +99,7 @@ def test_a_step_without_memory_ends_the_run_with_names_of_its_state(tmp_path):
     run._train_step = step
     with pytest.raises(OutOfMemory, match="while training") as raised:
         run.run()
-    assert re.search(r"params layers/mlp/.* float32\[2, .*\] [\d.]+ MiB", str(raised.value))
+    assert re.search(r"params/layers/mlp/.* float32\[2, .*\] [\d.]+ MiB", str(raised.value))
     assert str(raised.value).count("MiB") == 3 and (tmp_path / "run" / "memory.prof").exists()
 
 
