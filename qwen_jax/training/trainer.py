@@ -172,17 +172,27 @@ class Trainer:
         """
         first = hosts.place()[0] == 0
         writer = MetricsWriter(self.output_dir, self.start_step, self.loop.train_steps) if first else NoMetrics()
+        writer.describe(self.start_step, {
+            "attention": self.kernel, "mesh": dict(self.mesh.shape), "processes": hosts.place()[1],
+            "device": self.mesh.devices.flat[0].device_kind,
+        })
         prefetcher = Prefetcher(self.train_set, self._shapes, self.next_example, self._skipped)
         steps = self.loop.trace_steps if hosts.place()[0] == self.loop.trace_process else None
         trace = Trace(steps, self.output_dir, self.loop.trace_process)
         try:
             with _StopRequest() as stop, explaining_memory("training", self.output_dir, self._abstract):
-                return self._loop(writer, prefetcher, stop, trace)
+                result = self._loop(writer, prefetcher, stop, trace)
+        except BaseException:
+            # In a job, a save in the background may wait for a process that is lost: then it is left behind.
+            if hosts.place()[1] == 1:
+                self.checkpoints.close()
+            raise
         finally:
             trace.close()
             prefetcher.close()
             writer.close()
-            self.checkpoints.close()
+        self.checkpoints.close()
+        return result
 
     def _loop(self, writer, prefetcher: Prefetcher, stop: _StopRequest, trace: Trace) -> dict[str, float]:
         loop, step, count = self.loop, self.start_step, self._goodput.count
