@@ -189,9 +189,10 @@ def variants(dtype: str, arguments) -> dict[str, dict]:
     """The peers to compare with, by name."""
     base = {"weights": "float32", "compiled": False, "checkpointing": arguments.peer_checkpointing}
     found = {"torch": base, "torch, compiled": {**base, "compiled": True}}
+    found = {name: peer for name, peer in found.items() if ("eager", "compiled")[peer["compiled"]] in arguments.peers}
     if dtype == "bfloat16" and arguments.bfloat16_weights:
         found |= {f"{name}, bfloat16 weights": {**peer, "weights": "bfloat16"} for name, peer in list(found.items())}
-    return {name: peer for name, peer in found.items() if peer["compiled"] or not arguments.only_compiled}
+    return found
 
 
 def measure(dtype: str, folder: Path, arguments, taking_turns: bool) -> list[Side]:
@@ -273,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--attention_kernel", default="auto", help="ours: ModelConfig.attention_kernel")
     parser.add_argument("--peer_checkpointing", action="store_true", help="torch: recompute layers to save memory")
     parser.add_argument("--bfloat16_weights", action="store_true", help="torch: also with bfloat16 weights and moments")
-    parser.add_argument("--only_compiled", action="store_true", help="torch: leave the eager variants out")
+    parser.add_argument("--peers", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--peak_tflops", type=float, help="of the device, for MFU; known for H100, H200 and A100")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
