@@ -2,15 +2,14 @@
 
     python benchmarks/generate.py                          # a model of 110M parameters on CPUs, float32
     python benchmarks/generate.py --dtypes float32 bfloat16
-    python benchmarks/generate.py --preset 1.8b --dtypes bfloat16 --batches 1 64 --prompt 256 --new 256   # one GPU
+    python benchmarks/generate.py --preset 1.8b --dtypes bfloat16 --batches 1 64 --prompt 256 --new 256    # one GPU
     python benchmarks/generate.py --preset tiny --rounds 1 --new 8 --prompt 16     # does it run?
 
 Random weights are written as a `qwen2` folder, which both load. Both first continue the same prompts greedily: the
 tokens must be equal (in bfloat16, where rounding decides between near-equal logits, the share that is equal is
 printed). Then they take turns; medians are printed. Prefill is the time to the first token; decoding is what the other
-tokens take.
-With --bandwidth (or on a GPU whose figure is known), decoding is also put beside the least time that reading the
-weights and the cache from memory takes.
+tokens take. With --bandwidth (or on a GPU whose figure is known), decoding is also put beside the least time that
+reading the weights and the cache from memory takes.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from qwen_jax.conversion import convert, load_pretrained  # noqa: E402
 from qwen_jax.conversion.mapping import parameter_shapes  # noqa: E402
 from qwen_jax.inference import Engine, Request  # noqa: E402
 from qwen_jax.models.config import ModelConfig  # noqa: E402
-from qwen_jax.training.checkpoints import save_params  # noqa: E402
+from qwen_jax.training.weights import save_params  # noqa: E402
 
 PRESETS = {
     "tiny": ModelConfig(vocab_size=500, hidden_size=64, num_layers=2, num_heads=4, head_dim=16, ffn_size=128),

@@ -102,7 +102,7 @@ def test_log_probabilities_are_those_of_the_training_forward_pass(loaded, engine
     ("axes", "changes"),
     [
         (dict(fsdp=4, tensor=2), {}),
-        (dict(data=2, fsdp=2, tensor=2), dict(num_kv_heads=2, tie_embeddings=True)),
+        (dict(fsdp=2, tensor=2, sequence=2), dict(num_kv_heads=2, tie_embeddings=True)),
     ],
 )
 def test_any_mesh_gives_the_same(tmp_path, loaded, axes, changes):
