@@ -64,10 +64,10 @@ def make(folder: Path, config: ModelConfig) -> None:
     values = np.random.default_rng(0).standard_normal(BLOCK, np.float32).astype(ml_dtypes.bfloat16)
     offsets = np.random.default_rng(1)
 
-    def produce(tensor):
+    def produce(tensor, dtype):
         count = int(np.prod(tensor.shape))
         start = int(offsets.integers(BLOCK))
-        return np.resize(np.roll(values, -start), count).reshape(tensor.shape)
+        return np.resize(np.roll(values, -start), count).reshape(tensor.shape).astype(dtype, copy=False)
 
     (folder / "qwen").mkdir(parents=True)
     table = FORMATS["qwen"]

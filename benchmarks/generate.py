@@ -6,8 +6,9 @@
     python benchmarks/generate.py --preset tiny --rounds 1 --new 8 --prompt 16     # does it run?
 
 Random weights are written as a `qwen2` folder, which both load. Both first continue the same prompts greedily: the
-tokens must be equal (in bfloat16, where rounding decides between near-equal logits, the share that is equal is printed). Then
-they take turns; medians are printed. Prefill is the time to the first token; decoding is what the other tokens take.
+tokens must be equal (in bfloat16, where rounding decides between near-equal logits, the share that is equal is
+printed). Then they take turns; medians are printed. Prefill is the time to the first token; decoding is what the other
+tokens take.
 With --bandwidth (or on a GPU whose figure is known), decoding is also put beside the least time that reading the
 weights and the cache from memory takes.
 """

@@ -26,12 +26,17 @@ def run(main: Callable[[], int | None]) -> None:
                 raise
             traceback.print_exc()
             _leave(1)
-        # Gin appends which configurable was being called; the message itself says what to change.
-        message = str(error).split("In call to configurable")[0]
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         if _in_a_job():
             _leave(2)
         sys.exit(2)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    # Gin appends which configurable was being called; the message itself says what to change.
+    message = str(error).split("In call to configurable")[0]
+    return " ".join(message.split()) or type(error).__name__
 
 
 def _in_a_job() -> bool:

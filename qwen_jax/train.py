@@ -192,7 +192,7 @@ def main(argv=None) -> None:
     with joined(hosts.job_config(args), gin.config_str()) as watchdog:
         result = configured(watchdog=watchdog, began=process_began())
     if jax.process_index() == 0:
-        print(", ".join(f"{name} {value:.6g}" for name, value in result.items()))
+        print(", ".join(f"{name} {value:.6g}" for name, value in result.items() if not name.startswith("hosts/")))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python tools/compile_for_tpu.py --gin_file=gin/models/7b.gin --gin_file=gin/runs/pretrain.gin \\
         --gin_file=gin/hardware/v5p_256.gin
 
-It is the step that `python -m qwen_jax.train` runs with the same files. Nothing is allocated; it takes one to two
+By default it is the step that `python -m qwen_jax.train` runs with the same files, whatever its objective;
+--program=prefill and --program=decode are those of `qwen_jax.inference`, for BATCH_SIZE rows of SEQUENCE_LENGTH tokens.
+Nothing is allocated; it takes one to two
 minutes and 3 GB of memory. Needs libtpu (`pip install -c requirements.txt "jax[tpu]"`).
 
 Exit code 1: it does not fit (said before compiling, where parameters, optimizer state and gradients alone are too
@@ -32,27 +34,37 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 for _name, _value in compiler_log.ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
+import flax.linen as nn  # noqa: E402
 import gin  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from qwen_jax import train  # noqa: E402
 from qwen_jax.command_line import run  # noqa: E402
 from qwen_jax.configuration import ROOT, ConfigurationError, parse_args  # noqa: E402
 from qwen_jax.data.packing import columns_for  # noqa: E402
 from qwen_jax.hardware import GIB, HardwareConfig  # noqa: E402
-from qwen_jax.models.transformer import Qwen, parameter_count  # noqa: E402
+from qwen_jax.inference import programs  # noqa: E402
+from qwen_jax.inference.sampling import RowSampling  # noqa: E402
+from qwen_jax.models.attention import KVCache  # noqa: E402
+from qwen_jax.models.decoding import DecodingCache  # noqa: E402
+from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count  # noqa: E402
 from qwen_jax.programs.report import Work, describe, make_report  # noqa: E402
-from qwen_jax.sharding import make_mesh  # noqa: E402
+from qwen_jax.sharding import make_mesh, spec, tree_shardings  # noqa: E402
 from qwen_jax.training.checkpoints import write_atomically  # noqa: E402
 from qwen_jax.training.program import (  # noqa: E402
     TooLittleMemory,
+    check_memory,
     check_run,
     compile_run,
     least_between_slices,
     least_collectives,
     memory_per_device,
     model_flops_per_token,
+    shard_bytes,
 )
+from qwen_jax.training.step import batch_shapes  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +117,95 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     return Prepared(compile_step, work, dict(mesh.shape), state_bytes)
 
 
-PROGRAMS = {"train": prepare_train_step}
+def prepare_prefill(hardware: HardwareConfig) -> Prepared:
+    """The program of `qwen_jax.inference` that reads BATCH_SIZE prompts of SEQUENCE_LENGTH tokens into a cache.
+
+    Raises:
+      ValueError: batch, model, mesh or devices do not go together.
+      TooLittleMemory: weights and cache do not fit.
+    """
+    config, mesh, params, state_bytes, rows, length = _for_inference(hardware)
+    tokens = _placed((rows, length), jnp.int32, mesh, "batch", None)
+    lengths = _placed((rows,), jnp.int32, mesh, "batch")
+    used = model_flops_per_token(config, length)
+    head = 6.0 * config.vocab_size * config.hidden_size  # for the last token of a prompt alone
+    matmuls = (used.matmuls - head + head / length) / 3
+    work = Work(
+        parameters=parameter_count(config), tokens=rows * length, flops_per_token=matmuls + used.attention / 3,
+        flops_per_token_all_keys=matmuls + 2 * used.attention / 3, least={},
+    )
+
+    def compile_prefill():
+        return programs.prefill.lower(mesh, config, params, tokens, lengths).compile()
+
+    return Prepared(compile_prefill, work, dict(mesh.shape), state_bytes)
+
+
+def prepare_decode(hardware: HardwareConfig) -> Prepared:
+    """The program of `qwen_jax.inference` that generates for BATCH_SIZE rows with a cache of SEQUENCE_LENGTH slots.
+
+    It is a loop that ends when rows do, so the report is that of one token of each row, with a full cache.
+
+    Raises:
+      ValueError, TooLittleMemory: as `prepare_prefill`.
+    """
+    config, mesh, params, state_bytes, rows, slots = _for_inference(hardware)
+    def by_row(dtype):
+        return _placed((rows,), dtype, mesh, "batch")
+
+    entry = _placed((rows, config.num_kv_heads, slots, config.head_dim), config.compute_dtype, mesh, *_CACHE_AXES)
+    cache = DecodingCache((KVCache(entry, entry),) * config.num_layers, by_row(jnp.float32))
+    seen = _placed((rows, config.vocab_size), jnp.bool_, mesh, "batch", None)
+    state = programs.BatchState(cache, by_row(jnp.int32), by_row(jnp.int32), seen)
+    sampling = RowSampling(*(by_row(dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)))
+    rules = programs.RowRules(sampling, _placed((rows, 1), jnp.int32, mesh, "batch", None), by_row(jnp.int32))
+    count = _placed((), jnp.int32, mesh)
+    used = model_flops_per_token(config, slots, causal=False)
+    work = Work(
+        parameters=parameter_count(config), tokens=rows, flops_per_token=used.total / 3,
+        flops_per_token_all_keys=used.total / 3, least={},
+    )
+
+    def compile_decode():
+        lowered = programs.generate.lower(mesh, config, params, state, by_row(jnp.bool_), rules, count, count, True)
+        return lowered.compile()
+
+    return Prepared(compile_decode, work, dict(mesh.shape), state_bytes)
+
+
+_CACHE_AXES = ("batch", "kv_heads", None, None)
+
+
+def _placed(shape, dtype, mesh: Mesh, *names: str | None) -> jax.ShapeDtypeStruct:
+    """An array that does not exist, on the mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(names)))
+
+
+def _for_inference(hardware: HardwareConfig):
+    """(model, mesh, weights as inference keeps them, bytes of weights and cache on a device, rows, length)."""
+    settings = gin.get_bindings("train")
+    config, loop = settings["model"], settings["loop"]
+    mesh = make_mesh(settings["mesh"], hardware.devices())
+    batch_shapes(mesh, loop.batch_size, loop.sequence_length)
+    boxed = abstract_params(Qwen(config))
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, config.compute_dtype, sharding=sharding),
+        nn.meta.unbox(boxed), tree_shardings(boxed, mesh),
+    )
+
+    def of_one_layer(leaf):
+        sharding = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+    params = {**params, "layers": (jax.tree.map(of_one_layer, params["layers"]),) * config.num_layers}
+    shape = (config.num_layers * 2, loop.batch_size, config.num_kv_heads, loop.sequence_length, config.head_dim)
+    cache = _placed(shape, config.compute_dtype, mesh, None, *_CACHE_AXES)
+    needed = {"parameters": shard_bytes(params), "cache": shard_bytes(cache)}
+    check_memory(needed, hardware.hbm_bytes, parameter_count(config), mesh)
+    return config, mesh, params, needed, loop.batch_size, loop.sequence_length
+
+
+PROGRAMS = {"train": prepare_train_step, "prefill": prepare_prefill, "decode": prepare_decode}
 
 
 def bound_hardware() -> HardwareConfig:

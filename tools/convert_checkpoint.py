@@ -20,7 +20,8 @@ EXAMPLES = """\
 formats:
   orbax   our run folder (OUTPUT_DIR of a run: its newest checkpoint), or OUTPUT_DIR/checkpoints/STEP
   qwen    QWenLMHeadModel, as Qwen was released in 2023
-  qwen2   Qwen2ForCausalLM, which transformers, vLLM, SGLang and llama.cpp's converter read with no code of ours
+  qwen2   Qwen2ForCausalLM, which transformers, vLLM and SGLang read with no code of ours
+  gguf    a file with its tokenizer, for llama.cpp and what builds on it (needs the package gguf)
 
 examples:
   # serve a run
@@ -36,6 +37,8 @@ exit status: 0; 1 if --verify or --check found a difference; 2 for anything else
 def loading(name: str, folder: Path) -> str:
     """Lines of Python that load what was written."""
     lines = ["from qwen_jax.conversion import load_pretrained", f'model, params = load_pretrained("{folder}")']
+    if name == "gguf":
+        lines = ["from llama_cpp import Llama", f'model = Llama("{folder}", n_ctx=0)']
     if name == "qwen2":
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -74,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="source", type=located, required=True, metavar="FORMAT:PATH", help="to read")
     parser.add_argument(
         "--to", dest="target", type=located, required=True, metavar="FORMAT:PATH",
-        help="what to write; the folder must not exist, or be empty",
+        help="what to write; must not exist, or be an empty folder",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"),
@@ -107,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {target_format} to {target}:")
-    for file in sorted(written.iterdir()):
+    for file in sorted(written.iterdir()) if written.is_dir() else [written]:
         size = sum(path.stat().st_size for path in [file, *file.rglob("*")] if path.is_file())
         print(f"  {file.name:<36}{size:>16,} bytes")
     print(loading(target_format, Path(target)))

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from qwen_jax.conversion.load import open_weights
-from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, is_stacked, parameter_shapes
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, is_stacked, parameter_shapes
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.layers import RMSNorm
 from qwen_jax.models.positions import rotary_angles
@@ -84,7 +84,9 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, dtype=np.float32)
+    copy = np.empty(array.shape, np.float32)
+    copy_moved(array, copy)
+    return copy
 
 
 def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress: bool = False) -> Comparison:

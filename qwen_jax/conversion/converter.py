@@ -8,16 +8,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_jax.conversion import huggingface
+from qwen_jax.conversion import gguf_file, huggingface, run_folder
 from qwen_jax.conversion.checksums import Checksums, flush
-from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, open_weights
+from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, find_ranks, open_weights
 from qwen_jax.conversion.mapping import FORMATS, Format, Weights, gather, outside_tensors
 from qwen_jax.conversion.padding import repadded
-from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED, read_again, write_run_folder
-from qwen_jax.conversion.tokenizer import recover_ranks, write_tokenizer
+from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED
+from qwen_jax.conversion.tokenizer import write_tokenizer
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.weights import tokenizer_path
+
+TABLES = {**FORMATS, gguf_file.NAME: gguf_file.GGUF}
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,10 @@ def convert(
     Memory holds one tensor at a time, never the model.
 
     Args:
-      source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel) or "qwen2" (Qwen2ForCausalLM).
-      source: the folder to read; for orbax a run folder (newest step) or the folder of one step.
-      target: the folder to write; must not exist, or be empty. It appears whole, or not at all.
+      source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel), "qwen2" (Qwen2ForCausalLM) or
+        "gguf" (a file for llama.cpp).
+      source: the folder or file to read; for orbax a run folder (newest step) or the folder of one step.
+      target: the folder or file to write; must not exist, or be an empty folder. It appears whole, or not at all.
       dtype: of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax. Run
         folders are always float32.
       max_shard_size: bytes of one safetensors file, as a number or as in "5GB".
@@ -66,21 +68,27 @@ def convert(
     _check_arguments(source_format, target_format, dtype, target, layout)
     weights = open_weights(source, source_format)
     if target_format != ORBAX:
-        outside_tensors(FORMATS[target_format], weights.config)  # refuses what the format cannot express
+        outside_tensors(TABLES[target_format], weights.config)  # refuses what the format cannot express
     checksums = Checksums(wanted=verify)
     with _staged(target) as (scratch, result):
-        found = _tokenizer(source_format, source, tokenizer, scratch, weights.config)
+        found = _tokenizer(source, tokenizer, scratch, weights.config)
         weights = repadded(weights, vocab_size, found, source)
+        dtype = dtype or weights.dtype
+        if target_format != ORBAX:
+            _warn_of_losses(TABLES[target_format], weights.config)
         if target_format == ORBAX:
-            write_run_folder(result, weights, found.path if found else None, layout, checksums, progress)
+            side, ranks = run_folder, found.path if found else None
+            run_folder.write_run_folder(result, weights, ranks, layout, checksums, progress)
+        elif target_format == gguf_file.NAME:
+            side = gguf_file
+            gguf_file.write_gguf(result, weights, found, dtype, checksums, progress)
         else:
-            table = FORMATS[target_format]
-            _warn_of_losses(table, weights.config)
-            _write_outside(table, weights, result, dtype or weights.dtype, shard_size, found, checksums, progress)
+            side = huggingface
+            _write_outside(FORMATS[target_format], weights, result, dtype, shard_size, found, checksums, progress)
         if verify:
             flush(result)
-            stored = read_again(result) if target_format == ORBAX else huggingface.read_again(result)
-            log.info("verified: %d tensors read back as they were written", checksums.compare(stored, progress))
+            count = checksums.compare(side.read_again(result), progress)
+            log.info("verified: %d tensors read back as they were written", count)
     return target
 
 
@@ -97,13 +105,13 @@ def _check_arguments(source_format: str, target_format: str, dtype: str | None, 
             f"layout {layout!r} cannot be written as {target_format}: {' and '.join(LAYOUTS)} are layouts of orbax; "
             "the other formats name the tensors of each block"
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (target_format == gguf_file.NAME or not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder: choose another target, or remove it")
 
 
-def _tokenizer(source_format, source, given, scratch: Path, config: ModelConfig) -> Tokenizer | None:
+def _tokenizer(source, given, scratch: Path, config: ModelConfig) -> Tokenizer | None:
     if given is None:
-        given = tokenizer_path(source) if source_format == ORBAX else recover_ranks(source, scratch)
+        given = find_ranks(source, scratch)
     if given is None:
         log.warning("warning: %s has no tokenizer, so none is written: name a .tiktoken file to add one", source)
         return None
@@ -158,7 +166,7 @@ def _write_outside(
         write_tokenizer(folder, tokenizer, config.max_length)
     tensors = outside_tensors(table, config)
     huggingface.write_safetensors(
-        folder, tensors, lambda tensor: gather(weights, tensor), dtype, max_shard_size, checksums, progress
+        folder, tensors, lambda tensor, kind: gather(weights, tensor, kind), dtype, max_shard_size, checksums, progress
     )
 
 

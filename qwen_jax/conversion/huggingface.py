@@ -12,29 +12,19 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from qwen_jax.conversion.checksums import Checksums
-from qwen_jax.conversion.mapping import (
-    FORMATS,
-    REQUIRED,
-    Format,
-    OutsideTensor,
-    from_outside,
-    outside_shape,
-    outside_tensors,
-    parameter_shapes,
-)
+from qwen_jax.conversion.mapping import FORMATS, REQUIRED, Format, OutsideTensor
+from qwen_jax.conversion.outside import READ_DTYPES, OutsideWeights, StoredTensor, listing
 from qwen_jax.models.config import ModelConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-READ_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 WRITE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 # What released configurations with context extension say of max_position_embeddings, by hidden size, layers and
 # seq_length; no rule gives these. (Where there is no extension, all say seq_length.)
@@ -52,12 +42,6 @@ def parse_size(size: int | str) -> int:
     if not match or match[2].upper() not in _UNITS or (found := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
         raise ValueError(f"max_shard_size {size!r} is not a size: write it as 5GB, 500MB, 1GiB or a number of bytes")
     return found
-
-
-def listing(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(list(names)[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def read_json(path: Path) -> dict:
@@ -219,112 +203,29 @@ def generation_config(table: Format, config: ModelConfig, endoftext_id: int, im_
     return content
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
-
-
-class SafetensorsFolder:
-    """The weights of a folder in an outside format; a `Weights` of mapping.py.
-
-    Reads the headers only. Then every tensor that the configuration asks for is known to be there, with its shape.
-
-    Attributes:
-      config: ModelConfig of the folder's config.json.
-      dtype: "bfloat16" if all tensors are, else "float32", which holds all that is read.
-      position_limit: what a qwen config.json says of max_position_embeddings; None in other formats.
+class SafetensorsFolder(OutsideWeights):
+    """The weights of a folder in an outside format.
 
     Raises:
       FileNotFoundError: config.json, the weights, or a file that their index names is missing.
-      ValueError: the configuration is not supported, a file is damaged, or tensors are missing, unexpected, of the
-        wrong shape or of a dtype that is not understood; all of them are named.
+      ValueError: the configuration is not supported, a file is damaged, or as `OutsideWeights`.
     """
 
     def __init__(self, folder: str | os.PathLike, table: Format):
-        self.folder = Path(folder)
-        self.config = read_config(self.folder, table)
-        limit = None if table.rope_parameters else read_json(self.folder / CONFIG_FILE).get("max_position_embeddings")
+        folder = Path(folder)
+        config = read_config(folder, table)
+        limit = None if table.rope_parameters else read_json(folder / CONFIG_FILE).get("max_position_embeddings")
         self.position_limit = limit if type(limit) is int else None
-        self._stored = _stored_tensors(self.folder)
-        expected = outside_tensors(table, self.config)
-        self._check(table, {tensor.name: tensor.shape for tensor in expected})
-        # Where each of our parameters lies: its tensor (by layer) and its first row in it.
-        self._places: dict[tuple[str, int | None], tuple[OutsideTensor, int]] = {}
-        shapes = parameter_shapes(self.config)
-        for tensor in expected:
-            start = 0
-            for part in tensor.row.parts:
-                self._places[part, tensor.layer] = (tensor, start)
-                start += outside_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1:])[0]
-        kinds = {self._stored[tensor.name].dtype for tensor in expected}
-        self.dtype = "bfloat16" if kinds == {"BF16"} else "float32"
-
-    def _check(self, table: Format, expected: dict[str, tuple[int, ...]]) -> None:
-        known = {name for name in self._stored if not re.fullmatch(table.redundant, name)}
-        copy = table.tied_output if self.config.tie_embeddings else None
-        missing = [name for name in expected if name not in known]
-        extra = sorted(known - expected.keys() - {copy})
-        present = [name for name in expected if name in known]
-        shapes = [
-            f"{name} is {list(self._stored[name].shape)}, expected {list(expected[name])}"
-            for name in present
-            if self._stored[name].shape != expected[name]
-        ]
-        dtypes = [
-            f"{name} is {self._stored[name].dtype}" for name in present if self._stored[name].dtype not in READ_DTYPES
-        ]
-        problems = [
-            f"{len(found)} {what}: {listing(found)}"
-            for what, found in (
-                ("missing", missing), ("unexpected", extra), ("of wrong shape", shapes),
-                (f"of a dtype other than {', '.join(READ_DTYPES)}", dtypes),
-            )
-            if found
-        ]
-        if problems:
-            raise ValueError(
-                f"tensors of {self.folder} do not fit its {CONFIG_FILE} ({table.architecture}): {'. '.join(problems)}. "
-                "Was the download complete, and are the two files of the same model?"
-            )
-        if copy in self._stored:
-            self._check_copy(copy, table.rows[0].outside)
-
-    def _check_copy(self, copy: str, embedding: str) -> None:
-        first, second = (self._read_rows(name, 0, self._stored[name].shape[0]) for name in (copy, embedding))
-        if first.shape != second.shape or not np.array_equal(first, second):
-            raise ValueError(
-                f"{self.folder}: {CONFIG_FILE} says tie_word_embeddings, but {copy} differs from {embedding}: set "
-                "tie_word_embeddings to false if the model was trained untied"
-            )
-
-    def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return _read_rows(self._stored[name], start, stop)
-
-    def read(self, path: str, layer: int | None) -> np.ndarray:
-        """See `Weights.read`: only the rows that hold this parameter are read."""
-        tensor, start = self._places[path, layer]
-        shape = parameter_shapes(self.config)[path][0 if layer is None else 1:]
-        rows = outside_shape(tensor.row.layout, shape)[0]
-        return from_outside(tensor.row.layout, self._read_rows(tensor.name, start, start + rows), shape)
-
-
-def _read_rows(stored: _Stored, start: int, stop: int) -> np.ndarray:
-    dtype = READ_DTYPES[stored.dtype]
-    row = math.prod(stored.shape[1:]) * dtype.itemsize
-    raw = np.fromfile(stored.file, np.uint8, (stop - start) * row, offset=stored.offset + start * row)
-    return raw.view(dtype).reshape(stop - start, *stored.shape[1:])
+        super().__init__(folder, table, config, _stored_tensors(folder))
 
 
 def read_again(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a folder, file by file."""
     for name, stored in _stored_tensors(folder).items():
-        yield name, _read_rows(stored, 0, stored.shape[0])
+        yield name, stored.read(0, stored.shape[0])
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Name to place of every tensor of a folder, from the headers of its files."""
     if (folder / SINGLE_FILE).is_file():
         return _read_header(folder / SINGLE_FILE)
@@ -352,7 +253,7 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     return everything | {name: headers[file][name] for name, file in names.items()}
 
 
-def _read_header(file: Path) -> dict[str, _Stored]:
+def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         # The library's own checks: sizes, overlaps, and that the data is as long as the header says.
         with safe_open(file, "np"):
@@ -365,7 +266,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     return {
-        name: _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -374,7 +275,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
 def write_safetensors(
     folder: Path,
     tensors: Sequence[OutsideTensor],
-    produce: Callable[[OutsideTensor], np.ndarray],
+    produce: Callable[[OutsideTensor, np.dtype], np.ndarray],
     dtype: str,
     max_shard_size: int,
     checksums: Checksums,
@@ -385,7 +286,7 @@ def write_safetensors(
     Args:
       folder: an existing folder.
       tensors: what to write, in this order.
-      produce: makes one of them; called once for each, when it is written.
+      produce: makes one of them, contiguous and in this dtype; called once for each, when it is written.
       dtype: "float32" or "bfloat16".
       max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
       checksums: is told of every tensor.
@@ -426,7 +327,7 @@ def _write_file(path: Path, tensors, produce, dtype: str, checksums: Checksums, 
     with open(path, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            array = np.ascontiguousarray(produce(tensor), dtype=READ_DTYPES[kind])
+            array = produce(tensor, READ_DTYPES[kind])
             checksums.add(tensor.name, array)
             stream.write(array.reshape(-1).view(np.uint8).data)
             bar.update(array.nbytes)

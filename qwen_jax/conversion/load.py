@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from qwen_jax.conversion import huggingface
-from qwen_jax.conversion.mapping import FORMATS, Weights, is_stacked, parameter_shapes, read_parameter
+from qwen_jax.conversion import gguf_file, huggingface
+from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked, parameter_shapes, read_parameter
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
@@ -25,17 +25,19 @@ from qwen_jax.training import checkpoints
 from qwen_jax.training.weights import PIECE_BYTES, restore_params, tokenizer_path
 
 ORBAX = "orbax"
-FORMAT_NAMES = (ORBAX, *FORMATS)
+FORMAT_NAMES = (ORBAX, *FORMATS, gguf_file.NAME)
 
 
 def detect_format(path: str | os.PathLike) -> str:
-    """The format of a folder, from what is in it: "orbax", "qwen" or "qwen2".
+    """The format of a folder, from what is in it: "orbax", "qwen" or "qwen2"; of a file, "gguf".
 
     Raises:
       FileNotFoundError: no such folder.
       ValueError: it is none of these.
     """
     path = Path(path)
+    if gguf_file.is_gguf(path):
+        return gguf_file.NAME
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder: name a run folder, or one with a {huggingface.CONFIG_FILE}")
     if (path / huggingface.CONFIG_FILE).is_file():
@@ -59,6 +61,8 @@ def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
     """
     if (found := detect_format(path)) != (name or found):
         raise ValueError(f"{path} is a folder of format {found}, not {name}")
+    if found == gguf_file.NAME:
+        return gguf_file.GgufFile(path)
     return RunFolder(path) if found == ORBAX else huggingface.SafetensorsFolder(path, FORMATS[found])
 
 
@@ -66,7 +70,7 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
     """The model of a folder in any known format, for training, evaluation or generation.
 
     Args:
-      path: a run folder (or the folder of one of its steps), or a folder in format qwen or qwen2.
+      path: a run folder (or the folder of one of its steps), a folder in format qwen or qwen2, or a GGUF file.
       dtype: compute dtype of the model, "float32" or "bfloat16".
       mesh: devices to lay the parameters over as training does. They go there as they are read; this host holds one
         layer of one parameter besides. None: the default device.
@@ -106,9 +110,24 @@ def _placed(weights: Weights, path: str, sharding: Sharding) -> jax.Array:
     stacked = jnp.zeros(shape, jnp.float32, device=sharding)
     put = jax.jit(lambda all, one, layer: all.at[layer].set(one), donate_argnums=0, out_shardings=sharding)
     for layer in range(shape[0]):
-        one = np.ascontiguousarray(weights.read(path, layer), dtype=np.float32)
+        one = np.empty(shape[1:], np.float32)
+        copy_moved(weights.read(path, layer), one)
         stacked = put(stacked, jax.device_put(one, of_layer), layer)
     return stacked
+
+
+def find_ranks(path: str | os.PathLike, scratch: Path) -> Path | None:
+    """The `.tiktoken` file of a model in any format, made in the folder `scratch` if need be; None: it has none.
+
+    Raises:
+      FileNotFoundError, ValueError: it is no model, or its tokenizer is not Qwen's.
+    """
+    found = detect_format(path)
+    if found == ORBAX:
+        return tokenizer_path(path)
+    if found == gguf_file.NAME:
+        return gguf_file.recover_gguf_ranks(Path(path), scratch)
+    return recover_ranks(path, scratch)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -117,10 +136,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
       FileNotFoundError, ValueError: the folder is no model, has no tokenizer, or not Qwen's.
     """
-    in_run = detect_format(path) == ORBAX
     with tempfile.TemporaryDirectory() as scratch:
-        ranks = tokenizer_path(path) if in_run else recover_ranks(path, scratch)
+        ranks = find_ranks(path, Path(scratch))
         if ranks is None:
+            in_run = detect_format(path) == ORBAX
             wanted = checkpoints.TOKENIZER_FILE if in_run else f"{RANKS_FILE} or {TOKENIZER_FILE}"
             raise FileNotFoundError(f"{path} has no tokenizer: put the one it was trained with there as {wanted}")
         return Tokenizer(ranks)

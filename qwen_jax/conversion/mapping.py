@@ -21,6 +21,7 @@ from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params
 
 REQUIRED = object()  # the default of a Field that a config.json must have
+COPY_BLOCK = 256
 LAYER_PREFIX = "layers/"  # our parameters below it are stacked along a leading layer axis
 
 # Linear weights of the outside formats are [out, in]. d: hidden width, h: heads, k: head_dim, f: FFN, v: vocabulary.
@@ -315,18 +316,42 @@ def outside_tensors(table: Format, config: ModelConfig) -> list[OutsideTensor]:
     return tensors
 
 
-def gather(weights: Weights, tensor: OutsideTensor) -> np.ndarray:
-    """An outside tensor made of our parameters, in the dtype they are stored in."""
+def copy_moved(source: np.ndarray, target: np.ndarray) -> None:
+    """`target[...] = source` for arrays of one shape, of which the first may have its axes moved and the second not.
+
+    Goes by blocks that fit into the processor's cache: a transposed copy takes a fourth of numpy's time.
+    """
+    if source.ndim < 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    rows = source.reshape(len(source), -1)
+    into = target.reshape(rows.shape)
+    for i in range(0, rows.shape[0], COPY_BLOCK):
+        for j in range(0, rows.shape[1], COPY_BLOCK):
+            block = slice(i, i + COPY_BLOCK), slice(j, j + COPY_BLOCK)
+            into[block] = rows[block]
+
+
+def gather(weights: Weights, tensor: OutsideTensor, dtype: Any = None) -> np.ndarray:
+    """An outside tensor made of our parameters, in `dtype`; None: that which they are stored in."""
     parts = [to_outside(tensor.row.layout, weights.read(part, tensor.layer)) for part in tensor.row.parts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    whole = np.empty(tensor.shape, dtype or parts[0].dtype)
+    if len(parts) == 1 and parts[0].flags.c_contiguous and parts[0].dtype == whole.dtype:
+        return parts[0]
+    start = 0
+    for part in parts:
+        copy_moved(part, whole[start : start + len(part)])
+        start += len(part)
+    return whole
 
 
 def read_parameter(weights: Weights, path: str) -> np.ndarray:
     """A whole parameter in float32, layers stacked; holds one block besides the result."""
     shape = parameter_shapes(weights.config)[path]
+    whole = np.empty(shape, np.float32)
     if not is_stacked(path):
-        return np.ascontiguousarray(weights.read(path, None), dtype=np.float32)
-    stacked = np.empty(shape, np.float32)
+        copy_moved(weights.read(path, None), whole)
+        return whole
     for layer in range(shape[0]):
-        stacked[layer] = weights.read(path, layer)
-    return stacked
+        copy_moved(weights.read(path, layer), whole[layer])
+    return whole

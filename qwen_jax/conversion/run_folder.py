@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_jax.conversion.checksums import Checksums
-from qwen_jax.conversion.huggingface import listing
-from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, is_stacked, parameter_shapes
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, is_stacked, parameter_shapes
+from qwen_jax.conversion.outside import listing
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.training import checkpoints, weights
 
@@ -131,7 +131,7 @@ def _pieces(source: Weights, layout: str):
             for piece in weights.pieces(shape):
                 block = np.empty((piece.stop - piece.start, *shape[1:]), np.float32)
                 for layer in range(piece.start, piece.stop):
-                    block[layer - piece.start] = source.read(path, layer)
+                    copy_moved(source.read(path, layer), block[layer - piece.start])
                 yield path, piece, block
         else:
             for layer in range(shape[0]):
@@ -142,7 +142,9 @@ def _pieces(source: Weights, layout: str):
 
 def _float32(array: np.ndarray) -> np.ndarray:
     # A copy always: what is written in the background must not be a view of what is let go.
-    return np.array(array, dtype=np.float32, order="C")
+    copy = np.empty(array.shape, np.float32)
+    copy_moved(array, copy)
+    return copy
 
 
 def read_again(folder: Path):

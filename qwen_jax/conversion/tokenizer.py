@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_jax.conversion.huggingface import listing, read_json, write_json
+from qwen_jax.conversion.huggingface import read_json, write_json
+from qwen_jax.conversion.outside import listing
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
@@ -177,7 +178,7 @@ def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         return None
-    ranks = _ranks_of(path, read_json(path))
+    ranks = ranks_of(path, read_json(path))
     written = Path(scratch) / RANKS_FILE
     write_ranks(ranks, written)
     named = {entry["content"]: entry["id"] for entry in read_json(path).get("added_tokens") or ()}
@@ -188,7 +189,12 @@ def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path
     return written
 
 
-def _ranks_of(path: Path, content: dict) -> dict[bytes, int]:
+def ranks_of(path: Path, content: dict) -> dict[bytes, int]:
+    """The ranks that the content of a tokenizer.json stands for; `path` is named in errors.
+
+    Raises:
+      ValueError: it is not Qwen's tokenizer: the ids would differ.
+    """
     model = content.get("model") or {}
     advice = "pass the .tiktoken file of the model instead"
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):

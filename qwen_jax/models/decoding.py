@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qwen_jax.models.attention import KVCache
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.layers import RMSNorm, embed
+from qwen_jax.models.layers import RMSNorm, embed, gather_weight
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
 from qwen_jax.models.transformer import Block, Qwen
 from qwen_jax.sharding import constrain
@@ -82,7 +82,8 @@ def decode(
     mask = jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None]
     extension = ContextExtension.of(config, positions, cache.ntk_alpha)
     angles = rotary_angles(positions, config.head_dim, config.rope_theta, extension.ntk_alpha)
-    x = constrain(embed(params["token_embedding"], tokens, config.compute_dtype), "batch", "length", "activation_embed")
+    table = gather_weight(params["token_embedding"], ("vocab", "embed"), config.compute_dtype)
+    x = constrain(embed(table, tokens), "batch", "length", "activation_embed")
     layers = []
     for index, (weights, layer_cache) in enumerate(zip(params["layers"], cache.layers, strict=True)):
         (x, layer_cache), _ = Block(config, deterministic=True).apply(

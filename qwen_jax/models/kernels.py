@@ -6,6 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwen_jax.models.blockwise import blockwise_attention
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.layers import matmul_precision
 from qwen_jax.models.sequence_parallel import AXIS, balance, balanced_positions, unbalance, whole_rows
@@ -224,6 +225,8 @@ def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dro
     query, key, value = (checkpoint_name(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
     if kernel == "cudnn":
         return checkpoint_name(cudnn(query, key, value, segment_ids), "attention")
+    if dropout_rng is None and ways("length") == 1:
+        return blockwise_attention(query, key, value, segment_ids)
     mixed = dot_product_attention(
         query, key, value, causal_mask(length, segment_ids), dropout_rate=config.attention_dropout,
         dropout_rng=dropout_rng,

@@ -8,12 +8,44 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.sharding import apart, constrain, sum_shards
+from qwen_jax.sharding import apart, constrain, platform, sum_shards, ways
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
     """Float32 compute means float32 products: TPUs and GPUs would otherwise round the factors."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def product(equation: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
+    """Einsum of two arrays of the compute dtype, in `dtype` (by default theirs), added up in float32."""
+    dtype = a.dtype if dtype is None else dtype
+    # XLA's CPU backend has fast bfloat16 products only with float32 results. Elsewhere they are what is added up
+    # anyway, and asking for them would let sums between devices take twice the bytes.
+    wide = jnp.float32 if platform() == "cpu" else dtype
+    return jnp.einsum(
+        equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=wide
+    ).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`product` of an activation and a weight of its dtype, whose backward pass is made of `product`s, too."""
+    return product(equation, x, weight)
+
+
+def _project_forward(equation, x, weight):
+    return product(equation, x, weight), (x, weight)
+
+
+def _project_backward(equation, residuals, gradient):
+    x, weight = residuals
+    operands, result = equation.split("->")
+    of_x, of_weight = operands.split(",")
+    x_gradient = product(f"{result},{of_weight}->{of_x}", gradient, weight)
+    return x_gradient, product(f"{of_x},{result}->{of_weight}", x, gradient)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 def weight_init(std: float, names: tuple[str, ...]):
@@ -121,8 +153,15 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the projection in the compute dtype."""
         kernel = self.param("kernel", weight_init(self.std, self.names), self.shape)
-        kernel = gather_weight(kernel, self.names, self.dtype)
-        y = jnp.einsum(self.equation, x, kernel, precision=matmul_precision(self.dtype))
+        equation, names = self.equation, self.names
+        if ways("embed") > 1:
+            # The axis that is gathered first: the whole then lies in memory as it is read, and needs no copy.
+            order = sorted(range(len(names)), key=lambda axis: names[axis] != "embed")
+            kernel, names = kernel.transpose(order), tuple(names[axis] for axis in order)
+            operands, result = equation.split("->")
+            of_x, of_kernel = operands.split(",")
+            equation = f"{of_x},{''.join(of_kernel[axis] for axis in order)}->{result}"
+        y = project(equation, x, gather_weight(kernel, names, self.dtype))
         if self.bias_names is not None:
             shape = self.shape[-len(self.bias_names):]
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names), shape)

@@ -109,6 +109,8 @@ class Checkpoints:
         """
         self.folder = (Path(folder) / CHECKPOINTS).absolute()
         self._keep, self._keep_every = keep, keep_every
+        # What is on disk may be seen earlier by one process of a job than by another; this is the same in all.
+        self._newest: int | None = None
         self._open()
 
     def _open(self):
@@ -131,14 +133,17 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metadata: dict) -> None:
         """Starts saving; the arrays are copied before it returns, the files are written in the background.
 
+        Does nothing where this step was the last to be saved or restored.
+
         Args:
           metadata: JSON-ready; where the data stands.
 
         Raises:
           whatever an earlier save in the background died of.
         """
-        if step in self.steps():
+        if step == self._newest:
             return
+        self._newest = step
         self._manager.save_checkpointables_async(
             step, {"params": state.params, "optimizer": state.opt_state}, force=True, custom_metadata=metadata
         )
@@ -195,6 +200,7 @@ class Checkpoints:
                 log.warning("checkpoint %s cannot be read (%s); trying the one before", *failed[-1])
                 continue
             self._set_aside([path for path, _ in failed])
+            self._newest = step
             counter = jax.device_put(np.int32(step), abstract.step.sharding)
             return TrainState(counter, loaded["params"], loaded["optimizer"]), metadata
         if failed:

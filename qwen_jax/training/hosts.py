@@ -160,6 +160,12 @@ def place() -> tuple[int, int]:
     return (state.process_id, state.num_processes) if state.client is not None else (0, 1)
 
 
+def tell(text: str, *values) -> None:
+    """Logs what is the same in all processes of the job, in process 0 alone."""
+    if place()[0] == 0:
+        log.info(text, *values)
+
+
 def put(key: str, value) -> None:
     """Sets a key of the job's store to a JSON-ready value, in place of the one before."""
     _client().key_value_set(f"qwen_jax/{key}", json.dumps(value), allow_overwrite=True)

@@ -51,6 +51,12 @@ class MetricsWriter:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def describe(self, step: int, facts: dict) -> None:
+        """Appends a row of what is no number, such as the kernel in use, where a start of the run goes on."""
+        self._file.write(json.dumps({"step": step, **facts}) + "\n")
+        for name, value in facts.items():
+            self._board.add_text(name, str(value), step)
+
     def progress(self, step: int, shown: dict[str, str] | None = None) -> None:
         """Moves the bar to `step`; `shown` replaces the figures beside it."""
         if shown is not None:
@@ -72,6 +78,9 @@ class NoMetrics:
     """In place of a MetricsWriter where another process of the job writes."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes nothing."""
+
+    def describe(self, step: int, facts: dict) -> None:
         """Writes nothing."""
 
     def progress(self, step: int, shown: dict[str, str] | None = None) -> None:

@@ -9,20 +9,18 @@ from pathlib import Path
 
 import jax
 
-from qwen_jax.training.optimizer import path_name
-
 log = logging.getLogger(__name__)
 
 TRACE_FOLDER = "trace"
 MEMORY_PROFILE = "memory.prof"
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _NEED = (
-    re.compile(r"Used \S+ of \S+ \w+"),  # the TPU compiler: "Used 22.31G of 15.75G hbm"
-    re.compile(r"(?:to )?allocate [\d.]+ ?\w+"),  # GPU allocators: "trying to allocate 17179869184 bytes", "… 16.00GiB"
+    re.compile(r"\([^()]+\) exceeds available \w+ \([^()]+\)"),  # libtpu: "(61.02G) exceeds available HBM (15.75G)"
+    re.compile(r"Used \S+ of \S+ \w+"),  # older ones: "Used 22.31G of 15.75G hbm"
+    re.compile(r"allocate [\d.]+ ?\w+"),  # GPU allocators: "trying to allocate 17179869184 bytes", "… 16.00GiB"
 )
-_PROGRAM_BUFFER = re.compile(
-    r"Size: (?P<size>[\d.]+[KMGT]?)\s+(?:Operator: op_name=\"(?P<name>[^\"]*)\"\s+)?(?:Shape: (?P<shape>\S+))?"
-)
+_BUFFER_NAME = re.compile(r'op_name="([^"]+)"')
+_BUFFER_SHAPE = re.compile(r"(?:Shape|Subshape): (\S+)")
 
 
 class OutOfMemory(ValueError):
@@ -110,9 +108,8 @@ def largest_arrays(tree, count: int = 3) -> list[tuple[str, int]]:
         size = leaf.dtype.itemsize
         for length in shape:
             size *= length
-        name = path_name(path) or jax.tree_util.keystr(path)
-        prefix = jax.tree_util.keystr(path[:1]).strip(".")
-        rows.append((f"{prefix} {name} {leaf.dtype}{list(shape)}", size))
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        rows.append((f"{name} {leaf.dtype}{list(shape)}", size))
     return sorted(rows, key=lambda row: -row[1])[:count]
 
 
@@ -141,14 +138,21 @@ def explaining_memory(doing: str, folder: Path, state) -> Iterator[None]:
         raise OutOfMemory(_explanation(str(error), doing, folder, state)) from error
 
 
+def _listed_buffers(message: str) -> list[str]:
+    """Name and size of the buffers that an error of XLA lists, in its order (TPU and GPU differ in little)."""
+    found = []
+    for entry in message.split("Size: ")[1:]:
+        entry = entry.partition("====")[0]
+        name, shape = _BUFFER_NAME.search(entry), _BUFFER_SHAPE.search(entry)
+        found.append(" ".join([*(match[1] for match in (name, shape) if match), entry.split()[0]]))
+    return found
+
+
 def _explanation(message: str, doing: str, folder: Path, state) -> str:
     match = next((found for pattern in _NEED if (found := pattern.search(message))), None)
     amount = "" if match is None else f" ({match[0]})"
-    # The compiler lists the buffers of its program, largest first; without that, the arrays of the state are known.
-    named = [
-        f"{found['name'] or found['shape'] or 'unnamed'} {found['size']}"
-        for found in _PROGRAM_BUFFER.finditer(message)
-    ][:3] or [f"{name} {gib(size)}" for name, size in largest_arrays(state)]
+    # Compilers and allocators mostly list buffers, largest first; where they do not, the arrays of the state are known.
+    named = _listed_buffers(message)[:3] or [f"{name} {gib(size)}" for name, size in largest_arrays(state)]
     profile = folder / MEMORY_PROFILE
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -132,15 +132,30 @@ def check_run(
     """
     batch_shapes(mesh, batch_size, sequence_length, accumulation)
     needed = state_bytes_per_device(abstract_state(model, make_optimizer(optimizer, train_steps), mesh))
-    if memory is not None and sum(needed.values()) > memory:
+    if memory is not None:
+        check_memory(needed, memory, parameter_count(model.config), mesh)
+    return needed
+
+
+def check_memory(needed: dict[str, int], memory: int, parameters: int, mesh: Mesh) -> None:
+    """Refuses what does not fit.
+
+    Args:
+      needed: bytes on one device, by part.
+      memory: bytes that a program can use on one device.
+      parameters: of the model, for the message.
+
+    Raises:
+      TooLittleMemory: with the parts, and what to change.
+    """
+    if sum(needed.values()) > memory:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
         raise TooLittleMemory(
-            f"too little memory: the state of {parameter_count(model.config):,} parameters needs "
+            f"too little memory: the state of {parameters:,} parameters needs "
             f"{sum(needed.values()) / GIB:.2f} GiB on each of {mesh.size} device(s) ({parts}), before any activation, "
             f"and a device has {memory / GIB:.2f} GiB: use more devices over MeshConfig.fsdp or .tensor, or a smaller "
             f"model"
         )
-    return needed
 
 
 def least_between_slices(config: ModelConfig, mesh: Mesh, slices: int) -> float:

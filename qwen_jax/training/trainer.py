@@ -1,6 +1,5 @@
 """The loop: batches in, updates, metrics, evaluation and checkpoints out. Every objective runs through it."""
 
-import logging
 import math
 import signal
 import threading
@@ -28,8 +27,6 @@ from qwen_jax.training.state import TrainState, abstract_state, initial_state
 from qwen_jax.training.step import batch_shapes, compile_eval_step
 from qwen_jax.training.watchdog import Activity
 from qwen_jax.training.weights import restore_params
-
-log = logging.getLogger(__name__)
 
 
 class _StopRequest:
@@ -117,7 +114,7 @@ class Trainer:
                     self.model, objective, self._abstract.params, self._shapes, self.mesh
                 )
         kept = f"; {found['hits']} program(s) found in {cache.folder}, {found['misses']} put there"
-        log.info("compiled in %.1f s%s", time.perf_counter() - began, kept if cache.folder else "")
+        hosts.tell("compiled in %.1f s%s", time.perf_counter() - began, kept if cache.folder else "")
         self._goodput.count("compiling")
 
     def _restore_or_start(self, transform, initial_checkpoint) -> tuple[TrainState, int]:
@@ -131,13 +128,13 @@ class Trainer:
                     f"OUTPUT_DIR with INITIAL_CHECKPOINT={self.output_dir}"
                 )
             next_example = metadata["next_example"]
-            log.info("resuming %s after step %d, example %d", self.output_dir, int(state.step), next_example)
+            hosts.tell("resuming %s after step %d, example %d", self.output_dir, int(state.step), next_example)
             return state, next_example
         state = initial_state(self.model, transform, self.mesh, self.loop.seed)
         if initial_checkpoint is not None:
             check_same_model(initial_checkpoint, self.model.config)
             state = state.replace(params=restore_params(initial_checkpoint, self._abstract.params))
-            log.info("starting from the weights of %s", initial_checkpoint)
+            hosts.tell("starting from the weights of %s", initial_checkpoint)
         return state, 0
 
     def evaluate(self) -> dict[str, float]:
@@ -175,17 +172,27 @@ class Trainer:
         """
         first = hosts.place()[0] == 0
         writer = MetricsWriter(self.output_dir, self.start_step, self.loop.train_steps) if first else NoMetrics()
+        writer.describe(self.start_step, {
+            "attention": self.kernel, "mesh": dict(self.mesh.shape), "processes": hosts.place()[1],
+            "device": self.mesh.devices.flat[0].device_kind,
+        })
         prefetcher = Prefetcher(self.train_set, self._shapes, self.next_example, self._skipped)
         steps = self.loop.trace_steps if hosts.place()[0] == self.loop.trace_process else None
         trace = Trace(steps, self.output_dir, self.loop.trace_process)
         try:
             with _StopRequest() as stop, explaining_memory("training", self.output_dir, self._abstract):
-                return self._loop(writer, prefetcher, stop, trace)
+                result = self._loop(writer, prefetcher, stop, trace)
+        except BaseException:
+            # In a job, a save in the background may wait for a process that is lost: then it is left behind.
+            if hosts.place()[1] == 1:
+                self.checkpoints.close()
+            raise
         finally:
             trace.close()
             prefetcher.close()
             writer.close()
-            self.checkpoints.close()
+        self.checkpoints.close()
+        return result
 
     def _loop(self, writer, prefetcher: Prefetcher, stop: _StopRequest, trace: Trace) -> dict[str, float]:
         loop, step, count = self.loop, self.start_step, self._goodput.count

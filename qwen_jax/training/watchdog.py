@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from qwen_jax.command_line import one_line
 from qwen_jax.training import hosts
 
 log = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ class Watchdog:
 
     def _tell_the_others(self, error: BaseException):
         """Says why this process ends, unless the reason is that another one did."""
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         if _came_from_others(error):
             print(f"process {self._process}: {text[:300]}; looking for the process that is missing", file=sys.stderr)
             self._closed.wait(self._config.heartbeat_timeout + 4 * self._config.poll_seconds)

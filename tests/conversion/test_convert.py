@@ -168,7 +168,7 @@ def test_warns_that_context_extension_is_lost(tmp_path, run_folder, caplog):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(source_format="gguf"), "unknown format 'gguf'"),
+        (dict(source_format="ggml"), "unknown format 'ggml'"),
         (dict(source_format="qwen2"), "is a folder of format orbax, not qwen2"),
         (dict(source="nowhere"), "nowhere is not a folder"),
         (dict(dtype="float16"), "float16"),
@@ -215,10 +215,10 @@ KILLED = """
 import os, signal, sys
 from qwen_jax.conversion import convert, converter
 whole = converter.gather
-def gather(weights, tensor):
+def gather(weights, tensor, dtype):
     if tensor.name == "transformer.ln_f.weight":
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole(weights, tensor)
+    return whole(weights, tensor, dtype)
 converter.gather = gather
 convert("qwen", sys.argv[1], "qwen", sys.argv[2], progress=False)
 """
@@ -263,7 +263,8 @@ def test_the_program_converts_and_says_how_to_load(tmp_path, tokenizer_file, run
 
 
 @pytest.mark.parametrize(
-    "name, words", [("qwen2", "is a folder of format qwen, not qwen2"), ("gguf", "FORMAT one of orbax, qwen, qwen2")]
+    "name, words",
+    [("qwen2", "is a folder of format qwen, not qwen2"), ("ggml", "FORMAT one of orbax, qwen, qwen2, gguf")],
 )
 def test_the_program_reports_errors_in_one_line(tmp_path, name, words):
     done = run(TOOL, "--from", f"{name}:{GOLDEN}", "--to", f"orbax:{tmp_path / 'out'}")

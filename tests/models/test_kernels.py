@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.models import kernels
+from qwen_jax.models.blockwise import blockwise_attention
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.sharding import MeshConfig, make_mesh, use_mesh
 
@@ -107,3 +108,30 @@ def test_block_sizes_come_back_from_json():
     assert ModelConfig(**here.to_dict()) == here
     with pytest.raises(ValueError, match="AttentionBlocks.key must be a positive multiple of 128, found 100"):
         AttentionBlocks(key=100)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped"])
+def test_attention_in_blocks_equals_the_reference(kv_heads, packed):
+    arrays, cotangent, segment_ids = inputs(2, 4, kv_heads, packed)
+
+    def blockwise(query, key, value):
+        return blockwise_attention(query, key, value, segment_ids)
+
+    expected = output_and_gradients(reference(segment_ids), arrays, cotangent)
+    for name, found, exact in zip(
+        ("output", "query", "key", "value"), output_and_gradients(blockwise, arrays, cotangent), expected, strict=True
+    ):
+        np.testing.assert_allclose(found, exact, atol=2e-5, err_msg=name)
+
+
+def test_attention_in_blocks_keeps_no_square_of_the_length():
+    arrays, cotangent, _ = inputs(2, 4, 4, False)
+
+    def temporaries(attention):
+        def gradients(arrays, cotangent):
+            return jax.vjp(attention, *arrays)[1](cotangent)
+
+        return jax.jit(gradients).lower(arrays, cotangent).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(blockwise_attention) < 0.8 * temporaries(reference(None))

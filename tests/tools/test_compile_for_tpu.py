@@ -1,11 +1,17 @@
 """The train step of a run compiled for a TPU slice that is not here."""
 
+import dataclasses
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 
+import gin
+import jax
 import pytest
+
+from qwen_jax.configuration import load_gin
 
 COMMAND = [
     sys.executable, "tools/compile_for_tpu.py", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
@@ -51,3 +57,69 @@ def test_hardware_without_descriptions_is_one_line(plain_environment, root):
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "8 x NVIDIA H200" in errors[0]
+
+
+@pytest.fixture
+def compile_here(root, monkeypatch, tmp_path, capsys):
+    """Runs the tool in this process, with the eight CPU devices of the tests in place of a pod."""
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    tool = importlib.import_module("compile_for_tpu")
+    monkeypatch.setattr(tool.HardwareConfig, "devices", lambda _: jax.devices()[:8])
+
+    def compile_it(*flags):
+        gin.clear_config()
+        small = {
+            "BATCH_SIZE": 16, "SEQUENCE_LENGTH": 32, "ModelConfig.num_layers": 2, "ModelConfig.hidden_size": 64,
+            "ModelConfig.head_dim": 32, "ModelConfig.ffn_size": 128, "ModelConfig.vocab_size": 512,
+            "ModelConfig.attention_kernel": "xla", "ModelConfig.dtype": "float32",
+        }
+        settings = [f"--gin.{name}={value}" for name, value in small.items()]
+        code = tool.main([*COMMAND[2:], *settings, *flags, "--json", str(tmp_path / "report.json")])
+        return code, capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+
+    return compile_it
+
+
+@pytest.mark.parametrize(("program", "tokens"), [("train", 16 * 32), ("prefill", 16 * 32), ("decode", 16)])
+def test_every_program_is_compiled_and_read(compile_here, program, tokens):
+    code, shown, report = compile_here(f"--program={program}", "--gin.MeshConfig.data=2", "--gin.MeshConfig.tensor=2")
+    assert code == 0 and "chip-hours per trillion tokens" in shown
+    assert report["program"] == program and report["tokens_per_step"] == tokens and report["fits"]
+    assert report["mesh"] == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    # No pass does less than the model's arithmetic, and without recomputation not much more than all keys.
+    assert 0.95 * report["model_flops"] < report["executed_flops"] < 2.5 * report["model_flops_all_keys"]
+    assert report["memory_bytes"]["arguments"] >= report["state_bytes"]["parameters"]
+    assert 0 < report["seconds"]["low"] <= report["seconds"]["high"]
+
+
+def test_what_does_not_fit_has_its_own_exit_code(compile_here):
+    """Less than what a step needs; and less than the state alone, said before compiling."""
+    _, _, report = compile_here()
+    state, need = sum(report["state_bytes"].values()), report["memory_need_bytes"]
+    assert state < need
+    code, shown, report = compile_here(f"--gin.HardwareConfig.hbm_gib={(state + need) / 2 / 2**30}")
+    assert code == 1 and "GiB: DOES NOT FIT" in shown and report["fits"] is False
+    code, shown, report = compile_here(f"--gin.HardwareConfig.hbm_gib={0.9 * state / 2**30}")
+    assert code == 1 and "DOES NOT FIT: too little memory" in shown and report["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gin.MeshConfig.tensor=3"], "does not divide 8 device"), (["--gin.BATCH_SIZE=9"], "multiple of 8"),
+        (["--gin.MeshConfig.tensor=8", "--gin.ModelConfig.num_kv_heads=2"], "the mesh does not divide the model"),
+    ],
+)
+@pytest.mark.parametrize("program", ["train", "decode"])
+def test_what_does_not_divide_is_refused(compile_here, program, flags, message):
+    with pytest.raises(ValueError, match=message):
+        compile_here(f"--program={program}", *flags)
+
+
+@pytest.mark.parametrize("file", ["cpu", "h200", "h200_8", "tpu7x_64", "v5e_256", "v5p_2x64", "v5p_4", "v6e_256"])
+def test_every_hardware_file_can_be_read_with_a_run(root, file):
+    load_gin([*(a.removeprefix("--gin_file=") for a in COMMAND[2:4]), f"gin/hardware/{file}.gin"], ["OUTPUT_DIR=none"])
+    hardware = gin.get_configurable("HardwareConfig")()
+    assert hardware.hbm_bytes > 2**30 and hardware.peak_tflops > 0 and (hardware.topology is None) == (file[0] in "ch")
+    assert dataclasses.replace(hardware, slices=1).devices_per_chip == (2 if file.startswith("tpu7x") else 1)
+    assert gin.get_configurable("MeshConfig")().fsdp == -1

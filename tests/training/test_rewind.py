@@ -14,7 +14,7 @@ from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training import rewind as rewind_module
 from qwen_jax.training.batches import after_skipped
-from qwen_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, saved_steps, write_run_files
+from qwen_jax.training.checkpoints import CheckpointError, Checkpoints, saved_steps, write_run_files
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
@@ -22,6 +22,7 @@ from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.rewind import finish_rewinds, read_rewinds, rewind, skipped_spans
 from qwen_jax.training.run_lock import run_lock
 from qwen_jax.training.trainer import Trainer
+from qwen_jax.training.weights import load_params
 from tests.fakes import FakeExamples, small_model
 
 LOOP = LoopConfig(train_steps=12, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=4, keep_checkpoints=9)

@@ -1,0 +1,131 @@
+"""Weights in files of others: where each tensor lies, whether all are there, and our parameters read out of them."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from qwen_jax.conversion.mapping import (
+    Format,
+    OutsideTensor,
+    from_outside,
+    outside_shape,
+    outside_tensors,
+    parameter_shapes,
+)
+from qwen_jax.models.config import ModelConfig
+
+READ_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+
+
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(list(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+      dtype: as safetensors and GGUF call it; those of READ_DTYPES can be read.
+      offset: of its first byte in the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of it, by a plain read: the pages of a memory map would count as ours."""
+        dtype = READ_DTYPES[self.dtype]
+        row = math.prod(self.shape[1:]) * dtype.itemsize
+        raw = np.fromfile(self.file, np.uint8, (stop - start) * row, offset=self.offset + start * row)
+        return raw.view(dtype).reshape(stop - start, *self.shape[1:])
+
+
+class OutsideWeights:
+    """The weights of a checkpoint in an outside format; a `Weights` of mapping.py.
+
+    Once it is made, every tensor that the configuration asks for is known to be there, with its shape.
+
+    Attributes:
+      config: what the checkpoint says of its model.
+      dtype: "bfloat16" if all tensors are, else "float32", which holds all that is read.
+      position_limit: what a qwen config.json says of max_position_embeddings; None in other formats.
+
+    Raises:
+      ValueError: tensors are missing, unexpected, of the wrong shape or of a dtype that is not understood; all of them
+        are named.
+    """
+
+    position_limit: int | None = None
+
+    def __init__(
+        self, where: str | os.PathLike, table: Format, config: ModelConfig, stored: Mapping[str, StoredTensor]
+    ):
+        self.where, self.config, self._stored = where, config, stored
+        expected = outside_tensors(table, config)
+        self._check(table, {tensor.name: tensor.shape for tensor in expected})
+        # Where each of our parameters lies: its tensor (by layer) and its first row in it.
+        self._places: dict[tuple[str, int | None], tuple[OutsideTensor, int]] = {}
+        shapes = parameter_shapes(config)
+        for tensor in expected:
+            start = 0
+            for part in tensor.row.parts:
+                self._places[part, tensor.layer] = (tensor, start)
+                start += outside_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1:])[0]
+        kinds = {stored[tensor.name].dtype for tensor in expected}
+        self.dtype = "bfloat16" if kinds == {"BF16"} else "float32"
+
+    def _check(self, table: Format, expected: dict[str, tuple[int, ...]]) -> None:
+        known = {name for name in self._stored if not re.fullmatch(table.redundant, name)}
+        copy = table.tied_output if self.config.tie_embeddings else None
+        missing = [name for name in expected if name not in known]
+        extra = sorted(known - expected.keys() - {copy})
+        present = [name for name in expected if name in known]
+        shapes = [
+            f"{name} is {list(self._stored[name].shape)}, expected {list(expected[name])}"
+            for name in present
+            if self._stored[name].shape != expected[name]
+        ]
+        dtypes = [
+            f"{name} is {self._stored[name].dtype}" for name in present if self._stored[name].dtype not in READ_DTYPES
+        ]
+        problems = [
+            f"{len(found)} {what}: {listing(found)}"
+            for what, found in (
+                ("missing", missing), ("unexpected", extra), ("of wrong shape", shapes),
+                (f"of a dtype other than {', '.join(READ_DTYPES)}", dtypes),
+            )
+            if found
+        ]
+        if problems:
+            raise ValueError(
+                f"tensors of {self.where} do not fit its configuration ({table.architecture}): "
+                f"{'. '.join(problems)}. Was the download complete, and are the two of the same model?"
+            )
+        if copy in self._stored:
+            self._check_copy(copy, table.rows[0].outside)
+
+    def _check_copy(self, copy: str, embedding: str) -> None:
+        first, second = (self._stored[name].read(0, self._stored[name].shape[0]) for name in (copy, embedding))
+        if first.shape != second.shape or not np.array_equal(first, second):
+            raise ValueError(
+                f"{self.where}: its configuration says tie_word_embeddings, but {copy} differs from {embedding}: set "
+                "tie_word_embeddings to false if the model was trained untied"
+            )
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """See `Weights.read`: only the rows that hold this parameter are read."""
+        tensor, start = self._places[path, layer]
+        shape = parameter_shapes(self.config)[path][0 if layer is None else 1:]
+        rows = outside_shape(tensor.row.layout, shape)[0]
+        return from_outside(tensor.row.layout, self._stored[tensor.name].read(start, start + rows), shape)
