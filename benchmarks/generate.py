@@ -29,13 +29,12 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from flax.traverse_util import unflatten_dict  # noqa: E402
+from random_weights import write_model  # noqa: E402
 
-from qwen_jax.conversion import convert, load_pretrained  # noqa: E402
+from qwen_jax.conversion import load_pretrained  # noqa: E402
 from qwen_jax.conversion.mapping import parameter_shapes  # noqa: E402
 from qwen_jax.inference import Engine, Request  # noqa: E402
 from qwen_jax.models.config import ModelConfig  # noqa: E402
-from qwen_jax.training.weights import save_params  # noqa: E402
 
 PRESETS = {
     "tiny": ModelConfig(vocab_size=500, hidden_size=64, num_layers=2, num_heads=4, head_dim=16, ffn_size=128),
@@ -71,18 +70,6 @@ class Contest:
                 do_sample=False, pad_token_id=0,
             )
         return [tuple(row) for row in whole[:, tokens.shape[1]:].tolist()]
-
-
-def write_model(config: ModelConfig, folder: Path) -> Path:
-    """A `qwen2` folder with random weights, of a spread that makes greedy continuations wander."""
-    random = np.random.default_rng(0)
-    flat = {
-        path: random.standard_normal(shape, np.float32) * (0.02 if len(shape) > 2 or "output" in path else 0.5)
-        + np.float32("scale" in path)
-        for path, shape in parameter_shapes(config).items()
-    }
-    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), None)
-    return convert("orbax", folder / "run", "qwen2", folder / "qwen2", progress=False)
 
 
 def seconds(generate: Callable[[int], list], new: int) -> tuple[float, float]:
@@ -150,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     bandwidth = bandwidth_of(device, arguments.bandwidth)
     random = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_model(PRESETS[arguments.preset], Path(temporary))
+        # Of a spread that makes greedy continuations wander.
+        folder = write_model(PRESETS[arguments.preset], Path(temporary), spread=0.5)
         print(
             f"{arguments.preset} on {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
             f"transformers {transformers.__version__}, jax {jax.__version__}; prompts of {arguments.prompt} tokens, "
