@@ -195,12 +195,13 @@ class Watchdog:
 
     def _pass_on(self, verdict: dict):
         hosts.put(f"ended/{self._process}", verdict)
+        hosts.put(f"read/{self._process}", True)
         if self._process:
             return
         # The store lives in process 0: the others must have read the verdict before it ends.
         hosts.put("verdict", verdict)
         deadline = time.monotonic() + 2 * self._config.poll_seconds + 0.5
-        while time.monotonic() < deadline and len(hosts.peek_all("ended")) < self._processes:
+        while time.monotonic() < deadline and len(hosts.peek_all("read")) < self._processes:
             time.sleep(0.1)
 
     def _judge(self) -> dict | None:
