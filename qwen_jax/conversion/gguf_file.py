@@ -82,11 +82,13 @@ def write_gguf(
       progress: whether to show a bar.
 
     Raises:
-      ValueError: there is no tokenizer, without which llama.cpp loads no model; the package `gguf` is missing; or
-        the format cannot express the model.
+      ValueError: there is no tokenizer, or one of single bytes, without which llama.cpp loads no model; the package
+        `gguf` is missing; or the format cannot express the model.
     """
     if tokenizer is None:
         raise ValueError("a GGUF file holds the tokenizer: name the .tiktoken file of the model")
+    if tokenizer.num_ranks <= 256:
+        raise ValueError(f"{tokenizer.path} has single bytes only: llama.cpp loads no vocabulary without merges")
     gguf, config = _library(), weights.config
     tensors = outside_tensors(GGUF, config)
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
