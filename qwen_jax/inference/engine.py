@@ -93,8 +93,9 @@ class Engine:
         """
         boxed = abstract_params(self.model)
         _check_params(params, nn.meta.unbox(boxed))
-        if self.mesh is not None:
-            params = jax.device_put(params, tree_shardings(boxed, self.mesh))
+        # Said in either case: JAX compiles anew for arrays that could lie elsewhere, such as NumPy's.
+        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = jax.device_put(params, one_device if self.mesh is None else tree_shardings(boxed, self.mesh))
         self.params = self.call(programs.prepare, ("prepare weights",), self.model.config, params)
 
     @property
