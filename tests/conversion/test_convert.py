@@ -165,6 +165,17 @@ def test_warns_that_context_extension_is_lost(tmp_path, run_folder, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("target", ["qwen", "qwen2"])
+def test_warns_that_window_attention_is_lost(tmp_path, config, random_params, caplog, target):
+    windowed = dataclasses.replace(config, window_sizes=(8, 16, 0))
+    save_params(tmp_path / "run", windowed, random_params(windowed), None)
+    convert("orbax", tmp_path / "run", target, tmp_path / "out", progress=False)
+    assert f"format {target} has no window attention" in caplog.text
+    assert "window_sizes, from 8 tokens" in caplog.text and "length limit is 32 tokens" in caplog.text
+    back = convert("orbax", tmp_path / "run", "orbax", tmp_path / "back", progress=False)
+    assert load_params(back)[0].window_sizes == (8, 16, 0)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

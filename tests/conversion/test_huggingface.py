@@ -55,6 +55,27 @@ def test_reads_the_released_7b_configuration_and_writes_it_again(tmp_path):
     assert "auto_map" not in again
 
 
+@pytest.mark.parametrize("sizes, limit", [
+    ((2048, 24, 8192, True), 8192), ((4096, 32, 8192, True), 32768), ((5120, 40, 2048, True), 8192),
+    ((8192, 80, 32768, False), 32768), ((64, 2, 128, True), 1024), ((64, 2, 128, False), 128),
+])
+def test_the_position_limit_is_that_of_the_released_models_or_of_generation_here(sizes, limit):
+    width, layers, length, ntk = sizes
+    config = ModelConfig(
+        vocab_size=64, hidden_size=width, num_layers=layers, num_heads=width // 64, head_dim=64, ffn_size=64,
+        max_length=length, use_dynamic_ntk=ntk,
+    )
+    assert outside_config(FORMATS["qwen"], config, "float32", None)["max_position_embeddings"] == limit
+    assert outside_config(FORMATS["qwen2"], config, "float32", None)["max_position_embeddings"] == length
+    assert outside_config(FORMATS["qwen"], config, "float32", None, 77)["max_position_embeddings"] == 77
+
+
+def test_the_position_limit_of_a_qwen_folder_is_kept(tmp_path):
+    there = json.loads((GOLDEN / "config.json").read_text())["max_position_embeddings"]
+    folder = convert("qwen", GOLDEN, "qwen", tmp_path / "out", progress=False)
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == there == 256
+
+
 def test_reads_the_field_names_of_the_first_release(tmp_path):
     config = read_config(write(tmp_path, EARLY_7B), FORMATS["qwen"])
     assert config == ModelConfig(
