@@ -30,9 +30,9 @@ SETTINGS = {
     "MeshConfig.data": 2, "ModelConfig.vocab_size": 512, "ModelConfig.hidden_size": 32, "ModelConfig.num_layers": 2,
     "ModelConfig.num_heads": 2, "ModelConfig.head_dim": 16, "ModelConfig.ffn_size": 64,
 }
-HEARTBEAT = 12
-# Our own limit is the heartbeat and two looks at it; what is added is for a machine that does other things too.
-LIMIT = HEARTBEAT + 30
+HEARTBEAT = 20
+# Our own limit is the heartbeat and two looks at it, JAX's 90 s; in between for a machine that does other things too.
+LIMIT = HEARTBEAT + 50
 # Where no process is to be lost, a busy machine must not look like a lost one.
 PATIENT_HEARTBEAT = 300
 
