@@ -1,4 +1,4 @@
-"""Draws the loss curves of one or more runs as a PNG.
+"""Draws the loss curves of one or more runs, and where their time went, as a PNG.
 
     python tools/plot_run.py runs/tiny
     python tools/plot_run.py runs/tiny runs/other --output comparison.png
@@ -13,8 +13,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
 
 from qwen_jax.command_line import run  # noqa: E402
+from qwen_jax.training.goodput import written_shares  # noqa: E402
 from qwen_jax.training.metrics import METRICS_FILE, read_metrics  # noqa: E402
 
 
@@ -26,15 +28,46 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def draw(runs: list[Path], output: Path) -> None:
+def draw_accounts(panel: plt.Axes, accounts: list[tuple[str, dict[str, float]]]) -> None:
+    """Draws one bar for each run, split by what its time was spent on.
+
+    Args:
+      accounts: the name of each run and the shares of its time by cause.
+    """
+    causes = list(dict.fromkeys(cause for _, shares in accounts for cause in shares))
+    starts = np.zeros(len(accounts))
+    for index, cause in enumerate(causes):
+        widths = np.array([shares.get(cause, 0.0) for _, shares in accounts])
+        panel.barh(range(len(accounts)), widths, left=starts, color=plt.get_cmap("tab20")(index % 20), label=cause)
+        starts += widths
+    for index, (name, shares) in enumerate(accounts):
+        text = f"{name}: goodput {shares['steps']:.1%}"
+        panel.text(0.01, index, text, va="center", fontsize="small", bbox={"facecolor": "white", "pad": 2})
+    panel.set_yticks([])
+    panel.set_xlim(0, 1)
+    panel.invert_yaxis()
+    panel.xaxis.set_major_formatter(PercentFormatter(1))
+    panel.set_xlabel("time since the first start")
+    panel.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(accounts) - 0.2), fontsize="small")
+
+
+def compose(runs: list[Path]) -> plt.Figure:
     """Draws training loss (thin: as logged, thick: smoothed) and held-out loss above, learning rate and speed below.
+
+    Runs that keep an account of their time get a bar of it each, at the bottom.
 
     Raises:
       ValueError: a run has no metrics yet.
     """
-    figure, (losses, rates) = plt.subplots(
-        2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1), layout="constrained"
+    accounts = [(folder.name, shares) for folder in runs if (shares := written_shares(folder)) is not None]
+    heights = [4.8, 1.7] + [0.3 + 0.25 * len(accounts)] * bool(accounts)
+    figure, (losses, rates, *below) = plt.subplots(
+        len(heights), 1, figsize=(9, sum(heights) + 0.5 + bool(accounts)), height_ratios=heights, layout="constrained",
     )
+    rates.sharex(losses)
+    losses.tick_params(labelbottom=False)
+    for panel in below:
+        draw_accounts(panel, accounts)
     speeds = rates.twinx()
     for index, folder in enumerate(runs):
         rows = read_metrics(folder)
@@ -62,6 +95,12 @@ def draw(runs: list[Path], output: Path) -> None:
     speeds.set_ylabel("tokens per second (dotted)")
     speeds.set_ylim(bottom=0)
     rates.set_xlabel("updates")
+    return figure
+
+
+def draw(runs: list[Path], output: Path) -> None:
+    """Writes what `compose` draws."""
+    figure = compose(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp.png")
     figure.savefig(temporary, dpi=130)

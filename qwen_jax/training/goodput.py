@@ -43,6 +43,30 @@ class _Start:
         return seconds * (self.kept - self.first) / made if made else seconds
 
 
+def _read(file: Path) -> list[_Start]:
+    return [_Start(**start) for start in json.loads(file.read_text())["starts"]]
+
+
+def _shares(starts: list[_Start]) -> dict[str, float]:
+    end = starts[-1].began + sum(starts[-1].seconds.values())
+    total = max(end - starts[0].began, 1e-9)
+    spent: dict[str, float] = {"steps": 0.0}
+    for start in starts:
+        for cause, seconds in start.seconds.items():
+            spent[cause] = spent.get(cause, 0.0) + (start.useful if cause == "steps" else seconds)
+    lost = sum(start.seconds.get("steps", 0.0) - start.useful for start in starts)
+    if len(starts) > 1:
+        spent["lost steps"] = lost
+        spent["idle"] = max(total - sum(spent.values()), 0.0)
+    return {cause: seconds / total for cause, seconds in spent.items()}
+
+
+def written_shares(folder: str | Path) -> dict[str, float] | None:
+    """`Goodput.shares` of a run as it was last written, None for a run without an account."""
+    file = Path(folder) / GOODPUT_FILE
+    return _shares(_read(file)) if file.exists() else None
+
+
 class Goodput:
     """Adds up the seconds of this start by cause; one object in process 0."""
 
@@ -54,7 +78,7 @@ class Goodput:
         """
         self._folder = Path(folder)
         file = self._folder / GOODPUT_FILE
-        self._before = [_Start(**start) for start in json.loads(file.read_text())["starts"]] if file.exists() else []
+        self._before = _read(file) if file.exists() else []
         now = time.time()
         self._start = _Start(now if began is None else began, now)
         self._since = time.perf_counter() - (now - self._start.began)
@@ -84,18 +108,7 @@ class Goodput:
 
         "steps" is the goodput. "lost steps" were made again by a later start, "idle" lies between two starts.
         """
-        starts = [*self._before, self._start]
-        end = self._start.began + sum(self._start.seconds.values())
-        total = max(end - starts[0].began, 1e-9)
-        spent: dict[str, float] = {"steps": 0.0}
-        for start in starts:
-            for cause, seconds in start.seconds.items():
-                spent[cause] = spent.get(cause, 0.0) + (start.useful if cause == "steps" else seconds)
-        lost = sum(start.seconds.get("steps", 0.0) - start.useful for start in starts)
-        if len(starts) > 1:
-            spent["lost steps"] = lost
-            spent["idle"] = max(total - sum(spent.values()), 0.0)
-        return {cause: seconds / total for cause, seconds in spent.items()}
+        return _shares([*self._before, self._start])
 
     def __str__(self) -> str:
         total = self._start.began + sum(self._start.seconds.values()) - [*self._before, self._start][0].began

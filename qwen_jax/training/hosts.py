@@ -31,7 +31,6 @@ TRY_AGAIN = 75
 # Seconds between two looks at the other processes, at most.
 POLL_SECONDS = 5.0
 _WAITING_SECONDS = 30.0
-_ANSWER_SECONDS = 300
 _Value = TypeVar("_Value")
 
 
@@ -44,6 +43,7 @@ class JobConfig:
       num_processes, process_id: of the job, and of this process in it.
       heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
       hang_timeout: seconds without progress after which a process dumps its stacks and ends; 0 waits for ever.
+      join_timeout: seconds that the processes wait for each other at the start.
     """
 
     coordinator_address: str | None = None
@@ -51,6 +51,7 @@ class JobConfig:
     process_id: int | None = None
     heartbeat_timeout: float = 60.0
     hang_timeout: float = 0.0
+    join_timeout: float = 300.0
 
     @property
     def poll_seconds(self) -> float:
@@ -76,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without a finished step or other progress for so long, a process writes the stacks of its threads and "
         "ends; 0 waits for ever (default: %(default)s)",
     )
+    group.add_argument(
+        "--join_timeout", type=float, default=JobConfig.join_timeout, metavar="SECONDS",
+        help="how long the processes wait for each other at the start (default: %(default)s)",
+    )
 
 
 def job_config(arguments: argparse.Namespace) -> JobConfig:
@@ -86,11 +91,13 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
     """
     names = ("coordinator_address", "num_processes", "process_id")
     config = JobConfig(
-        *(getattr(arguments, name) for name in names), arguments.heartbeat_timeout, arguments.hang_timeout
+        *(getattr(arguments, name) for name in names),
+        arguments.heartbeat_timeout, arguments.hang_timeout, arguments.join_timeout,
     )
     given = [name for name in names if getattr(config, name) is not None]
-    if config.heartbeat_timeout <= 0:
-        raise ValueError(f"--heartbeat_timeout must be positive, found {config.heartbeat_timeout:g}")
+    for name in ("heartbeat_timeout", "join_timeout"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name} must be positive, found {getattr(config, name):g}")
     if config.hang_timeout < 0:
         raise ValueError(f"--hang_timeout must be at least 0, found {config.hang_timeout:g}")
     if given and config.num_processes != 1:
@@ -112,8 +119,11 @@ def connect(config: JobConfig) -> None:
     """
     if config.num_processes == 1:
         return
-    # JAX's own limit is the second line of defence: ours names the host.
-    limits = {"heartbeat_timeout_seconds": int(3 * config.heartbeat_timeout) + 30, "shutdown_timeout_seconds": 60}
+    # JAX's own limits are the second line of defence: it aborts the process, ours say what is missing.
+    limits = {
+        "heartbeat_timeout_seconds": int(3 * config.heartbeat_timeout) + 30, "shutdown_timeout_seconds": 60,
+        "initialization_timeout": int(config.join_timeout) + 60,
+    }
     try:
         if config.coordinator_address is None:
             jax.distributed.initialize(**limits)
@@ -235,11 +245,12 @@ def _difference(name: str, first: str, other: str) -> str:
     return f"another configuration ({'; '.join(line[:1] + line[1:].strip() for line in changed)})"
 
 
-def handshake(configuration: str) -> dict[int, dict]:
+def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict[int, dict]:
     """Compares versions, sources and configuration over all processes of the job before any of them computes.
 
     Args:
       configuration: text that must be the same everywhere.
+      limit: seconds to wait for another process.
 
     Returns:
       Facts of the processes: of all in process 0, else of process 0 and of this one. Empty for a process alone.
@@ -254,12 +265,12 @@ def handshake(configuration: str) -> dict[int, dict]:
     mine = facts_of_this_process(configuration)
     put(f"facts/{process}", mine)
     if process:
-        verdict = wait_for("handshake", "process 0 to compare the versions of all processes", _ANSWER_SECONDS)
+        verdict = wait_for("handshake", "process 0 to compare the versions of all processes", limit)
         facts = {0: verdict["first"], process: mine}
     else:
         facts = {0: mine}
         for other in range(1, count):
-            facts[other] = wait_for(f"facts/{other}", f"process {other} of {count} to start", _ANSWER_SECONDS)
+            facts[other] = wait_for(f"facts/{other}", f"process {other} of {count} to start", limit)
         differing = [
             f"{name_of(other, theirs)} has {_difference(name, mine['same'][name], value)}"
             for other, theirs in facts.items() for name, value in theirs["same"].items()

@@ -82,9 +82,41 @@ def joined(config: hosts.JobConfig, configuration: str) -> Iterator["Watchdog"]:
     Raises:
       ValueError, TimeoutError: as `hosts.connect` and `hosts.handshake`.
     """
-    hosts.connect(config)
-    with Watchdog(config, hosts.handshake(configuration)) as watchdog:
+    # JAX gives up by aborting the process from C++, so no exception of it could be caught.
+    alarm = threading.Timer(config.join_timeout, _nobody_came, [config])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        hosts.connect(config)
+    finally:
+        alarm.cancel()
+    with Watchdog(config, hosts.handshake(configuration, config.join_timeout)) as watchdog:
         yield watchdog
+
+
+def _nobody_came(config: hosts.JobConfig):
+    """Ends a process whose job did not come together, and says as far as it can be known what is missing."""
+    address = config.coordinator_address or hosts.coordinator_address()
+    if address and not _reachable(address):
+        missing = f"process 0 cannot be reached at {address}"
+    else:
+        missing = f"at least one of {config.num_processes or 'the'} processes has not joined" + (
+            f" at {address}" if address else ""
+        )
+    end(
+        f"{missing} after {config.join_timeout:g} s (--join_timeout). Is the same command running on every host, and "
+        f"the address of process 0 open to all?", hosts.TRY_AGAIN
+    )
+
+
+def _reachable(address: str) -> bool:
+    """Whether something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 class Watchdog:
@@ -263,12 +295,9 @@ class Watchdog:
         address, name = hosts.coordinator_address(), self._name(0)
         if self._process == 0 or address is None:
             return
-        host, _, port = address.rpartition(":")
 
         def aborting(number):
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            except OSError:
+            if not _reachable(address):
                 end(
                     f"{name}, where the job's coordination service ran at {address}, cannot be reached: was it killed, "
                     f"or did its host go down? The same command goes on from the last checkpoint", hosts.TRY_AGAIN

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 
 
@@ -18,6 +19,34 @@ def test_a_picture_is_drawn_into_the_run(tool, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 21, "lo')
     tool.main([str(tmp_path)])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob(".*"))
+
+
+def test_the_time_of_runs_is_drawn_where_they_keep_an_account(tool, tmp_path):
+    row = {"step": 1, "loss": 5.0, "learning_rate": 1e-3, "tokens_per_second": 100.0}
+    start = {"began": 0.0, "until": 10.0, "to": 9, "kept": 9, "seconds": {"starting": 2.5, "steps": 7.5}}
+    again = {**start, "began": 30.0, "seconds": {"restoring": 2.0, "steps": 8.0}}
+    for name, starts in (("one", [start]), ("two", [start, again]), ("none", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        if starts:
+            (tmp_path / name / "goodput.json").write_text(json.dumps({"starts": starts}))
+
+    def texts(*runs):
+        figure = tool.compose([tmp_path / run for run in runs])
+        try:
+            return [text.get_text() for axes in figure.axes for text in axes.texts], figure.axes[2]
+        finally:
+            plt.close(figure)
+
+    assert texts("none")[0] == []
+    # The second run: 15.5 of 40 s in steps.
+    drawn, axes = texts("one", "none", "two")
+    assert drawn == ["one: goodput 75.0%", "two: goodput 38.8%"]
+    bars = sorted((bar.get_y(), bar.get_x(), bar.get_width()) for bar in axes.patches)
+    for place in {y for y, _, _ in bars}:
+        assert sum(width for y, _, width in bars if y == place) == pytest.approx(1)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["steps", "starting", "restoring", "lost steps", "idle"]
 
 
 def test_a_run_without_metrics_is_named(tool, tmp_path):

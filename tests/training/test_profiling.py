@@ -12,7 +12,7 @@ import pytest
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.checkpoints import write_run_files
-from qwen_jax.training.goodput import Goodput, process_began
+from qwen_jax.training.goodput import Goodput, process_began, written_shares
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -188,6 +188,7 @@ def test_the_account_of_a_run_s_time(tmp_path, monkeypatch):
     expected = {"steps": 100, "lost steps": 20, "compiling": 20, "checkpoints": 5, "restoring": 5, "idle": 60}
     assert {name: share * total for name, share in shares.items()} == pytest.approx(expected)
     assert str(second).startswith("goodput 47.6% of 210 s over 2 starts; the rest: ")
+    assert written_shares(tmp_path) == pytest.approx(shares) and written_shares(tmp_path / "other") is None
     # A third start from step 40 loses what the second made, too, and the first's ten steps not twice.
     third = Goodput(tmp_path)
     third.resumed(40)
