@@ -181,12 +181,24 @@ def test_a_job_survives_a_lost_process_a_notice_and_another_number_of_processes(
     assert len(account) == 3 and account[0]["kept"] <= account[0]["to"] and account[2]["first"] == stopped
 
 
-def test_processes_that_differ_are_refused_and_named(corpus, alone):
+# Version of another host, which is also slow to read the verdict: process 0, where it lies, must not be gone by then.
+OTHER_VERSION = """
+import time
+from qwen_jax.training import hosts
+hosts.jaxlib.__version__ = "0.0.1"
+wait_for = hosts.wait_for
+def slowly(*arguments):
+    time.sleep(4)
+    return wait_for(*arguments)
+hosts.wait_for = slowly
+"""
+
+
+def test_processes_that_differ_are_refused_and_named(corpus):
     job = Job(
-        corpus, corpus / "mixed", processes=3, per_process={1: {"TRAIN_STEPS": 700}},
-        patches={2: "from qwen_jax.training import hosts; hosts.jaxlib.__version__ = '0.0.1'"},
+        corpus, corpus / "mixed", processes=3, per_process={1: {"TRAIN_STEPS": 700}}, patches={2: OTHER_VERSION},
     )
-    assert job.wait() == [2, 2, 2]
+    assert job.wait() == [2, 2, 2], job.said(1) + job.said(2)
     for index in range(3):
         (error,) = job.errors(index)
         assert f"process 1 ({socket.gethostname()}, pid" in error and "TRAIN_STEPS = 700" in error

@@ -31,6 +31,8 @@ TRY_AGAIN = 75
 # Seconds between two looks at the other processes, at most.
 POLL_SECONDS = 5.0
 _WAITING_SECONDS = 30.0
+# For the others to read why process 0 ends, at most.
+_READING_SECONDS = 30.0
 _Value = TypeVar("_Value")
 
 
@@ -245,6 +247,15 @@ def _difference(name: str, first: str, other: str) -> str:
     return f"another configuration ({'; '.join(line[:1] + line[1:].strip() for line in changed)})"
 
 
+def _wait_until_read(key: str):
+    """Says that this process has read what process 0 wrote; there, where the store lives, waits for all to say so."""
+    process, count = place()
+    put(f"{key}/{process}", True)
+    deadline = time.monotonic() + _READING_SECONDS
+    while process == 0 and len(peek_all(key)) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict[int, dict]:
     """Compares versions, sources and configuration over all processes of the job before any of them computes.
 
@@ -280,6 +291,7 @@ def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict
         verdict = {"first": {"host": mine["host"], "pid": mine["pid"]}, "differing": shown}
         put("handshake", verdict)
     if verdict["differing"]:
+        _wait_until_read("refused")
         raise ValueError(
             f"the processes of this job are not the same: {verdict['differing']} as {name_of(0, facts[0])}. Start the "
             f"same command, with the same environment and checkout, on every host"
