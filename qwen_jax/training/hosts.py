@@ -247,13 +247,24 @@ def _difference(name: str, first: str, other: str) -> str:
     return f"another configuration ({'; '.join(line[:1] + line[1:].strip() for line in changed)})"
 
 
-def _wait_until_read(key: str):
-    """Says that this process has read what process 0 wrote; there, where the store lives, waits for all to say so."""
+def let_all_read(key: str, limit: float) -> None:
+    """Says that this process has read why the job ends; process 0, where the store lives, waits for all to say so.
+
+    Args:
+      key: folder of the store in which they say it.
+      limit: seconds to wait for them.
+    """
     process, count = place()
     put(f"{key}/{process}", True)
-    deadline = time.monotonic() + _READING_SECONDS
-    while process == 0 and len(peek_all(key)) < count and time.monotonic() < deadline:
+    if process:
+        return
+    deadline = time.monotonic() + limit
+    while len(peek_all(key)) < count:
+        if time.monotonic() > deadline:
+            return
         time.sleep(0.1)
+    # JAX aborts a process that is still there when the store goes: they need a moment to end.
+    time.sleep(1)
 
 
 def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict[int, dict]:
@@ -291,7 +302,7 @@ def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict
         verdict = {"first": {"host": mine["host"], "pid": mine["pid"]}, "differing": shown}
         put("handshake", verdict)
     if verdict["differing"]:
-        _wait_until_read("refused")
+        let_all_read("refused", _READING_SECONDS)
         raise ValueError(
             f"the processes of this job are not the same: {verdict['differing']} as {name_of(0, facts[0])}. Start the "
             f"same command, with the same environment and checkout, on every host"

@@ -227,14 +227,9 @@ class Watchdog:
 
     def _pass_on(self, verdict: dict):
         hosts.put(f"ended/{self._process}", verdict)
-        hosts.put(f"read/{self._process}", True)
-        if self._process:
-            return
-        # The store lives in process 0: the others must have read the verdict before it ends.
-        hosts.put("verdict", verdict)
-        deadline = time.monotonic() + 2 * self._config.poll_seconds + 0.5
-        while time.monotonic() < deadline and len(hosts.peek_all("read")) < self._processes:
-            time.sleep(0.1)
+        if self._process == 0:
+            hosts.put("verdict", verdict)
+        hosts.let_all_read("read", 2 * self._config.poll_seconds + 0.5)
 
     def _judge(self) -> dict | None:
         alive, ended = hosts.peek_all("alive"), hosts.peek_all("ended")
