@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for the sharding tests; set before JAX is imported anywhere."""
 
+import logging
 import os
 import pathlib
 
@@ -29,3 +30,13 @@ def plain_environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment.pop("XLA_FLAGS")
     return environment
+
+
+@pytest.fixture(autouse=True)
+def no_log_of_another_test():
+    """An entry point that a test has called leaves a log handler that writes to that test's captured output."""
+    before = set(logging.root.handlers)
+    yield
+    for handler in set(logging.root.handlers) - before:
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)

@@ -154,7 +154,7 @@ def skipping(tmp_path_factory):
 
 def test_a_run_passes_over_a_bad_batch_and_counts_it(skipping, tmp_path):
     folder, run = skipping
-    rows = read_metrics(folder)
+    rows = [row for row in read_metrics(folder) if "loss" in row]
     assert [row["skipped_updates"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert rows[3]["loss"] is None and all(row["loss"] for row in rows[4:])
     assert run.next_example == 64 and int(run.state.step) == 8
