@@ -28,6 +28,7 @@ class HardwareConfig:
       clock_ghz: turns the TPU compiler's cycles into seconds; set so that a large product's cycles give the peak.
       topology: what libtpu calls it, such as "v5p:4x8x8"; None: a program can be compiled only where the devices are.
       wrap: which of its dimensions have wrap-around links. Without them, gathers over all chips become all-reduces.
+        libtpu 0.0.42 ignores it where there are several slices.
       slices: how many of them, joined by the data-centre network.
       dcn_gbps: a device's share of that network, in 10^9 bytes per second; only for more than one slice.
       devices_per_chip: JAX devices that make one chip.
