@@ -8,7 +8,6 @@ from qwen_jax.curation.sampling import uniform
 
 # In this order, that of the report's section 2.1.
 STAGES = ("read", "extract", "language", "exact", "fuzzy", "rules", "scores", "contamination", "sampling")
-KEPT = "kept"
 EXCERPT = 1200
 _SAMPLES, _VALUES = 6, 4000
 

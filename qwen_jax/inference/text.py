@@ -1,7 +1,7 @@
 """Text of token ids as they come: whole characters only, and nothing of a stop string."""
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 
 class TextStream:
@@ -60,15 +60,3 @@ class TextStream:
 def token_bytes(tokenizer, token: int) -> bytes:
     """Bytes of a token; U+FFFD for an id that the tokenizer does not have, as padded vocabularies may give."""
     return tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else "\ufffd".encode()
-
-
-def text_pieces(tokenizer, ids: Iterable[int], stop_strings: Sequence[str] = ()) -> Iterable[str]:
-    """The text of `ids` in pieces, as `TextStream` gives them, empty ones left out."""
-    stream = TextStream(stop_strings)
-    for token in ids:
-        if piece := stream.feed(token_bytes(tokenizer, token)):
-            yield piece
-        if stream.stopped:
-            return
-    if rest := stream.finish():
-        yield rest

@@ -30,7 +30,6 @@ class _Start:
     """One start of the run. `to`: its last known step; `kept`: its last step that no later start made again."""
 
     began: float
-    until: float
     first: int = 0
     to: int = 0
     kept: int = 0
@@ -80,7 +79,7 @@ class Goodput:
         file = self._folder / GOODPUT_FILE
         self._before = _read(file) if file.exists() else []
         now = time.time()
-        self._start = _Start(now if began is None else began, now)
+        self._start = _Start(now if began is None else began)
         self._since = time.perf_counter() - (now - self._start.began)
 
     def count(self, cause: str) -> None:
@@ -99,7 +98,6 @@ class Goodput:
     def write(self, step: int) -> None:
         """Saves the account after `step`."""
         self._start.to = self._start.kept = step
-        self._start.until = time.time()
         starts = [dataclasses.asdict(start) for start in [*self._before, self._start]]
         write_atomically(self._folder / GOODPUT_FILE, json.dumps({"starts": starts}, indent=1) + "\n")
 

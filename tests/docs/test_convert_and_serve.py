@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,16 +17,11 @@ from qwen_jax.data.chatml import encode_prompt
 from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.training.weights import save_params
+from tests.pages import ROOT, blocks, shell
 
-ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"^```(sh|python|python llama_cpp)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONFIG = ModelConfig(
     vocab_size=480, hidden_size=48, num_layers=2, num_heads=3, head_dim=16, ffn_size=40, max_length=512
 )
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    return BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -49,23 +42,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def shell(text: str) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    environment.pop("XLA_FLAGS", None)
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
 def test_the_page_on_converting(folder):
     pytest.importorskip("transformers", reason="transformers is not installed")
     said, names = "", {}
     for kind, text in blocks("convert.md"):
         if kind == "sh":
-            said += shell(text)
-        else:
+            done = shell(text, folder, ROOT)
+            said += done.stdout + done.stderr
+        elif kind == "python":
             exec(text, names)
     assert "verified: 15 tensors read back" in said
     assert re.search(r"check: logits differ by 0 at most .* the same at 32 of 32 positions", said)
@@ -93,7 +77,8 @@ def test_the_page_on_serving(folder):
     names = {}
     for kind, text in blocks("serving.md"):
         if kind == "sh":
-            assert "wrote gguf to exports/tiny.gguf" in shell(text)
+            done = shell(text, folder, ROOT)
+            assert "wrote gguf to exports/tiny.gguf" in done.stdout + done.stderr
         elif kind == "python":
             exec(text, names)
     messages = names["messages"]

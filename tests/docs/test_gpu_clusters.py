@@ -1,41 +1,28 @@
 """Runs the commands of docs/gpu_clusters.md that need no GPU, in order, in a copy of the repository (30 s alone)."""
 
 import json
-import os
 import re
-import shutil
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 from qwen_jax.training.checkpoints import saved_steps
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
+from tests.pages import ROOT, blocks, copy_repository, shell
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gpu_clusters.md"
-BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_commands_of_the_page(tmp_path):
-    for name in ("qwen_jax", "tasks", "tools", "gin", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = os.environ | {
-        "PYTHONPATH": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
+    copy_repository(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shown = []
-    for text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
-        result = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text.replace("12345", port)], cwd=tmp_path, env=environment,
-            capture_output=True, text=True,
-        )
-        assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
-        shown.append(result.stdout + result.stderr)
+    for kind, text in blocks(PAGE.name):
+        if kind == "sh":
+            command = text.replace("12345", port)
+            done = shell(command, tmp_path, XLA_FLAGS="--xla_backend_optimization_level=0")
+            shown.append(done.stdout + done.stderr)
     job, table, resumed, rewound = shown
     assert "2 device(s)" in job and "2 process(es)" in job and "1 device(s)" in resumed
     for row in table.splitlines():

@@ -23,7 +23,7 @@ def test_a_picture_is_drawn_into_the_run(tool, tmp_path):
 
 def test_the_time_of_runs_is_drawn_where_they_keep_an_account(tool, tmp_path):
     row = {"step": 1, "loss": 5.0, "learning_rate": 1e-3, "tokens_per_second": 100.0}
-    start = {"began": 0.0, "until": 10.0, "to": 9, "kept": 9, "seconds": {"starting": 2.5, "steps": 7.5}}
+    start = {"began": 0.0, "to": 9, "kept": 9, "seconds": {"starting": 2.5, "steps": 7.5}}
     again = {**start, "began": 30.0, "seconds": {"restoring": 2.0, "steps": 8.0}}
     for name, starts in (("one", [start]), ("two", [start, again]), ("none", None)):
         (tmp_path / name).mkdir()
