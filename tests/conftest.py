@@ -1,8 +1,10 @@
 """Eight virtual CPU devices for the sharding tests; set before JAX is imported anywhere."""
 
+import importlib
 import logging
 import os
 import pathlib
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile hundreds of small programs and run each a few times: LLVM's optimisation would be most of their time.
@@ -30,6 +32,15 @@ def plain_environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment.pop("XLA_FLAGS")
     return environment
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """Imports a module of tools/ by name."""
+    for folder in (ROOT, ROOT / "tools"):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    return importlib.import_module
 
 
 @pytest.fixture(autouse=True)

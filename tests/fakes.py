@@ -1,5 +1,8 @@
 """Examples made by arithmetic and models made by chance, for tests that need no corpus and no training."""
 
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +67,20 @@ def random_run(folder: Path, spread: float = 0.25, **sizes) -> Path:
     }
     save_params(folder / "run", config, unflatten_dict(flat, sep="/"), folder / "bytes.tiktoken")
     return folder / "run"
+
+
+def text_corpus(folder: Path, documents: int = 60) -> Path:
+    """Small documents in `folder`/text, and a vocabulary trained on them in `folder`/small.tiktoken."""
+    words = random.Random(0)
+    (folder / "text").mkdir()
+    for index in range(documents):
+        lines = [" ".join(words.choices("the cat sat on a mat and 1984".split(), k=9)) for _ in range(12)]
+        (folder / "text" / f"{index}.txt").write_text(".\n".join(lines))
+    # Enough different words for the vocabulary to be learnt from.
+    other = ["".join(words.choices("abcdefghij", k=6)) for _ in range(80)]
+    (folder / "text" / "long.txt").write_text(" ".join(other * 3))
+    subprocess.run(
+        [sys.executable, "tools/build_tokenizer.py", "--input", folder / "text", "--size", "512", "--output",
+         folder / "small.tiktoken"], check=True, capture_output=True,
+    )
+    return folder

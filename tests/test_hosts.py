@@ -7,7 +7,6 @@ everyday tests are one chain of six starts (about a minute on two free cores); t
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -23,6 +22,7 @@ from qwen_jax.training.checkpoints import saved_steps
 from qwen_jax.training.hosts import TRY_AGAIN
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.weights import load_params
+from tests.fakes import text_corpus
 
 SETTINGS = {
     "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 8, "TRAIN_STEPS": 600, "WARMUP_STEPS": 5,
@@ -39,18 +39,7 @@ PATIENT_HEARTBEAT = 300
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hosts")
-    words = random.Random(0)
-    (folder / "text").mkdir()
-    for index in range(40):
-        (folder / "text" / f"{index}.txt").write_text(" ".join(words.choices("the cat sat on a mat".split(), k=99)))
-    other = ["".join(words.choices("abcdefghij", k=6)) for _ in range(80)]
-    (folder / "text" / "long.txt").write_text(" ".join(other * 3))
-    subprocess.run(
-        [sys.executable, "tools/build_tokenizer.py", "--input", folder / "text", "--size", "512", "--output",
-         folder / "small.tiktoken"], check=True, capture_output=True,
-    )
-    return folder
+    return text_corpus(tmp_path_factory.mktemp("hosts"), documents=40)
 
 
 def free_port() -> int:

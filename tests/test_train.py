@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.weights import load_params
+from tests.fakes import text_corpus
 
 SETTINGS = {
     "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 4, "TRAIN_STEPS": 40, "WARMUP_STEPS": 5,
@@ -26,21 +26,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of small documents, and a vocabulary trained on it."""
-    folder = tmp_path_factory.mktemp("train")
-    words = random.Random(0)
-    (folder / "text").mkdir()
-    for index in range(60):
-        lines = [" ".join(words.choices("the cat sat on a mat and 1984".split(), k=9)) for _ in range(12)]
-        (folder / "text" / f"{index}.txt").write_text(".\n".join(lines))
-    # Enough different words for the vocabulary to be learnt from.
-    other = ["".join(words.choices("abcdefghij", k=6)) for _ in range(80)]
-    (folder / "text" / "long.txt").write_text(" ".join(other * 3))
-    subprocess.run(
-        [sys.executable, "tools/build_tokenizer.py", "--input", folder / "text", "--size", "512", "--output",
-         folder / "small.tiktoken"], check=True, capture_output=True,
-    )
-    return folder
+    return text_corpus(tmp_path_factory.mktemp("train"))
 
 
 def command(corpus, output, **changes):

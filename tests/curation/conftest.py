@@ -1,22 +1,9 @@
 """What the tests of the curation room share: the tools, a small crawl, and one run over it."""
 
-import importlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def tool():
-    """Imports a module of tools/ by name."""
-    for folder in (ROOT, ROOT / "tools"):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

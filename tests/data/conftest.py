@@ -1,26 +1,14 @@
 """What the tests of the data room share: a small vocabulary, small tasks, and one Beam cache of them."""
 
 import functools
-import importlib
 import json
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 32
-
-
-@pytest.fixture(scope="session")
-def tool():
-    """Imports a module of tools/ by name."""
-    for folder in (ROOT, ROOT / "tools"):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-    return importlib.import_module
 
 
 def write_corpus(folder: Path, count: int, seed: int) -> Path:
