@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from qwen_jax.conversion.load import open_weights
-from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, is_stacked, parameter_shapes
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, float32_copy, is_stacked, parameter_shapes
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.layers import RMSNorm
 from qwen_jax.models.positions import rotary_angles
@@ -70,23 +70,17 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
     stacked = [path for path in parameter_shapes(config) if is_stacked(path)]
     x = jnp.asarray(weights.read("token_embedding", None)[tokens], jnp.float32)
     for layer in tqdm(range(config.num_layers), desc="layers", disable=not progress):
-        own = {path.removeprefix(LAYER_PREFIX): _float32(weights.read(path, layer)) for path in stacked}
+        own = {path.removeprefix(LAYER_PREFIX): float32_copy(weights.read(path, layer)) for path in stacked}
         params = unflatten_dict(own, sep="/")
         (x, _), _ = block({"params": params}, (x, None), jnp.int32(layer), angles, None, mask, positions, None)
-    scale = _float32(weights.read("final_norm/scale", None))
+    scale = float32_copy(weights.read("final_norm/scale", None))
     x = np.asarray(RMSNorm(config.norm_epsilon, jnp.float32).apply({"params": {"scale": scale}}, x))
     kernel = weights.read("token_embedding", None).T if config.tie_embeddings else weights.read("output", None)
     logits = np.empty((*tokens.shape, config.vocab_size), np.float32)
     for start in range(0, config.vocab_size, VOCABULARY_BLOCK):
         part = slice(start, start + VOCABULARY_BLOCK)
-        logits[..., part] = x @ _float32(kernel[:, part])
+        logits[..., part] = x @ float32_copy(kernel[:, part])
     return logits
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    copy = np.empty(array.shape, np.float32)
-    copy_moved(array, copy)
-    return copy
 
 
 def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress: bool = False) -> Comparison:

@@ -332,6 +332,13 @@ def copy_moved(source: np.ndarray, target: np.ndarray) -> None:
             into[block] = rows[block]
 
 
+def float32_copy(source: np.ndarray) -> np.ndarray:
+    """The array in float32, always its own memory and contiguous."""
+    copy = np.empty(source.shape, np.float32)
+    copy_moved(source, copy)
+    return copy
+
+
 def gather(weights: Weights, tensor: OutsideTensor, dtype: Any = None) -> np.ndarray:
     """An outside tensor made of our parameters, in `dtype`; None: that which they are stored in."""
     parts = [to_outside(tensor.row.layout, weights.read(part, tensor.layer)) for part in tensor.row.parts]

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_jax.conversion.checksums import Checksums
-from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, is_stacked, parameter_shapes
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, float32_copy, is_stacked, parameter_shapes
 from qwen_jax.conversion.outside import listing
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.training import checkpoints, weights
@@ -125,7 +125,8 @@ def _pieces(source: Weights, layout: str):
         if not is_stacked(path):
             whole = source.read(path, None)
             for piece in weights.pieces(shape):
-                yield path, piece, _float32(whole[piece])
+                # A copy: what is written in the background must not be a view of what is let go.
+                yield path, piece, float32_copy(whole[piece])
             del whole
         elif layout == SCANNED:
             for piece in weights.pieces(shape):
@@ -137,14 +138,7 @@ def _pieces(source: Weights, layout: str):
             for layer in range(shape[0]):
                 own = source.read(path, layer)
                 for piece in weights.pieces(shape[1:]):
-                    yield unscanned_path(path, layer), piece, _float32(own[piece])
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    # A copy always: what is written in the background must not be a view of what is let go.
-    copy = np.empty(array.shape, np.float32)
-    copy_moved(array, copy)
-    return copy
+                    yield unscanned_path(path, layer), piece, float32_copy(own[piece])
 
 
 def read_again(folder: Path):
