@@ -89,7 +89,7 @@ def train(
     devices = make_mesh(mesh)
     check_run(
         Qwen(model), optimizer, loop.train_steps, devices, batch_size=loop.batch_size,
-        sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, memory=device_memory(devices),
+        sequence_length=loop.sequence_length, accumulation=loop.accumulation(devices), memory=device_memory(devices),
     )
     goodput = Goodput(output, began)
     goodput.count("starting")

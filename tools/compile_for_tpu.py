@@ -93,9 +93,8 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     settings = gin.get_bindings("train")
     model, loop, optimizer = settings["model"], settings["loop"], settings["optimizer"]
     mesh = make_mesh(settings["mesh"], hardware.devices())
-    shape = {
-        "batch_size": loop.batch_size, "sequence_length": loop.sequence_length, "accumulation": loop.accumulation_steps
-    }
+    accumulation = loop.accumulation(mesh)
+    shape = {"batch_size": loop.batch_size, "sequence_length": loop.sequence_length, "accumulation": accumulation}
     state_bytes = check_run(Qwen(model), optimizer, loop.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
     packed = columns_for(model.vocab_size, loop.sequence_length, settings.get("packing", "cut"))
     columns = tuple(column.name for column in packed if column.name not in ("tokens", "loss_weights"))
@@ -111,7 +110,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
         parameters=parameter_count(model), tokens=tokens,
         flops_per_token=model_flops_per_token(model, loop.sequence_length).total,
         flops_per_token_all_keys=model_flops_per_token(model, loop.sequence_length, causal=False).total,
-        least=least_collectives(model, mesh, tokens, loop.accumulation_steps),
+        least=least_collectives(model, mesh, tokens, accumulation), parts=accumulation,
         between_slices=least_between_slices(model, mesh, hardware.slices),
     )
     return Prepared(compile_step, work, dict(mesh.shape), state_bytes)
@@ -281,7 +280,7 @@ def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tupl
             "hardware": hardware.name, "fits": False, "memory_need_bytes": needed, "compile_seconds": seconds,
             "memory_limit_bytes": hardware.hbm_bytes, "mesh": prepared.mesh,
             "message": f"the compiler found no way below {needed / GIB:.2f} of {hardware.hbm_gib:.2f} GiB: choose "
-            f"another ModelConfig.remat, a larger ACCUMULATION_STEPS, or more devices",
+            f"another ModelConfig.remat, fewer TOKENS_PER_DEVICE, or more devices",
         }, ""
     text = compiled.as_text()
     log = log_file.read_text(errors="replace")

@@ -23,6 +23,7 @@ class Work:
       flops_per_token_all_keys: the same in the usual convention, which counts masked keys, too.
       least: collectives that the layout cannot do without, per device.
       between_slices: bytes on the wire of them that a device must send to another slice.
+      parts: that a batch is computed in, one after the other.
     """
 
     parameters: int
@@ -31,6 +32,7 @@ class Work:
     flops_per_token_all_keys: float
     least: dict[str, CollectiveTotal]
     between_slices: float = 0.0
+    parts: int = 1
 
 
 def make_report(
@@ -60,8 +62,8 @@ def make_report(
     return {
         "hardware": hardware.name, "topology": hardware.topology, "slices": hardware.slices, "devices": devices,
         "devices_per_chip": hardware.devices_per_chip, "mesh": dict(mesh), "parameters": work.parameters,
-        "tokens_per_step": work.tokens, "memory_bytes": memory, "memory_need_bytes": need, "memory_source": source,
-        "memory_limit_bytes": hardware.hbm_bytes, "fits": need <= hardware.hbm_bytes,
+        "tokens_per_step": work.tokens, "parts": work.parts, "memory_bytes": memory, "memory_need_bytes": need,
+        "memory_source": source, "memory_limit_bytes": hardware.hbm_bytes, "fits": need <= hardware.hbm_bytes,
         **_operations(found, work, hardware, devices, time), "seconds": time.to_dict(),
         **_collectives(found, work), "between_slices_bytes": work.between_slices,
         "between_slices_seconds": work.between_slices / (hardware.dcn_gbps * 1e9) if hardware.dcn_gbps else 0.0,
@@ -113,7 +115,8 @@ def describe(report: dict) -> str:
     lines = [
         f"{report['parameters']:,} parameters on {report['devices']} devices ({report['hardware']}), mesh "
         + " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
-        + f", {report['tokens_per_step']:,} tokens a step; compiled in {report['compile_seconds']:.0f} s",
+        + f", {report['tokens_per_step']:,} tokens a step in {report['parts']} part(s); compiled in "
+        f"{report['compile_seconds']:.0f} s",
         _describe_memory(report), *_describe_operations(report), *_describe_time(report["seconds"]),
         *_describe_collectives(report), *(f"warning: {warning}" for warning in report["warnings"]),
     ]

@@ -2,6 +2,10 @@
 
 import dataclasses
 
+from jax.sharding import Mesh
+
+from qwen_jax.sharding import batch_ways
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
@@ -11,7 +15,10 @@ class LoopConfig:
       train_steps: updates in all.
       batch_size: sequences of one update, over all devices and accumulation steps.
       sequence_length: tokens of one sequence.
-      accumulation_steps: parts that a batch is computed in, one after the other.
+      accumulation_steps: parts that a batch is computed in, one after the other; None: as few as `tokens_per_device`
+        allows.
+      tokens_per_device: tokens that one device may compute at once, for what its memory holds; at least one row is.
+        None: no limit. Not used where accumulation_steps is given.
       seed: of parameters and dropout.
       log_every, eval_every, checkpoint_every: intervals; 0 for eval_every means only at start and end.
       eval_batches: at most so many batches of the held-out set are used.
@@ -24,7 +31,8 @@ class LoopConfig:
     train_steps: int
     batch_size: int
     sequence_length: int
-    accumulation_steps: int = 1
+    accumulation_steps: int | None = None
+    tokens_per_device: int | None = None
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -39,6 +47,8 @@ class LoopConfig:
         may_be_zero = ("seed", "eval_every", "eval_batches", "keep_every", "trace_process")
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name in may_be_zero else 1
+            if value is None and field.name in ("accumulation_steps", "tokens_per_device"):
+                continue
             if field.name != "trace_steps" and (not isinstance(value, int) or value < least):
                 raise ValueError(f"LoopConfig.{field.name} must be an integer of at least {least}, found {value!r}")
         steps = self.trace_steps
@@ -47,3 +57,17 @@ class LoopConfig:
             and 1 <= steps[0] <= steps[1]
         ):
             raise ValueError(f"LoopConfig.trace_steps must be (FIRST, LAST) with 1 <= FIRST <= LAST, found {steps!r}")
+
+    def accumulation(self, mesh: Mesh) -> int:
+        """Parts that a batch is computed in on `mesh`: the update is the same for any number, memory is not.
+
+        A batch that does not divide over the mesh is one part; `training.step.batch_shapes` refuses it.
+        """
+        if self.accumulation_steps is not None:
+            return self.accumulation_steps
+        rows, rest = divmod(self.batch_size, batch_ways(mesh))
+        if self.tokens_per_device is None or rest:
+            return 1
+        tokens = self.batch_size * self.sequence_length / mesh.size
+        parts = (n for n in range(1, rows + 1) if rows % n == 0)
+        return next((n for n in parts if tokens / n <= self.tokens_per_device), rows)

@@ -106,7 +106,7 @@ class Trainer:
         with explaining_memory("compiling the train step", self.output_dir, self._abstract), cache.compiling() as found:
             self._train_step = compile_run(
                 self.model, objective, self._optimizer, loop.train_steps, self.mesh, batch_size=loop.batch_size,
-                sequence_length=loop.sequence_length, accumulation=loop.accumulation_steps, seed=loop.seed,
+                sequence_length=loop.sequence_length, accumulation=loop.accumulation(self.mesh), seed=loop.seed,
                 columns=self.train_set.columns, compiler_options=compiler_options,
             )
             if self.eval_set is not None:
@@ -114,7 +114,10 @@ class Trainer:
                     self.model, objective, self._abstract.params, self._shapes, self.mesh
                 )
         kept = f"; {found['hits']} program(s) found in {cache.folder}, {found['misses']} put there"
-        hosts.tell("compiled in %.1f s%s", time.perf_counter() - began, kept if cache.folder else "")
+        hosts.tell(
+            "compiled in %.1f s%s; a batch is computed in %d part(s)", time.perf_counter() - began,
+            kept if cache.folder else "", loop.accumulation(self.mesh),
+        )
         self._goodput.count("compiling")
 
     def _restore_or_start(self, transform, initial_checkpoint) -> tuple[TrainState, int]:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # Given to the clocks beside the loop before the C timer, which needs no interpreter, ends the process.
 _GRACE_SECONDS = 30.0
+# Its file descriptor: `sys.stderr` may be a notebook's, which has none.
+_STANDARD_ERROR = 2
 
 
 @dataclasses.dataclass
@@ -58,7 +60,7 @@ class Activity:
 def dump_stacks(folder: Path | None, process: int) -> str:
     """Writes what every thread is doing to standard error and into the run's folder; returns where."""
     sys.stderr.flush()
-    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    faulthandler.dump_traceback(_STANDARD_ERROR, all_threads=True)
     if folder is None or not folder.is_dir():
         return "standard error"
     path = folder / f"stacks_{process}.txt"
@@ -173,7 +175,9 @@ class Watchdog:
         while not self._closed.wait(interval):
             if self._limit:
                 # Fires only if this loop no longer runs: some thread keeps the interpreter to itself.
-                faulthandler.dump_traceback_later(self._limit + _GRACE_SECONDS, exit=True)
+                faulthandler.dump_traceback_later(
+                    self._limit + _GRACE_SECONDS, exit=True, file=_STANDARD_ERROR
+                )
             now = time.monotonic()
             if self._limit and self.activity.limited and now - self.activity.since > self._limit:
                 self._hung(now - self.activity.since)
