@@ -42,10 +42,13 @@ def corpus(tmp_path_factory):
     return text_corpus(tmp_path_factory.mktemp("hosts"), documents=40)
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def free_port(start: int = 0, stop: int = 1) -> int:
+    """The first port of a range that nobody listens on; without one, any that the system has."""
+    for port in range(start, stop):
+        with contextlib.closing(socket.socket()) as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return one.getsockname()[1]
+    raise OSError(f"no free port in [{start}, {stop})")
 
 
 class Job:
@@ -53,7 +56,7 @@ class Job:
 
     def __init__(
         self, corpus, output, processes=2, devices=1, flags=(), patches=None, per_process=None,
-        heartbeat=PATIENT_HEARTBEAT, only=None, **changes
+        heartbeat=PATIENT_HEARTBEAT, only=None, slurm=None, **changes
     ):
         settings = {
             **SETTINGS, "OUTPUT_DIR": output, "CACHE_DIR": corpus / "cache", "VOCABULARY": corpus / "small.tiktoken",
@@ -68,6 +71,13 @@ class Job:
                 f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={index}",
                 f"--heartbeat_timeout={heartbeat}",
             ]
+            if slurm is not None:
+                # What srun sets; the process is told nothing else.
+                place = [f"--heartbeat_timeout={heartbeat}"]
+                environment = {
+                    **environment, "SLURM_JOB_ID": str(slurm), "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_NTASKS": str(processes), "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index),
+                }
             own = {**settings, **(per_process or {}).get(index, {})}
             arguments = [
                 "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin", *place, *flags,
@@ -171,6 +181,16 @@ def test_a_job_survives_a_lost_process_a_notice_and_another_number_of_processes(
 
 
 # Version of another host, which is also slow to read the verdict: process 0, where it lies, must not be gone by then.
+def test_under_slurm_processes_find_each_other(corpus):
+    """Two tasks that are told nothing but what Slurm says to every task: one job, each with one device."""
+    short = {"TRAIN_STEPS": 6, "EVAL_EVERY": 6, "LOG_EVERY": 1, "CHECKPOINT_EVERY": 6}
+    # JAX listens on port 61440 + the job's number modulo 4096.
+    job = Job(corpus, corpus / "slurm", slurm=free_port(61440, 65536) - 61440, **short)
+    job.done()
+    assert "2 device(s)" in job.said(0) and "2 process(es)" in job.said(0)
+    assert list(losses(corpus / "slurm")) == [1, 2, 3, 4, 5, 6]
+
+
 OTHER_VERSION = """
 import time
 from qwen_jax.training import hosts

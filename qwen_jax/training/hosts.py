@@ -145,9 +145,11 @@ def connect(config: JobConfig) -> None:
             if jax.default_backend() == "cpu":
                 return
             raise
+        job = "the job that this cluster's environment describes"
+        if config.coordinator_address is not None:
+            job = f"the job of {config.num_processes} processes at {config.coordinator_address}"
         raise ValueError(
-            f"cannot join the job of {config.num_processes} processes at {config.coordinator_address}: {error}. Is "
-            f"process 0 running, and the address reachable from here?"
+            f"cannot join {job}: {error}. Is process 0 running, and its address reachable from here?"
         ) from error
 
 
