@@ -6,13 +6,17 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import gin
 import jax
 import pytest
 
+from qwen_jax import train
 from qwen_jax.configuration import load_gin
+from qwen_jax.models.config import REMAT_POLICIES
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [
     sys.executable, "tools/compile_for_tpu.py", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
     "--gin_file=gin/hardware/v5e_16.gin",
@@ -116,10 +120,22 @@ def test_what_does_not_divide_is_refused(compile_here, program, flags, message):
         compile_here(f"--program={program}", *flags)
 
 
-@pytest.mark.parametrize("file", ["cpu", "h200", "h200_8", "tpu7x_64", "v5e_256", "v5p_2x64", "v5p_4", "v6e_256"])
+@pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "gin" / "hardware").glob("*.gin")))
 def test_every_hardware_file_can_be_read_with_a_run(root, file):
     load_gin([*(a.removeprefix("--gin_file=") for a in COMMAND[2:4]), f"gin/hardware/{file}.gin"], ["OUTPUT_DIR=none"])
     hardware = gin.get_configurable("HardwareConfig")()
     assert hardware.hbm_bytes > 2**30 and hardware.peak_tflops > 0 and (hardware.topology is None) == (file[0] in "ch")
     assert dataclasses.replace(hardware, slices=1).devices_per_chip == (2 if file.startswith("tpu7x") else 1)
     assert gin.get_configurable("MeshConfig")().fsdp == -1
+
+
+@pytest.mark.parametrize("model", ["tiny", "1_8b", "7b", "14b"])
+def test_every_accelerator_says_what_it_holds_of_every_model(model):
+    """A run of the report's batch on any of them needs no further flag for its memory."""
+    gin.configurable(train.train)
+    for file in sorted(ROOT.glob("gin/hardware/*.gin")):
+        if file.stem != "cpu":
+            load_gin([f"gin/models/{model}.gin", "gin/runs/pretrain.gin", str(file)], ["OUTPUT_DIR=none"])
+            settings = gin.get_bindings("train")
+            assert settings["loop"].tokens_per_device >= 4096 and settings["loop"].accumulation_steps is None
+            assert settings["model"].remat in REMAT_POLICIES
