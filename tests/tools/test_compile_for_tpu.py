@@ -17,6 +17,7 @@ from qwen_jax.configuration import load_gin
 from qwen_jax.models.config import REMAT_POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+gin.configurable(train.train)
 COMMAND = [
     sys.executable, "tools/compile_for_tpu.py", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
     "--gin_file=gin/hardware/v5e_16.gin",
@@ -132,7 +133,6 @@ def test_every_hardware_file_can_be_read_with_a_run(root, file):
 @pytest.mark.parametrize("model", ["tiny", "1_8b", "7b", "14b"])
 def test_every_accelerator_says_what_it_holds_of_every_model(model):
     """A run of the report's batch on any of them needs no further flag for its memory."""
-    gin.configurable(train.train)
     for file in sorted(ROOT.glob("gin/hardware/*.gin")):
         if file.stem != "cpu":
             load_gin([f"gin/models/{model}.gin", "gin/runs/pretrain.gin", str(file)], ["OUTPUT_DIR=none"])
