@@ -134,10 +134,24 @@ def _read(computation: Computation, name: str, program: Program) -> float:
         elif user.op == "fusion" and (inner := program.called(user)) is not None:
             parameters = inner.parameters()
             places = [k for k, operand in enumerate(user.operands) if operand == name and k in parameters]
+            if user is not computation.root and _only_copied(inner) in [parameters[k] for k in places]:
+                total += _read(computation, user.name, program)
+                continue
             total += sum(_read(inner, parameters[k].name, program) for k in places)
         else:
             return math.inf
     return total
+
+
+def _only_copied(fused: Computation) -> Instruction | None:
+    """The parameter that a fused computation hands on as it is but for its layout, or None.
+
+    Inside of another fusion such a copy is not made as a whole: what is read is what is taken from it.
+    """
+    result = fused.root
+    while result is not None and result.op in ("copy", "bitcast"):
+        result = result.operand(0)
+    return result if result is not None and result.op == "parameter" else None
 
 
 def _written(result: Instruction | None, program: Program, element: int = 0) -> int | None:

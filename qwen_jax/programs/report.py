@@ -152,7 +152,8 @@ def _describe_time(seconds: dict) -> list[str]:
         f"{seconds['asynchronous']:.4g} beside compute"
     )
     if seconds["exposed"] is not None:
-        parts += f", of which the scheduler sees {seconds['exposed']:.4g} exposed"
+        believable = seconds["exposed"] <= seconds["high"]  # libtpu 0.0.42 counts hundreds of seconds for TPU v7
+        parts += f", of which the scheduler sees {seconds['exposed']:.4g} exposed" if believable else ""
     return [f"step                {seconds['low']:.4g} to {seconds['high']:.4g} s, an estimate ({parts})"]
 
 

@@ -51,6 +51,36 @@ def test_a_small_program_by_hand():
     assert found.hbm_bytes == 4 * (2 * (8 * 128 + 128 * 256 + 8 * 256) + 12)
 
 
+# As libtpu writes for TPU v7: a saved activation of one layer is taken out of those of all, which another fusion inside
+# of this one first lays out anew.
+SLICE_OF_A_RELAID_STACK = """HloModule m, num_partitions=1
+
+%relay (all: bf16[32,64,128]) -> bf16[32,64,128] {
+  %all = bf16[32,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %laid = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} copy(%all)
+}
+
+%take (saved: bf16[32,64,128], layer: s32[]) -> bf16[1,64,128] {
+  %saved = bf16[32,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %stack = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} fusion(%saved), kind=kLoop, calls=%relay
+  %layer = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = bf16[1,64,128]{2,1,0} dynamic-slice(%stack, %layer, %zero, %zero), dynamic_slice_sizes={1,64,128}
+}
+
+ENTRY %main (a: bf16[32,64,128], l: s32[]) -> bf16[1,64,128] {
+  %a = bf16[32,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %l = s32[] parameter(1)
+  ROOT %taken = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} fusion(%a, %l), kind=kLoop, calls=%take
+}
+"""
+
+
+def test_a_layer_taken_from_a_stack_in_another_layout_counts_as_the_layer():
+    layer = 2 * 64 * 128
+    assert account(Program(SLICE_OF_A_RELAID_STACK)).hbm_bytes == 2 * layer + 4
+
+
 def test_the_time_of_a_small_program_by_hand():
     time = estimate_time(account(Program(PROGRAM)), V5E)
     assert time.cycles == pytest.approx(12000 / 1.5e9)
