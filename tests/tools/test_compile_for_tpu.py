@@ -76,7 +76,7 @@ def compile_here(root, monkeypatch, tmp_path, capsys):
         small = {
             "BATCH_SIZE": 16, "SEQUENCE_LENGTH": 32, "ModelConfig.num_layers": 2, "ModelConfig.hidden_size": 64,
             "ModelConfig.head_dim": 32, "ModelConfig.ffn_size": 128, "ModelConfig.vocab_size": 512,
-            "ModelConfig.attention_kernel": "xla", "ModelConfig.dtype": "float32",
+            "ModelConfig.attention_kernel": "xla", "ModelConfig.dtype": "float32", "train.compiler_options": None,
         }
         settings = [f"--gin.{name}={value}" for name, value in small.items()]
         code = tool.main([*COMMAND[2:], *settings, *flags, "--json", str(tmp_path / "report.json")])
