@@ -180,7 +180,6 @@ def test_a_job_survives_a_lost_process_a_notice_and_another_number_of_processes(
     assert len(account) == 3 and account[0]["kept"] <= account[0]["to"] and account[2]["first"] == stopped
 
 
-# Version of another host, which is also slow to read the verdict: process 0, where it lies, must not be gone by then.
 def test_under_slurm_processes_find_each_other(corpus):
     """Two tasks that are told nothing but what Slurm says to every task: one job, each with one device."""
     short = {"TRAIN_STEPS": 6, "EVAL_EVERY": 6, "LOG_EVERY": 1, "CHECKPOINT_EVERY": 6}
@@ -191,6 +190,7 @@ def test_under_slurm_processes_find_each_other(corpus):
     assert list(losses(corpus / "slurm")) == [1, 2, 3, 4, 5, 6]
 
 
+# Version of another host, which is also slow to read the verdict: process 0, where it lies, must not be gone by then.
 OTHER_VERSION = """
 import time
 from qwen_jax.training import hosts

@@ -147,11 +147,13 @@ def test_in_parts_that_fit_a_device_it_is_the_same_run(corpus, plain_environment
     for tokens, parts in ((None, 1), (64, 2)):
         output = tmp_path / str(parts)
         done = subprocess.run(
-            command(corpus, output, TOKENS_PER_DEVICE=tokens, TRAIN_STEPS=6, WARMUP_STEPS=1, DROPOUT=0.0),
+            command(corpus, output, TOKENS_PER_DEVICE=tokens, TRAIN_STEPS=6, WARMUP_STEPS=1, EVAL_EVERY=6, DROPOUT=0.0),
             env=plain_environment, capture_output=True, text=True,
         )
         assert done.returncode == 0 and f"a batch is computed in {parts} part(s)" in done.stderr, done.stderr
-        runs[parts] = [loss for _, loss in losses(output)]
+        rows = read_metrics(output)
+        runs[parts] = [row[name] for name in ("loss", "eval/loss") for row in rows if name in row]
+    assert len(runs[1]) == 8
     np.testing.assert_allclose(runs[2], runs[1], rtol=1e-5)
 
 

@@ -1,6 +1,5 @@
 """The train step and the evaluation step: pure functions, compiled ahead of time, once."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -14,17 +13,10 @@ from qwen_jax.training.resilience import skip_metrics
 from qwen_jax.training.state import TrainState
 
 
-def _accumulated_gradients(objective, model, accumulation: int, params, batch, rng):
-    """Sums and gradient of the objective over the batch, computed in `accumulation` parts of equal size."""
-
-    def sums_and_gradient(part, rng):
-        (loss, sums), gradient = jax.value_and_grad(
-            lambda params: objective(model, params, part, rng), has_aux=True
-        )(params)
-        return {"loss": loss, **sums}, gradient
-
+def _sum_over_parts(function: Callable, accumulation: int, batch, rng):
+    """Sum of `function(part, rng)`, a pytree, over `accumulation` parts of the batch, of equal size."""
     if accumulation == 1:
-        return sums_and_gradient(batch, rng)
+        return function(batch, rng)
 
     def split(x):
         # Every part takes rows from every device, so that no row moves between devices.
@@ -34,12 +26,18 @@ def _accumulated_gradients(objective, model, accumulation: int, params, batch, r
     def add_part(totals, xs):
         part, index = xs
         part_rng = None if rng is None else jax.random.fold_in(rng, index)
-        return jax.tree.map(jnp.add, totals, sums_and_gradient(part, part_rng)), None
+        return jax.tree.map(jnp.add, totals, function(part, part_rng)), None
 
     parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(sums_and_gradient, jax.tree.map(lambda x: x[0], parts), rng)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add_part, zeros, (parts, jnp.arange(accumulation)))[0]
+
+
+def _sums(objective, model, params, batch, rng):
+    """The objective's sum and, in a dict with "loss" among them, all its sums."""
+    loss, sums = objective(model, params, batch, rng)
+    return loss, {"loss": loss, **sums}
 
 
 def make_train_step(
@@ -53,9 +51,17 @@ def make_train_step(
     """
     dropout = model.config.embedding_dropout > 0 or model.config.attention_dropout > 0
 
+    def gradients(params, batch, rng):
+        def of_part(part, rng):
+            (_, sums), gradient = jax.value_and_grad(
+                lambda params: _sums(objective, model, params, part, rng), has_aux=True
+            )(params)
+            return sums, gradient
+
+        return _sum_over_parts(of_part, accumulation, batch, rng)
+
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-        gradients = functools.partial(_accumulated_gradients, objective, model, accumulation)
         sums, gradient = sum_over_copies(gradients)(state.params, batch, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
@@ -130,12 +136,18 @@ def compile_train_step(train_step: Callable, state, batch, mesh: Mesh, compiler_
         ) from error
 
 
-def compile_eval_step(model: Qwen, objective: Callable, params, batch, mesh: Mesh):
-    """Compiles `(params, batch) -> sums` of the objective without dropout, `"loss"` among them."""
+def compile_eval_step(model: Qwen, objective: Callable, params, batch, mesh: Mesh, accumulation: int = 1):
+    """Compiles `(params, batch) -> sums` of the objective without dropout, `"loss"` among them.
+
+    Args:
+      accumulation: parts that the batch is computed in, as in training: what fits there fits here.
+    """
 
     def eval_step(params, batch):
-        loss, sums = objective(model, params, batch, None)
-        return {"loss": loss, **sums}
+        def of_part(part, _):
+            return _sums(objective, model, params, part, None)[1]
+
+        return _sum_over_parts(of_part, accumulation, batch, None)
 
     shardings = jax.tree.map(lambda x: x.sharding, (params, batch))
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -111,7 +111,7 @@ class Trainer:
             )
             if self.eval_set is not None:
                 self._eval_step = compile_eval_step(
-                    self.model, objective, self._abstract.params, self._shapes, self.mesh
+                    self.model, objective, self._abstract.params, self._shapes, self.mesh, loop.accumulation(self.mesh)
                 )
         kept = f"; {found['hits']} program(s) found in {cache.folder}, {found['misses']} put there"
         hosts.tell(
