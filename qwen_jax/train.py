@@ -8,6 +8,7 @@ On several hosts: the same command on each (`qwen_jax.training.hosts`).
 import argparse
 import contextlib
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from qwen_jax.training.goodput import Goodput, process_began
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.profiling import CompilationCache
+from qwen_jax.training.profiling import MEMORY_PROFILE, CompilationCache
 from qwen_jax.training.program import check_run, device_memory
 from qwen_jax.training.rewind import finish_rewinds
 from qwen_jax.training.run_lock import run_lock
@@ -47,6 +48,9 @@ with quiet():  # what TensorFlow and Beam write when imported
     from qwen_jax.data.vocabulary import QwenVocabulary
 
 log = logging.getLogger(__name__)
+
+# Folder of a run that keeps compiled programs.
+COMPILED = "compiled"
 
 
 def train(
@@ -155,7 +159,7 @@ def find_cache(folder: str | None, output: Path) -> CompilationCache:
     """Where compiled programs are kept, as `train` says."""
     if folder != "auto":
         return CompilationCache(None if folder is None else Path(folder).absolute())
-    return CompilationCache(None if jax.default_backend() == "cpu" else (output / "compiled").absolute())
+    return CompilationCache(None if jax.default_backend() == "cpu" else (output / COMPILED).absolute())
 
 
 def check_output_dir(output: Path, model: ModelConfig) -> None:
@@ -169,8 +173,9 @@ def check_output_dir(output: Path, model: ModelConfig) -> None:
     if (output / CONFIG_FILE).exists():
         check_same_model(output, model)
         return
-    # A run that was killed while it started leaves an empty `checkpoints` and hidden files.
-    there = sorted(p.name for p in output.glob("*") if p.name != CHECKPOINTS and not p.name.startswith("."))
+    # What a start leaves that ended before its first step: killed, hung, or out of memory.
+    leftovers = re.compile(rf"\..*|{CHECKPOINTS}|{COMPILED}|{re.escape(MEMORY_PROFILE)}|stacks_\d+\.txt")
+    there = sorted(p.name for p in output.glob("*") if not leftovers.fullmatch(p.name))
     if there:
         raise CheckpointError(
             f"OUTPUT_DIR {output} holds {there[0]!r} and is no run of ours: choose an empty or new folder"

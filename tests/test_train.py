@@ -190,6 +190,25 @@ def test_bad_input_is_one_line_that_says_how_to_mend_it(corpus, unbroken, tmp_pa
     assert sorted(p.relative_to(unbroken[0]) for p in unbroken[0].rglob("*")) == before
 
 
+def test_what_a_start_that_failed_has_left_does_not_bar_the_next(corpus, tmp_path, run_main, monkeypatch):
+    """Compiled programs, a profile of the memory, stacks: none of them makes the folder somebody else's."""
+    from qwen_jax.training import trainer
+
+    output = tmp_path / "run"
+    (output / "compiled").mkdir(parents=True)
+    (output / "stacks_0.txt").write_text("…")
+
+    def too_large(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "compile_run", too_large)
+        code, stderr = run_main(command(corpus, output)[3:])
+        assert code == 2 and "out of memory while compiling" in stderr and (output / "memory.prof").exists(), stderr
+    code, stderr = run_main(command(corpus, output, TRAIN_STEPS=6, EVAL_EVERY=0)[3:])
+    assert code == 0 and len(losses(output)) == 6, stderr
+
+
 @pytest.fixture
 def run_main(capsys, monkeypatch):
     """Runs the entry point in this process (a process each would take minutes), on one device."""

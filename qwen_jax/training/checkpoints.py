@@ -21,6 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.training import hosts
+from qwen_jax.training.profiling import want_of_memory
 from qwen_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class Checkpoints:
             if "next_example" not in (metadata or {}):
                 raise ValueError("it says nothing of the data position")
         except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
-            raise CheckpointError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
+            raise CheckpointError(f"checkpoint {path} cannot be read: {why_unreadable(error)}") from error
         return metadata
 
     def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
@@ -182,6 +183,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there are checkpoints and none can be read.
+          JaxRuntimeError: the devices have too little memory, which says nothing of the checkpoints.
         """
         failed = []
         for step in reversed(self.steps()):
@@ -191,7 +193,7 @@ class Checkpoints:
                 loaded = ocp.load_checkpointables(path, {"params": abstract.params, "optimizer": abstract.opt_state})
                 metadata = self.metadata(self.folder.parent, step)
             except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
-                problem = one_line(error)
+                problem = why_unreadable(error)
             problems = hosts.agree(f"restored/{step}", f"the checkpoint of step {step} to be read", problem)
             if problems:
                 process, problem = next(iter(problems.items()))
@@ -227,7 +229,21 @@ class Checkpoints:
         self._manager.close()
 
 
-def one_line(error: Exception) -> str:
+def why_unreadable(error: BaseException) -> str:
+    """Why a checkpoint could not be read, on one line.
+
+    Raises:
+      JaxRuntimeError: for want of memory. The checkpoint may be as good as any.
+    """
+    # Orbax says of most things that its handler is incompatible, and what happened is the cause of that.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if want_of_memory(error):
+        raise error
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
     """What an error says, short enough for one line of a log."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"

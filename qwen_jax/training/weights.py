@@ -23,6 +23,7 @@ from qwen_jax.training.checkpoints import (
     one_line,
     read_config,
     saved_steps,
+    why_unreadable,
     write_run_files,
 )
 
@@ -224,7 +225,7 @@ def restore_params(path: str | Path, abstract, step: int | None = None):
     try:
         return ocp.load_checkpointables(folder, {"params": abstract})["params"]
     except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {one_line(error)}") from error
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {why_unreadable(error)}") from error
 
 
 def load_params(path: str | Path, step: int | None = None) -> tuple[ModelConfig, dict]:

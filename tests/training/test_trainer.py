@@ -20,6 +20,7 @@ from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.profiling import OutOfMemory
 from qwen_jax.training.reporting import TrainingDiverged
 from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.weights import load_params, save_params
@@ -137,6 +138,7 @@ def test_the_last_good_checkpoint_is_used(unbroken, tmp_path, damage, caplog):
     resumed = trainer(copy)
     assert resumed.start_step == 8
     assert str(bad) in caplog.text and (copy / "checkpoints" / "unreadable-12").is_dir()
+    assert "incompatible handler" not in caplog.text, "the cause is named, not what Orbax makes of it"
     resumed.run()
     assert losses(copy) == losses(folder)
 
@@ -150,6 +152,23 @@ def test_when_no_checkpoint_can_be_read_all_are_named(unbroken, tmp_path):
     with pytest.raises(CheckpointError, match="checkpoints/12.*checkpoints/8"):
         trainer(copy)
     assert (copy / "checkpoints" / "8").is_dir()
+
+
+def test_want_of_memory_while_restoring_is_no_fault_of_the_checkpoints(unbroken, tmp_path, monkeypatch, caplog):
+    copy = tmp_path / "run"
+    shutil.copytree(unbroken[0], copy)
+    fresh = tmp_path / "fresh"
+
+    def without_memory(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_put", without_memory)
+        for folder, initial in ((copy, None), (fresh, copy)):
+            with pytest.raises(OutOfMemory, match="out of memory while restoring the state .allocate 17179869184 by"):
+                trainer(folder, initial=initial)
+    assert "cannot be read" not in caplog.text
+    assert trainer(copy).start_step == 12
 
 
 def test_other_data_is_refused(unbroken, tmp_path):
