@@ -6,11 +6,14 @@ survives a kill; the time between the last row and the next start counts as idle
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
 
-from qwen_jax.training.checkpoints import write_atomically
+from qwen_jax.training.checkpoints import CheckpointError, write_atomically
+
+log = logging.getLogger(__name__)
 
 GOODPUT_FILE = "goodput.json"
 
@@ -43,7 +46,10 @@ class _Start:
 
 
 def _read(file: Path) -> list[_Start]:
-    return [_Start(**start) for start in json.loads(file.read_text())["starts"]]
+    try:
+        return [_Start(**start) for start in json.loads(file.read_text())["starts"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): restore it, or remove it to begin anew") from error
 
 
 def _shares(starts: list[_Start]) -> dict[str, float]:
@@ -61,7 +67,11 @@ def _shares(starts: list[_Start]) -> dict[str, float]:
 
 
 def written_shares(folder: str | Path) -> dict[str, float] | None:
-    """`Goodput.shares` of a run as it was last written, None for a run without an account."""
+    """`Goodput.shares` of a run as it was last written, None for a run without an account.
+
+    Raises:
+      CheckpointError: the account cannot be read.
+    """
     file = Path(folder) / GOODPUT_FILE
     return _shares(_read(file)) if file.exists() else None
 
@@ -70,14 +80,18 @@ class Goodput:
     """Adds up the seconds of this start by cause; one object in process 0."""
 
     def __init__(self, folder: str | Path, began: float | None = None):
-        """Opens the account of a run.
+        """Opens the account of a run; begins anew where what is there cannot be read, for it is no reason not to train.
 
         Args:
           began: `time.time()` when the process started.
         """
         self._folder = Path(folder)
         file = self._folder / GOODPUT_FILE
-        self._before = _read(file) if file.exists() else []
+        try:
+            self._before = _read(file) if file.exists() else []
+        except CheckpointError as error:
+            log.warning("%s. The account of the run's time begins with this start", error)
+            self._before = []
         now = time.time()
         self._start = _Start(now if began is None else began)
         self._since = time.perf_counter() - (now - self._start.began)

@@ -11,7 +11,7 @@ import pytest
 
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.checkpoints import write_run_files
+from qwen_jax.training.checkpoints import CheckpointError, write_run_files
 from qwen_jax.training.goodput import Goodput, process_began, written_shares
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
@@ -195,6 +195,18 @@ def test_the_account_of_a_run_s_time(tmp_path, monkeypatch):
     spend(third, "steps", 1)
     assert third.shares()["lost steps"] * (total + 1) == pytest.approx(40)
     assert len(json.loads((tmp_path / "goodput.json").read_text())["starts"]) == 2
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"starts": [{"begun": 3}]}'])
+def test_an_account_that_cannot_be_read_does_not_keep_a_run_from_training(tmp_path, text, caplog):
+    folder = tmp_path / "run"
+    trainer(folder).run()
+    (folder / "goodput.json").write_text(text)
+    with pytest.raises(CheckpointError, match="goodput.json cannot be read"):
+        written_shares(folder)
+    trainer(folder).run()
+    assert "goodput.json cannot be read" in caplog.text and "begins with this start" in caplog.text
+    assert sum(written_shares(folder).values()) == pytest.approx(1)
 
 
 def test_a_process_knows_when_it_began():
