@@ -21,7 +21,7 @@ class LoopConfig:
         None: no limit. Not used where accumulation_steps is given.
       seed: of parameters and dropout.
       log_every, eval_every, checkpoint_every: intervals; 0 for eval_every means only at start and end.
-      eval_batches: at most so many batches of the held-out set are used.
+      eval_batches: at most so many batches of the held-out set are used; 0: no held-out loss.
       keep_checkpoints: how many of the newest are kept.
       keep_every: the checkpoints of multiples of this many steps are kept as well, for rewinds; 0 keeps no others.
       trace_steps: (first, last) step to write an XProf trace of, into the run's folder; None writes none.

@@ -1,5 +1,6 @@
 """The loop: it learns, resumes bit for bit, compiles once, survives damaged checkpoints, refuses foreign ones."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -66,6 +67,11 @@ def test_it_learns_and_writes_every_metric(unbroken):
     last = [row for row in rows if "loss" in row][-1]
     assert {"accuracy", "gradient_norm", "learning_rate", "tokens_per_second", "data_wait"} <= last.keys()
     assert result["step"] == 12 and list((folder / "tensorboard").glob("events*"))
+
+
+def test_no_batches_of_held_out_text_are_no_held_out_loss(tmp_path):
+    result = trainer(tmp_path / "run", loop=dataclasses.replace(LOOP, eval_batches=0, train_steps=5)).run()
+    assert result["step"] == 5 and not [row for row in read_metrics(tmp_path / "run") if "eval/loss" in row]
 
 
 def test_only_the_newest_checkpoints_are_kept(unbroken):
