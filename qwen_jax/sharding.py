@@ -70,8 +70,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"mesh {text}: each axis must be at least 1, and at most one of them may be -1")
+    if not all(type(size) is int and size >= -1 and size for size in sizes.values()) or [*sizes.values()].count(-1) > 1:
+        raise ValueError(f"mesh {text}: each axis must be an integer of at least 1, and at most one of them may be -1")
     known = math.prod(size for size in sizes.values() if size > 0)
     for axis, size in sizes.items():
         if size == -1 and len(devices) % known == 0:

@@ -57,7 +57,8 @@ def test_parameters_do_not_span_slices():
 
 @pytest.mark.parametrize(("config", "message"), [
     (MeshConfig(3), "does not divide 8 device"), (MeshConfig(data=-1), "at most one"), (MeshConfig(0), "at least 1"),
-    (MeshConfig(fsdp=2, sequence=2), "sequence=2.*does not divide 8"),
+    (MeshConfig(fsdp=2, sequence=2), "sequence=2.*does not divide 8"), (MeshConfig(fsdp="eight"), "an integer"),
+    (MeshConfig(fsdp=8.0), "an integer"),
 ])
 def test_a_mesh_that_cannot_be_made_is_refused(config, message):
     with pytest.raises(ValueError, match=message):

@@ -44,8 +44,18 @@ class OptimizerConfig:
             raise ValueError(
                 f"OptimizerConfig.first_moment_dtype must be float32 or bfloat16, found {self.first_moment_dtype!r}"
             )
-        if self.peak_learning_rate <= 0:
-            raise ValueError(f"OptimizerConfig.peak_learning_rate must be positive, found {self.peak_learning_rate}")
+        for field in ("peak_learning_rate", "final_fraction", "beta1", "beta2", "epsilon", "weight_decay", "clip_norm"):
+            value = getattr(self, field)
+            positive = field in ("peak_learning_rate", "clip_norm")
+            if value is None and field == "clip_norm":
+                continue
+            if not isinstance(value, (int, float)) or not value >= 0 or (positive and value == 0):
+                least = "positive" if positive else "at least 0"
+                raise ValueError(f"OptimizerConfig.{field} must be a number and {least}, found {value!r}")
+        if not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise ValueError(
+                f"OptimizerConfig.warmup_steps must be an integer of at least 0, found {self.warmup_steps!r}"
+            )
 
 
 def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:
@@ -88,9 +98,10 @@ def path_name(path) -> str:
 
 def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientTransformation:
     """The gradient transformation of a run of `train_steps` updates."""
-    steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    steps.append(optax.adamw(
+    # Both have a state of the same structure: clipping may be turned on and off between two starts of a run.
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    adamw = optax.adamw(
         learning_rate_schedule(config, train_steps), b1=config.beta1, b2=config.beta2, eps=config.epsilon,
         weight_decay=config.weight_decay, mask=decay_mask, mu_dtype=config.first_moment_dtype,
-    ))
-    return skip_updates(optax.chain(*steps), config.skip)
+    )
+    return skip_updates(optax.chain(clip, adamw), config.skip)

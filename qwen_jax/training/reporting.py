@@ -14,7 +14,7 @@ from qwen_jax.training.metrics import MetricsWriter, NoMetrics
 
 
 class TrainingDiverged(FloatingPointError):
-    """The loss is not finite, or too many updates were skipped."""
+    """The loss or the gradient is not finite, or too many updates were skipped."""
 
 
 def host_statistics(paces: dict[int, dict[str, float]]) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Reporter:
         """Reads the metrics of a step, waiting for it, and writes a row where one is due.
 
         Raises:
-          TrainingDiverged: the loss is not finite and its update was made, or too many were skipped.
+          TrainingDiverged: the loss or the gradient is not finite and the update was made, or too many were skipped.
         """
         began = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -89,11 +89,13 @@ class Reporter:
 
     def _check(self, step: int, values: dict[str, float]) -> None:
         in_a_row = values.get("skipped_in_a_row", 0)
-        lost = not math.isfinite(values["loss"]) and not in_a_row
+        # A gradient alone may be NaN: the parameters are then, and the next loss would come too late for a checkpoint.
+        wrong = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+        lost = wrong and not in_a_row
         if not lost and in_a_row < self._most_skipped:
             return
         self._writer.write(step, values)
-        what = f"the loss of step {step} is {values['loss']}" if lost else (
+        what = f"the {wrong[0].replace('_', ' ')} of step {step} is {values[wrong[0]]}" if lost else (
             f"{in_a_row:.0f} updates in a row were skipped, the last at step {step} with a gradient norm of "
             f"{values['gradient_norm']:g}"
         )

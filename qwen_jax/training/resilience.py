@@ -34,8 +34,14 @@ class SkipConfig:
     most_in_a_row: int = 10
 
     def __post_init__(self):
-        if self.spike_factor is not None and not self.spike_factor > 1:
-            raise ValueError(f"SkipConfig.spike_factor must be more than 1 or None, found {self.spike_factor!r}")
+        if not isinstance(self.nonfinite, bool):  # "false" would be true
+            raise ValueError(f"SkipConfig.nonfinite must be True or False, found {self.nonfinite!r}")
+        factor = self.spike_factor
+        if factor is not None and not (isinstance(factor, (int, float)) and factor > 1):
+            raise ValueError(f"SkipConfig.spike_factor must be a number of more than 1, or None; found {factor!r}")
+        for field in ("least_history", "most_in_a_row"):
+            if not isinstance(getattr(self, field), int):
+                raise ValueError(f"SkipConfig.{field} must be an integer, found {getattr(self, field)!r}")
         if not 1 <= self.least_history <= WINDOW:
             raise ValueError(f"SkipConfig.least_history must be in [1, {WINDOW}], found {self.least_history!r}")
         if self.most_in_a_row < 1:
@@ -87,6 +93,11 @@ def skip_updates(inner: optax.GradientTransformation, config: SkipConfig) -> opt
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def updates_made(state: optax.OptState, step: jax.Array) -> jax.Array:
+    """How many of `step` updates were made and not skipped: what a learning-rate schedule has counted."""
+    return state.made if isinstance(state, HealthState) else step
 
 
 def skip_metrics(state: optax.OptState) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import batch_sharding, batch_ways, constrain, sum_over_copies, use_mesh
-from qwen_jax.training.resilience import skip_metrics
+from qwen_jax.training.resilience import skip_metrics, updates_made
 from qwen_jax.training.state import TrainState
 
 
@@ -70,7 +70,7 @@ def make_train_step(
             "loss": sums["loss"] / weight,
             "accuracy": sums["correct"] / weight,
             "gradient_norm": optax.global_norm(gradient),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(updates_made(state.opt_state, state.step)), jnp.float32),
             **skip_metrics(opt_state),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics

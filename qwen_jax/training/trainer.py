@@ -81,7 +81,7 @@ class Trainer:
           CheckpointError: the folder holds another run, or nothing in it can be read.
         """
         self.model, self.loop, self.mesh, self.output_dir = model, loop, mesh, Path(output_dir)
-        self.train_set, self.eval_set = train_set, eval_set
+        self.train_set, self.eval_set = train_set, eval_set if loop.eval_batches else None
         self._activity, self._optimizer = activity or Activity(), optimizer
         self._goodput = goodput or Goodput(output_dir)
         self._goodput.count("starting")
@@ -170,7 +170,7 @@ class Trainer:
           The last metrics, with "step".
 
         Raises:
-          TrainingDiverged: the loss became infinite or NaN; nothing is saved after that.
+          TrainingDiverged: the loss or the gradient became infinite or NaN; nothing is saved after that.
           OutOfMemory: a step needs more memory than the devices have.
         """
         first = hosts.place()[0] == 0

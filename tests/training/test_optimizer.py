@@ -86,3 +86,17 @@ def test_what_cannot_be_is_refused():
         OptimizerConfig(1e-3, schedule="linear")
     with pytest.raises(ValueError, match="peak_learning_rate"):
         OptimizerConfig(0.0)
+    for field, value in (
+        ("peak_learning_rate", "3e-4x"), ("clip_norm", 0), ("weight_decay", -0.1), ("beta2", float("nan")),
+        ("warmup_steps", -1), ("warmup_steps", 1.5),
+    ):
+        with pytest.raises(ValueError, match=f"OptimizerConfig.{field} must be .* found {value!r}"):
+            OptimizerConfig(**{"peak_learning_rate": 1e-3, field: value})
+
+
+def test_clipping_may_be_turned_off_in_the_middle_of_a_run():
+    states = [
+        jax.eval_shape(make_optimizer(OptimizerConfig(1e-3, clip_norm=norm), 10).init, {"kernel": jnp.zeros(3)})
+        for norm in (1.0, None)
+    ]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -18,7 +18,7 @@ from qwen_jax.training.checkpoints import Checkpoints, write_run_files
 from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
-from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from qwen_jax.training.reporting import TrainingDiverged
 from qwen_jax.training.resilience import WINDOW, SkipConfig, skip_updates
 from qwen_jax.training.trainer import Trainer
@@ -107,7 +107,9 @@ def test_the_window_forgets_what_is_older():
 @pytest.mark.parametrize(
     ("values", "message"),
     [({"spike_factor": 1.0}, "spike_factor"), ({"least_history": 0}, "least_history"),
-     ({"least_history": 129}, "least_history"), ({"most_in_a_row": 0}, "most_in_a_row")],
+     ({"least_history": 129}, "least_history"), ({"most_in_a_row": 0}, "most_in_a_row"),
+     ({"nonfinite": "false"}, "nonfinite must be True or False"), ({"spike_factor": "ten"}, "spike_factor"),
+     ({"most_in_a_row": 2.5}, "most_in_a_row must be an integer")],
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
@@ -135,11 +137,11 @@ class Poisoned(FakeExamples):
 LOOP = LoopConfig(train_steps=8, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=2, keep_checkpoints=9)
 
 
-def trainer(folder, skip, layout=(1, 1, 1), data=None, loop=LOOP):
+def trainer(folder, skip, layout=(1, 1, 1), data=None, loop=LOOP, objective=poisoned_loss):
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     write_run_files(folder, small_model(), None)
     return Trainer(
-        Qwen(small_model()), poisoned_loss, OptimizerConfig(1e-2, warmup_steps=2, skip=skip), loop, mesh,
+        Qwen(small_model()), objective, OptimizerConfig(1e-2, warmup_steps=2, skip=skip), loop, mesh,
         data or Poisoned(), None, folder,
     )
 
@@ -158,8 +160,28 @@ def test_a_run_passes_over_a_bad_batch_and_counts_it(skipping, tmp_path):
     assert [row["skipped_updates"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert rows[3]["loss"] is None and all(row["loss"] for row in rows[4:])
     assert run.next_example == 64 and int(run.state.step) == 8
+    # The schedule counts updates made, and so does what is said of it.
+    schedule = learning_rate_schedule(OptimizerConfig(1e-2, warmup_steps=2), 8)
+    expected = [float(schedule(made)) for made in (0, 1, 2, 3, 3, 4, 5, 6)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(TrainingDiverged, match="the loss of step 4 is nan"):
         trainer(tmp_path / "run", SkipConfig()).run()
+
+
+def poisoned_gradient(model, params, batch, rng):
+    """The usual loss; its gradient is NaN for a batch that holds token 62."""
+    loss, sums = next_token_loss(model, params, batch, rng)
+    zero = jnp.where((batch["tokens"] == 62).any(), 0.0, 1.0) * params["output"][0, 0]
+    # sqrt has an infinite slope at 0, and what comes to it is 0 times that.
+    return loss + 0.0 * jnp.sqrt(jnp.abs(zero * zero)), sums
+
+
+def test_parameters_that_a_gradient_has_destroyed_are_not_saved(tmp_path):
+    """The loss of step 4, where a checkpoint is due, is that of the parameters before: finite."""
+    run = trainer(tmp_path / "run", SkipConfig(), objective=poisoned_gradient)
+    with pytest.raises(TrainingDiverged, match="the gradient norm of step 4 is nan"):
+        run.run()
+    assert Checkpoints(tmp_path / "run").steps() == [2]
 
 
 def test_the_statistics_resume_bit_for_bit_even_on_another_mesh(skipping, tmp_path):
