@@ -61,11 +61,12 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Arranges the devices (all of the job's by default) as `config` says.
 
-    Devices of several slices are told by their `slice_index`; each slice then holds whole copies of the parameters.
+    Devices of several slices are told by their `slice_index`; each slice then holds whole copies of the parameters. For
+    GPUs JAX calls every node a slice: there parameters may be split over nodes, too.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices, `data` does not divide by the number of slices, or
-        no arrangement follows the links between the devices.
+      ValueError: the axes do not multiply to the number of devices, `data` does not divide by the number of slices of
+        TPUs, or no arrangement follows the links between the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
@@ -91,6 +92,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 def _arrange(sizes: dict[str, int], devices, text: str) -> np.ndarray:
     """The devices in an array with one dimension per mesh axis, neighbours beside each other."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices and devices[0].platform != "tpu":
+        near_first = sorted(devices, key=lambda device: (device.slice_index, device.id))
+        return np.asarray(near_first).reshape(*sizes.values())
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh {text} on {slices} slices: parameters are gathered within a slice only, so MeshConfig.data must be "

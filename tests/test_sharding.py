@@ -24,9 +24,9 @@ class FakeDevice:
     process_index: int = 0
 
 
-def slices_of(count, size):
+def slices_of(count, size, platform="tpu"):
     """Devices listed in turns, as nothing promises that a job lists them slice by slice."""
-    devices = [FakeDevice(index, index // size) for index in range(count * size)]
+    devices = [FakeDevice(index, index // size, platform) for index in range(count * size)]
     return devices[::2] + devices[1::2]
 
 
@@ -41,7 +41,7 @@ def test_the_axes_multiply_to_the_devices_and_one_takes_the_rest():
 
 
 def test_only_copies_of_the_parameters_lie_in_different_slices():
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), slices_of(2, 8))
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), slices_of(2, 8, "gpu"))
     indices = slice_indices(mesh)
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 2}
     for copy in indices:
@@ -53,6 +53,13 @@ def test_only_copies_of_the_parameters_lie_in_different_slices():
 def test_parameters_do_not_span_slices():
     with pytest.raises(ValueError, match="data=1.*2 slices.*multiple of 2"):
         make_mesh(MeshConfig(), slices_of(2, 4))
+
+
+def test_of_gpus_a_slice_is_a_node_and_parameters_may_span_it():
+    mesh = make_mesh(MeshConfig(fsdp=-1, tensor=2), slices_of(2, 4, "gpu"))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+    # What exchanges most stays within a node.
+    np.testing.assert_array_equal(slice_indices(mesh)[0, :, 0, :], [[0, 0], [0, 0], [1, 1], [1, 1]])
 
 
 @pytest.mark.parametrize(("config", "message"), [
