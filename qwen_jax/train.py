@@ -109,6 +109,7 @@ def train(
     goodput.count("preparing data")
     watchdog.activity.now("opening the data")
     train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
+    check_same_data(mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None])
     with run_lock(output) if first else contextlib.nullcontext():
         hosts.by_first("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(output))
         watchdog.folder = output
@@ -153,6 +154,19 @@ def load_data(
             f"ModelConfig.vocab_size >= {train_set.vocab_size}, or another VOCABULARY"
         )
     return train_set, eval_set
+
+
+def check_same_data(name: str, cache_dir: str, fingerprints: list[str]) -> None:
+    """Compares the data of this process with those of process 0.
+
+    Raises:
+      ValueError: they differ; the watchdog passes on in which process.
+    """
+    if hosts.by_first("same data", "process 0 to open the data", lambda: fingerprints) != fingerprints:
+        raise ValueError(
+            f"the data of {name} in {cache_dir} are not those of process 0: all hosts must see the same CACHE_DIR, or "
+            f"copies of it"
+        )
 
 
 def find_cache(folder: str | None, output: Path) -> CompilationCache:

@@ -225,6 +225,9 @@ def test_flags_of_a_job_that_make_no_sense_are_named(corpus):
         (["--heartbeat_timeout=0"], "--heartbeat_timeout must be positive"),
         (["--join_timeout=0"], "--join_timeout must be positive"),
         (["--hang_timeout=-1"], "--hang_timeout must be at least 0"),
+        (["--hang_timeout=inf"], "--hang_timeout must be .* found inf"),
+        (["--join_timeout=1e300"], "--join_timeout must be .*found 1e.300"),
+        (["--heartbeat_timeout=nan"], "--heartbeat_timeout must be .*found nan"),
     ):
         with pytest.raises(ValueError, match=message):
             files = ["--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin"]
@@ -327,6 +330,24 @@ def test_an_error_in_one_process_ends_all_with_its_text(corpus):
     assert "the disk of this host is gone" in job.errors(1)[0]
     assert f"process 1 ({socket.gethostname()}, pid" in job.errors(0)[0]
     assert "the disk of this host is gone" in job.errors(0)[0]
+
+
+# What CACHE_DIR on a disk of its own would give a host that was set up at another time.
+OTHER_DATA = """
+loader = train.ExampleLoader
+train.ExampleLoader = lambda *names, **where: loader(*names, **{**where, "seed": 7})
+"""
+
+
+@pytest.mark.slow
+def test_a_host_with_other_data_is_refused_and_named(corpus):
+    job = Job(corpus, corpus / "other data", patches={1: OTHER_DATA}, TRAIN_STEPS=6)
+    assert job.wait() == [2, 2], job.said(0)
+    for index in range(2):
+        (error,) = job.errors(index)
+        assert "are not those of process 0: all hosts must see the same CACHE_DIR" in error, error
+    assert f"process 1 ({socket.gethostname()}, pid" in job.errors(0)[0]
+    assert not saved_steps(corpus / "other data")
 
 
 @pytest.mark.slow

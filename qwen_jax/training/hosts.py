@@ -31,6 +31,8 @@ TRY_AGAIN = 75
 # Seconds between two looks at the other processes, at most.
 POLL_SECONDS = 5.0
 _WAITING_SECONDS = 30.0
+# Timers below Python hold no more, some of them not even that in milliseconds.
+_LONGEST_SECONDS = 1e6
 # For the others to read why process 0 ends, at most.
 _READING_SECONDS = 30.0
 _Value = TypeVar("_Value")
@@ -97,11 +99,10 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
         arguments.heartbeat_timeout, arguments.hang_timeout, arguments.join_timeout,
     )
     given = [name for name in names if getattr(config, name) is not None]
-    for name in ("heartbeat_timeout", "join_timeout"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"--{name} must be positive, found {getattr(config, name):g}")
-    if config.hang_timeout < 0:
-        raise ValueError(f"--hang_timeout must be at least 0, found {config.hang_timeout:g}")
+    for name in ("heartbeat_timeout", "join_timeout", "hang_timeout"):
+        seconds, least = getattr(config, name), "at least 0" if name == "hang_timeout" else "positive"
+        if not 0 <= seconds <= _LONGEST_SECONDS or (seconds == 0 and least == "positive"):
+            raise ValueError(f"--{name} must be {least} and at most {_LONGEST_SECONDS:g}, found {seconds:g}")
     if given and config.num_processes != 1:
         missing = [f"--{name}" for name in names if name not in given]
         if missing:
