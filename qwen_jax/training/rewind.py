@@ -80,7 +80,8 @@ def rewind(folder: str | Path, to_step: int, skip_examples: int = 0) -> Rewind:
     """Makes the checkpoint of `to_step` the newest of a run that is not running.
 
     Args:
-      skip_examples: how many examples to pass over, counted from where the run would go on.
+      skip_examples: how many examples to pass over, counted from where the run would go on, without those that it
+        would pass over anyway.
 
     Raises:
       CheckpointError: no such checkpoint, or no run.
@@ -95,15 +96,28 @@ def rewind(folder: str | Path, to_step: int, skip_examples: int = 0) -> Rewind:
         raise CheckpointError(f"{folder} has no checkpoint of step {to_step}; it has {there}")
     if skip_examples < 0:
         raise ValueError(f"expected a number of examples to skip of at least 0, found {skip_examples}")
-    position = after_skipped(Checkpoints.metadata(folder, to_step)["next_example"], skipped_spans(folder))
+    earlier = skipped_spans(folder)
+    position = after_skipped(Checkpoints.metadata(folder, to_step)["next_example"], earlier)
     number = 1 + max((int(one.folder.rpartition("_")[2]) for one in before), default=0)
     made = Rewind(
-        to_step, steps[-1], (position, position + skip_examples), f"rewound_{number}", time.time()
+        to_step, steps[-1], (position, _end_of_span(position, skip_examples, earlier)), f"rewound_{number}", time.time()
     )
     # From here on a kill is harmless: the next start of the run, or of this command, does the rest.
     _write(folder, [*before, made])
     finish_rewinds(folder)
     return dataclasses.replace(made, done=True)
+
+
+def _end_of_span(position: int, count: int, earlier: list[tuple[int, int]]) -> int:
+    """Where `count` examples from `position` on end that lie in none of the spans of earlier rewinds."""
+    stop = position + count
+    for start, end in sorted(earlier):
+        start = max(start, position)
+        if start >= stop:
+            break
+        if end > start:
+            stop, position = stop + end - start, end
+    return stop
 
 
 def finish_rewinds(folder: str | Path) -> None:

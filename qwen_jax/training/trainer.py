@@ -76,7 +76,7 @@ class Trainer:
           compiler_options: XLA's for the train step.
 
         Raises:
-          ValueError: batch, mesh or model do not divide.
+          ValueError: batch, mesh or model do not divide, or a process that there is not shall be traced.
           OutOfMemory: the devices have too little.
           CheckpointError: the folder holds another run, or nothing in it can be read.
         """
@@ -85,6 +85,10 @@ class Trainer:
         self._activity, self._optimizer = activity or Activity(), optimizer
         self._goodput = goodput or Goodput(output_dir)
         self._goodput.count("starting")
+        if loop.trace_steps is not None and loop.trace_process >= hosts.place()[1]:
+            raise ValueError(
+                f"LoopConfig.trace_process {loop.trace_process} is none of this job's {hosts.place()[1]} process(es)"
+            )
         self._shapes = batch_shapes(mesh, loop.batch_size, loop.sequence_length, columns=train_set.columns)
         transform = make_optimizer(optimizer, loop.train_steps)
         self._abstract = abstract_state(model, transform, mesh)

@@ -138,6 +138,8 @@ def test_chosen_steps_are_traced(tmp_path):
     trainer(folder, trace_steps=(2, 3)).run()
     (file,) = (folder / "trace" / "process_0").rglob("*.xplane.pb")
     assert file.stat().st_size > 1000 and b"train" in file.read_bytes()
+    with pytest.raises(ValueError, match="trace_process 1 is none of this job's 1 process"):
+        trainer(tmp_path / "other", trace_steps=(2, 3), trace_process=1)
     for wrong in ((0, 3), (3, 2), 7, (1, 2, 3)):
         with pytest.raises(ValueError, match="LoopConfig.trace_steps must be"):
             LoopConfig(train_steps=5, batch_size=8, sequence_length=16, trace_steps=wrong)

@@ -75,6 +75,14 @@ def test_the_batches_after_a_rewind_are_those_expected(run):
     assert train(run)[0] == 60
 
 
+def test_from_further_back_as_many_new_examples_are_passed_over_as_asked_for(run):
+    rewind(run, 8, skip_examples=16)
+    assert train(run) == [80, 88, 96, 104]
+    # The run would go on with 32 to 63 and 80 to 95: six steps.
+    assert rewind(run, 4, skip_examples=48).skipped == (32, 96)
+    assert train(run)[0] == 96
+
+
 def test_without_a_span_the_run_repeats_itself(run):
     weights = jax.tree.leaves(load_params(run)[1])
     rewind(run, 8)
