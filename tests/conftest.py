@@ -15,7 +15,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# On a machine that does other things too an example may take any time, and so may making it up.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
