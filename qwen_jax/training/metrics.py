@@ -33,12 +33,13 @@ class MetricsWriter:
     def __init__(self, folder: str | Path, start_step: int, total_steps: int):
         """Opens the files for a run that goes on after `start_step` updates."""
         folder = Path(folder)
-        kept = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        # A run that begins anew evaluates before its first step again.
+        kept = [row for row in read_metrics(folder) if row["step"] <= start_step] if start_step else []
         temporary = folder / f".{METRICS_FILE}.tmp"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(folder / METRICS_FILE)
         self._file = open(folder / METRICS_FILE, "a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,

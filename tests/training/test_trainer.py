@@ -99,6 +99,16 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(unbroken, tmp_path):
     assert steps == sorted(set(steps))
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_everything_once(tmp_path):
+    folder, loop = tmp_path / "run", dataclasses.replace(LOOP, train_steps=3)
+    trainer(folder, loop=loop).run()
+    shutil.rmtree(folder / "checkpoints" / "3")
+    trainer(folder, loop=loop).run()
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
 def test_a_run_goes_on_on_another_mesh(unbroken, tmp_path):
     folder, _ = unbroken
     copy = tmp_path / "run"
