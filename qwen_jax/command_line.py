@@ -8,6 +8,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 
+# What gin adds to the TypeError of a call that lacks arguments.
+_UNSET = "No values supplied by Gin"
+
 
 def run(main: Callable[[], int | None]) -> None:
     """Runs an entry point; an expected error becomes one line on standard error and exit code 2.
@@ -21,7 +24,8 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except Exception as error:
-        if os.environ.get("QWEN_JAX_TRACEBACK") == "1" or not isinstance(error, (ValueError, OSError, ArithmeticError)):
+        expected = isinstance(error, (ValueError, OSError, ArithmeticError)) or _UNSET in str(error)
+        if os.environ.get("QWEN_JAX_TRACEBACK") == "1" or not expected:
             if not _in_a_job():
                 raise
             traceback.print_exc()
@@ -36,6 +40,8 @@ def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
     # Gin appends which configurable was being called; the message itself says what to change.
     message = str(error).split("In call to configurable")[0]
+    if isinstance(error, TypeError) and _UNSET in message:
+        message = f"{message.split(_UNSET)[0].strip()}: name the gin file that sets them with --gin_file"
     return " ".join(message.split()) or type(error).__name__
 
 

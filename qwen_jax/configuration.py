@@ -5,6 +5,8 @@ Only entry points and tools import this; models and training are plain functions
 
 import argparse
 import difflib
+import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,7 +90,8 @@ def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     for file in files:
         path = next((p for p in (Path(file), ROOT / file) if p.is_file()), None)
         if path is None:
-            raise ConfigurationError(f"--gin_file={file}: no such file, here or in {ROOT}")
+            known = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "gin").glob("*/*.gin"))]
+            raise ConfigurationError(f"--gin_file={file}: no such file, here or in {ROOT}.{_suggestion(file, known)}")
         _parse(lambda path=path: gin.parse_config_file(str(path)), str(path))
     names = []
     for binding in bindings:
@@ -113,8 +116,11 @@ def _parse(parse: Callable[[], None], where: str) -> None:
         parse()
     except (ValueError, SyntaxError, OSError, AttributeError) as error:
         message = str(error).splitlines()[0]
-        known = [made.name for _, made in gin.config._REGISTRY.items()] if "No configurable" in message else ()
-        wrong = message.split("'")[1] if message.count("'") >= 2 else ""
+        wrong, known = "", ()
+        if found := re.match(r"No configurable matching '(.+?)'", message):
+            wrong, known = found[1], [made.name for _, made in gin.config._REGISTRY.items()]
+        elif found := re.match(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
+            wrong, known = found[2], inspect.signature(gin.config._REGISTRY.get_match(found[1]).wrapped).parameters
         raise ConfigurationError(f"{where}: {message}{_suggestion(wrong, known)}") from error
 
 
@@ -137,4 +143,7 @@ def _check_macros(from_flags: Sequence[str]) -> None:
             )
     for name in sorted(used):
         if name not in macros or repr(config[name, "gin.macro"].get("value")) == "%gin.REQUIRED":
-            raise ConfigurationError(f"{name} is not set: add --gin.{name}=VALUE, or the gin file that sets it")
+            how = f"add --gin.{name}=VALUE, or the gin file that sets it"
+            if name == "MODEL_SIZE":  # alone it is no model
+                how = "add --gin_file=FILE with a file of gin/models"
+            raise ConfigurationError(f"{name} is not set: {how}")

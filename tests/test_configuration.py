@@ -43,12 +43,13 @@ def test_the_reports_hyperparameters_come_with_the_size(size, steps, rate):
     ("files", "bindings", "message"),
     [
         (TINY, [], "OUTPUT_DIR is not set: add --gin.OUTPUT_DIR=VALUE"),
-        (TINY[1:], ["OUTPUT_DIR=x"], "MODEL_SIZE is not set"),
+        (TINY[1:], ["OUTPUT_DIR=x"], "MODEL_SIZE is not set: add --gin_file=FILE with a file of gin/models"),
         (TINY, ["OUTPUT_DIR=x", "TRAIN_STEP=5"], "nothing in the gin files uses TRAIN_STEP.*Did you mean TRAIN_STEPS"),
         (TINY, ["OUTPUT_DIR=x", "OptimiserConfig.beta1=0.5"], "OptimiserConfig.*Did you mean OptimizerConfig"),
-        (TINY, ["OUTPUT_DIR=x", "OptimizerConfig.beta3=0.5"], "beta3"),
+        (TINY, ["OUTPUT_DIR=x", "OptimizerConfig.beta3=0.5"], "beta3.*Did you mean beta2"),
+        (TINY, ["OUTPUT_DIR=x", "ModelConfig.remate=full"], "remate.*Did you mean remat"),
         (TINY, ["OUTPUT_DIR=x", "TRAIN_STEPS"], "expected --gin.NAME=VALUE"),
-        (["gin/models/tinny.gin"], [], "tinny.gin: no such file"),
+        (["gin/models/tinny.gin"], [], "tinny.gin: no such file.*Did you mean gin/models/tiny.gin"),
         ([], ["OUTPUT_DIR=x"], "was a --gin_file forgotten"),
     ],
 )
