@@ -46,6 +46,18 @@ class HardwareConfig:
     dcn_gbps: float | None = None
     devices_per_chip: int = 1
 
+    def __post_init__(self):
+        for field in ("hbm_gib", "peak_tflops", "hbm_gbps", "link_gbps", "clock_ghz", "dcn_gbps"):
+            value = getattr(self, field)
+            if value is None and field in ("clock_ghz", "dcn_gbps"):
+                continue
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"HardwareConfig.{field} must be a positive number, found {value!r}")
+        for field in ("slices", "devices_per_chip"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"HardwareConfig.{field} must be an integer of at least 1, found {value!r}")
+
     @property
     def hbm_bytes(self) -> int:
         """Memory of one device, in bytes."""
@@ -75,7 +87,10 @@ class HardwareConfig:
                     f"compiling for {self.topology} needs libtpu, which `pip install -c requirements.txt \"jax[tpu]\"` "
                     f"brings"
                 ) from error
+            message = str(error).splitlines()[0].rstrip(".")
+            if "INVALID_ARGUMENT" not in message:  # no question of the name: another process may have the library
+                raise ValueError(f"libtpu describes no {self.topology} now: {message}") from error
             raise ValueError(
-                f"HardwareConfig.topology {self.topology!r}: {str(error).splitlines()[0]}. Topologies that exist: "
+                f"HardwareConfig.topology {self.topology!r}: {message}. Topologies that exist: "
                 f"{', '.join(KNOWN_TOPOLOGIES)}, and other sizes of these families in multiples of 2x2x1"
             ) from error

@@ -85,11 +85,7 @@ def train(
     output, watchdog = Path(output_dir), watchdog or Watchdog()
     first = hosts.place()[0] == 0
     hosts.by_first("output folder", "process 0 to look into OUTPUT_DIR", lambda: check_output_dir(output, model))
-    if loop.sequence_length > model.max_length:
-        raise ValueError(
-            f"SEQUENCE_LENGTH {loop.sequence_length} is more than ModelConfig.max_length {model.max_length}: lower the "
-            f"one or raise the other"
-        )
+    check_length(loop, model)
     devices = make_mesh(mesh)
     check_run(
         Qwen(model), optimizer, loop.train_steps, devices, batch_size=loop.batch_size,
@@ -127,6 +123,19 @@ def train(
                 hosts.place()[1], trainer.kernel, mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
             )
         return trainer.run()
+
+
+def check_length(loop: LoopConfig, model: ModelConfig) -> None:
+    """Refuses rows that are longer than the model's context.
+
+    Raises:
+      ValueError: with both lengths.
+    """
+    if loop.sequence_length > model.max_length:
+        raise ValueError(
+            f"SEQUENCE_LENGTH {loop.sequence_length} is more than ModelConfig.max_length {model.max_length}: lower the "
+            f"one or raise the other"
+        )
 
 
 def load_data(

@@ -5,8 +5,8 @@
 
 By default it is the step that `python -m qwen_jax.train` runs with the same files, whatever its objective;
 --program=prefill and --program=decode are those of `qwen_jax.inference`, for BATCH_SIZE rows of SEQUENCE_LENGTH tokens.
-Nothing is allocated; it takes one to two
-minutes and 3 GB of memory. Needs libtpu (`pip install -c requirements.txt "jax[tpu]"`).
+Nothing is allocated; it takes one to two minutes (of TPU v6e up to five) and 3 GB of memory. Needs libtpu
+(`pip install -c requirements.txt "jax[tpu]"`). docs/tpu_pods.md says what the fields of --json mean.
 
 Exit code 1: it does not fit (said before compiling, where parameters, optimizer state and gradients alone are too
 much); 2: it cannot be compiled as asked.
@@ -31,6 +31,8 @@ from qwen_jax.programs import compiler_log, estimate
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# No device is opened, so there is nothing that two processes could take from each other.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 for _name, _value in compiler_log.ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
@@ -87,11 +89,12 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     """The update of `train.train`, as it is bound in gin.
 
     Raises:
-      ValueError: batch, model, mesh or devices do not go together.
+      ValueError: lengths, batch, model, mesh or devices do not go together.
       TooLittleMemory: the state does not fit.
     """
     settings = gin.get_bindings("train")
     model, loop, optimizer = settings["model"], settings["loop"], settings["optimizer"]
+    train.check_length(loop, model)
     mesh = make_mesh(settings["mesh"], hardware.devices())
     accumulation = loop.accumulation(mesh)
     shape = {"batch_size": loop.batch_size, "sequence_length": loop.sequence_length, "accumulation": accumulation}
@@ -214,8 +217,9 @@ def bound_hardware() -> HardwareConfig:
       ConfigurationError: none is named.
     """
     if "name" not in gin.get_bindings("HardwareConfig"):
-        files = ", ".join(sorted(f"gin/hardware/{path.name}" for path in (ROOT / "gin" / "hardware").glob("*.gin")))
-        raise ConfigurationError(f"name the hardware to compile for with --gin_file: one of {files}")
+        files = sorted((ROOT / "gin" / "hardware").glob("*.gin"))
+        names = (f"gin/hardware/{file.name}" for file in files if "HardwareConfig.topology" in file.read_text())
+        raise ConfigurationError(f"name the hardware to compile for with --gin_file: one of {', '.join(names)}")
     return gin.get_configurable("HardwareConfig")()
 
 
@@ -277,8 +281,9 @@ def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tupl
         if needed is None:
             raise ValueError(f"the compiler gave up: {message.splitlines()[0]} (--log=FILE keeps what it wrote)")
         return {
-            "hardware": hardware.name, "fits": False, "memory_need_bytes": needed, "compile_seconds": seconds,
-            "memory_limit_bytes": hardware.hbm_bytes, "mesh": prepared.mesh,
+            "hardware": hardware.name, "program": name, "fits": False, "memory_limit_bytes": hardware.hbm_bytes,
+            "memory_need_bytes": needed, "compile_seconds": seconds, "mesh": prepared.mesh,
+            "state_bytes": prepared.state_bytes,
             "message": f"the compiler found no way below {needed / GIB:.2f} of {hardware.hbm_gib:.2f} GiB: choose "
             f"another ModelConfig.remat, fewer TOKENS_PER_DEVICE, or more devices",
         }, ""
@@ -297,18 +302,28 @@ def main(argv: list[str] | None = None) -> int:
         description=f"{__doc__}\n{estimate.__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--program", choices=PROGRAMS, default="train", help="which program of the run (default train)")
-    parser.add_argument("--json", type=Path, help="write the report there, too")
-    parser.add_argument("--hlo", type=Path, help="write the text of the compiled program there")
-    parser.add_argument("--log", type=Path, help="keep what the compiler wrote on standard error there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
+    parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the text of the compiled program there")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="keep what the compiler wrote on standard error there")
     gin.configurable(train.train)
-    # A run must say where it goes; a compilation goes nowhere.
-    arguments = parse_args(parser, [*(argv if argv is not None else sys.argv[1:]), "--gin.OUTPUT_DIR=none"])
+    # A run must say where it goes; a compilation goes nowhere. The long name of the macro needs no file that uses it.
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parse_args(parser, [*given, "--gin.OUTPUT_DIR/gin.macro.value=none"])
+    if "model" not in gin.get_bindings("train"):
+        raise ConfigurationError("name a model, a run and the hardware with --gin_file; see the example in --help")
+    for file in (arguments.json, arguments.hlo, arguments.log):
+        if file:  # before the minutes of compiling
+            file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         log_file = arguments.log or Path(folder) / "compiler.log"
+        hardware = bound_hardware()
         try:
-            report, text = compile_program(arguments.program, bound_hardware(), log_file)
+            report, text = compile_program(arguments.program, hardware, log_file)
         except TooLittleMemory as error:
-            report, text = {"fits": False, "message": str(error)}, ""
+            report, text = {
+                "hardware": hardware.name, "program": arguments.program, "fits": False,
+                "memory_limit_bytes": hardware.hbm_bytes, "message": str(error),
+            }, ""
     if arguments.json:
         write_atomically(arguments.json, json.dumps(report, indent=1) + "\n")
     if arguments.hlo and text:

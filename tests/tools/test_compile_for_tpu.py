@@ -53,6 +53,22 @@ def test_an_unknown_topology_is_one_line(plain_environment, root):
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "v9z:1x1" in errors[0] and "Traceback" not in done.stderr
+    assert importlib.util.find_spec("libtpu") is None or "Topologies that exist: v4:2x2x1" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a model, a run and the hardware"), (COMMAND[2:3], "name a model, a run and the hardware"),
+        (COMMAND[3:], "MODEL_SIZE is not set"), (COMMAND[2:4], "one of gin/hardware/tpu7x_64.gin, gin/hardware/v5e_16"),
+        ([*COMMAND[2:], "--gin.HardwareConfig.hbm_gib=much"], "hbm_gib must be a positive number, found 'much'"),
+    ],
+)
+def test_what_is_missing_or_no_number_is_named(root, monkeypatch, arguments, message):
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    gin.clear_config()
+    with pytest.raises(ValueError, match=message):
+        importlib.import_module("compile_for_tpu").main(arguments)
 
 
 def test_hardware_without_descriptions_is_one_line(plain_environment, root):
@@ -79,8 +95,9 @@ def compile_here(root, monkeypatch, tmp_path, capsys):
             "ModelConfig.attention_kernel": "xla", "ModelConfig.dtype": "float32", "train.compiler_options": None,
         }
         settings = [f"--gin.{name}={value}" for name, value in small.items()]
-        code = tool.main([*COMMAND[2:], *settings, *flags, "--json", str(tmp_path / "report.json")])
-        return code, capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+        report = tmp_path / "made" / "report.json"
+        code = tool.main([*COMMAND[2:], *settings, *flags, "--json", str(report)])
+        return code, capsys.readouterr().out, json.loads(report.read_text())
 
     return compile_it
 
@@ -106,6 +123,7 @@ def test_what_does_not_fit_has_its_own_exit_code(compile_here):
     assert code == 1 and "GiB: DOES NOT FIT" in shown and report["fits"] is False
     code, shown, report = compile_here(f"--gin.HardwareConfig.hbm_gib={0.9 * state / 2**30}")
     assert code == 1 and "DOES NOT FIT: too little memory" in shown and report["fits"] is False
+    assert report["memory_limit_bytes"] == pytest.approx(0.9 * state, abs=1) and report["program"] == "train"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +137,11 @@ def test_what_does_not_fit_has_its_own_exit_code(compile_here):
 def test_what_does_not_divide_is_refused(compile_here, program, flags, message):
     with pytest.raises(ValueError, match=message):
         compile_here(f"--program={program}", *flags)
+
+
+def test_rows_that_training_would_refuse_are_refused(compile_here):
+    with pytest.raises(ValueError, match="SEQUENCE_LENGTH 2048 is more than ModelConfig.max_length 1024"):
+        compile_here("--gin.SEQUENCE_LENGTH=2048")
 
 
 @pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "gin" / "hardware").glob("*.gin")))
