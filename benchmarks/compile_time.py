@@ -3,7 +3,8 @@
     python benchmarks/compile_time.py --hardware=v5p_256 --output=runs/compile_time
 
 Layers are scanned, so the time should not grow with them: the ratio of the largest model to the smallest is printed.
-Needs libtpu. Reports of tools/compile_for_tpu.py are kept in --output as MODEL_HARDWARE.json.
+Needs libtpu. Reports of tools/compile_for_tpu.py are kept in --output as MODEL_HARDWARE.json; --gin.NAME=VALUE is
+handed on to it.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def measure(model: str, hardware: str, output: Path, flags: list[str]) -> dict:
       "wall" and "cpu" seconds of the process, "step" seconds of compiling alone, and seconds by phase of it.
 
     Raises:
-      ValueError: it does not compile.
+      ValueError: it does not compile, or its state alone does not fit.
     """
     report = output / f"{model}_{hardware}.json"
     report.unlink(missing_ok=True)
@@ -37,8 +38,11 @@ def measure(model: str, hardware: str, output: Path, flags: list[str]) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if not report.exists():
-        raise ValueError(f"{model} for {hardware}: {done.stderr.strip().splitlines()[-1]}")
+        message = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
+        raise ValueError(f"{model} for {hardware}: {message.removeprefix('error: ')}")
     found = json.loads(report.read_text())
+    if "compile_seconds" not in found:
+        raise ValueError(f"{model} for {hardware}: {found['message']}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "wall": wall, "cpu": cpu, "step": found["compile_seconds"], "parameters": found.get("parameters", 0),
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", default="v5p_256", help="file of gin/hardware (default v5p_256)")
-    parser.add_argument("--models", default="1_8b,7b,14b", help="files of gin/models, smallest first")
+    parser.add_argument("--models", default="1_8b,7b,14b", help="files of gin/models, smallest first (1_8b,7b,14b)")
     parser.add_argument("--output", type=Path, default=Path("runs/compile_time"), help="folder of the reports")
     arguments, flags = parser.parse_known_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -212,7 +212,7 @@ def measure(dtype: str, folder: Path, arguments, taking_turns: bool) -> list[Sid
             side.run(arguments.warm_up, measured=False)
         except (RuntimeError, BrokenPipeError) as error:
             if name == "qwen_jax":
-                raise
+                raise ValueError(f"{dtype}: {error}") from error
             print(f"{dtype}: {name} left out: {error}", file=sys.stderr, flush=True)
             continue
         sides.append(side)
@@ -263,23 +263,27 @@ def report(dtype: str, sides: list[Side], config, arguments, peak: float | None)
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("tiny", "35m", "1.8b", "7b"), default="35m")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCE), default=list(TOLERANCE))
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="updates of a round")
-    parser.add_argument("--warm_up", type=int, default=2, help="updates before the first round")
-    parser.add_argument("--remat", default="full", help="ours: ModelConfig.remat")
-    parser.add_argument("--attention_kernel", default="auto", help="ours: ModelConfig.attention_kernel")
+    parser.add_argument("--preset", choices=("tiny", "35m", "1.8b", "7b"), default="35m", help="(35m)")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCE), default=list(TOLERANCE), help="of compute")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step (4)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence (512)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements, of which the median is taken (5)")
+    parser.add_argument("--steps", type=int, default=2, help="updates of a round (2)")
+    parser.add_argument("--warm_up", type=int, default=2, help="updates before the first round (2)")
+    parser.add_argument("--remat", default="full", help="ours: ModelConfig.remat (full)")
+    parser.add_argument("--attention_kernel", default="auto", help="ours: ModelConfig.attention_kernel (auto)")
     parser.add_argument("--peer_checkpointing", action="store_true", help="torch: recompute layers to save memory")
     parser.add_argument("--bfloat16_weights", action="store_true", help="torch: also with bfloat16 weights and moments")
-    parser.add_argument("--peers", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    peers = ("eager", "compiled")
+    parser.add_argument("--peers", nargs="+", choices=peers, default=list(peers), help="(both)")
     parser.add_argument("--peak_tflops", type=float, help="of the device, for MFU; known for H100, H200 and A100")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker:
         return serve(json.loads(arguments.worker))
+    for name in ("batch", "length", "rounds", "steps", "warm_up"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, found {getattr(arguments, name)}")
     import jax
     from random_weights import write_model
 
@@ -296,4 +300,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from qwen_jax.command_line import run
+
+    run(main)

@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from qwen_jax.command_line import run  # noqa: E402
+from qwen_jax.training.checkpoints import read_config  # noqa: E402
 from qwen_jax.training.rewind import rewind  # noqa: E402
 from qwen_jax.training.run_lock import run_lock  # noqa: E402
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.run.is_dir():
         raise ValueError(f"--run {arguments.run}: no such folder")
+    read_config(arguments.run)  # the lock is a file: none in a folder that is no run
     with run_lock(arguments.run):
         made = rewind(arguments.run, arguments.to, arguments.skip_examples)
     start, stop = made.skipped

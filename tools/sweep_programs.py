@@ -171,7 +171,7 @@ def compile_variant(arguments: Sequence[str], variant: Variant, timeout: float) 
         if report.exists():
             return json.loads(report.read_text())
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    message = errors[-1].removeprefix("error: ") if errors else "\n".join(done.stderr.splitlines()[-3:])
+    message = errors[-1].removeprefix("error: ") if errors else " ".join(done.stderr.splitlines()[-3:])
     if done.returncode < 0:
         return {"error": f"the compiler died of signal {-done.returncode}", "transient": True}
     if "the compiler gave up" in message:
@@ -205,7 +205,7 @@ def verdict(result: dict) -> str:
     need = f"{result['memory_need_bytes'] / GIB:.2f} of {result['memory_limit_bytes'] / GIB:.2f} GiB"
     if not result["fits"]:
         return f"does not fit, {need}"
-    return f"{result['seconds']['low']:.3f} to {result['seconds']['high']:.3f} s, {need}"
+    return f"{result['seconds']['low']:.4g} to {result['seconds']['high']:.4g} s, {need}"
 
 
 def ranked(rows: Sequence[dict]) -> list[dict]:
@@ -225,7 +225,7 @@ def table(variants: Sequence[Variant], results: Results) -> str:
         seconds, speed, mfu = row["seconds"], row["tokens_per_second_per_chip"], row["mfu"]
         wire = f"{row['wire_bytes'] / row['least_wire_bytes']:.2f}" if row["least_wire_bytes"] else "–"
         lines.append(
-            f"| {row['variant']} | {seconds['low']:.3f}–{seconds['high']:.3f} | {speed['low']:,.0f}–"
+            f"| {row['variant']} | {seconds['low']:.4g}–{seconds['high']:.4g} | {speed['low']:,.0f}–"
             f"{speed['high']:,.0f} | {100 * mfu['low']:.0f}–{100 * mfu['high']:.0f} | "
             f"{row['memory_need_bytes'] / GIB:.2f} | {row['executed_flops'] / row['model_flops']:.2f} | {wire} |"
         )
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--gin_file=FILE and --gin.NAME=VALUE as for tools/compile_for_tpu.py",
+        epilog="--gin_file=FILE and --gin.NAME=VALUE, in one word each, as for tools/compile_for_tpu.py",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--remat", help="policies separated by commas; default all: " + ", ".join(REMAT_POLICIES))
@@ -248,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, passed = parser.parse_known_args(argv)
     if wrong := [a for a in passed if not a.startswith(("--gin_file=", "--gin."))]:
         parser.error(f"unknown argument {wrong[0]}; write --gin_file=FILE and --gin.NAME=VALUE in one word")
+    if arguments.timeout <= 0:
+        raise ValueError(f"--timeout={arguments.timeout:g}: expected a positive number of seconds")
     variants = all_variants([
         remat_choices(arguments.remat), accumulation_choices(arguments.accumulation), block_choices(arguments.blocks),
         *map(other_choices, arguments.vary),

@@ -19,3 +19,18 @@ def test_it_runs_and_both_sides_train_alike(root, plain_environment):
     losses = re.findall(r"\| (\S+), (\S+) \|$", done.stdout, re.MULTILINE)
     assert len(losses) == 2 and losses[0] == losses[1]
     assert re.search(r"qwen_jax / fastest peer: \d", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train_step.py", "--rounds=0"], "error: --rounds must be at least 1, found 0"),
+        (["compile_time.py", "--models=tinny"], "error: tinny for v5p_256: --gin_file=gin/models/tinny.gin: no such"),
+    ],
+)
+def test_bad_input_is_one_line(root, plain_environment, tmp_path, command, message):
+    done = subprocess.run(
+        [sys.executable, root / "benchmarks" / command[0], command[1]], cwd=tmp_path,
+        env=plain_environment | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr

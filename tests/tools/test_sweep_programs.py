@@ -111,7 +111,7 @@ def test_the_variants_are_all_combinations(tool):
     [
         (["--remat=everything"], "no policy 'everything'; there are none, dots"),
         (["--accumulation=1,0"], "found '0'"), (["--blocks=100"], "multiples of 128, found '100'"),
-        (["--vary=MeshConfig.tensor"], "expected NAME=VALUE"),
+        (["--vary=MeshConfig.tensor"], "expected NAME=VALUE"), (["--timeout=0"], "positive number of seconds"),
     ],
 )
 def test_wrong_choices_are_named_before_anything_is_compiled(tool, tmp_path, flags, message):

@@ -120,6 +120,10 @@ def test_the_command_and_a_run_that_is_in_use(run, plain_environment):
     with run_lock(run):
         done = subprocess.run(command, env=plain_environment, capture_output=True, text=True)
         assert done.returncode == 2 and "is in use by process" in done.stderr and "Traceback" not in done.stderr
+    (run / "no_run").mkdir()
+    elsewhere = [*command[:3], run / "no_run", *command[4:]]
+    done = subprocess.run(elsewhere, env=plain_environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "not a run folder" in done.stderr and not list((run / "no_run").iterdir())
     done = subprocess.run(command, env=plain_environment, capture_output=True, text=True)
     assert done.returncode == 0 and "goes on after step 8 (was 12) and passes over examples 64 to 79" in done.stdout
     assert skipped_spans(run) == [(64, 80)]
