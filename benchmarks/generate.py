@@ -1,6 +1,6 @@
 """Tokens per second of the generation engine against transformers' `generate`, on the same weights, in one run.
 
-    python benchmarks/generate.py                          # a model of 110M parameters on CPUs, float32
+    python benchmarks/generate.py                          # a model of 134M parameters on CPUs, float32
     python benchmarks/generate.py --dtypes float32 bfloat16
     python benchmarks/generate.py --preset 1.8b --dtypes bfloat16 --batches 1 64 --prompt 256 --new 256    # one GPU
     python benchmarks/generate.py --preset tiny --rounds 1 --new 8 --prompt 16     # does it run?
