@@ -51,6 +51,7 @@ from qwen_jax.inference import programs  # noqa: E402
 from qwen_jax.inference.sampling import RowSampling  # noqa: E402
 from qwen_jax.models.attention import KVCache  # noqa: E402
 from qwen_jax.models.decoding import DecodingCache  # noqa: E402
+from qwen_jax.models.kernels import resolve_kernel  # noqa: E402
 from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count  # noqa: E402
 from qwen_jax.programs.report import Work, describe, make_report  # noqa: E402
 from qwen_jax.sharding import make_mesh, spec, tree_shardings  # noqa: E402
@@ -77,12 +78,14 @@ class Prepared:
       compile: does it.
       mesh: devices along each axis.
       state_bytes: what it cannot do without on one device, by part.
+      attention: the kernel that computes it; inference has XLA's alone.
     """
 
     compile: Callable[[], jax.stages.Compiled]
     work: Work
     mesh: dict[str, int]
     state_bytes: dict[str, int]
+    attention: str = "xla"
 
 
 def prepare_train_step(hardware: HardwareConfig) -> Prepared:
@@ -101,6 +104,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     state_bytes = check_run(Qwen(model), optimizer, loop.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
     packed = columns_for(model.vocab_size, loop.sequence_length, settings.get("packing", "cut"))
     columns = tuple(column.name for column in packed if column.name not in ("tokens", "loss_weights"))
+    attention = resolve_kernel(model, loop.sequence_length, mesh, packed="segment_ids" in columns)
 
     def compile_step():
         return compile_run(
@@ -116,7 +120,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
         least=least_collectives(model, mesh, tokens, accumulation), parts=accumulation,
         between_slices=least_between_slices(model, mesh, hardware.slices),
     )
-    return Prepared(compile_step, work, dict(mesh.shape), state_bytes)
+    return Prepared(compile_step, work, dict(mesh.shape), state_bytes, attention)
 
 
 def prepare_prefill(hardware: HardwareConfig) -> Prepared:
@@ -291,8 +295,8 @@ def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tupl
     log = log_file.read_text(errors="replace")
     report = make_report(text, prepared.work, hardware, prepared.mesh, memory_per_device(compiled), log)
     return {
-        **report, "program": name, "state_bytes": prepared.state_bytes, "compile_seconds": seconds,
-        "compile_phases_seconds": phases.seconds,
+        **report, "program": name, "attention_kernel": prepared.attention, "state_bytes": prepared.state_bytes,
+        "compile_seconds": seconds, "compile_phases_seconds": phases.seconds,
     }, text
 
 

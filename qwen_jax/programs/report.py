@@ -115,8 +115,8 @@ def describe(report: dict) -> str:
     lines = [
         f"{report['parameters']:,} parameters on {report['devices']} devices ({report['hardware']}), mesh "
         + " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
-        + f", {report['tokens_per_step']:,} tokens a step in {report['parts']} part(s); compiled in "
-        f"{report['compile_seconds']:.0f} s",
+        + f", {report['tokens_per_step']:,} tokens a step in {report['parts']} part(s), attention by "
+        f"{report['attention_kernel']}; compiled in {report['compile_seconds']:.0f} s",
         _describe_memory(report), *_describe_operations(report), *_describe_time(report["seconds"]),
         *_describe_collectives(report), *(f"warning: {warning}" for warning in report["warnings"]),
     ]

@@ -33,7 +33,7 @@ def test_a_run_compiles_for_sixteen_chips(tmp_path, plain_environment, root):
         capture_output=True, text=True, env=plain_environment, cwd=root,
     )
     assert done.returncode == 0, done.stderr
-    assert "of 15.75 GiB" in done.stdout and "fits" in done.stdout
+    assert "of 15.75 GiB" in done.stdout and "fits" in done.stdout and "attention by splash" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["devices"] == 16 and report["parameters"] == 5_264_640 and report["fits"]
     # Sharded: no chip holds more than its share of parameters and moments, and the step gathers no more than twice.
@@ -108,6 +108,7 @@ def test_every_program_is_compiled_and_read(compile_here, program, tokens):
     code, shown, report = compile_here(f"--program={program}", "--gin.MeshConfig.data=2", "--gin.MeshConfig.tensor=2")
     assert code == 0 and "chip-hours per trillion tokens" in shown
     assert report["program"] == program and report["tokens_per_step"] == tokens and report["fits"]
+    assert report["attention_kernel"] == "xla" and "attention by xla" in shown
     assert report["mesh"] == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     # No pass does less than the model's arithmetic, and without recomputation not much more than all keys.
     assert 0.95 * report["model_flops"] < report["executed_flops"] < 2.5 * report["model_flops_all_keys"]
