@@ -70,7 +70,7 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
     precision = matmul_precision(hidden.dtype)
 
     def one_chunk(carry, start):
-        sums, hidden_gradient, kernel_gradient = carry
+        sums, hidden, kernel_gradient = carry
         h, t, w = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=3) for x in (hidden, targets, weights))
         logits = jnp.einsum(
             "arcld,dv->arclv", h, kernel, precision=precision, preferred_element_type=jnp.float32
@@ -81,30 +81,33 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
         correct = picked >= jnp.max(logits, axis=-1)
         sums = sums + jnp.stack([jnp.sum((log_normaliser - picked) * w), jnp.sum(correct * w)])
         if not with_gradients:
-            return (sums, None, None), None
+            return (sums, hidden, None), None
         probabilities = jnp.exp(logits - log_normaliser[..., None])
         of_target = jnp.arange(vocab_size) == t[..., None]
         error = ((probabilities - of_target) * w[..., None]).astype(kernel.dtype)
         h_gradient = jnp.einsum("arclv,dv->arcld", error, kernel, precision=precision)
-        hidden_gradient = jax.lax.dynamic_update_slice_in_dim(hidden_gradient, h_gradient, start, axis=3)
+        # In the place of the chunk itself, which nobody reads again: one array of the batch's width less.
+        hidden = jax.lax.dynamic_update_slice_in_dim(hidden, h_gradient, start, axis=3)
         kernel_gradient = kernel_gradient + jnp.einsum(
             "arcld,arclv->acdv", h, error, precision=precision, preferred_element_type=jnp.float32
         )
         kernel_gradient = constrain(kernel_gradient, "batch", "length", None, "vocab")
-        return (sums, hidden_gradient, kernel_gradient), None
+        return (sums, hidden, kernel_gradient), None
 
-    carry = (jnp.zeros(2, jnp.float32), None, None)
+    kernel_gradient = None
     if with_gradients:
         kernel_gradient = jnp.zeros((row_shards, length_shards, width, vocab_size), jnp.float32)
         kernel_gradient = constrain(kernel_gradient, "batch", "length", None, "vocab")
-        carry = (carry[0], jnp.zeros_like(hidden), kernel_gradient)
+    carry = (jnp.zeros(2, jnp.float32), hidden, kernel_gradient)
     starts = jnp.arange(0, positions, chunk)
     (sums, hidden_gradient, kernel_gradient), _ = (
         one_chunk(carry, starts[0]) if chunk == positions else jax.lax.scan(one_chunk, carry, starts)
     )
     if not with_gradients:
         return tuple(sums), None
-    kernel_gradient = sum_shards(kernel_gradient, kernel.dtype)
+    # Reduced before the backward pass of the layers begins: XLA would keep the whole of it until that is over.
+    kernel_gradient = constrain(sum_shards(kernel_gradient, kernel.dtype), "embed", "vocab")
+    hidden_gradient, kernel_gradient = jax.lax.optimization_barrier((hidden_gradient, kernel_gradient))
     return tuple(sums), (hidden_gradient.reshape(batch, length, width), kernel_gradient)
 
 

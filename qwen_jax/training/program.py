@@ -174,8 +174,9 @@ def least_collectives(
 
     Counted, in the compute dtype (n: devices of the axis):
       parameters split over fsdp and sequence: gathered for the forward and for the backward pass of every accumulation
-        part (an embedding that is only looked up: for the forward pass); their gradients scattered once (an all-reduce
-        instead moves twice as much on the wire).
+        part (the embedding and the output projection once: rows are looked up in the forward pass alone, and the loss
+        computes its gradients with its logits); their gradients scattered once (an all-reduce instead moves twice as
+        much on the wire).
       parameters held by several devices (data, and whatever does not split them): gradients of a device's share
         all-reduced once.
       tensor: activations all-reduced four times per block and part (after attention and FFN, and their mirror images
@@ -186,7 +187,7 @@ def least_collectives(
     """
     size, axis = config.compute_dtype.itemsize, lambda name: mesh.shape.get(name, 1)
     held = parameter_count(config) / axis("tensor")
-    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size / axis("tensor")
+    once = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size / axis("tensor")
     split = axis("fsdp") * axis("sequence")
     rows = tokens / (axis("data") * axis("fsdp"))  # tokens of the rows that a device works on, in all parts
     found: dict[str, CollectiveTotal] = {}
@@ -198,7 +199,7 @@ def least_collectives(
             total.payload_bytes += payload * times
             total.wire_bytes += wire * times
 
-    add("all-gather", (2 * held - looked_up) * size, split, accumulation)
+    add("all-gather", (2 * held - once) * size, split, accumulation)
     add("reduce-scatter", held * size, split)
     add("all-reduce", held / split * size, axis("data"))
     activations = rows / axis("sequence") * config.hidden_size * size

@@ -116,7 +116,7 @@ def test_the_least_of_7b_on_256_chips():
     config = ModelConfig(vocab_size=151_936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11_008)
     mesh = jax.sharding.AbstractMesh((1, 256, 1), ("data", "fsdp", "tensor"))
     least = least_collectives(config, mesh, 2048 * 2048)
-    gathered = 2 * (2 * 7_721_324_544 - 151_936 * 4096)
+    gathered = 2 * (2 * 7_721_324_544 - 2 * 151_936 * 4096)
     assert least["all-gather"].payload_bytes == gathered
     assert least["reduce-scatter"].payload_bytes == 2 * 7_721_324_544
     two_slices = jax.sharding.AbstractMesh((2, 64, 1), ("data", "fsdp", "tensor"))
