@@ -42,6 +42,11 @@ def program_hbm_bytes(log: str) -> int | None:
     return int(float(found[-1][0]) * _UNITS[found[-1][1]]) if found else None
 
 
+def unsupported_options(log: str) -> list[str]:
+    """What the compiler says of options that it takes but does not support on this chip, each sentence once."""
+    return sorted(set(re.findall(r"\] (.*not supported/recommended on platforms.*)", log)))
+
+
 def needed_when_too_large(message: str) -> int | None:
     """Bytes that a program needs at least, if it is for them that the compiler gave it up with this error, or None."""
     if "RESOURCE_EXHAUSTED" not in message:

@@ -4,7 +4,7 @@ import dataclasses
 
 from qwen_jax.hardware import GIB, HardwareConfig
 from qwen_jax.programs.account import Account, CollectiveTotal, account
-from qwen_jax.programs.compiler_log import program_hbm_bytes
+from qwen_jax.programs.compiler_log import program_hbm_bytes, unsupported_options
 from qwen_jax.programs.estimate import TimeEstimate, estimate_time
 from qwen_jax.programs.hlo import Program
 
@@ -69,7 +69,7 @@ def make_report(
         "between_slices_seconds": work.between_slices / (hardware.dcn_gbps * 1e9) if hardware.dcn_gbps else 0.0,
         "kernels": {name: dataclasses.asdict(total) for name, total in found.kernels.items()},
         "cycles_by_op": dict(sorted(found.cycles_by_op.items(), key=lambda item: -item[1])),
-        "hbm_traffic_bytes": found.hbm_bytes, "warnings": found.warnings,
+        "hbm_traffic_bytes": found.hbm_bytes, "warnings": [*found.warnings, *unsupported_options(log)],
     }
 
 

@@ -16,6 +16,7 @@ from qwen_jax.programs.account import account
 from qwen_jax.programs.compiler_log import exposed_cycles, needed_when_too_large, program_hbm_bytes
 from qwen_jax.programs.estimate import estimate_time
 from qwen_jax.programs.hlo import Program
+from qwen_jax.programs.report import Work, make_report
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -111,6 +112,19 @@ def test_what_the_compiler_says_beside():
     assert needed_when_too_large(given_up) == 61.5 * 2**30
     # Of the chip's small vector memory: no question of fitting, but of block sizes.
     assert needed_when_too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M") is None
+
+
+def test_options_that_the_chip_does_not_support_are_told():
+    """As libtpu 0.0.42 says of v5e's fusions on other chips, some hundred times a program."""
+    said = (
+        "Continuation fusion for AllGather is enabled on platform viperfish (variant: ), but it is not "
+        "supported/recommended on platforms other than Viperlite. Please use it at your own risk"
+    )
+    log = f"W1124 17:54:02.667651   10683 flag_utils.cc:282] {said}\n" * 2
+    memory = {"arguments": 1, "outputs": 1, "aliased": 1, "temporaries": 1, "need": 2}
+    work = Work(parameters=1, tokens=1, flops_per_token=1.0, flops_per_token_all_keys=1.0, least={})
+    quiet, warned = (make_report(PROGRAM, work, V5E, {"fsdp": 4}, memory, text)["warnings"] for text in ("", log))
+    assert warned == [*quiet, said]
 
 
 def test_text_that_is_no_program_is_refused():
