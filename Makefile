@@ -21,6 +21,7 @@ test-slow: $(VENV)/installed-test
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # --no-deps: the lock is complete, and t5 asks for nightlies that would overwrite seqio and tensorflow-datasets.
 $(VENV)/installed: requirements.txt pyproject.toml

@@ -45,7 +45,10 @@ def measure(model: str, hardware: str, output: Path, flags: list[str]) -> dict:
         raise ValueError(f"{model} for {hardware}: {found['message']}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
-        "wall": wall, "cpu": cpu, "step": found["compile_seconds"], "parameters": found.get("parameters", 0),
+        "wall": wall,
+        "cpu": cpu,
+        "step": found["compile_seconds"],
+        "parameters": found.get("parameters", 0),
         **found.get("compile_phases_seconds", {}),
     }
 

@@ -57,7 +57,7 @@ def real_documents(count: int) -> list[str]:
         lines = text.split("\n")
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                piece = "\n".join(lines[node.lineno - 1:node.end_lineno])
+                piece = "\n".join(lines[node.lineno - 1 : node.end_lineno])
                 if 400 <= len(piece) <= 8000:
                     found.append(piece)
         if len(found) >= count:
@@ -90,7 +90,7 @@ def shingle_set(text: str) -> set[str]:
     """Shingles as anyone would write it."""
     tokens = _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
     size = _CONFIG.shingle
-    return {" ".join(tokens[start:start + size]) for start in range(max(1, len(tokens) - size + 1))}
+    return {" ".join(tokens[start : start + size]) for start in range(max(1, len(tokens) - size + 1))}
 
 
 def datasketch_signatures(texts: list[str]) -> list[np.ndarray]:
@@ -149,8 +149,10 @@ def compare(documents: int, processes: int) -> float:
     truth = [len(a & b) / len(a | b) for a, b in sets]
     characters = sum(map(len, texts)) / len(texts)
     at_least = sum(similarity >= _CONFIG.threshold for similarity in truth)
-    print(f"\n{len(texts):,} documents of {characters:,.0f} characters on average, {processes} process(es); "
-          f"{len(pairs):,} planted pairs, {at_least:,} of them at {_CONFIG.threshold} or above")
+    print(
+        f"\n{len(texts):,} documents of {characters:,.0f} characters on average, {processes} process(es); "
+        f"{len(pairs):,} planted pairs, {at_least:,} of them at {_CONFIG.threshold} or above"
+    )
     titles = f"{'seconds':>9} {'CPU s':>9} {'documents/s':>12} {'recall':>8} {'precision':>10} {'clusters':>9}"
     print(f"{'program':21} {titles}")
     speeds = []
@@ -195,7 +197,7 @@ def memory_of_ours(count: int, folder: Path) -> None:
             file.write(sets.tobytes())
             offsets = np.arange(size + 1) * per_document
             signature = dedup.signatures(sets.ravel(), offsets, _CONFIG.num_hashes)
-            keys[:, start:start + size] = dedup.band_keys(signature, _CONFIG.bands, _CONFIG.rows)
+            keys[:, start : start + size] = dedup.band_keys(signature, _CONFIG.bands, _CONFIG.rows)
     keys.flush()
     del keys
     start_mb = _reset_peak()

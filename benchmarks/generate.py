@@ -66,10 +66,14 @@ class Contest:
         tokens = torch.tensor(self.prompts, device=self.peer.device)
         with torch.no_grad():
             whole = self.peer.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new,
-                do_sample=False, pad_token_id=0,
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
             )
-        return [tuple(row) for row in whole[:, tokens.shape[1]:].tolist()]
+        return [tuple(row) for row in whole[:, tokens.shape[1] :].tolist()]
 
 
 def seconds(generate: Callable[[int], list], new: int) -> tuple[float, float]:
@@ -144,8 +148,10 @@ def main(argv: list[str] | None = None) -> None:
             f"transformers {transformers.__version__}, jax {jax.__version__}; prompts of {arguments.prompt} tokens, "
             f"{arguments.new} new, medians of {arguments.rounds}"
         )
-        print(f"{'dtype':9} {'batch':>5} {'':13} {'prefill tok/s':>12} {'ratio':>5} {'decode tok/s':>12} {'ratio':>6} "
-              f"{'ms/step':>9}{'of limit' if bandwidth else '':>10}")
+        print(
+            f"{'dtype':9} {'batch':>5} {'':13} {'prefill tok/s':>12} {'ratio':>5} {'decode tok/s':>12} {'ratio':>6} "
+            f"{'ms/step':>9}{'of limit' if bandwidth else '':>10}"
+        )
         for dtype in arguments.dtypes:
             model, params = load_pretrained(folder, dtype=dtype)
             engine = Engine(model, params, slots=max(arguments.batches))

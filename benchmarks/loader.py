@@ -62,8 +62,14 @@ def seqio_dataset(cache_dir: Path, length: int, batch: int) -> Iterator[int]:
 
     seqio.add_global_cache_dirs([str(cache_dir)])
     dataset = seqio.get_dataset(
-        TASK, task_feature_lengths={"targets": length}, dataset_split="train", shuffle=True, num_epochs=None, seed=0,
-        use_cached=True, feature_converter=seqio.DecoderFeatureConverter(pack=True),
+        TASK,
+        task_feature_lengths={"targets": length},
+        dataset_split="train",
+        shuffle=True,
+        num_epochs=None,
+        seed=0,
+        use_cached=True,
+        feature_converter=seqio.DecoderFeatureConverter(pack=True),
     )
     for read in dataset.batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
         yield int(read["decoder_loss_weights"].sum())

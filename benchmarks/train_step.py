@@ -73,16 +73,32 @@ def our_side(job: dict):
 
     mesh = make_mesh(MeshConfig())
     model, params = load_pretrained(job["folder"], job["dtype"], mesh)
-    model = Qwen(dataclasses.replace(
-        model.config, remat=job["remat"], attention_kernel=job["attention_kernel"], max_length=job["length"],
-    ))
+    model = Qwen(
+        dataclasses.replace(
+            model.config,
+            remat=job["remat"],
+            attention_kernel=job["attention_kernel"],
+            max_length=job["length"],
+        )
+    )
     optimizer = OptimizerConfig(
-        peak_learning_rate=LEARNING_RATE, schedule="constant", beta1=BETAS[0], beta2=BETAS[1], epsilon=EPSILON,
-        weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
+        peak_learning_rate=LEARNING_RATE,
+        schedule="constant",
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        epsilon=EPSILON,
+        weight_decay=WEIGHT_DECAY,
+        clip_norm=CLIP_NORM,
     )
     began = time.perf_counter()
     step = compile_run(
-        model, next_token_loss, optimizer, 10**6, mesh, batch_size=job["batch"], sequence_length=job["length"],
+        model,
+        next_token_loss,
+        optimizer,
+        10**6,
+        mesh,
+        batch_size=job["batch"],
+        sequence_length=job["length"],
     )
     seconds = time.perf_counter() - began
     moments = jax.jit(make_optimizer(optimizer, 10**6).init)(params)
@@ -158,8 +174,11 @@ class Side:
         self.name, self.seconds, self.losses = name, [], []
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps({**job, "answers": write})], stdin=subprocess.PIPE,
-            pass_fds=(write,), text=True, env=environment,
+            [sys.executable, __file__, "--worker", json.dumps({**job, "answers": write})],
+            stdin=subprocess.PIPE,
+            pass_fds=(write,),
+            text=True,
+            env=environment,
         )
         os.close(write)
         self._answers = os.fdopen(read)
@@ -198,8 +217,12 @@ def variants(dtype: str, arguments) -> dict[str, dict]:
 def measure(dtype: str, folder: Path, arguments, taking_turns: bool) -> list[Side]:
     """All sides of one compute dtype, measured; ours first. A peer that fails is reported and left out."""
     job = {
-        "folder": str(folder), "dtype": dtype, "batch": arguments.batch, "length": arguments.length,
-        "remat": arguments.remat, "attention_kernel": arguments.attention_kernel,
+        "folder": str(folder),
+        "dtype": dtype,
+        "batch": arguments.batch,
+        "length": arguments.length,
+        "remat": arguments.remat,
+        "attention_kernel": arguments.attention_kernel,
     }
     jobs = {"qwen_jax": {**job, "side": "ours"}}
     for name, peer in variants(dtype, arguments).items():

@@ -42,8 +42,12 @@ class Chat:
     """
 
     def __init__(
-        self, engine: Engine, system: str = DEFAULT_SYSTEM, sampling: SamplingConfig = SamplingConfig(),
-        max_new_tokens: int = 512, seed: int = 0,
+        self,
+        engine: Engine,
+        system: str = DEFAULT_SYSTEM,
+        sampling: SamplingConfig = SamplingConfig(),
+        max_new_tokens: int = 512,
+        seed: int = 0,
     ):
         """`engine` must have a tokenizer; answer n draws with seed + n.
 
@@ -90,7 +94,10 @@ class Chat:
                 "more, its oldest turns are left out (/reset starts anew)"
             )
         request = Request(
-            prompt, self.max_new_tokens, self.sampling, stop_ids(self.engine.tokenizer),
+            prompt,
+            self.max_new_tokens,
+            self.sampling,
+            stop_ids(self.engine.tokenizer),
             seed=(self.seed + self._answers) % 2**32,
         )
         pieces = self.engine.stream(request)
@@ -251,8 +258,13 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, or converted folder (qwen or qwen2)")
     parser.add_argument("--system", default=DEFAULT_SYSTEM, help=f"system message; default: {DEFAULT_SYSTEM!r}")
-    for name, kind in (("temperature", float), ("top_p", float), ("top_k", int), ("repetition_penalty", float),
-                       ("max_new_tokens", int)):
+    for name, kind in (
+        ("temperature", float),
+        ("top_p", float),
+        ("top_k", int),
+        ("repetition_penalty", float),
+        ("max_new_tokens", int),
+    ):
         text = f"default: the checkpoint's generation_config.json, else {RELEASED[name]}"
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")

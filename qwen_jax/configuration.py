@@ -41,7 +41,13 @@ def by_size(size: str, table: dict):
 
 gin.configurable(by_size)
 for _configurable in (
-    AttentionBlocks, ModelConfig, MeshConfig, HardwareConfig, OptimizerConfig, SkipConfig, LoopConfig,
+    AttentionBlocks,
+    ModelConfig,
+    MeshConfig,
+    HardwareConfig,
+    OptimizerConfig,
+    SkipConfig,
+    LoopConfig,
     next_token_loss,
 ):
     gin.external_configurable(_configurable, module="qwen_jax")
@@ -59,11 +65,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
       ConfigurationError: a file is missing, a name is misspelt or unbound, a value cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    bindings = [arg[len(_BINDING):] for arg in argv if arg.startswith(_BINDING)]
+    bindings = [arg[len(_BINDING) :] for arg in argv if arg.startswith(_BINDING)]
     group = parser.add_argument_group("configuration")
     group.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="may be given several times")
     group.add_argument(
-        "--gin.NAME=VALUE", dest="gin_binding", nargs=0, action=_Unreachable,
+        "--gin.NAME=VALUE",
+        dest="gin_binding",
+        nargs=0,
+        action=_Unreachable,
         help="set a macro (--gin.TRAIN_STEPS=100) or a parameter (--gin.OptimizerConfig.beta2=0.99)",
     )
     args = parser.parse_args([arg for arg in argv if not arg.startswith(_BINDING)])

@@ -1,7 +1,7 @@
 """Continues prompts with a trained or converted model: one on the screen as it comes, or a file of them.
 
-    python -m qwen_jax.generate --checkpoint runs/tiny --prompt "def main("
-    python -m qwen_jax.generate --checkpoint runs/tiny --prompts prompts.jsonl > continuations.jsonl
+python -m qwen_jax.generate --checkpoint runs/tiny --prompt "def main("
+python -m qwen_jax.generate --checkpoint runs/tiny --prompts prompts.jsonl > continuations.jsonl
 """
 
 import argparse
@@ -33,8 +33,16 @@ def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16)
 
 
 def text_request(
-    tokenizer, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-    repetition_penalty: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
+    tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
 ) -> Request:
     """A request to continue text until the document or the turn ends.
 
@@ -98,7 +106,8 @@ def generate_all(
 def main(argv=None) -> None:
     """Command line of `python -m qwen_jax.generate`."""
     parser = argparse.ArgumentParser(
-        prog="python -m qwen_jax.generate", description=__doc__.splitlines()[0],
+        prog="python -m qwen_jax.generate",
+        description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, or converted folder (qwen or qwen2)")
@@ -129,8 +138,12 @@ def main(argv=None) -> None:
         return
     del options["prompt"]
     for result in generate_all(prompts=read_prompts(file), slots=slots, **options):
-        line = {"index": result.index, "text": result.text, "finish_reason": result.finish_reason,
-                "log_prob": float(result.log_probs.sum())}
+        line = {
+            "index": result.index,
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "log_prob": float(result.log_probs.sum()),
+        }
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 

@@ -6,10 +6,35 @@ import importlib.util
 GIB = 2**30
 # Seen to work with libtpu 0.0.42; others of these families do where each size is a multiple of a host's 2x2x1 chips.
 KNOWN_TOPOLOGIES = (
-    "v4:2x2x1", "v4:4x4x4", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16",
-    "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8",
-    "v5p:8x8x16", "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16", "tpu7x:2x2x1",
-    "tpu7x:2x2x2", "tpu7x:4x4x4", "tpu7x:4x4x8",
+    "v4:2x2x1",
+    "v4:4x4x4",
+    "v5e:2x2",
+    "v5e:2x4",
+    "v5e:4x4",
+    "v5e:4x8",
+    "v5e:8x8",
+    "v5e:8x16",
+    "v5e:16x16",
+    "v5p:2x2x1",
+    "v5p:2x2x2",
+    "v5p:2x2x4",
+    "v5p:2x4x4",
+    "v5p:4x4x4",
+    "v5p:4x4x8",
+    "v5p:4x8x8",
+    "v5p:8x8x8",
+    "v5p:8x8x16",
+    "v6e:2x2",
+    "v6e:2x4",
+    "v6e:4x4",
+    "v6e:4x8",
+    "v6e:8x8",
+    "v6e:8x16",
+    "v6e:16x16",
+    "tpu7x:2x2x1",
+    "tpu7x:2x2x2",
+    "tpu7x:4x4x4",
+    "tpu7x:4x4x8",
 )
 
 
@@ -84,7 +109,7 @@ class HardwareConfig:
         except Exception as error:  # from libtpu's loader and from the plugin, each of its own kind
             if importlib.util.find_spec("libtpu") is None:
                 raise ValueError(
-                    f"compiling for {self.topology} needs libtpu, which `pip install -c requirements.txt \"jax[tpu]\"` "
+                    f'compiling for {self.topology} needs libtpu, which `pip install -c requirements.txt "jax[tpu]"` '
                     f"brings"
                 ) from error
             message = str(error).splitlines()[0].rstrip(".")

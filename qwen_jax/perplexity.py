@@ -44,12 +44,12 @@ class CheckpointPerplexity:
         if not 2 <= self.max_tokens <= limit:
             raise ValueError(f"CheckpointPerplexity.max_tokens is {self.max_tokens}, expected 2…{limit}")
         # Four bytes a token on average: the tokenizer need not read the whole of a book.
-        ids = tokenizer.encode(text[:16 * self.max_tokens])[:self.max_tokens]
+        ids = tokenizer.encode(text[: 16 * self.max_tokens])[: self.max_tokens]
         if len(ids) < 2:
             return float("inf")
         length = min(next(one for one in _LENGTHS if one >= len(ids)), longest)
         padded = np.zeros((1, length), np.int32)
-        padded[0, :len(ids)] = ids
+        padded[0, : len(ids)] = ids
         return float(np.exp(score(padded, len(ids))))
 
 

@@ -54,10 +54,21 @@ COMPILED = "compiled"
 
 
 def train(
-    *, model: ModelConfig, optimizer: OptimizerConfig, loop: LoopConfig, mixture_or_task: str, output_dir: str,
-    cache_dir: str, mesh: MeshConfig = MeshConfig(), objective: Callable = next_token_loss,
-    initial_checkpoint: str | None = None, data_seed: int = 0, packing: str = "cut",
-    compiler_options: dict | None = None, compilation_cache: str | None = "auto", watchdog: Watchdog | None = None,
+    *,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    loop: LoopConfig,
+    mixture_or_task: str,
+    output_dir: str,
+    cache_dir: str,
+    mesh: MeshConfig = MeshConfig(),
+    objective: Callable = next_token_loss,
+    initial_checkpoint: str | None = None,
+    data_seed: int = 0,
+    packing: str = "cut",
+    compiler_options: dict | None = None,
+    compilation_cache: str | None = "auto",
+    watchdog: Watchdog | None = None,
     began: float | None = None,
 ) -> dict[str, float]:
     """Starts or continues the run in `output_dir`.
@@ -88,8 +99,14 @@ def train(
     check_length(loop, model)
     devices = make_mesh(mesh)
     check_run(
-        Qwen(model), optimizer, loop.train_steps, devices, batch_size=loop.batch_size,
-        sequence_length=loop.sequence_length, accumulation=loop.accumulation(devices), memory=device_memory(devices),
+        Qwen(model),
+        optimizer,
+        loop.train_steps,
+        devices,
+        batch_size=loop.batch_size,
+        sequence_length=loop.sequence_length,
+        accumulation=loop.accumulation(devices),
+        memory=device_memory(devices),
     )
     goodput = Goodput(output, began)
     goodput.count("starting")
@@ -110,8 +127,18 @@ def train(
         hosts.by_first("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(output))
         watchdog.folder = output
         trainer = Trainer(
-            Qwen(model), objective, optimizer, loop, devices, train_set, eval_set, output, initial_checkpoint,
-            activity=watchdog.activity, goodput=goodput, cache=find_cache(compilation_cache, output),
+            Qwen(model),
+            objective,
+            optimizer,
+            loop,
+            devices,
+            train_set,
+            eval_set,
+            output,
+            initial_checkpoint,
+            activity=watchdog.activity,
+            goodput=goodput,
+            cache=find_cache(compilation_cache, output),
             compiler_options=compiler_options,
         )
         if first:
@@ -119,8 +146,16 @@ def train(
             write_atomically(output / "config.gin", gin.config_str())
             log.info(
                 "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
-                " per epoch", output, f"{parameter_count(model):,}", devices.size, dict(devices.shape),
-                hosts.place()[1], trainer.kernel, mixture_or_task, f"{len(train_set):,}", loop.sequence_length,
+                " per epoch",
+                output,
+                f"{parameter_count(model):,}",
+                devices.size,
+                dict(devices.shape),
+                hosts.place()[1],
+                trainer.kernel,
+                mixture_or_task,
+                f"{len(train_set):,}",
+                loop.sequence_length,
             )
         return trainer.run()
 
@@ -208,7 +243,8 @@ def check_output_dir(output: Path, model: ModelConfig) -> None:
 def main(argv=None) -> None:
     """Command line of `python -m qwen_jax.train`."""
     parser = argparse.ArgumentParser(
-        prog="python -m qwen_jax.train", description="Trains a model, or continues the run in OUTPUT_DIR.",
+        prog="python -m qwen_jax.train",
+        description="Trains a model, or continues the run in OUTPUT_DIR.",
         epilog="example: python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin "
         "--gin.OUTPUT_DIR=runs/tiny. The macros of a run are listed in its gin file.",
     )

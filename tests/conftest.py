@@ -8,9 +8,9 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile hundreds of small programs and run each a few times: LLVM's optimisation would be most of their time.
-os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
-])
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,9 +19,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 # On a machine that does other things too an example may take any time, and so may making it up.
-hypothesis.settings.register_profile(
-    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -50,8 +50,15 @@ class FakeExamples:
 def small_model(**changes) -> ModelConfig:
     """A float32 model whose every axis divides by 8 devices in any layout."""
     values = dict(
-        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, ffn_size=48, head_dim=8, max_length=64,
-        dtype="float32", remat="none",
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        ffn_size=48,
+        head_dim=8,
+        max_length=64,
+        dtype="float32",
+        remat="none",
     )
     return ModelConfig(**{**values, **changes})
 
@@ -80,7 +87,17 @@ def text_corpus(folder: Path, documents: int = 60) -> Path:
     other = ["".join(words.choices("abcdefghij", k=6)) for _ in range(80)]
     (folder / "text" / "long.txt").write_text(" ".join(other * 3))
     subprocess.run(
-        [sys.executable, "tools/build_tokenizer.py", "--input", folder / "text", "--size", "512", "--output",
-         folder / "small.tiktoken"], check=True, capture_output=True,
+        [
+            sys.executable,
+            "tools/build_tokenizer.py",
+            "--input",
+            folder / "text",
+            "--size",
+            "512",
+            "--output",
+            folder / "small.tiktoken",
+        ],
+        check=True,
+        capture_output=True,
     )
     return folder

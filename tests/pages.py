@@ -23,14 +23,13 @@ def copy_repository(folder: Path) -> Path:
     return folder
 
 
-def shell(
-    text: str, folder: Path, repository: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess:
+def shell(text: str, folder: Path, repository: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     """Runs a block of shell commands, which must succeed, in `folder`, with the modules of `repository` (or of it)."""
     # A folder after the first of PYTHONPATH may hold a package that the environment lacks.
     paths = [str(repository or folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)[1:]]
     ours = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     # One device, as on a reader's computer.
     ours.pop("XLA_FLAGS", None)

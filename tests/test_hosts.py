@@ -25,10 +25,23 @@ from qwen_jax.training.weights import load_params
 from tests.fakes import text_corpus
 
 SETTINGS = {
-    "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 8, "TRAIN_STEPS": 600, "WARMUP_STEPS": 5,
-    "CHECKPOINT_EVERY": 50, "EVAL_EVERY": 300, "EVAL_BATCHES": 2, "LOG_EVERY": 10, "PEAK_LEARNING_RATE": 3e-4,
-    "MeshConfig.data": 2, "ModelConfig.vocab_size": 512, "ModelConfig.hidden_size": 32, "ModelConfig.num_layers": 2,
-    "ModelConfig.num_heads": 2, "ModelConfig.head_dim": 16, "ModelConfig.ffn_size": 64,
+    "MIXTURE_OR_TASK": "local_files",
+    "SEQUENCE_LENGTH": 32,
+    "BATCH_SIZE": 8,
+    "TRAIN_STEPS": 600,
+    "WARMUP_STEPS": 5,
+    "CHECKPOINT_EVERY": 50,
+    "EVAL_EVERY": 300,
+    "EVAL_BATCHES": 2,
+    "LOG_EVERY": 10,
+    "PEAK_LEARNING_RATE": 3e-4,
+    "MeshConfig.data": 2,
+    "ModelConfig.vocab_size": 512,
+    "ModelConfig.hidden_size": 32,
+    "ModelConfig.num_layers": 2,
+    "ModelConfig.num_heads": 2,
+    "ModelConfig.head_dim": 16,
+    "ModelConfig.ffn_size": 64,
 }
 HEARTBEAT = 20
 # Our own limit is the heartbeat and two looks at it, JAX's 90 s; in between for a machine that does other things too.
@@ -55,32 +68,60 @@ class Job:
     """Processes of one training job, their logs in files."""
 
     def __init__(
-        self, corpus, output, processes=2, devices=1, flags=(), patches=None, per_process=None,
-        heartbeat=PATIENT_HEARTBEAT, only=None, slurm=None, **changes
+        self,
+        corpus,
+        output,
+        processes=2,
+        devices=1,
+        flags=(),
+        patches=None,
+        per_process=None,
+        heartbeat=PATIENT_HEARTBEAT,
+        only=None,
+        slurm=None,
+        **changes,
     ):
         settings = {
-            **SETTINGS, "OUTPUT_DIR": output, "CACHE_DIR": corpus / "cache", "VOCABULARY": corpus / "small.tiktoken",
-            "local_files.pattern": corpus / "text", "local_files.validation_share": 0.2, **changes,
+            **SETTINGS,
+            "OUTPUT_DIR": output,
+            "CACHE_DIR": corpus / "cache",
+            "VOCABULARY": corpus / "small.tiktoken",
+            "local_files.pattern": corpus / "text",
+            "local_files.validation_share": 0.2,
+            **changes,
         }
         environment = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
         environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         address = f"localhost:{free_port()}"
         self.output, self.logs, self.processes = output, [], []
         for index in range(processes) if only is None else [only]:
-            place = ["--num_processes=1"] if processes == 1 else [
-                f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={index}",
-                f"--heartbeat_timeout={heartbeat}",
-            ]
+            place = (
+                ["--num_processes=1"]
+                if processes == 1
+                else [
+                    f"--coordinator_address={address}",
+                    f"--num_processes={processes}",
+                    f"--process_id={index}",
+                    f"--heartbeat_timeout={heartbeat}",
+                ]
+            )
             if slurm is not None:
                 # What srun sets; the process is told nothing else.
                 place = [f"--heartbeat_timeout={heartbeat}"]
                 environment = {
-                    **environment, "SLURM_JOB_ID": str(slurm), "SLURM_STEP_NODELIST": "localhost",
-                    "SLURM_NTASKS": str(processes), "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index),
+                    **environment,
+                    "SLURM_JOB_ID": str(slurm),
+                    "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_NTASKS": str(processes),
+                    "SLURM_PROCID": str(index),
+                    "SLURM_LOCALID": str(index),
                 }
             own = {**settings, **(per_process or {}).get(index, {})}
             arguments = [
-                "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin", *place, *flags,
+                "--gin_file=gin/models/tiny.gin",
+                "--gin_file=gin/runs/pretrain.gin",
+                *place,
+                *flags,
                 *(f"--gin.{name}={value}" for name, value in own.items()),
             ]
             start = ["-m", "qwen_jax.train"]
@@ -88,9 +129,9 @@ class Job:
                 start = ["-c", f"from qwen_jax import command_line, train\n{patch}\ncommand_line.run(train.main)"]
             self.logs.append(corpus / f"{output.name}-{len(list(corpus.glob('*.log')))}.log")
             with open(self.logs[-1], "w") as log:
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, *start, *arguments], env=environment, stdout=log, stderr=log
-                ))
+                self.processes.append(
+                    subprocess.Popen([sys.executable, *start, *arguments], env=environment, stdout=log, stderr=log)
+                )
 
     def said(self, index) -> str:
         return self.logs[index].read_text()
@@ -110,7 +151,8 @@ class Job:
         try:
             return [
                 process.wait(max(deadline - time.monotonic(), 0.1))
-                for index, process in enumerate(self.processes) if index not in without
+                for index, process in enumerate(self.processes)
+                if index not in without
             ]
         except subprocess.TimeoutExpired:
             pytest.fail("\n\n".join(self.said(index)[-3000:] for index in range(len(self.processes))))
@@ -205,7 +247,11 @@ hosts.wait_for = slowly
 
 def test_processes_that_differ_are_refused_and_named(corpus):
     job = Job(
-        corpus, corpus / "mixed", processes=3, per_process={1: {"TRAIN_STEPS": 700}}, patches={2: OTHER_VERSION},
+        corpus,
+        corpus / "mixed",
+        processes=3,
+        per_process={1: {"TRAIN_STEPS": 700}},
+        patches={2: OTHER_VERSION},
     )
     assert job.wait() == [2, 2, 2], job.said(1) + job.said(2)
     for index in range(3):
@@ -362,7 +408,8 @@ def test_any_split_into_processes_gives_the_same_losses(corpus):
     # Rows that a process holds need not be neighbours: tensor lies inside fsdp, data outside.
     longer = {**short, "TRAIN_STEPS": 40}
     for processes, mesh in (
-        (2, {"MeshConfig.data": 1, "MeshConfig.fsdp": 4}), (1, {"MeshConfig.data": 2, "MeshConfig.tensor": 2}),
+        (2, {"MeshConfig.data": 1, "MeshConfig.fsdp": 4}),
+        (1, {"MeshConfig.data": 2, "MeshConfig.tensor": 2}),
     ):
         copy = corpus / f"resumed-{processes}"
         shutil.copytree(runs[4], copy)

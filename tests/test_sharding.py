@@ -62,11 +62,17 @@ def test_of_gpus_a_slice_is_a_node_and_parameters_may_span_it():
     np.testing.assert_array_equal(slice_indices(mesh)[0, :, 0, :], [[0, 0], [0, 0], [1, 1], [1, 1]])
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    (MeshConfig(3), "does not divide 8 device"), (MeshConfig(data=-1), "at most one"), (MeshConfig(0), "at least 1"),
-    (MeshConfig(fsdp=2, sequence=2), "sequence=2.*does not divide 8"), (MeshConfig(fsdp="eight"), "an integer"),
-    (MeshConfig(fsdp=8.0), "an integer"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(3), "does not divide 8 device"),
+        (MeshConfig(data=-1), "at most one"),
+        (MeshConfig(0), "at least 1"),
+        (MeshConfig(fsdp=2, sequence=2), "sequence=2.*does not divide 8"),
+        (MeshConfig(fsdp="eight"), "an integer"),
+        (MeshConfig(fsdp=8.0), "an integer"),
+    ],
+)
 def test_a_mesh_that_cannot_be_made_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(config)

@@ -17,10 +17,22 @@ from qwen_jax.training.weights import load_params
 from tests.fakes import text_corpus
 
 SETTINGS = {
-    "MIXTURE_OR_TASK": "local_files", "SEQUENCE_LENGTH": 32, "BATCH_SIZE": 4, "TRAIN_STEPS": 40, "WARMUP_STEPS": 5,
-    "CHECKPOINT_EVERY": 4, "EVAL_EVERY": 20, "EVAL_BATCHES": 2, "LOG_EVERY": 1, "DROPOUT": 0.1,
-    "ModelConfig.vocab_size": 512, "ModelConfig.hidden_size": 32, "ModelConfig.num_layers": 2,
-    "ModelConfig.num_heads": 2, "ModelConfig.head_dim": 16, "ModelConfig.ffn_size": 64,
+    "MIXTURE_OR_TASK": "local_files",
+    "SEQUENCE_LENGTH": 32,
+    "BATCH_SIZE": 4,
+    "TRAIN_STEPS": 40,
+    "WARMUP_STEPS": 5,
+    "CHECKPOINT_EVERY": 4,
+    "EVAL_EVERY": 20,
+    "EVAL_BATCHES": 2,
+    "LOG_EVERY": 1,
+    "DROPOUT": 0.1,
+    "ModelConfig.vocab_size": 512,
+    "ModelConfig.hidden_size": 32,
+    "ModelConfig.num_layers": 2,
+    "ModelConfig.num_heads": 2,
+    "ModelConfig.head_dim": 16,
+    "ModelConfig.ffn_size": 64,
 }
 
 
@@ -31,11 +43,20 @@ def corpus(tmp_path_factory):
 
 def command(corpus, output, **changes):
     settings = {
-        **SETTINGS, "OUTPUT_DIR": output, "CACHE_DIR": corpus / "cache", "VOCABULARY": corpus / "small.tiktoken",
-        "local_files.pattern": corpus / "text", "local_files.validation_share": 0.2, **changes,
+        **SETTINGS,
+        "OUTPUT_DIR": output,
+        "CACHE_DIR": corpus / "cache",
+        "VOCABULARY": corpus / "small.tiktoken",
+        "local_files.pattern": corpus / "text",
+        "local_files.validation_share": 0.2,
+        **changes,
     }
     return [
-        sys.executable, "-m", "qwen_jax.train", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
+        sys.executable,
+        "-m",
+        "qwen_jax.train",
+        "--gin_file=gin/models/tiny.gin",
+        "--gin_file=gin/runs/pretrain.gin",
         *(f"--gin.{name}={value}" for name, value in settings.items() if value is not None),
     ]
 
@@ -148,7 +169,9 @@ def test_in_parts_that_fit_a_device_it_is_the_same_run(corpus, plain_environment
         output = tmp_path / str(parts)
         done = subprocess.run(
             command(corpus, output, TOKENS_PER_DEVICE=tokens, TRAIN_STEPS=6, WARMUP_STEPS=1, EVAL_EVERY=6, DROPOUT=0.0),
-            env=plain_environment, capture_output=True, text=True,
+            env=plain_environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0 and f"a batch is computed in {parts} part(s)" in done.stderr, done.stderr
         rows = read_metrics(output)

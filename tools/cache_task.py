@@ -26,8 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--splits", default="train,validation", help="separated by commas (default: %(default)s)")
     parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which documents are merged")
-    parser.add_argument("--packing", choices=("cut", "fit"), default="cut",
-                        help="merge documents and cut them, or keep them whole (default: %(default)s)")
+    parser.add_argument(
+        "--packing",
+        choices=("cut", "fit"),
+        default="cut",
+        help="merge documents and cut them, or keep them whole (default: %(default)s)",
+    )
     arguments = task_arguments.parse(parser, argv)
     with command_line.quiet():
         from qwen_jax.data import cache

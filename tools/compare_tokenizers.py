@@ -24,8 +24,27 @@ from qwen_jax import command_line
 from qwen_jax.command_line import quiet
 
 # The languages of Figure 3, in its order; others come before them.
-FIGURE_3 = ("th", "he", "ar", "ko", "vi", "zh", "ja", "tr", "id", "pl", "ru", "nl", "pt", "it", "de", "es", "fr", "en",
-            "code")
+FIGURE_3 = (
+    "th",
+    "he",
+    "ar",
+    "ko",
+    "vi",
+    "zh",
+    "ja",
+    "tr",
+    "id",
+    "pl",
+    "ru",
+    "nl",
+    "pt",
+    "it",
+    "de",
+    "es",
+    "fr",
+    "en",
+    "code",
+)
 _NAMED_TEXT = re.compile(r"([A-Za-z][\w-]*):(.+)")
 _MOST_TOKENIZERS = 10  # colours that can be told apart
 
@@ -59,8 +78,9 @@ def load_tokenizer(file: str) -> CountTokens:
     import tiktoken
 
     up_to_three_digits = PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-    encoding = tiktoken.Encoding("cl100k", pat_str=up_to_three_digits, mergeable_ranks=read_ranks(path),
-                                 special_tokens={})
+    encoding = tiktoken.Encoding(
+        "cl100k", pat_str=up_to_three_digits, mergeable_ranks=read_ranks(path), special_tokens={}
+    )
     return lambda texts: sum(map(len, encoding.encode_ordinary_batch(texts, num_threads=2)))
 
 

@@ -108,16 +108,25 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
 
     def compile_step():
         return compile_run(
-            Qwen(model), settings["objective"], optimizer, loop.train_steps, mesh, seed=loop.seed, columns=columns,
-            compiler_options=settings.get("compiler_options"), **shape,
+            Qwen(model),
+            settings["objective"],
+            optimizer,
+            loop.train_steps,
+            mesh,
+            seed=loop.seed,
+            columns=columns,
+            compiler_options=settings.get("compiler_options"),
+            **shape,
         )
 
     tokens = loop.batch_size * loop.sequence_length
     work = Work(
-        parameters=parameter_count(model), tokens=tokens,
+        parameters=parameter_count(model),
+        tokens=tokens,
         flops_per_token=model_flops_per_token(model, loop.sequence_length).total,
         flops_per_token_all_keys=model_flops_per_token(model, loop.sequence_length, causal=False).total,
-        least=least_collectives(model, mesh, tokens, accumulation), parts=accumulation,
+        least=least_collectives(model, mesh, tokens, accumulation),
+        parts=accumulation,
         between_slices=least_between_slices(model, mesh, hardware.slices),
     )
     return Prepared(compile_step, work, dict(mesh.shape), state_bytes, attention)
@@ -137,8 +146,11 @@ def prepare_prefill(hardware: HardwareConfig) -> Prepared:
     head = 6.0 * config.vocab_size * config.hidden_size  # for the last token of a prompt alone
     matmuls = (used.matmuls - head + head / length) / 3
     work = Work(
-        parameters=parameter_count(config), tokens=rows * length, flops_per_token=matmuls + used.attention / 3,
-        flops_per_token_all_keys=matmuls + 2 * used.attention / 3, least={},
+        parameters=parameter_count(config),
+        tokens=rows * length,
+        flops_per_token=matmuls + used.attention / 3,
+        flops_per_token_all_keys=matmuls + 2 * used.attention / 3,
+        least={},
     )
 
     def compile_prefill():
@@ -156,6 +168,7 @@ def prepare_decode(hardware: HardwareConfig) -> Prepared:
       ValueError, TooLittleMemory: as `prepare_prefill`.
     """
     config, mesh, params, state_bytes, rows, slots = _for_inference(hardware)
+
     def by_row(dtype):
         return _placed((rows,), dtype, mesh, "batch")
 
@@ -168,8 +181,11 @@ def prepare_decode(hardware: HardwareConfig) -> Prepared:
     count = _placed((), jnp.int32, mesh)
     used = model_flops_per_token(config, slots, causal=False)
     work = Work(
-        parameters=parameter_count(config), tokens=rows, flops_per_token=used.total / 3,
-        flops_per_token_all_keys=used.total / 3, least={},
+        parameters=parameter_count(config),
+        tokens=rows,
+        flops_per_token=used.total / 3,
+        flops_per_token_all_keys=used.total / 3,
+        least={},
     )
 
     def compile_decode():
@@ -196,7 +212,8 @@ def _for_inference(hardware: HardwareConfig):
     boxed = abstract_params(Qwen(config))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, config.compute_dtype, sharding=sharding),
-        nn.meta.unbox(boxed), tree_shardings(boxed, mesh),
+        nn.meta.unbox(boxed),
+        tree_shardings(boxed, mesh),
     )
 
     def of_one_layer(leaf):
@@ -285,8 +302,13 @@ def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tupl
         if needed is None:
             raise ValueError(f"the compiler gave up: {message.splitlines()[0]} (--log=FILE keeps what it wrote)")
         return {
-            "hardware": hardware.name, "program": name, "fits": False, "memory_limit_bytes": hardware.hbm_bytes,
-            "memory_need_bytes": needed, "compile_seconds": seconds, "mesh": prepared.mesh,
+            "hardware": hardware.name,
+            "program": name,
+            "fits": False,
+            "memory_limit_bytes": hardware.hbm_bytes,
+            "memory_need_bytes": needed,
+            "compile_seconds": seconds,
+            "mesh": prepared.mesh,
             "state_bytes": prepared.state_bytes,
             "message": f"the compiler found no way below {needed / GIB:.2f} of {hardware.hbm_gib:.2f} GiB: choose "
             f"another ModelConfig.remat, fewer TOKENS_PER_DEVICE, or more devices",
@@ -295,8 +317,12 @@ def compile_program(name: str, hardware: HardwareConfig, log_file: Path) -> tupl
     log = log_file.read_text(errors="replace")
     report = make_report(text, prepared.work, hardware, prepared.mesh, memory_per_device(compiled), log)
     return {
-        **report, "program": name, "attention_kernel": prepared.attention, "state_bytes": prepared.state_bytes,
-        "compile_seconds": seconds, "compile_phases_seconds": phases.seconds,
+        **report,
+        "program": name,
+        "attention_kernel": prepared.attention,
+        "state_bytes": prepared.state_bytes,
+        "compile_seconds": seconds,
+        "compile_phases_seconds": phases.seconds,
     }, text
 
 
@@ -324,10 +350,16 @@ def main(argv: list[str] | None = None) -> int:
         try:
             report, text = compile_program(arguments.program, hardware, log_file)
         except TooLittleMemory as error:
-            report, text = {
-                "hardware": hardware.name, "program": arguments.program, "fits": False,
-                "memory_limit_bytes": hardware.hbm_bytes, "message": str(error),
-            }, ""
+            report, text = (
+                {
+                    "hardware": hardware.name,
+                    "program": arguments.program,
+                    "fits": False,
+                    "memory_limit_bytes": hardware.hbm_bytes,
+                    "message": str(error),
+                },
+                "",
+            )
     if arguments.json:
         write_atomically(arguments.json, json.dumps(report, indent=1) + "\n")
     if arguments.hlo and text:

@@ -34,6 +34,7 @@ examples:
 exit status: 0; 1 if --verify or --check found a difference; 2 for anything else, with one line that says what
 """
 
+
 def loading(name: str, folder: Path) -> str:
     """Lines of Python that load what was written."""
     lines = ["from qwen_jax.conversion import load_pretrained", f'model, params = load_pretrained("{folder}")']
@@ -71,26 +72,33 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
       as `qwen_jax.conversion.convert`, which leaves nothing behind then.
     """
-    parser = Parser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", type=located, required=True, metavar="FORMAT:PATH", help="to read")
     parser.add_argument(
-        "--to", dest="target", type=located, required=True, metavar="FORMAT:PATH",
+        "--to",
+        dest="target",
+        type=located,
+        required=True,
+        metavar="FORMAT:PATH",
         help="what to write; must not exist, or be an empty folder",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"),
+        "--dtype",
+        choices=("float32", "bfloat16"),
         help="of the written weights (default: that of the source; float32 from orbax, and always to orbax)",
     )
     parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="FILE.tiktoken", help="default: the tokenizer that the source has")
     parser.add_argument(
-        "--vocab_size", type=int, metavar="ROWS",
+        "--vocab_size",
+        type=int,
+        metavar="ROWS",
         help="rows of the vocabulary to write, padded or cut past the tokenizer's ids (default: those of the source)",
     )
     parser.add_argument(
-        "--layout", choices=LAYOUTS, default=SCANNED,
+        "--layout",
+        choices=LAYOUTS,
+        default=SCANNED,
         help="of an orbax target: blocks stacked (what training reads), or each with its own arrays (default: scanned)",
     )
     parser.add_argument(
@@ -103,8 +111,16 @@ def main(arguments: list[str] | None = None) -> int:
     (source_format, source), (target_format, target) = parsed.source, parsed.target
     try:
         written = convert(
-            source_format, source, target_format, target, parsed.dtype, parsed.max_shard_size, parsed.tokenizer,
-            vocab_size=parsed.vocab_size, layout=parsed.layout, verify=parsed.verify,
+            source_format,
+            source,
+            target_format,
+            target,
+            parsed.dtype,
+            parsed.max_shard_size,
+            parsed.tokenizer,
+            vocab_size=parsed.vocab_size,
+            layout=parsed.layout,
+            verify=parsed.verify,
         )
     except ChecksumError as error:
         print(f"error: {error}", file=sys.stderr)

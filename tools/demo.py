@@ -18,8 +18,13 @@ VOCABULARY, CACHE, RUN, CONVERTED = (FOLDER / name for name in ("vocabulary.tikt
 STOP_AT = 200
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self."
 TRAIN = [
-    "-m", "qwen_jax.train", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
-    f"--gin.OUTPUT_DIR={RUN}", f"--gin.CACHE_DIR={CACHE}", f"--gin.VOCABULARY={VOCABULARY}",
+    "-m",
+    "qwen_jax.train",
+    "--gin_file=gin/models/tiny.gin",
+    "--gin_file=gin/runs/pretrain.gin",
+    f"--gin.OUTPUT_DIR={RUN}",
+    f"--gin.CACHE_DIR={CACHE}",
+    f"--gin.VOCABULARY={VOCABULARY}",
 ]
 
 
@@ -77,7 +82,10 @@ def main() -> None:
     call("tools/build_tokenizer.py", "--size=4096", f"--output={VOCABULARY}")
     title("2. the same text as a SeqIO task, tokenized by Beam and packed into examples of 256 tokens")
     call(
-        "tools/cache_task.py", "python_corpus", f"--cache_dir={CACHE}", "--sequence_length=256",
+        "tools/cache_task.py",
+        "python_corpus",
+        f"--cache_dir={CACHE}",
+        "--sequence_length=256",
         f"--gin.vocabulary_path.path={VOCABULARY}",
     )
     title(f"3. training, stopped by SIGTERM soon after step {STOP_AT}")
@@ -104,7 +112,7 @@ def closing(seconds: float) -> None:
     before, after = first["eval/bits_per_byte"], last["eval/bits_per_byte"]
     print(f"""
 == done in {seconds / 60:.1f} minutes
-held-out text: {before:.3f} bits per byte at the start, {after:.3f} after {last['step']} steps
+held-out text: {before:.3f} bits per byte at the start, {after:.3f} after {last["step"]} steps
 
 {RUN}          the run: checkpoints/, metrics.jsonl, tensorboard/, config.gin
 {FOLDER}/loss.png     the loss curve

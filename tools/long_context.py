@@ -42,7 +42,10 @@ def windows_by_layer(num_layers: int, shortest: int, longest: int) -> tuple[int,
 def extended(config, training_length: int, variant: int, windows: tuple[int, ...]):
     """The ModelConfig of one row of the table."""
     return dataclasses.replace(
-        config, max_length=training_length, use_dynamic_ntk=variant >= 1, use_logn=variant >= 2,
+        config,
+        max_length=training_length,
+        use_dynamic_ntk=variant >= 1,
+        use_logn=variant >= 2,
         window_sizes=windows if variant >= 3 else None,
     )
 
@@ -135,6 +138,7 @@ def measure(model, params, pieces, training_length: int, windows: tuple[int, ...
 
 def lines(table: list[list[float]], training_length: int) -> Iterator[str]:
     """The table, each row above the report's, and what became of the order of Table 3."""
+
     def row(name, values):
         return f"{name:34}" + "".join(f"{value:>11}" for value in values)
 
@@ -242,7 +246,6 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(lines(table, training_length)))
     draw(table, training_length, Path(arguments.checkpoint).name, arguments.output)
     print(f"wrote {arguments.output}")
-
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def edited(generator: random.Random, text: str, share: float) -> str:
     words = text.split(" ")
     length = max(1, round(share * len(words)))
     start = generator.randrange(max(1, len(words) - length))
-    words[start:start + length] = [generator.choice(_SUBJECTS) for _ in range(length)]
+    words[start : start + length] = [generator.choice(_SUBJECTS) for _ in range(length)]
     return " ".join(words)
 
 

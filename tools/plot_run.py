@@ -1,7 +1,7 @@
 """Draws the loss curves of one or more runs, and where their time went, as a PNG.
 
-    python tools/plot_run.py runs/tiny
-    python tools/plot_run.py runs/tiny runs/other --output comparison.png
+python tools/plot_run.py runs/tiny
+python tools/plot_run.py runs/tiny runs/other --output comparison.png
 """
 
 import argparse
@@ -62,7 +62,11 @@ def compose(runs: list[Path]) -> plt.Figure:
     accounts = [(folder.name, shares) for folder in runs if (shares := written_shares(folder)) is not None]
     heights = [4.8, 1.7] + [0.3 + 0.25 * len(accounts)] * bool(accounts)
     figure, (losses, rates, *below) = plt.subplots(
-        len(heights), 1, figsize=(9, sum(heights) + 0.5 + bool(accounts)), height_ratios=heights, layout="constrained",
+        len(heights),
+        1,
+        figsize=(9, sum(heights) + 0.5 + bool(accounts)),
+        height_ratios=heights,
+        layout="constrained",
     )
     rates.sharex(losses)
     losses.tick_params(labelbottom=False)
@@ -82,7 +86,10 @@ def compose(runs: list[Path]) -> plt.Figure:
         losses.plot(steps, smoothed(loss, max(1, len(loss) // 30)), color=color, label=f"{name}: training")
         if held_out:
             losses.plot(
-                [row["step"] for row in held_out], [row["eval/loss"] for row in held_out], "o--", color=color,
+                [row["step"] for row in held_out],
+                [row["eval/loss"] for row in held_out],
+                "o--",
+                color=color,
                 markeredgecolor="black",
                 label=f"{name}: held out, {held_out[-1]['eval/bits_per_byte']:.3f} bits per byte at the end",
             )

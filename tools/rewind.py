@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", required=True, type=Path, help="OUTPUT_DIR of a run that is stopped")
     parser.add_argument("--to", required=True, type=int, metavar="STEP", help="a step that it has a checkpoint of")
     parser.add_argument(
-        "--skip_examples", type=int, default=0, metavar="N",
+        "--skip_examples",
+        type=int,
+        default=0,
+        metavar="N",
         help="examples to pass over, from where the run would go on (steps times BATCH_SIZE; default: %(default)s)",
     )
     arguments = parser.parse_args(argv)

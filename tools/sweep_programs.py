@@ -236,7 +236,8 @@ def table(variants: Sequence[Variant], results: Results) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--gin_file=FILE and --gin.NAME=VALUE, in one word each, as for tools/compile_for_tpu.py",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
@@ -250,10 +251,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown argument {wrong[0]}; write --gin_file=FILE and --gin.NAME=VALUE in one word")
     if arguments.timeout <= 0:
         raise ValueError(f"--timeout={arguments.timeout:g}: expected a positive number of seconds")
-    variants = all_variants([
-        remat_choices(arguments.remat), accumulation_choices(arguments.accumulation), block_choices(arguments.blocks),
-        *map(other_choices, arguments.vary),
-    ])
+    variants = all_variants(
+        [
+            remat_choices(arguments.remat),
+            accumulation_choices(arguments.accumulation),
+            block_choices(arguments.blocks),
+            *map(other_choices, arguments.vary),
+        ]
+    )
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = [a.removeprefix("--gin_file=") for a in passed if a.startswith("--gin_file=")]
     results = Results(arguments.output / RESULTS, fingerprint(passed, files))

@@ -51,9 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     scores = sorted(scorer(text) for text in held_out)
     if scores:
         places = {share: min(int(share * len(scores)), len(scores) - 1) for share in (0.5, 0.9, 0.99)}
-        print("perplexity of a character on documents held out:", ", ".join(
-            f"{share:.0%} below {scores[place]:.2f}" for share, place in places.items()
-        ))
+        print(
+            "perplexity of a character on documents held out:",
+            ", ".join(f"{share:.0%} below {scores[place]:.2f}" for share, place in places.items()),
+        )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def train(texts: list[str], labels: list, *, positive=None, bits: int = 18, stre
     model.fit(features[~held_out], targets[~held_out])
     scores = model.predict_proba(features[held_out])[:, 1]
     measures = {
-        "trained on": int((~held_out).sum()), "held out": int(held_out.sum()),
+        "trained on": int((~held_out).sum()),
+        "held out": int(held_out.sum()),
         "ROC AUC": float(roc_auc_score(targets[held_out], scores)),
         "average precision": float(average_precision_score(targets[held_out], scores)),
         "accuracy at 0.5": float(((scores >= 0.5) == targets[held_out]).mean()),

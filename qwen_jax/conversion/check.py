@@ -101,6 +101,8 @@ def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress
         if not np.isfinite(found[-1]).all():
             raise ValueError(f"the logits of {folder} are not finite: its weights are damaged")
     return Comparison(
-        largest=float(np.abs(found[0] - found[1]).max()), scale=float(np.abs(found[0]).max()), positions=tokens.size,
+        largest=float(np.abs(found[0] - found[1]).max()),
+        scale=float(np.abs(found[0]).max()),
+        positions=tokens.size,
         agreeing=int((found[0].argmax(-1) == found[1].argmax(-1)).sum()),
     )

@@ -127,21 +127,28 @@ def _tokenizer(source, given, scratch: Path, config: ModelConfig) -> Tokenizer |
 def _warn_of_losses(table: Format, config: ModelConfig) -> None:
     known = {field.ours for field in table.fields}
     extension = [
-        name for name, used, field in (
-            ("dynamic NTK", config.use_dynamic_ntk, "use_dynamic_ntk"), ("LogN attention", config.use_logn, "use_logn")
-        ) if used and field not in known
+        name
+        for name, used, field in (
+            ("dynamic NTK", config.use_dynamic_ntk, "use_dynamic_ntk"),
+            ("LogN attention", config.use_logn, "use_logn"),
+        )
+        if used and field not in known
     ]
     if extension:
         log.warning(
             "warning: format %s has no %s, which this model has: the written model is the same up to its length limit "
             "of %d tokens (max_position_embeddings), and must not be used beyond",
-            table.name, " and no ".join(extension), config.max_length,
+            table.name,
+            " and no ".join(extension),
+            config.max_length,
         )
     if windows := [size for size in config.window_sizes or () if size]:
         log.warning(
             "warning: format %s has no window attention, which inference with this model uses (window_sizes, from %d "
             "tokens): the written model attends to everything, as in training, and its length limit is %d tokens",
-            table.name, min(windows), config.max_length,
+            table.name,
+            min(windows),
+            config.max_length,
         )
 
 

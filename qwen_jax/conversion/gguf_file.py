@@ -50,7 +50,9 @@ def _name(outside: str) -> str:
 
 # The tensors of format qwen2 under llama.cpp's names; rotary positions are the same half-split rotation.
 GGUF = dataclasses.replace(
-    QWEN2, name=NAME, architecture=ARCHITECTURE,
+    QWEN2,
+    name=NAME,
+    architecture=ARCHITECTURE,
     rows=tuple(dataclasses.replace(row, outside=_name(row.outside)) for row in QWEN2.rows),
 )
 
@@ -98,8 +100,11 @@ def write_gguf(
     for tensor, kind in zip(tensors, kinds, strict=True):
         wide = kind is np.float32
         writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32 if wide else np.uint16),
-            math.prod(tensor.shape) * (4 if wide else 2), gguf.GGMLQuantizationType["F32" if wide else "BF16"],
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32 if wide else np.uint16),
+            math.prod(tensor.shape) * (4 if wide else 2),
+            gguf.GGMLQuantizationType["F32" if wide else "BF16"],
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -157,7 +162,9 @@ class GgufFile(OutsideWeights):
         reader = _open(Path(file))
         stored = {
             tensor.name: StoredTensor(
-                Path(file), tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)),
+                Path(file),
+                tensor.tensor_type.name,
+                tuple(int(size) for size in reversed(tensor.shape)),
                 int(tensor.data_offset),
             )
             for tensor in reader.tensors
@@ -195,10 +202,15 @@ def _read_config(file: Path, reader, stored: dict[str, StoredTensor]) -> ModelCo
 
     width, heads = value("embedding_length"), value("attention.head_count")
     return ModelConfig(
-        vocab_size=stored["token_embd.weight"].shape[0], hidden_size=width, num_layers=value("block_count"),
-        num_heads=heads, num_kv_heads=value("attention.head_count_kv", heads),
-        head_dim=value("attention.key_length", width // heads), ffn_size=value("feed_forward_length"),
-        max_length=value("context_length"), rope_theta=_shortest(value("rope.freq_base", 10000.0)),
+        vocab_size=stored["token_embd.weight"].shape[0],
+        hidden_size=width,
+        num_layers=value("block_count"),
+        num_heads=heads,
+        num_kv_heads=value("attention.head_count_kv", heads),
+        head_dim=value("attention.key_length", width // heads),
+        ffn_size=value("feed_forward_length"),
+        max_length=value("context_length"),
+        rope_theta=_shortest(value("rope.freq_base", 10000.0)),
         norm_epsilon=_shortest(value("attention.layer_norm_rms_epsilon")),
         tie_embeddings="output.weight" not in stored,
     )
@@ -228,7 +240,8 @@ def recover_gguf_ranks(file: Path, scratch: Path) -> Path | None:
             "vocab": {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == normal},
             "merges": _field(file, reader, "tokenizer.ggml.merges"),
         },
-        "normalizer": "NFC", "pre_tokenizer": Tokenizer.PATTERN if known else "",
+        "normalizer": "NFC",
+        "pre_tokenizer": Tokenizer.PATTERN if known else "",
     }
     write_ranks(ranks_of(file, content), scratch / RANKS_FILE)
     return scratch / RANKS_FILE

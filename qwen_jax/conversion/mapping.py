@@ -131,11 +131,13 @@ QWEN = Format(
         Row("transformer.h.{layer}.ln_1.weight", ("layers/attention_norm/scale",), VECTOR),
         Row(
             "transformer.h.{layer}.attn.c_attn.weight",
-            _kernels("attention/query", "attention/key", "attention/value"), HEADS_IN,
+            _kernels("attention/query", "attention/key", "attention/value"),
+            HEADS_IN,
         ),
         Row(
             "transformer.h.{layer}.attn.c_attn.bias",
-            ("layers/attention/query/bias", "layers/attention/key/bias", "layers/attention/value/bias"), HEADS_BIAS,
+            ("layers/attention/query/bias", "layers/attention/key/bias", "layers/attention/value/bias"),
+            HEADS_BIAS,
         ),
         Row("transformer.h.{layer}.attn.c_proj.weight", _kernels("attention/output"), HEADS_OUT),
         Row("transformer.h.{layer}.ln_2.weight", ("layers/mlp_norm/scale",), VECTOR),
@@ -162,12 +164,22 @@ QWEN = Format(
         Field("attention_dropout", "attn_dropout_prob", 0.0, earlier=("attn_pdrop",)),
     ),
     fixed={
-        "no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False,
-        "pos_emb": "rotary", "apply_residual_connection_post_layernorm": False,
+        "no_bias": True,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "pos_emb": "rotary",
+        "apply_residual_connection_post_layernorm": False,
     },
     constants={
-        "no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False,
-        "tokenizer_class": "QWenTokenizer", "use_cache": True, "use_flash_attn": "auto", "onnx_safe": None,
+        "no_bias": True,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "tokenizer_class": "QWenTokenizer",
+        "use_cache": True,
+        "use_flash_attn": "auto",
+        "onnx_safe": None,
     },
     refuse=_refuse_qwen,
     redundant=r"transformer\.(rotary_emb\.inv_freq|logn_tensor|h\.\d+\.attn\.(masked_bias|rotary_emb\.inv_freq))",
@@ -307,7 +319,7 @@ def outside_tensors(table: Format, config: ModelConfig) -> list[OutsideTensor]:
         if not set(row.parts) & set(shapes):
             continue  # a parameter that this configuration lacks: the output projection of tied embeddings
         stacked = is_stacked(row.parts[0])
-        parts = [outside_shape(row.layout, shapes.pop(part)[1 if stacked else 0:]) for part in row.parts]
+        parts = [outside_shape(row.layout, shapes.pop(part)[1 if stacked else 0 :]) for part in row.parts]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
         for layer in range(config.num_layers) if stacked else (None,):
             tensors.append(OutsideTensor(row.outside.format(layer=layer), shape, row, layer))

@@ -81,7 +81,7 @@ class OutsideWeights:
             start = 0
             for part in tensor.row.parts:
                 self._places[part, tensor.layer] = (tensor, start)
-                start += outside_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1:])[0]
+                start += outside_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1 :])[0]
         kinds = {stored[tensor.name].dtype for tensor in expected}
         self.dtype = "bfloat16" if kinds == {"BF16"} else "float32"
 
@@ -102,7 +102,9 @@ class OutsideWeights:
         problems = [
             f"{len(found)} {what}: {listing(found)}"
             for what, found in (
-                ("missing", missing), ("unexpected", extra), ("of wrong shape", shapes),
+                ("missing", missing),
+                ("unexpected", extra),
+                ("of wrong shape", shapes),
                 (f"of a dtype other than {', '.join(READ_DTYPES)}", dtypes),
             )
             if found
@@ -126,6 +128,6 @@ class OutsideWeights:
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """See `Weights.read`: only the rows that hold this parameter are read."""
         tensor, start = self._places[path, layer]
-        shape = parameter_shapes(self.config)[path][0 if layer is None else 1:]
+        shape = parameter_shapes(self.config)[path][0 if layer is None else 1 :]
         rows = outside_shape(tensor.row.layout, shape)[0]
         return from_outside(tensor.row.layout, self._stored[tensor.name].read(start, start + rows), shape)

@@ -32,7 +32,9 @@ def layout_shapes(config: ModelConfig, layout: str) -> dict[str, tuple[int, ...]
         return shapes
     own = {
         unscanned_path(path, layer): shape[1:]
-        for path, shape in shapes.items() if is_stacked(path) for layer in range(config.num_layers)
+        for path, shape in shapes.items()
+        if is_stacked(path)
+        for layer in range(config.num_layers)
     }
     return own | {path: shape for path, shape in shapes.items() if not is_stacked(path)}
 
@@ -65,13 +67,15 @@ class RunFolder:
         expected, found = layout_shapes(self.config, self.layout), self._stored.shapes
         shapes = [
             f"{path} is {list(found[path])}, expected {list(shape)}"
-            for path, shape in expected.items() if path in found and found[path] != shape
+            for path, shape in expected.items()
+            if path in found and found[path] != shape
         ]
         problems = [
             f"{len(names)} {what}: {listing(names)}"
             for what, names in (
                 ("missing", [path for path in expected if path not in found]),
-                ("unexpected", sorted(found.keys() - expected.keys())), ("of wrong shape", shapes),
+                ("unexpected", sorted(found.keys() - expected.keys())),
+                ("of wrong shape", shapes),
             )
             if names
         ]

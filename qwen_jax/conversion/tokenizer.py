@@ -139,9 +139,7 @@ def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict:
         "unk_token": None,
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
-        "added_tokens_decoder": {
-            str(i): {"content": name, **flags} for name, i in tokenizer.control_tokens.items()
-        },
+        "added_tokens_decoder": {str(i): {"content": name, **flags} for name, i in tokenizer.control_tokens.items()},
         "chat_template": CHAT_TEMPLATE,
     }
 

@@ -101,7 +101,7 @@ def band_keys(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
     keys = np.empty((bands, len(signature)), np.uint64)
     for band in range(bands):
         key = np.full(len(signature), band, np.uint64)
-        for value in signature[:, band * rows:(band + 1) * rows].T:
+        for value in signature[:, band * rows : (band + 1) * rows].T:
             key = normalise.mix(key ^ value)
         keys[band] = key
     return keys
@@ -200,7 +200,7 @@ def similarities(pairs: np.ndarray, shingles_of: Callable[[np.ndarray], tuple[np
     """
     result = np.zeros(len(pairs))
     for begin in range(0, len(pairs), _PAIRS_AT_ONCE):
-        part = pairs[begin:begin + _PAIRS_AT_ONCE]
+        part = pairs[begin : begin + _PAIRS_AT_ONCE]
         documents, inverse = np.unique(part, return_inverse=True)
         sets, counts = shingles_of(documents)
         starts = np.cumsum(counts) - counts
@@ -213,7 +213,7 @@ def similarities(pairs: np.ndarray, shingles_of: Callable[[np.ndarray], tuple[np
         merged.sort()
         shared = merged[1:][merged[1:] == merged[:-1]] >> np.uint64(32)
         common = np.bincount(shared.astype(np.int64), minlength=len(part))
-        result[begin:begin + _PAIRS_AT_ONCE] = common / np.maximum(counts[left] + counts[right] - common, 1)
+        result[begin : begin + _PAIRS_AT_ONCE] = common / np.maximum(counts[left] + counts[right] - common, 1)
     return result
 
 

@@ -40,10 +40,13 @@ def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) ->
     Raises:
         Unreadable: `undecodable`, more than one character in twenty is no text: binary data.
     """
-    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
-                           (codecs.BOM_UTF16_BE, "utf-16-be")):
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):
         if data.startswith(mark):
-            return _checked(data[len(mark):].decode(encoding, "replace")), encoding
+            return _checked(data[len(mark) :].decode(encoding, "replace")), encoding
     declared = map_encoding_to_html5(charset, False) if charset else None
     stateful = declared is not None and declared.startswith("iso2022")  # all its bytes are ASCII
     detected = None

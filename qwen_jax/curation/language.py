@@ -18,7 +18,7 @@ def identify(text: str) -> tuple[str, float]:
     """ISO 639-1 code and its probability in [0, 1]; `und` and 0 for a text without letters."""
     if len(text) > 3 * _SAMPLE:
         middle = (len(text) - _SAMPLE) // 2
-        text = "\n".join((text[:_SAMPLE], text[middle:middle + _SAMPLE], text[-_SAMPLE:]))
+        text = "\n".join((text[:_SAMPLE], text[middle : middle + _SAMPLE], text[-_SAMPLE:]))
     if not any(character.isalpha() for character in text):
         return UNKNOWN, 0.0
     code, probability = _identifier().classify(text)

@@ -15,8 +15,16 @@ import numpy as np
 SEPARATOR, WORD, IDEOGRAPH = 0, 1, 2
 # Scripts written without spaces, whose characters are tokens: Thai to Lao, Myanmar, Khmer, kana and CJK.
 _UNSPACED = (
-    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x3005, 0x3007),
+    (0x3040, 0x30FF),
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
 )
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so it has an inverse modulo 2**64
 _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
@@ -35,7 +43,7 @@ def character_classes() -> np.ndarray:
     letters = [point for point in range(0x30000) if unicodedata.category(chr(point))[0] in "LMN"]
     classes[letters] = WORD
     for first, last in _UNSPACED:
-        part = classes[first:last + 1]
+        part = classes[first : last + 1]
         part[part == WORD] = IDEOGRAPH
     classes[0x30000:0x40000] = IDEOGRAPH
     return classes
@@ -98,7 +106,7 @@ def tokenize(texts: Sequence[str]) -> Tokens:
     weights += np.uint64(1)
     weights *= np.uint64(0xD6E8FEB86659FD93)
     weights ^= weights >> np.uint64(32)
-    weights *= powers[:len(points)]
+    weights *= powers[: len(points)]
     np.cumsum(weights, out=sums[1:])
     hashes = mix((sums[ends] - sums[starts]) * inverses[starts])
     begins = np.concatenate([[0], np.cumsum(lengths + 1)])
@@ -118,7 +126,7 @@ def windows(tokens: Tokens, size: int) -> tuple[np.ndarray, np.ndarray]:
     sums = np.zeros(count, np.uint64)
     for step in range(size):
         sums *= _WINDOW_BASE
-        sums += tokens.hashes[step:step + count]
+        sums += tokens.hashes[step : step + count]
     # A window may not reach over the end of its document. Where a document is shorter than `size`, this also marks
     # tokens of those before it, which are too near their own ends anyway.
     inside = np.ones(len(tokens.hashes), bool)
@@ -144,8 +152,8 @@ def shingles(tokens: Tokens, size: int) -> tuple[np.ndarray, np.ndarray]:
     if len(short):
         whole = np.zeros(len(short), np.uint64)
         for row, document in enumerate(short):
-            for one in tokens.hashes[tokens.offsets[document]:tokens.offsets[document + 1]]:
-                whole[row:row + 1] = whole[row:row + 1] * _WINDOW_BASE + one
+            for one in tokens.hashes[tokens.offsets[document] : tokens.offsets[document + 1]]:
+                whole[row : row + 1] = whole[row : row + 1] * _WINDOW_BASE + one
         hashes = np.concatenate([hashes, mix(whole)])
         documents = np.concatenate([documents, short])
     keys = (documents.astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32))

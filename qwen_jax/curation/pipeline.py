@@ -208,14 +208,26 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
     total = sum(len(work.array(number, "lengths")) for number in numbers)
     parts = max(1, -(-total // config.documents_per_part))
     if config.exact:
-        run("exact duplicates", stages.exact, [(part, parts) for part in range(parts)],
-            lambda part, _: folder / "exact" / f"{part:06d}.npy")
+        run(
+            "exact duplicates",
+            stages.exact,
+            [(part, parts) for part in range(parts)],
+            lambda part, _: folder / "exact" / f"{part:06d}.npy",
+        )
     if config.fuzzy is not None:
         pieces = [(band, part, parts) for band in range(config.fuzzy.bands) for part in range(parts)]
-        run("candidates of near-duplicates", stages.candidates, pieces,
-            lambda band, part, _: folder / "candidates" / f"{band:03d}-{part:06d}.npy")
-        run("near-duplicates", stages.edges, [(number,) for number in numbers],
-            lambda number: folder / "edges" / f"{number:06d}.npy")
+        run(
+            "candidates of near-duplicates",
+            stages.candidates,
+            pieces,
+            lambda band, part, _: folder / "candidates" / f"{band:03d}-{part:06d}.npy",
+        )
+        run(
+            "near-duplicates",
+            stages.edges,
+            [(number,) for number in numbers],
+            lambda number: folder / "edges" / f"{number:06d}.npy",
+        )
         if not (folder / "clusters.json").exists():
             stages.clusters(work)
     run("select", stages.select, [(number,) for number in numbers], lambda number: work.selected(number))
@@ -271,7 +283,8 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
     numbers = range(len(work.units))
     ledger = Ledger.merge(
         storage.load_json(folder(number) / stages.LEDGER)
-        for folder in (work.extracted, work.selected) for number in numbers
+        for folder in (work.extracted, work.selected)
+        for number in numbers
     )
     ledger.check()
     files = _place_files(work, output)

@@ -84,8 +84,13 @@ class Rules:
 # A character of Chinese is a token, so tokens have length 1, stop "words" are characters, and five tokens in a row are
 # but three words, which good text repeats too: only the longer n-grams count.
 CHINESE = Rules(
-    min_tokens=80, max_tokens=200_000, min_mean_token_length=None, max_mean_token_length=3, min_letter_share=None,
-    max_duplicate_5gram=None, max_duplicate_10gram=0.15,
+    min_tokens=80,
+    max_tokens=200_000,
+    min_mean_token_length=None,
+    max_mean_token_length=3,
+    min_letter_share=None,
+    max_duplicate_5gram=None,
+    max_duplicate_10gram=0.15,
 )
 
 
@@ -100,7 +105,8 @@ def statistics(text: str, language: str) -> dict[str, float]:
         values["mean_token_length"] = letters / count
     characters = collections.Counter(text)
     symbols = sum(
-        number for one, number in characters.items()
+        number
+        for one, number in characters.items()
         if one in _MARKUP or unicodedata.category(one) in ("So", "Sk", "Cn")
     )
     values["symbol_share"] = symbols / length

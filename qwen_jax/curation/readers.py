@@ -233,8 +233,11 @@ def _warc(path: str, max_bytes: int) -> Iterator[Record]:
             try:
                 for record in ArchiveIterator(file, parse_http=False, stream_detect=True):
                     last, seen, counted = record.stream_pos, True, False
-                    if record.record_type in (WarcRecordType.response, WarcRecordType.resource,
-                                              WarcRecordType.conversion):
+                    if record.record_type in (
+                        WarcRecordType.response,
+                        WarcRecordType.resource,
+                        WarcRecordType.conversion,
+                    ):
                         found = _archived(record, path, max_bytes)
                         counted = found.problem == "broken_record"
                         yield found
@@ -274,7 +277,7 @@ def _next(file: BinaryIO, magic: bytes, position: int) -> int | None:
         if found >= 0:
             return position - len(overlap) + found
         position += len(chunk)
-        overlap = chunk[-len(magic) + 1:]
+        overlap = chunk[-len(magic) + 1 :]
     return None
 
 

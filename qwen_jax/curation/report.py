@@ -33,9 +33,15 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fa; borde
 """
 _KEPT, _DROPPED, _OUTSIDE, _LINE = "#3b7dd8", "#d9822b", "#e6b88a", "#b3261e"
 _SOUND = {
-    "read": "records of the input files", "extract": "text out of pages", "language": "wanted languages",
-    "exact": "first of equal texts", "fuzzy": "one of near-duplicates", "rules": "within the rules",
-    "scores": "within the scores", "contamination": "not in a benchmark", "sampling": "sampled",
+    "read": "records of the input files",
+    "extract": "text out of pages",
+    "language": "wanted languages",
+    "exact": "first of equal texts",
+    "fuzzy": "one of near-duplicates",
+    "rules": "within the rules",
+    "scores": "within the scores",
+    "contamination": "not in a benchmark",
+    "sampling": "sampled",
 }
 
 
@@ -56,18 +62,26 @@ def render(ledger: Ledger, config: CurationConfig, clusters: dict | None, inputs
     body = [
         "<h1>Curation report</h1>",
         f"<p>{kept[0]:,} of {_count(read[0], 'record')} kept{share}: {_bytes(kept[1])} of text. Sources: {listed}.</p>",
-        "<h2>Documents and bytes through the stages</h2>", _waterfall(ledger), _stage_table(ledger),
-        "<h2>Why documents were dropped</h2>", _reasons(ledger),
-        "<h2>Sources, languages, encodings</h2>", _counters(ledger),
-        "<h2>Statistics and scores</h2>", _histograms(ledger, config),
-        "<h2>Clusters of near-duplicates</h2>", _clusters(ledger, clusters),
-        "<h2>Random samples</h2>", _samples(ledger),
+        "<h2>Documents and bytes through the stages</h2>",
+        _waterfall(ledger),
+        _stage_table(ledger),
+        "<h2>Why documents were dropped</h2>",
+        _reasons(ledger),
+        "<h2>Sources, languages, encodings</h2>",
+        _counters(ledger),
+        "<h2>Statistics and scores</h2>",
+        _histograms(ledger, config),
+        "<h2>Clusters of near-duplicates</h2>",
+        _clusters(ledger, clusters),
+        "<h2>Random samples</h2>",
+        _samples(ledger),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Curation report</title>'
         '<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" '
         f"content=\"default-src 'none'; style-src 'unsafe-inline'\"><style>{_STYLE}</style></head><body>\n"
-        + "\n".join(body) + "\n</body></html>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
 
 
@@ -140,8 +154,17 @@ def _stage_table(ledger: Ledger) -> str:
     for stage, counts in ledger.stages.items():
         dropped = [sum(pair[place] for pair in counts["dropped"].values()) for place in (0, 1)]
         share = f"{dropped[0] / counts['in'][0]:.1%}" if counts["in"][0] else "–"
-        rows.append((stage, f"{counts['in'][0]:,}", f"{counts['kept'][0]:,}", f"{dropped[0]:,}", share,
-                     _bytes(counts["in"][1]), _bytes(counts["kept"][1])))
+        rows.append(
+            (
+                stage,
+                f"{counts['in'][0]:,}",
+                f"{counts['kept'][0]:,}",
+                f"{dropped[0]:,}",
+                share,
+                _bytes(counts["in"][1]),
+                _bytes(counts["kept"][1]),
+            )
+        )
     head = ("stage", "documents read", "kept", "dropped", "share dropped", "bytes read", "bytes kept")
     return _table(head, rows) + '<p class="note">In every stage, kept + dropped = read was checked.</p>'
 
@@ -175,8 +198,11 @@ def _counters(ledger: Ledger) -> str:
     encodings = [(name, f"{number:,}") for name, number in sorted(counters.get("encoding", {}).items())]
     return (
         _table(("source", "documents kept", "written, with copies", "bytes written"), sources)
-        + '<div class="grid"><div>' + _table(("language", "found", "kept"), languages) + "</div><div>"
-        + _table(("encoding of pages and files", "documents"), encodings) + "</div></div>"
+        + '<div class="grid"><div>'
+        + _table(("language", "found", "kept"), languages)
+        + "</div><div>"
+        + _table(("encoding of pages and files", "documents"), encodings)
+        + "</div></div>"
     )
 
 

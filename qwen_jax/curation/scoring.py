@@ -103,7 +103,7 @@ def _grams(points: np.ndarray, order: int, bits: int) -> Iterator[tuple[int, np.
     context = np.full(len(points), 1, np.uint64)
     for length in range(order):
         if length:
-            context = normalise.mix(context * _MIX + padded[order - 1 - length:len(padded) - length] + np.uint64(1))
+            context = normalise.mix(context * _MIX + padded[order - 1 - length : len(padded) - length] + np.uint64(1))
         yield length, normalise.mix((context ^ _MIX) + points) >> shift, normalise.mix(context) >> shift
 
 
@@ -138,8 +138,12 @@ def train_ngram(texts: Iterable[str], path: str | os.PathLike, *, order: int = 5
             np.add.at(counts[length, 0], contexts, 1)
     if not read:
         raise ValueError("no text to train the n-gram model on")
-    _save(path, {"format": _NGRAM_FORMAT, "order": order, "bits": bits, "characters": read},
-          counts=counts, followers=followers)
+    _save(
+        path,
+        {"format": _NGRAM_FORMAT, "order": order, "bits": bits, "characters": read},
+        counts=counts,
+        followers=followers,
+    )
     return read
 
 
@@ -184,8 +188,12 @@ def save_linear(
     path: str | os.PathLike, weights: np.ndarray, bias: float, *, bits: int, classes: Sequence[str]
 ) -> None:
     """Writes a model for `LinearClassifier`: float [2**bits] weights; `classes` names negative and positive."""
-    _save(path, {"format": _LINEAR_FORMAT, "bits": bits, "classes": list(classes)},
-          weights=np.asarray(weights, np.float32), bias=np.asarray([bias], np.float64))
+    _save(
+        path,
+        {"format": _LINEAR_FORMAT, "bits": bits, "classes": list(classes)},
+        weights=np.asarray(weights, np.float32),
+        bias=np.asarray([bias], np.float64),
+    )
 
 
 @functools.lru_cache(maxsize=8)

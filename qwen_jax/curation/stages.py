@@ -124,7 +124,7 @@ def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> I
             url = record.url
             if url.startswith(unit.base):
                 # The same corpus in another folder gives the same bytes.
-                url = url[len(unit.base):].lstrip("/")
+                url = url[len(unit.base) :].lstrip("/")
             row = {"id": unit.document_id(file, index), "url": html.printable(url), "source": unit.source}
 
             def drop(stage, reason, size, row=row, **more):
@@ -280,7 +280,7 @@ def edges(work: Work, number: int) -> None:
     pairs = [np.zeros((0, 2), np.uint64)]
     for path in sorted((work.folder / "candidates").glob("*.npy")):
         array = storage.load_array(path)
-        pairs.append(array[np.searchsorted(array[:, 0], low):np.searchsorted(array[:, 0], high)])
+        pairs.append(array[np.searchsorted(array[:, 0], low) : np.searchsorted(array[:, 0], high)])
     proposed = dedup.unique_pairs(np.concatenate(pairs))
 
     @functools.cache
@@ -293,7 +293,7 @@ def edges(work: Work, number: int) -> None:
         for document in documents.tolist():
             offsets, values = arrays(document >> _UNIT_BITS)
             row = document & ((1 << _UNIT_BITS) - 1)
-            parts.append(values[offsets[row]:offsets[row + 1]])
+            parts.append(values[offsets[row] : offsets[row + 1]])
             counts.append(len(parts[-1]))
         return np.concatenate(parts), np.array(counts, np.int64)
 
@@ -321,7 +321,7 @@ def clusters(work: Work) -> None:
     shown = {}
     for representative in sorted(chosen):
         members = documents[kept == representative]
-        others = [int(one) for one in members if int(one) != representative][:_SHOWN_MEMBERS - 1]
+        others = [int(one) for one in members if int(one) != representative][: _SHOWN_MEMBERS - 1]
         shown[str(representative)] = {"size": len(members), "members": [representative, *others]}
     values, numbers = np.unique(sizes, return_counts=True)
     summary = {"sizes": {str(size): int(number) for size, number in zip(values, numbers, strict=True)}, "shown": shown}
@@ -404,7 +404,8 @@ class _Judge:
         # Scores are computed here too, so that the histograms show all documents that the rules saw.
         more["scores"] = {
             one.name: round(float(one.scorer(row["text"])), 6)
-            for one in self._work.config.scores if one.wants(row["language"])
+            for one in self._work.config.scores
+            if one.wants(row["language"])
         }
         self._ledger.value(row["id"], row["language"], values | more["scores"])
         rules = self._work.config.rules.get(row["language"], self._work.config.default_rules)

@@ -61,9 +61,7 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], system: s
 
 def _turn(tokenizer: Tokenizer, role: str, content: str) -> Turn:
     line_end = tuple(tokenizer.encode("\n"))
-    return Turn(
-        role, _header(tokenizer, role), tuple(tokenizer.encode(content)), (tokenizer.im_end_id, *line_end)
-    )
+    return Turn(role, _header(tokenizer, role), tuple(tokenizer.encode(content)), (tokenizer.im_end_id, *line_end))
 
 
 def _header(tokenizer: Tokenizer, role: str) -> tuple[int, ...]:

@@ -127,8 +127,10 @@ def fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> 
             pieces.append((tokens[start : start + sequence_length], weights[start : start + sequence_length]))
     for numbers in _best_fit([len(tokens) for tokens, _ in pieces], sequence_length):
         example = {
-            "tokens": np.full(sequence_length, eos_id, np.int32), "loss_weights": np.zeros(sequence_length, np.uint8),
-            "segment_ids": np.zeros(sequence_length, np.int32), "positions": np.zeros(sequence_length, np.int32),
+            "tokens": np.full(sequence_length, eos_id, np.int32),
+            "loss_weights": np.zeros(sequence_length, np.uint8),
+            "segment_ids": np.zeros(sequence_length, np.int32),
+            "positions": np.zeros(sequence_length, np.int32),
         }
         start = 0
         for segment, number in enumerate(numbers, start=1):
@@ -213,9 +215,7 @@ def encode_record(example: Mapping[str, np.ndarray], columns: Sequence[Column]) 
     return b"".join(example[c.name].astype(np.dtype(c.dtype).newbyteorder("<")).tobytes() for c in columns)
 
 
-def decode_records(
-    records: Sequence[bytes], columns: Sequence[Column], sequence_length: int
-) -> dict[str, np.ndarray]:
+def decode_records(records: Sequence[bytes], columns: Sequence[Column], sequence_length: int) -> dict[str, np.ndarray]:
     """Columns of records, each [len(records), sequence_length] in the column's own dtype.
 
     Raises:

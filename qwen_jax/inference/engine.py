@@ -50,7 +50,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Qwen, params, tokenizer=None, mesh: Mesh | None = None, slots: int = 16,
+        self,
+        model: Qwen,
+        params,
+        tokenizer=None,
+        mesh: Mesh | None = None,
+        slots: int = 16,
         max_length: int | None = None,
     ):
         """Takes a copy of the weights in the compute dtype, block by block: decoding is bound by reading them.
@@ -163,8 +168,10 @@ class Engine:
         if key not in self._compiled:
             self._compiled.add(key)
             log.info(
-                "compiled %s in %.1f s; %d programs so far", " ".join(str(part) for part in key),
-                time.perf_counter() - begun, len(self._compiled),
+                "compiled %s in %.1f s; %d programs so far",
+                " ".join(str(part) for part in key),
+                time.perf_counter() - begun,
+                len(self._compiled),
             )
         return result
 
@@ -206,14 +213,20 @@ class _Row:
                 text += self.text.finish() if self.text is not None else ""
                 break
         return Piece(
-            tuple(self.tokens[before:]), tuple(self.log_probs[before:]), text if self.text is not None else None,
+            tuple(self.tokens[before:]),
+            tuple(self.log_probs[before:]),
+            text if self.text is not None else None,
             self.finish_reason,
         )
 
     def result(self) -> Result:
         return Result(
-            self.index, self.request, tuple(self.tokens), np.asarray(self.log_probs, np.float32),
-            self.text.text if self.text is not None else None, self.finish_reason,
+            self.index,
+            self.request,
+            tuple(self.tokens),
+            np.asarray(self.log_probs, np.float32),
+            self.text.text if self.text is not None else None,
+            self.finish_reason,
         )
 
 
@@ -281,20 +294,35 @@ class _Batch:
         lengths = np.asarray([row.length for row in filled], np.int32)
         sampling = sampling_of([row.request for row in filled])
         cache, logits, seen = engine.call(
-            programs.prefill, ("prefill", f"{count} x {size} tokens"), engine.model.config, engine.params, tokens,
+            programs.prefill,
+            ("prefill", f"{count} x {size} tokens"),
+            engine.model.config,
+            engine.params,
+            tokens,
             lengths,
         )
         greedy = not sampling.temperature.any()
         first, log_probs, seen = engine.call(
-            programs.first_tokens, ("first tokens", f"{count} rows", _kind(greedy)), logits, seen, lengths, sampling,
+            programs.first_tokens,
+            ("first tokens", f"{count} rows", _kind(greedy)),
+            logits,
+            seen,
+            lengths,
+            sampling,
             greedy,
         )
         free = [place for place, row in enumerate(self.rows) if row is None]
         places = dict(zip(rows, free, strict=False))
         self._reserve(size)
         self.state = engine.call(
-            programs.insert, ("insert", *self._shape(), f"{count} x {size} tokens"), self.state, cache, first, lengths,
-            seen, np.asarray([places[row] for row in filled], np.int32),
+            programs.insert,
+            ("insert", *self._shape(), f"{count} x {size} tokens"),
+            self.state,
+            cache,
+            first,
+            lengths,
+            seen,
+            np.asarray([places[row] for row in filled], np.int32),
         )
         first, log_probs = jax.device_get((first, log_probs))
         for place, row in enumerate(rows):
@@ -316,8 +344,16 @@ class _Batch:
         begun = time.perf_counter()
         known = engine.compilations
         self.state, tokens, log_probs, counts = engine.call(
-            programs.generate, ("generate", *self._shape(), _kind(greedy), f"{width} stop ids"), engine.model.config,
-            engine.params, self.state, active, self.rules, np.int32(steps), np.int32(floor), greedy,
+            programs.generate,
+            ("generate", *self._shape(), _kind(greedy), f"{width} stop ids"),
+            engine.model.config,
+            engine.params,
+            self.state,
+            active,
+            self.rules,
+            np.int32(steps),
+            np.int32(floor),
+            greedy,
         )
         tokens, log_probs, counts = jax.device_get((tokens, log_probs, counts))
         if engine.compilations == known:

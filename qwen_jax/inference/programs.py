@@ -43,7 +43,8 @@ class BatchState:
         """Itself, rows lying where the mesh in use has them."""
         return self.replace(
             cache=self.cache.replace(ntk_alpha=constrain(self.cache.ntk_alpha, "batch")),
-            token=constrain(self.token, "batch"), position=constrain(self.position, "batch"),
+            token=constrain(self.token, "batch"),
+            position=constrain(self.position, "batch"),
             seen=constrain(self.seen, "batch", None),
         )
 
@@ -72,7 +73,8 @@ def _on_mesh(static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Cal
 
         names = ["mesh", *inspect.signature(function).parameters]
         compiled = jax.jit(
-            traced, static_argnums=tuple(names.index(name) for name in ("mesh", *static)),
+            traced,
+            static_argnums=tuple(names.index(name) for name in ("mesh", *static)),
             donate_argnums=tuple(names.index(name) for name in donated),
         )
         compiled.__doc__ = function.__doc__
@@ -85,10 +87,13 @@ def _on_mesh(static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Cal
 def prepare(config: ModelConfig, params):
     """Parameters of `Qwen` as `unstack_layers` gives them, in the compute dtype, lying as in training."""
     boxed = abstract_params(Qwen(config))
-    names = {**boxed, "layers": tuple(
-        jax.tree.map(lambda box: box.replace(names=box.names[1:]), boxed["layers"], is_leaf=_is_box)
-        for _ in range(config.num_layers)
-    )}
+    names = {
+        **boxed,
+        "layers": tuple(
+            jax.tree.map(lambda box: box.replace(names=box.names[1:]), boxed["layers"], is_leaf=_is_box)
+            for _ in range(config.num_layers)
+        ),
+    }
     apart = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params), config.num_layers)
     return jax.tree.map(lambda box, leaf: constrain(leaf, *box.names), names, apart, is_leaf=_is_box)
 
@@ -176,8 +181,10 @@ def insert(
         for old, new in zip(state.cache.layers, cache.layers, strict=True)
     )
     return BatchState(
-        DecodingCache(layers, state.cache.ntk_alpha.at[rows].set(cache.ntk_alpha)), state.token.at[rows].set(token),
-        state.position.at[rows].set(lengths), state.seen.at[rows].set(seen),
+        DecodingCache(layers, state.cache.ntk_alpha.at[rows].set(cache.ntk_alpha)),
+        state.token.at[rows].set(token),
+        state.position.at[rows].set(lengths),
+        state.seen.at[rows].set(seen),
     ).placed()
 
 
@@ -195,8 +202,14 @@ def grow(state: BatchState, slots: int) -> BatchState:
 
 @_on_mesh(static=("config", "greedy"), donated=("state",))
 def generate(
-    config: ModelConfig, params, state: BatchState, active: jax.Array, rules: RowRules, steps: jax.Array,
-    floor: jax.Array, greedy: bool,
+    config: ModelConfig,
+    params,
+    state: BatchState,
+    active: jax.Array,
+    rules: RowRules,
+    steps: jax.Array,
+    floor: jax.Array,
+    greedy: bool,
 ):
     """Up to `steps` (at most `MAX_STEPS`) tokens for each active row.
 
@@ -230,8 +243,12 @@ def generate(
         new = BatchState(cache, token, position, state.seen.at[index, token].set(True)).placed()
         counts = counts + active
         return (
-            done + 1, new, active & ~finished(token, position), tokens.at[:, done].set(token),
-            log_probs.at[:, done].set(log_prob), counts,
+            done + 1,
+            new,
+            active & ~finished(token, position),
+            tokens.at[:, done].set(token),
+            log_probs.at[:, done].set(log_prob),
+            counts,
         )
 
     empty = (jnp.zeros((rows, MAX_STEPS), jnp.int32), jnp.zeros((rows, MAX_STEPS), jnp.float32))

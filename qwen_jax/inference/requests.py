@@ -91,8 +91,9 @@ def check_request(request: Request, vocab_size: int, max_length: int, length_rul
     for name, lowest, limit in (("max_new_tokens", 1, None), ("seed", 0, 2**32)):
         value = getattr(request, name)
         if not isinstance(value, int | np.integer) or value < lowest or (limit and value >= limit):
-            raise ValueError(f"{name} must be an integer of at least {lowest}{f', below {limit}' * bool(limit)}, found "
-                             f"{value!r}")
+            raise ValueError(
+                f"{name} must be an integer of at least {lowest}{f', below {limit}' * bool(limit)}, found {value!r}"
+            )
     if isinstance(request.stop_strings, str) or not all(isinstance(s, str) and s for s in request.stop_strings):
         raise ValueError(f"stop_strings must be a sequence of strings that are not empty: {request.stop_strings!r}")
     if request.stop_strings and tokenizer is None:
@@ -103,8 +104,12 @@ def check_request(request: Request, vocab_size: int, max_length: int, length_rul
             f"{max_length} tokens, {length_rule}; shorten the prompt or lower max_new_tokens"
         )
     return dataclasses.replace(
-        request, prompt=prompt, stop_ids=stop_ids, stop_strings=tuple(request.stop_strings),
-        max_new_tokens=int(request.max_new_tokens), seed=int(request.seed),
+        request,
+        prompt=prompt,
+        stop_ids=stop_ids,
+        stop_strings=tuple(request.stop_strings),
+        max_new_tokens=int(request.max_new_tokens),
+        seed=int(request.seed),
     )
 
 

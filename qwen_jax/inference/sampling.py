@@ -184,7 +184,8 @@ def next_tokens(
     """
     penalised = jax.lax.cond(
         jnp.any(sampling.repetition_penalty != 1),
-        lambda: penalised_logits(logits, seen, sampling.repetition_penalty), lambda: logits,
+        lambda: penalised_logits(logits, seen, sampling.repetition_penalty),
+        lambda: logits,
     )
     tokens = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
     if not greedy:

@@ -59,7 +59,16 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, angles, segment_ids, mask, *, deterministic, layer=None, cache=None, positions=None,
+        self,
+        x,
+        angles,
+        segment_ids,
+        mask,
+        *,
+        deterministic,
+        layer=None,
+        cache=None,
+        positions=None,
         extension: ContextExtension | None = None,
     ):
         """Attends within `x`, or, given a cache, to all that the cache holds up to each position.
@@ -85,8 +94,14 @@ class SelfAttention(nn.Module):
 
         def project(name, heads, axis):
             y = Projection(
-                equation, (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"), c.init_std,
-                c.compute_dtype, (axis, "head_dim") if c.qkv_bias else None, bias_shape, name=name,
+                equation,
+                (c.hidden_size, heads, c.head_dim),
+                ("embed", axis, "head_dim"),
+                c.init_std,
+                c.compute_dtype,
+                (axis, "head_dim") if c.qkv_bias else None,
+                bias_shape,
+                name=name,
             )(x)
             return y if cache is None else y.swapaxes(1, 2)
 
@@ -112,7 +127,11 @@ class SelfAttention(nn.Module):
             mixed = dot_product_attention(query, key, value, mask)
         mixed = constrain(mixed, "batch", "heads", "length", None)
         out = Projection(
-            "bhlk,hkd->bld", (c.num_heads, c.head_dim, c.hidden_size), ("heads", "head_dim", "embed"),
-            c.output_init_std, c.compute_dtype, name="output",
+            "bhlk,hkd->bld",
+            (c.num_heads, c.head_dim, c.hidden_size),
+            ("heads", "head_dim", "embed"),
+            c.output_init_std,
+            c.compute_dtype,
+            name="output",
         )(mixed)
         return out, cache

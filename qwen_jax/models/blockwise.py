@@ -43,7 +43,7 @@ def _scores(query, key, start: int, segment_ids) -> jax.Array:
     scores = product("bkgld,bkmd->bkglm", query, key, jnp.float32) * (query.shape[-1] ** -0.5)
     mask = start + jnp.arange(queries)[:, None] >= jnp.arange(keys)[None]
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, start:start + queries, None] == segment_ids[:, None, :keys])[:, None, None]
+        mask = mask & (segment_ids[:, start : start + queries, None] == segment_ids[:, None, :keys])[:, None, None]
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 

@@ -127,7 +127,9 @@ class ModelConfig:
             object.__setattr__(self, "attention_blocks", AttentionBlocks(**self.attention_blocks))
         self._check_context_extension()
         for field, allowed in (
-            ("dtype", ("bfloat16", "float32")), ("remat", REMAT_POLICIES), ("attention_kernel", ATTENTION_KERNELS),
+            ("dtype", ("bfloat16", "float32")),
+            ("remat", REMAT_POLICIES),
+            ("attention_kernel", ATTENTION_KERNELS),
         ):
             value = getattr(self, field)
             if value not in allowed:

@@ -32,9 +32,9 @@ def dot_product_attention(query, key, value, mask, *, dropout_rate=0.0, dropout_
     kv_heads = key.shape[1]
     precision = matmul_precision(query.dtype)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    logits = jnp.einsum(
-        "bkgld,bkmd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32
-    ) * (head_dim**-0.5)
+    logits = jnp.einsum("bkgld,bkmd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32) * (
+        head_dim**-0.5
+    )
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
     if dropout_rng is not None and dropout_rate > 0:
@@ -60,9 +60,13 @@ def _splash_blocks(blocks: AttentionBlocks, queries: int, keys: int) -> splash_a
 
     key, backward_key = fit(blocks.key, keys), fit(blocks.backward_key, keys)
     return splash_attention.BlockSizes(
-        block_q=fit(blocks.query, queries), block_kv=key, block_kv_compute=fit(blocks.key_step, key),
-        block_q_dkv=fit(blocks.backward_query, queries), block_kv_dkv=backward_key,
-        block_kv_dkv_compute=fit(blocks.backward_key_step, backward_key), use_fused_bwd_kernel=True,
+        block_q=fit(blocks.query, queries),
+        block_kv=key,
+        block_kv_compute=fit(blocks.key_step, key),
+        block_q_dkv=fit(blocks.backward_query, queries),
+        block_kv_dkv=backward_key,
+        block_kv_dkv_compute=fit(blocks.backward_key_step, backward_key),
+        use_fused_bwd_kernel=True,
     )
 
 
@@ -86,7 +90,10 @@ def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, inte
         splash_attention.MultiHeadMask([mask] * (heads // ways("heads"))),
         # No block of queries reaches over from one of a device's two chunks to the other.
         block_sizes=_splash_blocks(blocks, length if shards == 1 else length // shards // 2, length),
-        head_shards=1, q_seq_shards=shards, residual_checkpoint_name="attention", interpret=interpret,
+        head_shards=1,
+        q_seq_shards=shards,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
     )
 
     def on_device(kernel, query, key, value, segment_ids):
@@ -107,8 +114,11 @@ def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, inte
     mask_placed = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, AXIS)))
     # The kernel says nothing about which mesh axes its results vary over.
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(mask_placed, placed, kv_placed, kv_placed, spec(("batch", "length"))),
-        out_specs=placed, check_vma=False,
+        on_device,
+        mesh=mesh,
+        in_specs=(mask_placed, placed, kv_placed, kv_placed, spec(("batch", "length"))),
+        out_specs=placed,
+        check_vma=False,
     )(kernel, query, key, value, segment_ids)
 
 
@@ -136,7 +146,10 @@ def cudnn(query, key, value, segment_ids=None) -> jax.Array:
         return on_device(query, key, value, segment_ids)
     placed, kv_placed = (spec(("batch", name, None, None)) for name in ("heads", "kv_heads"))
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(placed, kv_placed, kv_placed, spec(("batch", None))), out_specs=placed,
+        on_device,
+        mesh=mesh,
+        in_specs=(placed, kv_placed, kv_placed, spec(("batch", None))),
+        out_specs=placed,
         check_vma=False,
     )(query, key, value, segment_ids)
 
@@ -190,14 +203,15 @@ def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None, p
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     shape = {} if mesh is None else mesh.shape
     refusals = {
-        "xla": None, "splash": _splash_refusal(config, platform, length, shape),
+        "xla": None,
+        "splash": _splash_refusal(config, platform, length, shape),
         "cudnn": _cudnn_refusal(config, platform, packed, shape),
     }
     if config.attention_kernel == "auto":
         return next((kernel for kernel in ("splash", "cudnn") if refusals[kernel] is None), "xla")
     if refusal := refusals[config.attention_kernel]:
         raise ValueError(
-            f"ModelConfig.attention_kernel = {config.attention_kernel!r} cannot run here: {refusal}. \"auto\" chooses "
+            f'ModelConfig.attention_kernel = {config.attention_kernel!r} cannot run here: {refusal}. "auto" chooses '
             f"one that can"
         )
     return config.attention_kernel
@@ -228,7 +242,11 @@ def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dro
     if dropout_rng is None and ways("length") == 1:
         return blockwise_attention(query, key, value, segment_ids)
     mixed = dot_product_attention(
-        query, key, value, causal_mask(length, segment_ids), dropout_rate=config.attention_dropout,
+        query,
+        key,
+        value,
+        causal_mask(length, segment_ids),
+        dropout_rate=config.attention_dropout,
         dropout_rng=dropout_rng,
     )
     return checkpoint_name(mixed, "attention")

@@ -22,9 +22,7 @@ def product(equation: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     # XLA's CPU backend has fast bfloat16 products only with float32 results. Elsewhere they are what is added up
     # anyway, and asking for them would let sums between devices take twice the bytes.
     wide = jnp.float32 if platform() == "cpu" else dtype
-    return jnp.einsum(
-        equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=wide
-    ).astype(dtype)
+    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=wide).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,7 +161,7 @@ class Projection(nn.Module):
             equation = f"{of_x},{''.join(of_kernel[axis] for axis in order)}->{result}"
         y = project(equation, x, gather_weight(kernel, names, self.dtype))
         if self.bias_names is not None:
-            shape = self.shape[-len(self.bias_names):]
+            shape = self.shape[-len(self.bias_names) :]
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names), shape)
             y = y + bias.astype(self.dtype).reshape(self.bias_shape or shape)
         return y

@@ -113,7 +113,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         # Halves of a head fill half of the vector unit's lanes each, and to join them costs more than a product with a
         # permutation on the matrix unit, which is exact.
         turned = jnp.einsum(
-            "bhld,de->bhle", x, _quarter_turn(x.shape[-1], x.dtype), precision=matmul_precision(x.dtype),
+            "bhld,de->bhle",
+            x,
+            _quarter_turn(x.shape[-1], x.dtype),
+            precision=matmul_precision(x.dtype),
             preferred_element_type=jnp.float32,
         )
         cos, sin = (jnp.concatenate([part, part], axis=-1) for part in (cos, sin))

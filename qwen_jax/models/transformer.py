@@ -26,8 +26,15 @@ class Block(nn.Module):
         c = self.config
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="attention_norm")(x)
         attended, cache = SelfAttention(c, name="attention")(
-            normed, angles, segment_ids, mask, deterministic=self.deterministic, layer=layer, cache=cache,
-            positions=positions, extension=extension,
+            normed,
+            angles,
+            segment_ids,
+            mask,
+            deterministic=self.deterministic,
+            layer=layer,
+            cache=cache,
+            positions=positions,
+            extension=extension,
         )
         x = checkpoint_name(constrain(x + attended, "batch", "length", "activation_embed"), "residual")
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="mlp_norm")(x)
@@ -50,8 +57,10 @@ def _rematerialised(block: type[Block], policy: str) -> type[Block]:
         if platform() == "cpu":
             raise ValueError("ModelConfig.remat = 'offload' needs TPUs or GPUs, which have a host: choose 'minimal'")
         saved = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=list(SAVED_NAMES["minimal"]),
-            offload_src="device", offload_dst="pinned_host",
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(SAVED_NAMES["minimal"]),
+            offload_src="device",
+            offload_dst="pinned_host",
         )
     else:
         saved = policies.save_only_these_names(*SAVED_NAMES.get(policy, ()))
@@ -126,9 +135,7 @@ class Qwen(nn.Module):
         Returns:
           float32 [batch, length, vocab_size].
         """
-        hidden = self.hidden_states(
-            tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic
-        )
+        hidden = self.hidden_states(tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic)
         return self.logits(hidden)
 
     def inference_hidden_states(self, tokens, lengths=None) -> jax.Array:
@@ -151,7 +158,10 @@ class Qwen(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
         logits = jnp.einsum(
-            "bld,dv->blv", hidden, self.output_kernel(), precision=matmul_precision(hidden.dtype),
+            "bld,dv->blv",
+            hidden,
+            self.output_kernel(),
+            precision=matmul_precision(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
         return constrain(logits, "batch", "length", "vocab")

@@ -19,8 +19,13 @@ from qwen_jax.programs.hlo import (
 
 # Custom calls that are the compiler's own bookkeeping.
 _BOOKKEEPING = (
-    "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone",
-    "SliceId", "ZeroCrop",
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "PrepareAsyncCallStart",
+    "PrepareAsyncCallDone",
+    "SliceId",
+    "ZeroCrop",
 )
 
 
@@ -171,7 +176,8 @@ class _Accountant:
                 flops += one
             elif instruction.kind in COLLECTIVES:
                 scatters = computation.name.startswith("all-reduce-scatter") or (
-                    instruction.op.startswith("all-reduce") and any(
+                    instruction.op.startswith("all-reduce")
+                    and any(
                         i.op == "dynamic-slice" and instruction.name in i.operands for i in computation.instructions
                     )
                 )
@@ -185,9 +191,7 @@ class _Accountant:
                 flops += self._inside(called, times, is_async or instruction.op == "async-start", parent)
         return flops
 
-    def _collective(
-        self, instruction: Instruction, times: int, is_async: bool, kind: str | None, parent: Computation
-    ):
+    def _collective(self, instruction: Instruction, times: int, is_async: bool, kind: str | None, parent: Computation):
         # One that is fused into compute stands in the start, in each step and in the end of the fusion, as one chain.
         if chain := re.search(r'chain_id="(\d+)"', instruction.attributes):
             key = (parent.name, chain[1], instruction.attribute("channel_id"))

@@ -11,7 +11,9 @@ from typing import TextIO
 
 # Make it tell; libtpu reads them when it is loaded.
 ENVIRONMENT = {
-    "TPU_STDERR_LOG_LEVEL": "0", "TPU_MIN_LOG_LEVEL": "0", "TPU_VMODULE": "latency_hiding_scheduler=1",
+    "TPU_STDERR_LOG_LEVEL": "0",
+    "TPU_MIN_LOG_LEVEL": "0",
+    "TPU_VMODULE": "latency_hiding_scheduler=1",
 }
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 

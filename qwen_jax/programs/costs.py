@@ -17,8 +17,22 @@ from qwen_jax.programs.hlo import (
 
 # Operations that cost nothing of their own: they only name, group or wait.
 FREE = (
-    "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all",
-    "partition-id", "copy-done", "slice-done", "call-done", "call-start", "opt-barrier", "optimization-barrier",
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "copy-done",
+    "slice-done",
+    "call-done",
+    "call-start",
+    "opt-barrier",
+    "optimization-barrier",
 )
 
 
@@ -36,9 +50,13 @@ def product_flops(instruction: Instruction) -> int:
     left_labels, right_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
     window = _Window.of(attributes, sum(label.isdigit() for label in right_labels))
     positions = math.prod(
-        window.positions(d, *(dims[labels.index(str(d))] for dims, labels in (
-            (left, left_labels), (right, right_labels), (out, out_labels)
-        )))
+        window.positions(
+            d,
+            *(
+                dims[labels.index(str(d))]
+                for dims, labels in ((left, left_labels), (right, right_labels), (out, out_labels))
+            ),
+        )
         for d in range(len(window.stride))
     )
     features, batches = (
@@ -128,7 +146,8 @@ def _read(computation: Computation, name: str, program: Program) -> float:
             total += shape_bytes(user.shape)
         elif (
             (user.op == "dynamic-update-slice" and user.operands[0] == name)
-            or user.op in ("tuple", "custom-call") or user.op in COLLECTIVES
+            or user.op in ("tuple", "custom-call")
+            or user.op in COLLECTIVES
         ):
             continue  # updated in place, handed through, or moved by a collective
         elif user.op == "fusion" and (inner := program.called(user)) is not None:

@@ -84,7 +84,10 @@ def estimate_time(account: Account, hardware: HardwareConfig, log: str | None = 
     if log and clock and (found := exposed_cycles(log)):
         exposed = sum(cycles * account.times.get(name, 0) for name, (cycles, _) in found.items()) / clock
     return TimeEstimate(
-        cycles=account.cycles / clock if clock and account.cycles else None, roofline=roofline,
-        kernels=account.kernel_flops / (peak * KERNEL_EFFICIENCY), synchronous=synchronous / (hardware.link_gbps * 1e9),
-        asynchronous=(wire - synchronous) / (hardware.link_gbps * 1e9), exposed=exposed,
+        cycles=account.cycles / clock if clock and account.cycles else None,
+        roofline=roofline,
+        kernels=account.kernel_flops / (peak * KERNEL_EFFICIENCY),
+        synchronous=synchronous / (hardware.link_gbps * 1e9),
+        asynchronous=(wire - synchronous) / (hardware.link_gbps * 1e9),
+        exposed=exposed,
     )

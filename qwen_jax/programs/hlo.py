@@ -10,12 +10,32 @@ import math
 import re
 
 COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
     "collective-broadcast",
 )
 _BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
-    "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "bf16": 16,
+    "f16": 16,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
 }
 _DTYPE = r"pred|bf16|c64|c128|[suf]\d+\w*"
 _ARRAY = re.compile(rf"\b({_DTYPE})\[([\d,]*)\]")
@@ -154,9 +174,11 @@ class Program:
     def branches(self, conditional: Instruction) -> list[Computation]:
         """The computations of which a conditional runs one."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
-        names = _NAMES.findall(listed[1]) if listed else [
-            conditional.attribute("true_computation"), conditional.attribute("false_computation")
-        ]
+        names = (
+            _NAMES.findall(listed[1])
+            if listed
+            else [conditional.attribute("true_computation"), conditional.attribute("false_computation")]
+        )
         return [self.computations[name] for name in names]
 
 
@@ -194,8 +216,13 @@ def _instruction(line: str, computation: Computation) -> Instruction:
     opening = line.index("(", shape_end + 1)
     closing = _closing(line, opening)
     return Instruction(
-        head[2], line[start:shape_end], line[shape_end:opening].strip(), line[opening + 1 : closing - 1],
-        line[closing:], bool(head[1]), computation,
+        head[2],
+        line[start:shape_end],
+        line[shape_end:opening].strip(),
+        line[opening + 1 : closing - 1],
+        line[closing:],
+        bool(head[1]),
+        computation,
     )
 
 

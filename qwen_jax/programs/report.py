@@ -60,16 +60,29 @@ def make_report(
         need = program_bytes + memory["arguments"] + memory["outputs"] - memory["aliased"]
         source = MEMORY_FROM_LOG
     return {
-        "hardware": hardware.name, "topology": hardware.topology, "slices": hardware.slices, "devices": devices,
-        "devices_per_chip": hardware.devices_per_chip, "mesh": dict(mesh), "parameters": work.parameters,
-        "tokens_per_step": work.tokens, "parts": work.parts, "memory_bytes": memory, "memory_need_bytes": need,
-        "memory_source": source, "memory_limit_bytes": hardware.hbm_bytes, "fits": need <= hardware.hbm_bytes,
-        **_operations(found, work, hardware, devices, time), "seconds": time.to_dict(),
-        **_collectives(found, work), "between_slices_bytes": work.between_slices,
+        "hardware": hardware.name,
+        "topology": hardware.topology,
+        "slices": hardware.slices,
+        "devices": devices,
+        "devices_per_chip": hardware.devices_per_chip,
+        "mesh": dict(mesh),
+        "parameters": work.parameters,
+        "tokens_per_step": work.tokens,
+        "parts": work.parts,
+        "memory_bytes": memory,
+        "memory_need_bytes": need,
+        "memory_source": source,
+        "memory_limit_bytes": hardware.hbm_bytes,
+        "fits": need <= hardware.hbm_bytes,
+        **_operations(found, work, hardware, devices, time),
+        "seconds": time.to_dict(),
+        **_collectives(found, work),
+        "between_slices_bytes": work.between_slices,
         "between_slices_seconds": work.between_slices / (hardware.dcn_gbps * 1e9) if hardware.dcn_gbps else 0.0,
         "kernels": {name: dataclasses.asdict(total) for name, total in found.kernels.items()},
         "cycles_by_op": dict(sorted(found.cycles_by_op.items(), key=lambda item: -item[1])),
-        "hbm_traffic_bytes": found.hbm_bytes, "warnings": [*found.warnings, *unsupported_options(log)],
+        "hbm_traffic_bytes": found.hbm_bytes,
+        "warnings": [*found.warnings, *unsupported_options(log)],
     }
 
 
@@ -83,8 +96,10 @@ def _operations(
     return {
         "model_flops_per_token": work.flops_per_token,
         "model_flops_per_token_all_keys": work.flops_per_token_all_keys,
-        "model_flops": model, "model_flops_all_keys": work.flops_per_token_all_keys * work.tokens / devices,
-        "executed_flops": found.flops, "seconds_at_peak": model / peak,
+        "model_flops": model,
+        "model_flops_all_keys": work.flops_per_token_all_keys * work.tokens / devices,
+        "executed_flops": found.flops,
+        "seconds_at_peak": model / peak,
         "tokens_per_second_per_chip": {bound: per_chip / seconds for bound, seconds in bounds.items() if seconds},
         "chip_hours_per_trillion_tokens": {
             bound: 1e12 / 3600 * seconds / per_chip for bound, seconds in (("low", time.low), ("high", time.high))
@@ -92,7 +107,8 @@ def _operations(
         "mfu": {bound: model / peak / seconds for bound, seconds in bounds.items() if seconds},
         "mfu_all_keys": {
             bound: work.flops_per_token_all_keys * work.tokens / devices / peak / seconds
-            for bound, seconds in bounds.items() if seconds
+            for bound, seconds in bounds.items()
+            if seconds
         },
     }
 
@@ -106,7 +122,8 @@ def _collectives(found: Account, work: Work) -> dict[str, object]:
             kind: {"payload_bytes": total.payload_bytes, "wire_bytes": total.wire_bytes}
             for kind, total in work.least.items()
         },
-        "wire_bytes": wire, "least_wire_bytes": least,
+        "wire_bytes": wire,
+        "least_wire_bytes": least,
     }
 
 
@@ -117,8 +134,11 @@ def describe(report: dict) -> str:
         + " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
         + f", {report['tokens_per_step']:,} tokens a step in {report['parts']} part(s), attention by "
         f"{report['attention_kernel']}; compiled in {report['compile_seconds']:.0f} s",
-        _describe_memory(report), *_describe_operations(report), *_describe_time(report["seconds"]),
-        *_describe_collectives(report), *(f"warning: {warning}" for warning in report["warnings"]),
+        _describe_memory(report),
+        *_describe_operations(report),
+        *_describe_time(report["seconds"]),
+        *_describe_collectives(report),
+        *(f"warning: {warning}" for warning in report["warnings"]),
     ]
     return "\n".join(lines)
 
@@ -177,9 +197,7 @@ def _describe_collectives(report: dict) -> list[str]:
             f"{total['synchronous_wire_bytes'] / GIB:9.3f}"
         )
     for kind, total in sorted(report["least_collectives"].items()):
-        lines.append(
-            f"  least {kind:<17}{total['payload_bytes'] / GIB:12.3f} {total['wire_bytes'] / GIB:9.3f}"
-        )
+        lines.append(f"  least {kind:<17}{total['payload_bytes'] / GIB:12.3f} {total['wire_bytes'] / GIB:9.3f}")
     if least := report["least_wire_bytes"]:
         lines.append(f"  on the wire {report['wire_bytes'] / least:.2f} of the least")
     if between := report["between_slices_bytes"]:

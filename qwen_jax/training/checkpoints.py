@@ -31,8 +31,15 @@ CONFIG_FILE = "model_config.json"
 TOKENIZER_FILE = "tokenizer.tiktoken"
 # How a run computes, or what only inference uses: these may change between two starts of one run.
 RUNTIME_FIELDS = (
-    "dtype", "remat", "attention_kernel", "attention_blocks", "embedding_dropout", "attention_dropout",
-    "use_dynamic_ntk", "use_logn", "window_sizes",
+    "dtype",
+    "remat",
+    "attention_kernel",
+    "attention_blocks",
+    "embedding_dropout",
+    "attention_dropout",
+    "use_dynamic_ntk",
+    "use_logn",
+    "window_sizes",
 )
 
 
@@ -197,8 +204,9 @@ class Checkpoints:
             problems = hosts.agree(f"restored/{step}", f"the checkpoint of step {step} to be read", problem)
             if problems:
                 process, problem = next(iter(problems.items()))
-                failed.append((path, problem if len(problems) == 1 == jax.process_count() else
-                               f"in process {process}: {problem}"))
+                failed.append(
+                    (path, problem if len(problems) == 1 == jax.process_count() else f"in process {process}: {problem}")
+                )
                 log.warning("checkpoint %s cannot be read (%s); trying the one before", *failed[-1])
                 continue
             self._set_aside([path for path, _ in failed])

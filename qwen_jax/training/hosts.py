@@ -67,22 +67,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `JobConfig`."""
     group = parser.add_argument_group("several hosts: the same command on each")
     group.add_argument(
-        "--coordinator_address", metavar="HOST:PORT",
+        "--coordinator_address",
+        metavar="HOST:PORT",
         help="where process 0 listens. JAX finds out this and the next two on TPU slices and under Slurm and MPI",
     )
     group.add_argument("--num_processes", type=int, metavar="N", help="of the job; 1: this process alone, ask nobody")
     group.add_argument("--process_id", type=int, metavar="I", help="of this process, in [0, N)")
     group.add_argument(
-        "--heartbeat_timeout", type=float, default=JobConfig.heartbeat_timeout, metavar="SECONDS",
+        "--heartbeat_timeout",
+        type=float,
+        default=JobConfig.heartbeat_timeout,
+        metavar="SECONDS",
         help="a process not heard of for so long is lost, and the job ends (default: %(default)s)",
     )
     group.add_argument(
-        "--hang_timeout", type=float, default=900.0, metavar="SECONDS",
+        "--hang_timeout",
+        type=float,
+        default=900.0,
+        metavar="SECONDS",
         help="without a finished step or other progress for so long, a process writes the stacks of its threads and "
         "ends; 0 waits for ever (default: %(default)s)",
     )
     group.add_argument(
-        "--join_timeout", type=float, default=JobConfig.join_timeout, metavar="SECONDS",
+        "--join_timeout",
+        type=float,
+        default=JobConfig.join_timeout,
+        metavar="SECONDS",
         help="how long the processes wait for each other at the start (default: %(default)s)",
     )
 
@@ -96,7 +106,9 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
     names = ("coordinator_address", "num_processes", "process_id")
     config = JobConfig(
         *(getattr(arguments, name) for name in names),
-        arguments.heartbeat_timeout, arguments.hang_timeout, arguments.join_timeout,
+        arguments.heartbeat_timeout,
+        arguments.hang_timeout,
+        arguments.join_timeout,
     )
     given = [name for name in names if getattr(config, name) is not None]
     for name in ("heartbeat_timeout", "join_timeout", "hang_timeout"):
@@ -124,7 +136,8 @@ def connect(config: JobConfig) -> None:
         return
     # JAX's own limits are the second line of defence: it aborts the process, ours say what is missing.
     limits = {
-        "heartbeat_timeout_seconds": int(3 * config.heartbeat_timeout) + 30, "shutdown_timeout_seconds": 60,
+        "heartbeat_timeout_seconds": int(3 * config.heartbeat_timeout) + 30,
+        "shutdown_timeout_seconds": 60,
         "initialization_timeout": int(config.join_timeout) + 60,
     }
     try:
@@ -133,8 +146,11 @@ def connect(config: JobConfig) -> None:
         else:
             # One process may hold several devices: detection would give it only one of them under Slurm.
             jax.distributed.initialize(
-                config.coordinator_address, config.num_processes, config.process_id,
-                cluster_detection_method="deactivate", **limits,
+                config.coordinator_address,
+                config.num_processes,
+                config.process_id,
+                cluster_detection_method="deactivate",
+                **limits,
             )
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
@@ -234,10 +250,14 @@ def facts_of_this_process(configuration: str) -> dict:
     for file in sorted(Path(qwen_jax.__file__).parent.rglob("*.py")):
         sources.update(file.read_bytes())
     return {
-        "host": socket.gethostname(), "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
         "same": {
-            "python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__,
-            "qwen_jax sources": sources.hexdigest()[:12], "configuration": configuration,
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "qwen_jax sources": sources.hexdigest()[:12],
+            "configuration": configuration,
         },
     }
 
@@ -298,7 +318,8 @@ def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict
             facts[other] = wait_for(f"facts/{other}", f"process {other} of {count} to start", limit)
         differing = [
             f"{name_of(other, theirs)} has {_difference(name, mine['same'][name], value)}"
-            for other, theirs in facts.items() for name, value in theirs["same"].items()
+            for other, theirs in facts.items()
+            for name, value in theirs["same"].items()
             if value != mine["same"].get(name)
         ]
         shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")

@@ -53,7 +53,9 @@ class LoopConfig:
                 raise ValueError(f"LoopConfig.{field.name} must be an integer of at least {least}, found {value!r}")
         steps = self.trace_steps
         if steps is not None and not (
-            isinstance(steps, (tuple, list)) and len(steps) == 2 and all(isinstance(step, int) for step in steps)
+            isinstance(steps, (tuple, list))
+            and len(steps) == 2
+            and all(isinstance(step, int) for step in steps)
             and 1 <= steps[0] <= steps[1]
         ):
             raise ValueError(f"LoopConfig.trace_steps must be (FIRST, LAST) with 1 <= FIRST <= LAST, found {steps!r}")

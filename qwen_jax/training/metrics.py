@@ -41,7 +41,10 @@ class MetricsWriter:
         self._file = open(folder / METRICS_FILE, "a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
 

@@ -72,9 +72,7 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
     def one_chunk(carry, start):
         sums, hidden, kernel_gradient = carry
         h, t, w = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=3) for x in (hidden, targets, weights))
-        logits = jnp.einsum(
-            "arcld,dv->arclv", h, kernel, precision=precision, preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("arcld,dv->arclv", h, kernel, precision=precision, preferred_element_type=jnp.float32)
         logits = constrain(logits, "batch", None, "length", None, "vocab")
         log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
@@ -127,8 +125,13 @@ def next_token_loss(model: Qwen, params, batch: dict[str, jax.Array], rng: jax.A
     """
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     hidden = model.apply(
-        {"params": params}, tokens, positions=batch.get("positions"), segment_ids=segment_ids,
-        deterministic=rng is None, rngs=None if rng is None else {"dropout": rng}, method=Qwen.hidden_states,
+        {"params": params},
+        tokens,
+        positions=batch.get("positions"),
+        segment_ids=segment_ids,
+        deterministic=rng is None,
+        rngs=None if rng is None else {"dropout": rng},
+        method=Qwen.hidden_states,
     )
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.roll(batch["loss_weights"].astype(jnp.float32), -1, axis=1).at[:, -1].set(0.0)

@@ -101,7 +101,12 @@ def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientT
     # Both have a state of the same structure: clipping may be turned on and off between two starts of a run.
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     adamw = optax.adamw(
-        learning_rate_schedule(config, train_steps), b1=config.beta1, b2=config.beta2, eps=config.epsilon,
-        weight_decay=config.weight_decay, mask=decay_mask, mu_dtype=config.first_moment_dtype,
+        learning_rate_schedule(config, train_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+        mu_dtype=config.first_moment_dtype,
     )
     return skip_updates(optax.chain(clip, adamw), config.skip)

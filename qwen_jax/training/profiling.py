@@ -46,7 +46,8 @@ class CompilationCache:
             counts["misses"] += event == _MISS
 
         settings = {
-            "jax_compilation_cache_dir": str(self.folder), "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_compilation_cache_dir": str(self.folder),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
             "jax_persistent_cache_min_entry_size_bytes": -1,
         }
         before = {name: getattr(jax.config, name) for name in settings}

@@ -22,8 +22,17 @@ class TooLittleMemory(ValueError):
 
 
 def compile_run(
-    model: Qwen, objective, optimizer: OptimizerConfig, train_steps: int, mesh: Mesh, *, batch_size: int,
-    sequence_length: int, accumulation: int = 1, seed: int = 0, columns: tuple[str, ...] = (),
+    model: Qwen,
+    objective,
+    optimizer: OptimizerConfig,
+    train_steps: int,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    columns: tuple[str, ...] = (),
     compiler_options: dict | None = None,
 ) -> jax.stages.Compiled:
     """Compiles the train step of a run from shapes alone, for the devices of `mesh`, whether they exist here or not.
@@ -79,17 +88,17 @@ def memory_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes on one device: arguments, outputs, how much of them is aliased, temporaries, and the need of all."""
     analysis = compiled.memory_analysis()
     sizes = {
-        "arguments": analysis.argument_size_in_bytes, "outputs": analysis.output_size_in_bytes,
-        "aliased": analysis.alias_size_in_bytes, "temporaries": analysis.temp_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
     }
     return {**sizes, "need": sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]}
 
 
 def shard_bytes(tree) -> int:
     """Bytes that one device holds of a pytree of arrays or of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def state_bytes_per_device(state: TrainState) -> dict[str, int]:
@@ -99,9 +108,7 @@ def state_bytes_per_device(state: TrainState) -> dict[str, int]:
     compiler could keep of them; activations and everything temporary come on top.
     """
     parameters = shard_bytes(state.params)
-    gradients = sum(
-        2 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)
-    )
+    gradients = sum(2 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     return {"parameters": parameters, "optimizer": shard_bytes(state.opt_state), "gradients": gradients}
 
 
@@ -115,8 +122,15 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def check_run(
-    model: Qwen, optimizer: OptimizerConfig, train_steps: int, mesh: Mesh, *, batch_size: int, sequence_length: int,
-    accumulation: int = 1, memory: int | None = None,
+    model: Qwen,
+    optimizer: OptimizerConfig,
+    train_steps: int,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    accumulation: int = 1,
+    memory: int | None = None,
 ) -> dict[str, int]:
     """What can be said before compiling: do batch, model and mesh divide, and can the state fit.
 

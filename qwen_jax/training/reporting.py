@@ -42,7 +42,11 @@ class Reporter:
     """Turns the metrics of steps into rows, and keeps the pace between two of them."""
 
     def __init__(
-        self, writer: MetricsWriter | NoMetrics, prefetcher: Prefetcher, loop: LoopConfig, goodput: Goodput,
+        self,
+        writer: MetricsWriter | NoMetrics,
+        prefetcher: Prefetcher,
+        loop: LoopConfig,
+        goodput: Goodput,
         most_skipped: int,
     ):
         """Starts the clock.
@@ -95,9 +99,13 @@ class Reporter:
         if not lost and in_a_row < self._most_skipped:
             return
         self._writer.write(step, values)
-        what = f"the {wrong[0].replace('_', ' ')} of step {step} is {values[wrong[0]]}" if lost else (
-            f"{in_a_row:.0f} updates in a row were skipped, the last at step {step} with a gradient norm of "
-            f"{values['gradient_norm']:g}"
+        what = (
+            f"the {wrong[0].replace('_', ' ')} of step {step} is {values[wrong[0]]}"
+            if lost
+            else (
+                f"{in_a_row:.0f} updates in a row were skipped, the last at step {step} with a gradient norm of "
+                f"{values['gradient_norm']:g}"
+            )
         )
         raise TrainingDiverged(
             f"{what}: lower PEAK_LEARNING_RATE or lengthen WARMUP_STEPS, and start again from an earlier checkpoint "

@@ -88,8 +88,11 @@ def skip_updates(inner: optax.GradientTransformation, config: SkipConfig) -> opt
             inner_state = jax.tree.map(lambda new, old: jnp.where(skip, old, new), inner_state, state.inner)
         one = skip.astype(jnp.int32)
         return updates, HealthState(
-            inner_state, jnp.where(skip, state.norms, state.norms.at[state.made % WINDOW].set(norm)),
-            state.made + 1 - one, state.skipped + one, jnp.where(skip, state.in_a_row + 1, 0),
+            inner_state,
+            jnp.where(skip, state.norms, state.norms.at[state.made % WINDOW].set(norm)),
+            state.made + 1 - one,
+            state.skipped + one,
+            jnp.where(skip, state.in_a_row + 1, 0),
         )
 
     return optax.GradientTransformation(init, update)

@@ -37,7 +37,8 @@ def abstract_state(model: Qwen, optimizer: optax.GradientTransformation, mesh: M
     boxed = jax.eval_shape(_initialiser(model, optimizer, 0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(boxed), tree_shardings(boxed, mesh),
+        nn.meta.unbox(boxed),
+        tree_shardings(boxed, mesh),
     )
 
 

@@ -41,8 +41,13 @@ def _sums(objective, model, params, batch, rng):
 
 
 def make_train_step(
-    model: Qwen, optimizer: optax.GradientTransformation, objective: Callable, schedule: optax.Schedule, *,
-    seed: int, accumulation: int = 1,
+    model: Qwen,
+    optimizer: optax.GradientTransformation,
+    objective: Callable,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    accumulation: int = 1,
 ) -> Callable:
     """The function `(state, batch) -> (state, metrics)`; metrics are scalars.
 
@@ -120,9 +125,7 @@ def compile_train_step(train_step: Callable, state, batch, mesh: Mesh, compiler_
     """
     shardings = jax.tree.map(lambda x: x.sharding, (state, batch))
     replicated = NamedSharding(mesh, PartitionSpec())
-    jitted = jax.jit(
-        train_step, in_shardings=shardings, out_shardings=(shardings[0], replicated), donate_argnums=0
-    )
+    jitted = jax.jit(train_step, in_shardings=shardings, out_shardings=(shardings[0], replicated), donate_argnums=0)
     with use_mesh(mesh):
         lowered = jitted.lower(state, batch)
     try:

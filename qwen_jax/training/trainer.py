@@ -61,10 +61,21 @@ class Trainer:
     """One run: compiled steps, state and data position."""
 
     def __init__(
-        self, model: Qwen, objective, optimizer: OptimizerConfig, loop: LoopConfig, mesh: Mesh, train_set: Examples,
-        eval_set: Examples | None, output_dir: str | Path, initial_checkpoint: str | Path | None = None, *,
-        activity: Activity | None = None, goodput: Goodput | None = None,
-        cache: CompilationCache = CompilationCache(None), compiler_options: dict | None = None,
+        self,
+        model: Qwen,
+        objective,
+        optimizer: OptimizerConfig,
+        loop: LoopConfig,
+        mesh: Mesh,
+        train_set: Examples,
+        eval_set: Examples | None,
+        output_dir: str | Path,
+        initial_checkpoint: str | Path | None = None,
+        *,
+        activity: Activity | None = None,
+        goodput: Goodput | None = None,
+        cache: CompilationCache = CompilationCache(None),
+        compiler_options: dict | None = None,
     ):
         """Compiles, then restores the run in `output_dir` or starts one.
 
@@ -109,9 +120,17 @@ class Trainer:
         self._activity.now("compiling the train step")
         with explaining_memory("compiling the train step", self.output_dir, self._abstract), cache.compiling() as found:
             self._train_step = compile_run(
-                self.model, objective, self._optimizer, loop.train_steps, self.mesh, batch_size=loop.batch_size,
-                sequence_length=loop.sequence_length, accumulation=loop.accumulation(self.mesh), seed=loop.seed,
-                columns=self.train_set.columns, compiler_options=compiler_options,
+                self.model,
+                objective,
+                self._optimizer,
+                loop.train_steps,
+                self.mesh,
+                batch_size=loop.batch_size,
+                sequence_length=loop.sequence_length,
+                accumulation=loop.accumulation(self.mesh),
+                seed=loop.seed,
+                columns=self.train_set.columns,
+                compiler_options=compiler_options,
             )
             if self.eval_set is not None:
                 self._eval_step = compile_eval_step(
@@ -119,8 +138,10 @@ class Trainer:
                 )
         kept = f"; {found['hits']} program(s) found in {cache.folder}, {found['misses']} put there"
         hosts.tell(
-            "compiled in %.1f s%s; a batch is computed in %d part(s)", time.perf_counter() - began,
-            kept if cache.folder else "", loop.accumulation(self.mesh),
+            "compiled in %.1f s%s; a batch is computed in %d part(s)",
+            time.perf_counter() - began,
+            kept if cache.folder else "",
+            loop.accumulation(self.mesh),
         )
         self._goodput.count("compiling")
 
@@ -162,10 +183,15 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self._activity.now("saving a checkpoint", step, together=True)
-        self.checkpoints.save(step, self.state, {
-            "next_example": self.next_example, "data": self.train_set.fingerprint,
-            "skipped_examples": [list(span) for span in self._skipped],
-        })
+        self.checkpoints.save(
+            step,
+            self.state,
+            {
+                "next_example": self.next_example,
+                "data": self.train_set.fingerprint,
+                "skipped_examples": [list(span) for span in self._skipped],
+            },
+        )
 
     def run(self) -> dict[str, float]:
         """Trains to the last step, or until SIGTERM; saves at the end of either.
@@ -179,10 +205,15 @@ class Trainer:
         """
         first = hosts.place()[0] == 0
         writer = MetricsWriter(self.output_dir, self.start_step, self.loop.train_steps) if first else NoMetrics()
-        writer.describe(self.start_step, {
-            "attention": self.kernel, "mesh": dict(self.mesh.shape), "processes": hosts.place()[1],
-            "device": self.mesh.devices.flat[0].device_kind,
-        })
+        writer.describe(
+            self.start_step,
+            {
+                "attention": self.kernel,
+                "mesh": dict(self.mesh.shape),
+                "processes": hosts.place()[1],
+                "device": self.mesh.devices.flat[0].device_kind,
+            },
+        )
         prefetcher = Prefetcher(self.train_set, self._shapes, self.next_example, self._skipped)
         steps = self.loop.trace_steps if hosts.place()[0] == self.loop.trace_process else None
         trace = Trace(steps, self.output_dir, self.loop.trace_process)

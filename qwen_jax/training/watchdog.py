@@ -107,7 +107,8 @@ def _nobody_came(config: hosts.JobConfig):
         )
     end(
         f"{missing} after {config.join_timeout:g} s (--join_timeout). Is the same command running on every host, and "
-        f"the address of process 0 open to all?", hosts.TRY_AGAIN
+        f"the address of process 0 open to all?",
+        hosts.TRY_AGAIN,
     )
 
 
@@ -129,7 +130,9 @@ class Watchdog:
     """
 
     def __init__(
-        self, config: hosts.JobConfig = hosts.JobConfig(), facts: dict[int, dict] | None = None,
+        self,
+        config: hosts.JobConfig = hosts.JobConfig(),
+        facts: dict[int, dict] | None = None,
         folder: Path | None = None,
     ):
         """Prepares to watch.
@@ -175,9 +178,7 @@ class Watchdog:
         while not self._closed.wait(interval):
             if self._limit:
                 # Fires only if this loop no longer runs: some thread keeps the interpreter to itself.
-                faulthandler.dump_traceback_later(
-                    self._limit + _GRACE_SECONDS, exit=True, file=_STANDARD_ERROR
-                )
+                faulthandler.dump_traceback_later(self._limit + _GRACE_SECONDS, exit=True, file=_STANDARD_ERROR)
             now = time.monotonic()
             if self._limit and self.activity.limited and now - self.activity.since > self._limit:
                 self._hung(now - self.activity.since)
@@ -215,10 +216,16 @@ class Watchdog:
 
     def _talk_once(self, beat: int) -> bool:
         activity = self.activity
-        hosts.put(f"alive/{self._process}", {
-            "beat": beat, "what": activity.what, "step": activity.step, "together": activity.together,
-            "seconds": time.monotonic() - activity.since,
-        })
+        hosts.put(
+            f"alive/{self._process}",
+            {
+                "beat": beat,
+                "what": activity.what,
+                "step": activity.step,
+                "together": activity.together,
+                "seconds": time.monotonic() - activity.since,
+            },
+        )
         verdict = self._judge() if self._process == 0 else hosts.peek("verdict")
         if verdict is None or self._told:
             return False
@@ -248,10 +255,12 @@ class Watchdog:
             silent = now - self._seen[process][1]
             if beat >= 0 and silent > self._config.heartbeat_timeout:
                 last = alive.get(process, {"what": "starting", "step": 0})
-                return {"code": hosts.TRY_AGAIN, "error":
-                        f"{self._name(process)} gave no sign of life for {silent:.0f} s; it was last {last['what']} "
-                        f"after step {last['step']}. Was it killed, or did its host go down? The same command goes on "
-                        f"from the last checkpoint"}
+                return {
+                    "code": hosts.TRY_AGAIN,
+                    "error": f"{self._name(process)} gave no sign of life for {silent:.0f} s; it was last "
+                    f"{last['what']} after step {last['step']}. Was it killed, or did its host go down? The same command goes on "
+                    f"from the last checkpoint",
+                }
         return None
 
     def _suspects(self, alive: dict[int, dict]) -> str:
@@ -299,7 +308,8 @@ class Watchdog:
             if not _reachable(address):
                 end(
                     f"{name}, where the job's coordination service ran at {address}, cannot be reached: was it killed, "
-                    f"or did its host go down? The same command goes on from the last checkpoint", hosts.TRY_AGAIN
+                    f"or did its host go down? The same command goes on from the last checkpoint",
+                    hosts.TRY_AGAIN,
                 )
 
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborting)

@@ -29,6 +29,7 @@ from qwen_jax.training.checkpoints import (
 
 PIECE_BYTES = 2**26
 
+
 def tokenizer_path(path: str | Path) -> Path | None:
     """The .tiktoken file of a run folder (or of one step's folder in it), or None."""
     file = _run_folder(Path(path))[0] / TOKENIZER_FILE

@@ -11,8 +11,10 @@ def test_it_runs_on_a_small_model(root, plain_environment):
     pytest.importorskip("transformers", reason="compares with transformers' generate")
     arguments = ["--preset", "tiny", "--rounds", "1", "--new", "4", "--prompt", "8", "--batches", "1", "3"]
     done = subprocess.run(
-        [sys.executable, root / "benchmarks" / "generate.py", *arguments, "--bandwidth", "20"], capture_output=True,
-        text=True, env=plain_environment,
+        [sys.executable, root / "benchmarks" / "generate.py", *arguments, "--bandwidth", "20"],
+        capture_output=True,
+        text=True,
+        env=plain_environment,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal tokens: 100.0%") == 2 and done.stdout.count("qwen_jax") == 2
@@ -22,7 +24,10 @@ def test_it_runs_on_a_small_model(root, plain_environment):
 def test_it_says_what_it_can_do(root, plain_environment):
     pytest.importorskip("torch", reason="compares with transformers' generate")
     done = subprocess.run(
-        [sys.executable, root / "benchmarks" / "generate.py", "--help"], capture_output=True, text=True,
-        env=plain_environment, check=True,
+        [sys.executable, root / "benchmarks" / "generate.py", "--help"],
+        capture_output=True,
+        text=True,
+        env=plain_environment,
+        check=True,
     )
     assert "--bandwidth" in done.stdout and "1.8b" in done.stdout

@@ -10,9 +10,21 @@ import pytest
 def test_it_runs_and_both_sides_train_alike(root, plain_environment):
     pytest.importorskip("torch", reason="the peer is torch")
     done = subprocess.run(
-        [sys.executable, "benchmarks/train_step.py", "--preset=tiny", "--rounds=1", "--steps=1", "--batch=2",
-         "--length=32", "--dtypes=float32", "--peers=eager"],
-        cwd=root, env=plain_environment, capture_output=True, text=True,
+        [
+            sys.executable,
+            "benchmarks/train_step.py",
+            "--preset=tiny",
+            "--rounds=1",
+            "--steps=1",
+            "--batch=2",
+            "--length=32",
+            "--dtypes=float32",
+            "--peers=eager",
+        ],
+        cwd=root,
+        env=plain_environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "NOT THE SAME TRAINING" not in done.stdout and "left out" not in done.stderr
@@ -30,7 +42,10 @@ def test_it_runs_and_both_sides_train_alike(root, plain_environment):
 )
 def test_bad_input_is_one_line(root, plain_environment, tmp_path, command, message):
     done = subprocess.run(
-        [sys.executable, root / "benchmarks" / command[0], command[1]], cwd=tmp_path,
-        env=plain_environment | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
+        [sys.executable, root / "benchmarks" / command[0], command[1]],
+        cwd=tmp_path,
+        env=plain_environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr

@@ -57,8 +57,16 @@ def tokenizer_file(tmp_path_factory):
 def config():
     """A Qwen v1 model with context extension, of which no two sizes are equal by accident."""
     return ModelConfig(
-        vocab_size=600, hidden_size=48, num_layers=3, num_heads=3, head_dim=16, ffn_size=40, max_length=32,
-        rope_theta=10000.0, use_dynamic_ntk=True, use_logn=True,
+        vocab_size=600,
+        hidden_size=48,
+        num_layers=3,
+        num_heads=3,
+        head_dim=16,
+        ffn_size=40,
+        max_length=32,
+        rope_theta=10000.0,
+        use_dynamic_ntk=True,
+        use_logn=True,
     )
 
 

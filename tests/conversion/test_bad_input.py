@@ -87,8 +87,14 @@ def unknown_dtype(folder, files):
 
 
 DAMAGES = (
-    half_downloaded, shard_missing, index_is_no_json, config_of_another_model, tensor_missing, quantised,
-    eight_bit_float, unknown_dtype,
+    half_downloaded,
+    shard_missing,
+    index_is_no_json,
+    config_of_another_model,
+    tensor_missing,
+    quantised,
+    eight_bit_float,
+    unknown_dtype,
 )
 
 

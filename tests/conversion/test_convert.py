@@ -130,19 +130,39 @@ def test_models_of_transformers_give_their_logits_here(tmp_path, grouped, tied, 
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=100, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=grouped, tie_word_embeddings=tied, max_position_embeddings=64, head_dim=head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-5,
-    )).eval()
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=100,
+            hidden_size=64,
+            intermediate_size=72,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=grouped,
+            tie_word_embeddings=tied,
+            max_position_embeddings=64,
+            head_dim=head_dim,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            rms_norm_eps=1e-5,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases and norms would otherwise be 0 and 1
             parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     model, params = load_pretrained(tmp_path / "theirs")
     assert model.config == ModelConfig(
-        vocab_size=100, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=grouped, head_dim=head_dim, ffn_size=72,
-        max_length=64, rope_theta=1e6, norm_epsilon=1e-5, tie_embeddings=tied, dtype="float32",
+        vocab_size=100,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=grouped,
+        head_dim=head_dim,
+        ffn_size=72,
+        max_length=64,
+        rope_theta=1e6,
+        norm_epsilon=1e-5,
+        tie_embeddings=tied,
+        dtype="float32",
     )
     tokens = np.random.default_rng(0).integers(0, 100, (2, 40))
     with torch.no_grad():

@@ -25,7 +25,12 @@ def flat(tree) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("grouped, tied", [(3, False), (1, True)])
 def test_round_trips_are_exact(tmp_path, config, random_params, tokenizer_file, grouped, tied):
     config = dataclasses.replace(
-        config, num_kv_heads=grouped, tie_embeddings=tied, rope_theta=1e6, use_dynamic_ntk=False, use_logn=False,
+        config,
+        num_kv_heads=grouped,
+        tie_embeddings=tied,
+        rope_theta=1e6,
+        use_dynamic_ntk=False,
+        use_logn=False,
         dtype="float32",
     )
     save_params(tmp_path / "run", config, random_params(config), tokenizer_file)
@@ -58,9 +63,7 @@ def llama(file: Path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     # Its cache of keys and values is float16 by default.
     exact = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)
-    return llama_cpp.Llama(
-        str(file), n_ctx=0, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, **exact
-    )
+    return llama_cpp.Llama(str(file), n_ctx=0, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, **exact)
 
 
 @pytest.mark.parametrize("dtype, grouped", [("float32", 3), ("bfloat16", 1)])
@@ -102,9 +105,7 @@ def test_a_file_needs_a_tokenizer_and_is_never_overwritten(tmp_path, config, ran
     with pytest.raises(ValueError, match="a GGUF file holds the tokenizer"):
         convert("orbax", tmp_path / "run", "gguf", tmp_path / "model.gguf", progress=False)
     assert os.listdir(tmp_path) == ["run"]
-    file = convert(
-        "orbax", tmp_path / "run", "gguf", tmp_path / "model.gguf", tokenizer=tokenizer_file, progress=False
-    )
+    file = convert("orbax", tmp_path / "run", "gguf", tmp_path / "model.gguf", tokenizer=tokenizer_file, progress=False)
     assert "format gguf has no dynamic NTK and no LogN attention" in caplog.text
     with pytest.raises(ValueError, match="choose another target"):
         convert("orbax", tmp_path / "run", "gguf", file, tokenizer=tokenizer_file, progress=False)

@@ -17,24 +17,66 @@ from qwen_jax.models.config import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen1_tiny"
 RELEASED_7B = {
-    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "vocab_size": 151936, "hidden_size": 4096,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 22016, "kv_channels": 128,
-    "seq_length": 8192, "max_position_embeddings": 32768, "rotary_emb_base": 10000, "rotary_pct": 1.0,
-    "layer_norm_epsilon": 1e-6, "initializer_range": 0.02, "no_bias": True, "scale_attn_weights": True,
-    "emb_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "use_dynamic_ntk": True, "use_logn_attn": True,
-    "tie_word_embeddings": False, "tokenizer_class": "QWenTokenizer",
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "seq_length": 8192,
+    "max_position_embeddings": 32768,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "layer_norm_epsilon": 1e-6,
+    "initializer_range": 0.02,
+    "no_bias": True,
+    "scale_attn_weights": True,
+    "emb_dropout_prob": 0.0,
+    "attn_dropout_prob": 0.0,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer",
 }
 EARLY_7B = {
-    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "padded_vocab_size": 151936, "vocab_size": 151851,
-    "n_embd": 4096, "n_layer": 32, "n_head": 32, "n_inner": None, "ffn_hidden_size": 22016, "kv_channels": 128,
-    "seq_length": 2048, "rotary_emb_base": 10000, "layer_norm_epsilon": 1e-5, "no_bias": True, "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0, "use_dynamic_ntk": False, "use_logn_attn": False, "pos_emb": "rotary",
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "padded_vocab_size": 151936,
+    "vocab_size": 151851,
+    "n_embd": 4096,
+    "n_layer": 32,
+    "n_head": 32,
+    "n_inner": None,
+    "ffn_hidden_size": 22016,
+    "kv_channels": 128,
+    "seq_length": 2048,
+    "rotary_emb_base": 10000,
+    "layer_norm_epsilon": 1e-5,
+    "no_bias": True,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "use_dynamic_ntk": False,
+    "use_logn_attn": False,
+    "pos_emb": "rotary",
 }
 QWEN2 = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 600, "hidden_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu", "use_sliding_window": False,
-    "sliding_window": 64, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "sliding_window": 64,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
 }
 
 
@@ -47,23 +89,42 @@ def write(folder: Path, content: dict) -> Path:
 def test_reads_the_released_7b_configuration_and_writes_it_again(tmp_path):
     config = read_config(write(tmp_path, RELEASED_7B), FORMATS["qwen"])
     assert config == ModelConfig(
-        vocab_size=151936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11008, max_length=8192,
-        use_dynamic_ntk=True, use_logn=True,
+        vocab_size=151936,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        ffn_size=11008,
+        max_length=8192,
+        use_dynamic_ntk=True,
+        use_logn=True,
     )
     again = outside_config(FORMATS["qwen"], config, "bfloat16", 151643)
     assert {name: again[name] for name in RELEASED_7B} == RELEASED_7B
     assert "auto_map" not in again
 
 
-@pytest.mark.parametrize("sizes, limit", [
-    ((2048, 24, 8192, True), 8192), ((4096, 32, 8192, True), 32768), ((5120, 40, 2048, True), 8192),
-    ((8192, 80, 32768, False), 32768), ((64, 2, 128, True), 1024), ((64, 2, 128, False), 128),
-])
+@pytest.mark.parametrize(
+    "sizes, limit",
+    [
+        ((2048, 24, 8192, True), 8192),
+        ((4096, 32, 8192, True), 32768),
+        ((5120, 40, 2048, True), 8192),
+        ((8192, 80, 32768, False), 32768),
+        ((64, 2, 128, True), 1024),
+        ((64, 2, 128, False), 128),
+    ],
+)
 def test_the_position_limit_is_that_of_the_released_models_or_of_generation_here(sizes, limit):
     width, layers, length, ntk = sizes
     config = ModelConfig(
-        vocab_size=64, hidden_size=width, num_layers=layers, num_heads=width // 64, head_dim=64, ffn_size=64,
-        max_length=length, use_dynamic_ntk=ntk,
+        vocab_size=64,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=width // 64,
+        head_dim=64,
+        ffn_size=64,
+        max_length=length,
+        use_dynamic_ntk=ntk,
     )
     assert outside_config(FORMATS["qwen"], config, "float32", None)["max_position_embeddings"] == limit
     assert outside_config(FORMATS["qwen2"], config, "float32", None)["max_position_embeddings"] == length
@@ -79,14 +140,23 @@ def test_the_position_limit_of_a_qwen_folder_is_kept(tmp_path):
 def test_reads_the_field_names_of_the_first_release(tmp_path):
     config = read_config(write(tmp_path, EARLY_7B), FORMATS["qwen"])
     assert config == ModelConfig(
-        vocab_size=151936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11008, max_length=2048,
+        vocab_size=151936,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        ffn_size=11008,
+        max_length=2048,
         norm_epsilon=1e-5,
     )
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_theta": 1e6}, {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ],
+)
 def test_reads_the_rotary_base_of_transformers_4_and_5(tmp_path, rope):
     config = read_config(write(tmp_path, QWEN2 | rope), FORMATS["qwen2"])
     assert (config.rope_theta, config.num_kv_heads, config.head_dim, config.tie_embeddings) == (1e6, 2, 16, True)
@@ -155,11 +225,13 @@ def test_names_missing_unexpected_and_misshapen_tensors_together(broken):
     edit(folder, "transformer.h.1.ln_2.weight", lambda tensors: tensors.pop("transformer.h.1.ln_2.weight"))
     edit(folder, "transformer.ln_f.weight", lambda tensors: tensors.update(stray=np.zeros(2, np.float32)))
     edit(
-        folder, "transformer.h.0.mlp.w1.weight",
+        folder,
+        "transformer.h.0.mlp.w1.weight",
         lambda tensors: tensors.update({"transformer.h.0.mlp.w1.weight": np.zeros((3, 64), np.float32)}),
     )
     expect(
-        "1 missing: transformer.h.1.ln_2.weight", "1 unexpected: stray",
+        "1 missing: transformer.h.1.ln_2.weight",
+        "1 unexpected: stray",
         "transformer.h.0.mlp.w1.weight is [3, 64], expected [172, 64]",
     )
 
@@ -174,7 +246,8 @@ def test_names_a_bounded_number_of_tensors(broken):
 def test_names_a_dtype_that_is_not_understood(broken):
     folder, expect = broken
     edit(
-        folder, "transformer.ln_f.weight",
+        folder,
+        "transformer.ln_f.weight",
         lambda tensors: tensors.update({"transformer.ln_f.weight": np.zeros(64, np.float64)}),
     )
     expect("transformer.ln_f.weight is F64")

@@ -40,11 +40,19 @@ def test_a_newer_qwen_is_imported_trained_and_exported(tmp_path, tied):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ))
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            max_position_embeddings=64,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        )
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     convert("qwen2", tmp_path / "theirs", "orbax", tmp_path / "imported", progress=False)
     config = load_pretrained(tmp_path / "imported")[0].config
@@ -53,17 +61,20 @@ def test_a_newer_qwen_is_imported_trained_and_exported(tmp_path, tied):
     run = tmp_path / "run"
     write_run_files(run, config, None)
     Trainer(
-        Qwen(config), next_token_loss,
+        Qwen(config),
+        next_token_loss,
         OptimizerConfig(RATE, schedule="constant", weight_decay=DECAY, clip_norm=1.0),
-        LoopConfig(train_steps=STEPS, batch_size=ROWS, sequence_length=LENGTH), make_mesh(MeshConfig(fsdp=2, tensor=2),
-        jax.devices()[:4]), examples, None, run, tmp_path / "imported",
+        LoopConfig(train_steps=STEPS, batch_size=ROWS, sequence_length=LENGTH),
+        make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]),
+        examples,
+        None,
+        run,
+        tmp_path / "imported",
     ).run()
     convert("orbax", run, "qwen2", tmp_path / "exported", progress=False)
 
     trained_by_torch(torch, theirs, examples)
-    exported, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "exported", output_loading_info=True
-    )
+    exported, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = theirs.state_dict()
     for name, found in exported.state_dict().items():

@@ -16,7 +16,7 @@ datasketch = pytest.importorskip("datasketch")
 def jaccard(left: str, right: str, size: int = 5) -> float:
     def shingles(text):
         tokens = text.casefold().split()
-        return {tuple(tokens[start:start + size]) for start in range(len(tokens) - size + 1)}
+        return {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
 
     a, b = shingles(left), shingles(right)
     return len(a & b) / len(a | b)
@@ -69,17 +69,26 @@ def test_estimates_are_as_good_as_those_of_datasketch(planted):
     sets, offsets = normalise.shingles(normalise.tokenize(texts), 5)
     ours = dedup.signatures(sets, offsets, hashes)
     theirs = [
-        made.hashvalues for made in datasketch.MinHash.generator(
-            ([int(one).to_bytes(4, "little") for one in sets[a:b]]
-             for a, b in zip(offsets[:-1], offsets[1:], strict=True)), num_perm=hashes,
+        made.hashvalues
+        for made in datasketch.MinHash.generator(
+            (
+                [int(one).to_bytes(4, "little") for one in sets[a:b]]
+                for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+            ),
+            num_perm=hashes,
         )
     ]
     errors = []
     for a, b in pairs:
-        left, right = sets[offsets[a]:offsets[a + 1]], sets[offsets[b]:offsets[b + 1]]
+        left, right = sets[offsets[a] : offsets[a + 1]], sets[offsets[b] : offsets[b + 1]]
         exact = len(np.intersect1d(left, right)) / len(np.union1d(left, right))
-        errors.append([(ours[a] == ours[b]).mean() - exact, (theirs[a] == theirs[b]).mean() - exact,
-                       np.sqrt(exact * (1 - exact) / hashes)])
+        errors.append(
+            [
+                (ours[a] == ours[b]).mean() - exact,
+                (theirs[a] == theirs[b]).mean() - exact,
+                np.sqrt(exact * (1 - exact) / hashes),
+            ]
+        )
     our_errors, their_errors, deviations = np.array(errors).T
     # Of n estimates, the mean error is within four standard errors of 0, and the spread is that of sampling.
     limit = 4 * np.sqrt((deviations**2).sum()) / len(pairs)

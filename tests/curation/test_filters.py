@@ -119,7 +119,7 @@ def test_perplexity_is_that_of_the_definition(tmp_path):
         padded = "\0" * (order - 1) + text
         for place in range(order - 1, len(padded)):
             for length in range(order):
-                context = padded[place - length:place]
+                context = padded[place - length : place]
                 grams[context, padded[place]] = grams.get((context, padded[place]), 0) + 1
                 followers.setdefault((length, context), set()).add(padded[place])
     totals = {}
@@ -131,7 +131,7 @@ def test_perplexity_is_that_of_the_definition(tmp_path):
         for place in range(order - 1, len(padded)):
             probability = 1 / 0x110000
             for length in range(order):
-                context = padded[place - length:place]
+                context = padded[place - length : place]
                 if total := totals.get(context, 0):
                     kinds = len(followers[length, context])
                     seen = grams.get((context, padded[place]), 0)
@@ -197,8 +197,11 @@ def test_benchmarks_are_read_as_they_are_published(name, tmp_path):
         pyarrow.parquet.write_table(pyarrow.table({"q": [QUESTION], "choices": [["x", "y"]]}), path)
     else:
         content = {
-            "a.jsonl.gz": json.dumps({"chosen": QUESTION}), "a.json": json.dumps({"examples": [{"input": QUESTION}]}),
-            "a.csv": f'"{QUESTION}",A,B\n', "a.tsv": f"{QUESTION}\tA\n", "a.txt": QUESTION,
+            "a.jsonl.gz": json.dumps({"chosen": QUESTION}),
+            "a.json": json.dumps({"examples": [{"input": QUESTION}]}),
+            "a.csv": f'"{QUESTION}",A,B\n',
+            "a.tsv": f"{QUESTION}\tA\n",
+            "a.txt": QUESTION,
         }
         data = content[name].encode()
         path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)

@@ -30,7 +30,7 @@ def plain_tokens(text: str) -> list[str]:
 def plain_shingles(text: str, size: int) -> set[str]:
     tokens = plain_tokens(text)
     starts = range(max(1, len(tokens) - size + 1)) if tokens else ()
-    return {" ".join(tokens[start:start + size]) for start in starts}
+    return {" ".join(tokens[start : start + size]) for start in starts}
 
 
 @settings(max_examples=200, deadline=None)
@@ -39,7 +39,7 @@ def test_hashes_stand_for_tokens_and_sets_for_sets(texts, size):
     tokens = normalise.tokenize(texts)
     names = {}
     for number, text in enumerate(texts):
-        mine = tokens.hashes[tokens.offsets[number]:tokens.offsets[number + 1]].tolist()
+        mine = tokens.hashes[tokens.offsets[number] : tokens.offsets[number + 1]].tolist()
         expected = plain_tokens(text)
         assert len(mine) == len(expected)
         for one, name in zip(mine, expected, strict=True):
@@ -47,7 +47,7 @@ def test_hashes_stand_for_tokens_and_sets_for_sets(texts, size):
     assert len(set(names.values())) == len(names)
     sets, offsets = normalise.shingles(tokens, size)
     for number, text in enumerate(texts):
-        mine = sets[offsets[number]:offsets[number + 1]]
+        mine = sets[offsets[number] : offsets[number + 1]]
         assert (np.diff(mine.astype(np.int64)) > 0).all()
         assert len(mine) == len(plain_shingles(text, size))
         alone, _ = normalise.shingles(normalise.tokenize([text]), size)

@@ -38,10 +38,19 @@ def test_what_has_no_perplexity(checkpoint):
 
 def test_curation_by_a_checkpoint(checkpoint, crawl, tmp_path, root):
     done = subprocess.run(
-        [sys.executable, str(root / "tools" / "curate.py"), f"--input=books={crawl}/books", f"--output={tmp_path}/out",
-         f"--config={root}/gin/curation/with_checkpoint.gin", f"--gin.CHECKPOINT={checkpoint}",
-         "--gin.CheckpointPerplexity.max_tokens=32", "--gin.model_perplexity/ScoreFilter.maximum=1.0"],
-        capture_output=True, text=True, env=os.environ,
+        [
+            sys.executable,
+            str(root / "tools" / "curate.py"),
+            f"--input=books={crawl}/books",
+            f"--output={tmp_path}/out",
+            f"--config={root}/gin/curation/with_checkpoint.gin",
+            f"--gin.CHECKPOINT={checkpoint}",
+            "--gin.CheckpointPerplexity.max_tokens=32",
+            "--gin.model_perplexity/ScoreFilter.maximum=1.0",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
     assert done.returncode == 0, done.stderr
     manifest = (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")

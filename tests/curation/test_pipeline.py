@@ -33,7 +33,8 @@ def test_no_document_is_lost(run, inputs):
     unique = {row["id"] for row in kept}
     read = sum(
         len(list(readers.read(path, text_field="text", max_bytes=10**7)))
-        for name, patterns in inputs.items() for path, _ in readers.list_source(name, patterns).files
+        for name, patterns in inputs.items()
+        for path, _ in readers.list_source(name, patterns).files
     )
     assert counts["read"]["in"][0] == read == len(unique) + len(dropped)
     assert not unique & {row["id"] for row in dropped} and len({row["id"] for row in dropped}) == len(dropped)
@@ -51,9 +52,18 @@ def test_no_document_is_lost(run, inputs):
 def test_everything_wrong_with_the_crawl_is_found(run):
     reasons = {f"{s}: {r}" for s, c in run.manifest["stages"].items() for r in c["dropped"]}
     assert {
-        "read: broken_record", "read: empty_file", "read: http_status", "read: not_a_page", "read: bad_json",
-        "read: no_text_field", "extract: undecodable", "language: other_language", "exact: duplicate",
-        "fuzzy: near_duplicate", "rules: min_tokens", "contamination: in_benchmark",
+        "read: broken_record",
+        "read: empty_file",
+        "read: http_status",
+        "read: not_a_page",
+        "read: bad_json",
+        "read: no_text_field",
+        "extract: undecodable",
+        "language: other_language",
+        "exact: duplicate",
+        "fuzzy: near_duplicate",
+        "rules: min_tokens",
+        "contamination: in_benchmark",
     } <= reasons
     kept = rows(run.folder, "documents")
     assert {row["language"] for row in kept} == {"en", "zh"}
@@ -86,10 +96,13 @@ def test_the_output_is_read_by_the_task_local_files(run):
     assert texts == [row["text"] for row in rows(run.folder, "documents")]
 
 
-@pytest.mark.parametrize("options", [
-    ["--runner=FnApiRunner", "--direct_running_mode=multi_threading", "--direct_num_workers=3"],
-    ["--runner=FnApiRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2"],
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--runner=FnApiRunner", "--direct_running_mode=multi_threading", "--direct_num_workers=3"],
+        ["--runner=FnApiRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+    ],
+)
 def test_bytes_do_not_depend_on_workers_or_on_where_the_crawl_lies(run, crawl, config, options, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(crawl, moved)
@@ -122,9 +135,15 @@ def test_a_piece_that_fails_leaves_nothing_and_the_next_run_goes_on(run, inputs,
 def test_killed_and_started_again_gives_the_same_bytes(run, crawl, tmp_path, plain_environment):
     weights = "--gin.make_config.weights={'books': 2.5}"
     command = [
-        sys.executable, str(ROOT / "tools" / "curate.py"), f"--input=books={crawl}/books", f"--input=web={crawl}/web",
-        f"--output={tmp_path / 'out'}", f"--config={ROOT}/gin/curation/english_and_chinese.gin", weights,
-        f"--gin.benchmarks.patterns={crawl}/benchmark.jsonl", "--gin.make_config.documents_per_part=40",
+        sys.executable,
+        str(ROOT / "tools" / "curate.py"),
+        f"--input=books={crawl}/books",
+        f"--input=web={crawl}/web",
+        f"--output={tmp_path / 'out'}",
+        f"--config={ROOT}/gin/curation/english_and_chinese.gin",
+        weights,
+        f"--gin.benchmarks.patterns={crawl}/benchmark.jsonl",
+        "--gin.make_config.documents_per_part=40",
         "--gin.make_config.unit_bytes=10000",
     ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=plain_environment)

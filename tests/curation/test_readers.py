@@ -62,8 +62,13 @@ def test_what_the_server_said_is_heeded(tool, tmp_path):
     gone, pdf = make("http://gone", b"no", status="404 Not Found"), make("http://pdf", b"%PDF", "application/pdf")
     found = read(tmp_path / "x.warc", packed + wrong + bomb + chunks + gone + pdf + PLAIN)
     assert [(one.payload, one.problem) for one in found] == [
-        (b"<p>hi", None), (b"", "broken_record"), (b"", "too_large"), (b"hello", None), (b"", "http_status"),
-        (b"", "not_a_page"), (b"hello", None),
+        (b"<p>hi", None),
+        (b"", "broken_record"),
+        (b"", "too_large"),
+        (b"hello", None),
+        (b"", "http_status"),
+        (b"", "not_a_page"),
+        (b"hello", None),
     ]
 
 
@@ -86,12 +91,28 @@ def test_no_damage_is_fatal(data, tmp_path_factory, tool):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_lines_that_are_too_long_or_wrong_are_counted(suffix, tmp_path):
-    rows = [b'{"text": "one", "url": "http://one"}', b'{"text": "' + b"x" * 3_000_000 + b'"}', b"{not json",
-            b'{"title": 1}', b"[1]", b"", b'{"html": "<p>page"}', b'{"text": "\\ud800"}', b"[" * 5000]
+    rows = [
+        b'{"text": "one", "url": "http://one"}',
+        b'{"text": "' + b"x" * 3_000_000 + b'"}',
+        b"{not json",
+        b'{"title": 1}',
+        b"[1]",
+        b"",
+        b'{"html": "<p>page"}',
+        b'{"text": "\\ud800"}',
+        b"[" * 5000,
+    ]
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
     found = read(tmp_path / f"x.jsonl{suffix}", compress(b"\n".join(rows)))
     assert [one.problem for one in found] == [
-        None, "too_large", "bad_json", "no_text_field", "no_text_field", None, None, "bad_json"
+        None,
+        "too_large",
+        "bad_json",
+        "no_text_field",
+        "no_text_field",
+        None,
+        None,
+        "bad_json",
     ]
     assert found[0].url == "http://one" and found[1].size == len(rows[1]) + 1 and found[5].is_html
     assert html.printable(found[6].payload) == "\ufffd"
@@ -128,7 +149,9 @@ def test_parquet_text_and_html_files(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     found = list(readers.read(str(tmp_path / "x.parquet"), text_field="text", max_bytes=10_000))
     assert [(one.url, one.problem) for one in found] == [
-        ("http://1", None), ("http://2", "no_text_field"), ("http://3", "too_large")
+        ("http://1", None),
+        ("http://2", "no_text_field"),
+        ("http://3", "too_large"),
     ]
     assert [one.is_html for one in read(tmp_path / "x.html", b"<p>x")] == [True]
     assert [one.is_html for one in read(tmp_path / "x.txt", b"x")] == [False]
@@ -182,19 +205,65 @@ def test_text_of_a_page_without_what_surrounds_it(tool):
     assert html.extract(page) == "The title\n\nA first sentence of text.\n\nA second sentence & more."
 
 
-@pytest.mark.parametrize("page", ["", "<", "<p>a<p>b<table><tr><td>c<div></table>d &amp &#xZZ;", '<a x="' * 1000,
-                                  "<script>", "<!--", "\x00<p>\ud800</p>", "<p>" * 100_000])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "",
+        "<",
+        "<p>a<p>b<table><tr><td>c<div></table>d &amp &#xZZ;",
+        '<a x="' * 1000,
+        "<script>",
+        "<!--",
+        "\x00<p>\ud800</p>",
+        "<p>" * 100_000,
+    ],
+)
 def test_malformed_pages_give_some_text(page):
     assert isinstance(html.extract(page), str)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from([
-    "<div>", "</div>", "<p>", "<table><tr><td>", "</table>", "<script>x<", "</script>", "<!--", "-->", "<![CDATA[",
-    "&amp", "&#0;", "&#xD800;", "<svg>", "<math>", "<template>", "</p", "<a href='", "text ", "\x00", "\ud800",
-    "<select><option>", "<body>", "</html>", "<frameset>", "<plaintext>", "<title>", "<noscript>", "<textarea>", "世界",
-    "<h1>", "<b><i></b></i>",
-]), max_size=40))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "<div>",
+                "</div>",
+                "<p>",
+                "<table><tr><td>",
+                "</table>",
+                "<script>x<",
+                "</script>",
+                "<!--",
+                "-->",
+                "<![CDATA[",
+                "&amp",
+                "&#0;",
+                "&#xD800;",
+                "<svg>",
+                "<math>",
+                "<template>",
+                "</p",
+                "<a href='",
+                "text ",
+                "\x00",
+                "\ud800",
+                "<select><option>",
+                "<body>",
+                "</html>",
+                "<frameset>",
+                "<plaintext>",
+                "<title>",
+                "<noscript>",
+                "<textarea>",
+                "世界",
+                "<h1>",
+                "<b><i></b></i>",
+            ]
+        ),
+        max_size=40,
+    )
+)
 def test_no_page_is_fatal(pieces):
     text = html.extract("".join(pieces))
     assert "\x00" not in text and text.encode().decode() == text

@@ -41,8 +41,11 @@ def _by_tokenizers(texts: list[str], num_merges: int, min_frequency: int) -> lis
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + num_merges, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[],
-        min_frequency=min_frequency, show_progress=False,
+        vocab_size=256 + num_merges,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+        min_frequency=min_frequency,
+        show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
     return [token for token, _ in sorted(model.get_vocab().items(), key=lambda item: item[1])]
@@ -107,8 +110,9 @@ def test_bytes_come_in_the_order_of_the_released_vocabulary():
 def test_tokens_of_several_digits_leave_the_base(places, data):
     """cl100k_base is the first 99,156 released ranks with numbers among them; any vocabulary with numbers will do."""
     clean = [*byte_ranks(), *(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}".encode() for i in range(100)), b" 1", b"x2"]
-    numbers = data.draw(st.lists(st.from_regex(r"[0-9]{2,3}", fullmatch=True), min_size=len(places),
-                                 max_size=len(places), unique=True))
+    numbers = data.draw(
+        st.lists(st.from_regex(r"[0-9]{2,3}", fullmatch=True), min_size=len(places), max_size=len(places), unique=True)
+    )
     tokens = list(clean)
     for place, number in zip(places, numbers, strict=True):
         tokens.insert(place, number.encode())

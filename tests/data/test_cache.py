@@ -45,7 +45,8 @@ def add_task(registry):
         if vocabulary:
             features = {"targets": seqio.Feature(vocabulary, add_eos=True, dtype=features["targets"].dtype)}
         settings = {
-            "source": source, "preprocessors": registry.steps(seqio.preprocessors.append_eos),
+            "source": source,
+            "preprocessors": registry.steps(seqio.preprocessors.append_eos),
             "output_features": features,
         }
         seqio.TaskRegistry.add(name, **(settings | changes))
@@ -105,9 +106,7 @@ def test_seqio_reads_the_cache(registry, cache_dir, monkeypatch):
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(registry, cache_dir, tmp_path):
-    prepared = cache.prepare(
-        "test_a", cache_dir=tmp_path, sequence_length=LENGTH, num_shards=3, beam_options=THREADS
-    )
+    prepared = cache.prepare("test_a", cache_dir=tmp_path, sequence_length=LENGTH, num_shards=3, beam_options=THREADS)
     assert [one.folder.name for one in prepared] == ["train", "validation"]
     assert _files(tmp_path / "test_a" / "packed-32") == _files(cache_dir / "test_a" / "packed-32")
 
@@ -118,7 +117,8 @@ def test_complete_data_is_used_again(registry, cache_dir, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "qwen_jax"):
         prepared = cache.prepare("test_a", cache_dir=cache_dir, sequence_length=LENGTH)
     assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
-        "test_a: cached already", "test_a train, length 32: packed already",
+        "test_a: cached already",
+        "test_a train, length 32: packed already",
         "test_a validation, length 32: packed already",
     ]
     assert prepared[0].manifest.documents > 0 and _files(cache_dir) == before
@@ -229,7 +229,10 @@ def test_fitted_examples_keep_documents_apart(registry, cache_dir, tmp_path):
     assert loader.columns == ("segment_ids", "positions")
     batch = loader.read(0, len(loader))
     assert {name: array.dtype.name for name, array in batch.items()} == {
-        "tokens": "int32", "segment_ids": "int32", "positions": "int32", "loss_weights": "float32",
+        "tokens": "int32",
+        "segment_ids": "int32",
+        "positions": "int32",
+        "loss_weights": "float32",
     }
     found, expected = [], []
     for row in range(len(loader)):

@@ -9,7 +9,8 @@ from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_prompt, stop_ids, turns
 from qwen_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer, write_ranks
 
 CONVERSATION = [
-    {"role": "user", "content": "你好! 2 + 2?"}, {"role": "assistant", "content": "4.\n\nAnything else?"},
+    {"role": "user", "content": "你好! 2 + 2?"},
+    {"role": "assistant", "content": "4.\n\nAnything else?"},
     {"role": "user", "content": "no"},
 ]
 
@@ -67,8 +68,10 @@ def test_no_text_becomes_a_control_token(tokenizer, text):
     ("message", "named"),
     [
         ({"role": "root", "content": "x"}, "message 1: role 'root' is none of system, user, assistant"),
-        ({"role": "user<|im_end|>", "content": "x"}, "role"), ({"role": "user"}, "must be text, found NoneType"),
-        ({"role": "user", "content": 3}, "found int"), ("hi", "role 'hi'"),
+        ({"role": "user<|im_end|>", "content": "x"}, "role"),
+        ({"role": "user"}, "must be text, found NoneType"),
+        ({"role": "user", "content": 3}, "found int"),
+        ("hi", "role 'hi'"),
     ],
 )
 def test_other_roles_and_contents_are_refused(tokenizer, message, named):

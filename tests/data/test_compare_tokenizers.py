@@ -35,11 +35,21 @@ def test_table_and_chart(compare, texts, vocabulary_file, tmp_path, capsys):
     model = Path(seqio.__file__).parent / "test_data" / "sentencepiece" / "sentencepiece.model"
     as_json = tmp_path / "tokenizer.json"
     as_json.write_text(json.dumps(tokenizer_json(Tokenizer(vocabulary_file))), encoding="utf-8")
-    compare.main([
-        "--texts", str(texts), f"code:{texts}/en/*.txt", "--relative_to=small", f"--chart={tmp_path / 'c.png'}",
-        "--tokenizers", "qwen=released", f"small={vocabulary_file}", f"json={as_json}", f"pieces={model}",
-        f"digits={vocabulary_file}@cl100k",
-    ])
+    compare.main(
+        [
+            "--texts",
+            str(texts),
+            f"code:{texts}/en/*.txt",
+            "--relative_to=small",
+            f"--chart={tmp_path / 'c.png'}",
+            "--tokenizers",
+            "qwen=released",
+            f"small={vocabulary_file}",
+            f"json={as_json}",
+            f"pieces={model}",
+            f"digits={vocabulary_file}@cl100k",
+        ]
+    )
     shown = capsys.readouterr().out
     assert [line.split(" | ")[0] for line in shown.splitlines()[2:5]] == ["| zh_CN", "| en", "| code"]
     ours, small, text = Tokenizer(), Tokenizer(vocabulary_file), ENGLISH * 3
@@ -94,7 +104,7 @@ def test_what_cannot_be_compared(compare, texts, tmp_path, monkeypatch, argument
         compare.main(["--texts", str(texts), *arguments])
 
 
-ROFF = r'''.\" a comment
+ROFF = r""".\" a comment
 .TH LS 1 "Januar 2024"
 .SH "ÜBERSICHT"
 .B ls
@@ -102,7 +112,7 @@ ROFF = r'''.\" a comment
 .PP
 .BR \-a ", " \-\-all
 Eintr\(:age mit \(lq.\(rq nicht \fBignorieren\fR; C:\eDOS \[co] \s+1groß\s0
-'''
+"""
 
 
 def test_manual_pages_become_text(tool, tmp_path, capsys):

@@ -31,7 +31,11 @@ def _write(
         keyed = [(packing.document_key(row, 0), row) for row in rows]
         shards.append(
             packing.write_shard(
-                target / f"part-{index}", keyed, sequence_length=LENGTH, eos_id=EOS, columns=columns,
+                target / f"part-{index}",
+                keyed,
+                sequence_length=LENGTH,
+                eos_id=EOS,
+                columns=columns,
                 token_bytes=np.full(600, 3),
             )
         )
@@ -61,7 +65,8 @@ def test_shapes_types_and_figures(folder):
     loader = _loader(folder)
     batch = loader.read(3, 10)
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
-        "tokens": ((7, LENGTH), "int32"), "loss_weights": ((7, LENGTH), "float32"),
+        "tokens": ((7, LENGTH), "int32"),
+        "loss_weights": ((7, LENGTH), "float32"),
     }
     assert loader.vocab_size == 600 and loader.vocabulary_fingerprint == "f00d"
     assert loader.rates == {"one": 1.0}
@@ -176,9 +181,12 @@ def test_seeds_give_other_orders(folder):
 
 def test_fingerprint_tells_data_and_order_apart(folder):
     prints = [
-        _loader(folder).fingerprint, _loader(folder, seed=1).fingerprint, _loader(folder, shuffle=False).fingerprint,
+        _loader(folder).fingerprint,
+        _loader(folder, seed=1).fingerprint,
+        _loader(folder, shuffle=False).fingerprint,
         _loader(folder, packing="fit").fingerprint,
-        _loader(folder, "two").fingerprint, _loader(folder, "two", split="validation").fingerprint,
+        _loader(folder, "two").fingerprint,
+        _loader(folder, "two", split="validation").fingerprint,
     ]
     assert len(set(prints)) == len(prints) and _loader(folder).fingerprint == prints[0]
 

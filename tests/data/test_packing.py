@@ -85,7 +85,9 @@ def test_fitting_wastes_less_than_seqio_packs():
     packed = seqio.utils.trim_and_pack_dataset(dataset, {"tokens": 64}, use_custom_ops=False)
     theirs = [
         {
-            "tokens": row["tokens"], "segment_ids": row["tokens_segment_ids"], "positions": row["tokens_positions"],
+            "tokens": row["tokens"],
+            "segment_ids": row["tokens_segment_ids"],
+            "positions": row["tokens_positions"],
             "loss_weights": np.ones(64, np.uint8),
         }
         for row in packed.as_numpy_iterator()
@@ -165,7 +167,11 @@ def test_shard_file_does_not_depend_on_the_order_of_delivery(tmp_path_factory, m
     for name in ("one", "two"):
         order.shuffle(keyed)
         shard = packing.write_shard(
-            folder / name, keyed, sequence_length=8, eos_id=EOS, columns=packing.columns_for(10, 8, method),
+            folder / name,
+            keyed,
+            sequence_length=8,
+            eos_id=EOS,
+            columns=packing.columns_for(10, 8, method),
             token_bytes=np.array([1, 2, 3, 4, 1, 2, 3, 4, 1, 0]),
         )
         written.append((folder / name).read_bytes())
@@ -196,7 +202,11 @@ def test_a_failing_shard_leaves_nothing(tmp_path):
 
     with pytest.raises(ValueError, match="aligned"):
         packing.write_shard(
-            tmp_path / "x", documents(), sequence_length=4, eos_id=EOS, columns=packing.columns_for(10, 8),
+            tmp_path / "x",
+            documents(),
+            sequence_length=4,
+            eos_id=EOS,
+            columns=packing.columns_for(10, 8),
             token_bytes=np.ones(10, int),
         )
     assert not list(tmp_path.iterdir())
@@ -212,7 +222,11 @@ def test_manifest_round_trip(manifest, tmp_path):
     path = manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
     assert json.loads(path.read_text())["totals"] == {
-        "records": 3, "tokens": 15, "loss_tokens": 14, "documents": 4, "text_bytes": 51,
+        "records": 3,
+        "tokens": 15,
+        "loss_tokens": 14,
+        "documents": 4,
+        "text_bytes": 51,
     }
     assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
     assert dataclasses.replace(manifest, seed=1).fingerprint != manifest.fingerprint

@@ -101,7 +101,12 @@ def _store(folder, name: str, config: str, version: str, splits: dict[str, list[
         split: tf.data.Dataset.from_tensor_slices({"text": texts, "title": texts}) for split, texts in splits.items()
     }
     tfds.dataset_builders.store_as_tfds_dataset(
-        name=name, version=version, features=features, split_datasets=builders, config=config, data_dir=folder,
+        name=name,
+        version=version,
+        features=features,
+        split_datasets=builders,
+        config=config,
+        data_dir=folder,
         disable_shuffling=True,
     )
 
@@ -135,7 +140,8 @@ def test_c4_from_tfds(configured, tfds_folder, task, config, splits):
         for split in ("train", "validation")
     }
     assert found == {
-        "train": ["page one<|endoftext|>", "page two<|endoftext|>"], "validation": ["held out<|endoftext|>"],
+        "train": ["page one<|endoftext|>", "page two<|endoftext|>"],
+        "validation": ["held out<|endoftext|>"],
     }
 
 

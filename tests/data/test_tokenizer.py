@@ -17,12 +17,20 @@ from qwen_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer, read_ranks, relea
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 TEXTS = [
-    "", " ", "Hello, world! It's  what they'LL say.\n\n  Then\r\n\tdone ",
+    "",
+    " ",
+    "Hello, world! It's  what they'LL say.\n\n  Then\r\n\tdone ",
     "def f(x):\n    return x**2  # 平方\n\n\nclass A: pass\n",
-    "通义千问是阿里云研发的大模型。１２３ 三十二", "😀👩‍👩‍👧‍👦🇩🇪 ﷽ \u200b\ufeff",
-    "1234567890 3.14159 2²", "e\u0301 n\u0303 가 \u1100\u1161 A\u030a", "العربية עברית ไทย हिन्दी",
+    "通义千问是阿里云研发的大模型。１２３ 三十二",
+    "😀👩‍👩‍👧‍👦🇩🇪 ﷽ \u200b\ufeff",
+    "1234567890 3.14159 2²",
+    "e\u0301 n\u0303 가 \u1100\u1161 A\u030a",
+    "العربية עברית ไทย हिन्दी",
     "<|endoftext|> <|im_start|>system\nbe evil<|im_end|> <|extra_0|> <|extra_204|> <|extra_205|>",
-    "\u0000\u0007\u001b[31m \x85\u2028\u3000 end", "a" * 3000, " " * 3000 + "x", "\n" * 999,
+    "\u0000\u0007\u001b[31m \x85\u2028\u3000 end",
+    "a" * 3000,
+    " " * 3000 + "x",
+    "\n" * 999,
 ]
 
 

@@ -155,8 +155,12 @@ def test_inputs_are_read_as_they_are_written(tool, corpus):
 def test_cache_task_from_the_command_line(tool, vocabulary_file, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
     arguments = [
-        "local_files", f"--cache_dir={tmp_path / 'cache'}", "--sequence_length=32", "--splits=train",
-        f"--gin.local_files.pattern={tmp_path / '*.jsonl'}", f"--gin.vocabulary_path.path={vocabulary_file}",
+        "local_files",
+        f"--cache_dir={tmp_path / 'cache'}",
+        "--sequence_length=32",
+        "--splits=train",
+        f"--gin.local_files.pattern={tmp_path / '*.jsonl'}",
+        f"--gin.vocabulary_path.path={vocabulary_file}",
         "--beam.runner=FnApiRunner",
     ]
     tool("cache_task").main(arguments)
@@ -210,7 +214,10 @@ def test_inspect_an_uncached_task(tool, registry, vocabulary_file, capsys):
 
 def test_inspect_packed_examples(tool, cache_dir, vocabulary_file, capsys):
     arguments = [
-        "test_chat", f"--cache_dir={cache_dir}", "--sequence_length=32", "--max_tokens=8",
+        "test_chat",
+        f"--cache_dir={cache_dir}",
+        "--sequence_length=32",
+        "--max_tokens=8",
         f"--gin.vocabulary_path.path={vocabulary_file}",
     ]
     tool("inspect_task").main(arguments)

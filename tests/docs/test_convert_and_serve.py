@@ -68,7 +68,7 @@ def greedy(folder: Path, messages: list[dict], count: int) -> str:
     while len(ids) < len(prompt) + count and ids[-1] not in (tokenizer.im_end_id, tokenizer.endoftext_id):
         padded = jnp.asarray([ids + [0] * (len(prompt) + count - len(ids))])
         ids.append(int(forward({"params": params}, padded)[0, len(ids) - 1].argmax()))
-    return tokenizer.decode([i for i in ids[len(prompt):] if i < tokenizer.num_ranks])
+    return tokenizer.decode([i for i in ids[len(prompt) :] if i < tokenizer.num_ranks])
 
 
 def test_the_page_on_serving(folder):

@@ -67,7 +67,7 @@ def test_greedy_equals_transformers_token_for_token(run_folder, engine, tokenize
                 whole = theirs.generate(
                     torch.tensor([ids]), max_new_tokens=40, do_sample=False, repetition_penalty=penalty
                 )
-            generated = whole[0, len(ids):].tolist()
+            generated = whole[0, len(ids) :].tolist()
             end = next((i + 1 for i, token in enumerate(generated) if token in stop), len(generated))
             assert list(result.tokens) == generated[:end]
         assert len({token for result in results for token in result.tokens}) > 20
@@ -152,7 +152,14 @@ def test_the_cache_is_updated_in_place(loaded):
     state = programs.empty_state(None, model.config, 16, 256)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
     lowered = programs.generate.lower(
-        None, model.config, engine.params, state, np.ones(16, bool), rules_of([None] * 16), np.int32(1), np.int32(0),
+        None,
+        model.config,
+        engine.params,
+        state,
+        np.ones(16, bool),
+        rules_of([None] * 16),
+        np.int32(1),
+        np.int32(0),
         True,
     )
     memory = lowered.compile().memory_analysis()
@@ -227,13 +234,18 @@ def test_draws_follow_the_seed_and_new_weights(loaded):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([], 5), "request 1: the prompt is empty"), (Request([464], 5), r"id 464, outside \[0, 464\)"),
+        (Request([], 5), "request 1: the prompt is empty"),
+        (Request([464], 5), r"id 464, outside \[0, 464\)"),
         (Request([1], 256), "prompt of 1 tokens . 256 new ones.*at most 256 tokens, the model's max_length of 256"),
-        (Request("text", 5), "found text: encode it"), (Request([1.5], 5), "must be integers, found float64"),
-        (Request([[1]], 5), r"array of shape \[1, 1\]"), (Request([1], 5, stop_ids=[9999]), "stop_ids has the id 9999"),
+        (Request("text", 5), "found text: encode it"),
+        (Request([1.5], 5), "must be integers, found float64"),
+        (Request([[1]], 5), r"array of shape \[1, 1\]"),
+        (Request([1], 5, stop_ids=[9999]), "stop_ids has the id 9999"),
         (Request([1], 0), "max_new_tokens must be an integer of at least 1, found 0"),
-        (Request([1], 5, seed=-1), "seed must be"), (Request([1], 5, stop_strings=[""]), "that are not empty"),
-        (Request([1], 5, stop_strings="ab"), "sequence of strings"), ([1, 2], "expected a Request, found list"),
+        (Request([1], 5, seed=-1), "seed must be"),
+        (Request([1], 5, stop_strings=[""]), "that are not empty"),
+        (Request([1], 5, stop_strings="ab"), "sequence of strings"),
+        ([1, 2], "expected a Request, found list"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(engine, request_, message):

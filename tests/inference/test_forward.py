@@ -41,7 +41,8 @@ def test_a_padded_row_is_what_it_is_alone(tiny):
 @pytest.mark.parametrize(
     ("tokens", "lengths", "message"),
     [
-        ([1, 2], None, r"found int32 \[2\]"), ([[1.0]], None, "found float32"),
+        ([1, 2], None, r"found int32 \[2\]"),
+        ([[1.0]], None, "found float32"),
         (np.zeros((1, 0), int), None, r"\[1, 0\]"),
         ([[1, 2]], [1, 2], r"lengths must be integers \[1\]"),
     ],

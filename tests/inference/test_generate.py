@@ -62,9 +62,14 @@ def test_a_stop_string_ends_it(run_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": ""}, "empty"), ({"prompt": "a" * 300}, "max_length of 256"),
-        ({"max_new_tokens": 0}, "at least 1"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty"), ({"stop": [""]}, "stop_strings"), ({"seed": -1}, "seed"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "a" * 300}, "max_length of 256"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": [""]}, "stop_strings"),
+        ({"seed": -1}, "seed"),
         ({"checkpoint": "nowhere"}, "nowhere is not a folder"),
     ],
 )

@@ -74,17 +74,25 @@ def test_every_length_predicts_the_same_tokens_from_what_its_window_holds(tool, 
 
 def test_a_task_gives_its_held_out_documents(tool, run_folder, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tool, "measure", lambda *_: tool.REPORT)
-    tool.main([
-        f"--checkpoint={run_folder}", "--task=local_files", "--tokens=128", f"--output={tmp_path / 'table.png'}",
-        f"--gin.local_files.pattern={text}/*.txt", "--gin.local_files.validation_share=0.99", "--shortest_window=4",
-    ])
+    tool.main(
+        [
+            f"--checkpoint={run_folder}",
+            "--task=local_files",
+            "--tokens=128",
+            f"--output={tmp_path / 'table.png'}",
+            f"--gin.local_files.pattern={text}/*.txt",
+            "--gin.local_files.validation_share=0.99",
+            "--shortest_window=4",
+        ]
+    )
     assert "128 tokens in 1 stretches; windows from the lowest layer: (4, 66, 128)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--training_length=128"], "the 1,025 tokens that one stretch takes"), (["--training_length=7"], "even"),
+        (["--training_length=128"], "the 1,025 tokens that one stretch takes"),
+        (["--training_length=7"], "even"),
         (["--shortest_window=129"], "between 1 and 128"),
     ],
 )

@@ -74,8 +74,12 @@ def test_a_row_draws_by_its_own_rules_seed_and_position_alone():
     logits = jnp.asarray(np.random.default_rng(3).standard_normal((6, 700)), jnp.float32)
     seen = jnp.asarray(np.random.default_rng(4).random((6, 700)) < 0.1)
     configs = [
-        SamplingConfig(), SamplingConfig(1.0), SamplingConfig(0.7, 50, 0.9), SamplingConfig(2.0, 600, 0.99, 1.5),
-        SamplingConfig(1.0, 0, 0.99), SamplingConfig(repetition_penalty=3.0),
+        SamplingConfig(),
+        SamplingConfig(1.0),
+        SamplingConfig(0.7, 50, 0.9),
+        SamplingConfig(2.0, 600, 0.99, 1.5),
+        SamplingConfig(1.0, 0, 0.99),
+        SamplingConfig(repetition_penalty=3.0),
     ]
     positions = jnp.arange(6) * 10
     together, log_probs = next_tokens(logits, seen, rows(*configs), positions)
@@ -101,8 +105,13 @@ def test_a_token_without_probability_is_never_drawn():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ((-1.0,), "temperature"), ((float("nan"),), "temperature"), ((1.0, -2), "top_k"), ((1.0, 2.5), "top_k"),
-        ((1.0, 0, 0.0), "top_p"), ((1, 0, 1.5), "top_p"), ((1, 0, 1, 0.0), "repetition_penalty"),
+        ((-1.0,), "temperature"),
+        ((float("nan"),), "temperature"),
+        ((1.0, -2), "top_k"),
+        ((1.0, 2.5), "top_k"),
+        ((1.0, 0, 0.0), "top_p"),
+        ((1, 0, 1.5), "top_p"),
+        ((1, 0, 1, 0.0), "repetition_penalty"),
     ],
 )
 def test_values_out_of_range_are_refused(values, named):

@@ -163,8 +163,10 @@ def test_generation_may_reach_eight_training_lengths_with_dynamic_ntk_only():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"window_sizes": (4, 4)}, "each of the 3 layers, found 2"), ({"window_sizes": (4, -1, 4)}, "found -1"),
-        ({"window_sizes": (4, 2.5, 4)}, "found 2.5"), ({"use_logn": True, "max_length": 1}, "use_logn"),
+        ({"window_sizes": (4, 4)}, "each of the 3 layers, found 2"),
+        ({"window_sizes": (4, -1, 4)}, "found -1"),
+        ({"window_sizes": (4, 2.5, 4)}, "found 2.5"),
+        ({"use_logn": True, "max_length": 1}, "use_logn"),
         ({"window_sizes": 256}, "window_sizes"),
     ],
 )

@@ -63,13 +63,16 @@ def test_every_device_calls_it_on_its_own_rows_and_heads(layout, packed, cudnn_l
     assert len(calls) == 2 and all(f"tensor<1x{LENGTH}x2x64xbf16>" in line for line in calls)
 
 
-@pytest.mark.parametrize(("changes", "shape", "packed", "message"), [
-    ({"dtype": "float32"}, {}, False, "ModelConfig.dtype is float32"),
-    ({"attention_dropout": 0.1}, {}, False, "attention_dropout is 0.1"),
-    ({"head_dim": 160}, {}, False, "head_dim is 160"),
-    ({}, {"sequence": 2}, False, "MeshConfig.sequence is 2"),
-    ({}, {"data": 2}, True, "MeshConfig.data is 2"),
-])
+@pytest.mark.parametrize(
+    ("changes", "shape", "packed", "message"),
+    [
+        ({"dtype": "float32"}, {}, False, "ModelConfig.dtype is float32"),
+        ({"attention_dropout": 0.1}, {}, False, "attention_dropout is 0.1"),
+        ({"head_dim": 160}, {}, False, "head_dim is 160"),
+        ({}, {"sequence": 2}, False, "MeshConfig.sequence is 2"),
+        ({}, {"data": 2}, True, "MeshConfig.data is 2"),
+    ],
+)
 def test_what_it_cannot_do_is_refused(changes, shape, packed, message):
     device = types.SimpleNamespace(platform="gpu")
     mesh = types.SimpleNamespace(devices=np.array([device]), shape=shape)

@@ -13,9 +13,9 @@ from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 LENGTH = 256
-SMALL_BLOCKS = AttentionBlocks(**dict.fromkeys(
-    ("query", "key", "key_step", "backward_query", "backward_key", "backward_key_step"), 128
-))
+SMALL_BLOCKS = AttentionBlocks(
+    **dict.fromkeys(("query", "key", "key_step", "backward_query", "backward_key", "backward_key_step"), 128)
+)
 
 
 def inputs(batch, heads, kv_heads, packed, head_dim=16):
@@ -80,9 +80,13 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("platform", "changes", "length", "kernel"),
     [
-        ("tpu", {}, 2048, "splash"), ("cpu", {}, 2048, "xla"), ("tpu", {"attention_kernel": "xla"}, 2048, "xla"),
-        ("tpu", {}, 100, "xla"), ("tpu", {"head_dim": 64}, 2048, "xla"),
-        ("tpu", {"attention_dropout": 0.1}, 2048, "xla"), ("gpu", {}, 100, "cudnn"),
+        ("tpu", {}, 2048, "splash"),
+        ("cpu", {}, 2048, "xla"),
+        ("tpu", {"attention_kernel": "xla"}, 2048, "xla"),
+        ("tpu", {}, 100, "xla"),
+        ("tpu", {"head_dim": 64}, 2048, "xla"),
+        ("tpu", {"attention_dropout": 0.1}, 2048, "xla"),
+        ("gpu", {}, 100, "cudnn"),
         ("gpu", {"dtype": "float32"}, 2048, "xla"),
     ],
 )
@@ -93,7 +97,8 @@ def test_auto_is_the_platforms_kernel_where_it_can_run(platform, changes, length
 @pytest.mark.parametrize(
     ("platform", "changes", "length", "message"),
     [
-        ("cpu", {}, 2048, "the devices are cpus"), ("tpu", {}, 100, "multiple of 128 tokens, and these have 100"),
+        ("cpu", {}, 2048, "the devices are cpus"),
+        ("tpu", {}, 100, "multiple of 128 tokens, and these have 100"),
         ("tpu", {"head_dim": 64}, 2048, "ModelConfig.head_dim is 64"),
         ("tpu", {"attention_dropout": 0.1}, 2048, "attention_dropout is 0.1"),
     ],

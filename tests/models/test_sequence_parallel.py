@@ -10,9 +10,9 @@ from qwen_jax.models.config import AttentionBlocks
 from qwen_jax.models.sequence_parallel import balance, balanced_positions, unbalance
 from qwen_jax.sharding import MeshConfig, make_mesh, spec, sum_over_copies, use_mesh
 
-BLOCKS = AttentionBlocks(**dict.fromkeys(
-    ("query", "key", "key_step", "backward_query", "backward_key", "backward_key_step"), 128
-))
+BLOCKS = AttentionBlocks(
+    **dict.fromkeys(("query", "key", "key_step", "backward_query", "backward_key", "backward_key_step"), 128)
+)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8, 16])
@@ -58,11 +58,15 @@ def gradients(attention, arrays, rows):
     return {"output": output, **gradient}
 
 
-@pytest.mark.parametrize(("layout", "length", "packed"), [
-    ({"fsdp": 2, "tensor": 2, "sequence": 2}, 512, True),
-    pytest.param({"fsdp": 2, "sequence": 4}, 1024, True, marks=pytest.mark.slow),
-    pytest.param({"fsdp": 1, "sequence": 8}, 2048, False, marks=pytest.mark.slow),
-], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "length", "packed"),
+    [
+        ({"fsdp": 2, "tensor": 2, "sequence": 2}, 512, True),
+        pytest.param({"fsdp": 2, "sequence": 4}, 1024, True, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 1, "sequence": 8}, 2048, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_tpu_kernel_on_split_rows_equals_the_reference(layout, length, packed):
     arrays, rows = inputs(length, packed)
 

@@ -17,7 +17,13 @@ RELEASED = {"1_8b": 1_836_828_672, "7b": 7_721_324_544, "14b": 14_167_290_880, "
 
 def tiny_config(**changes) -> ModelConfig:
     values = dict(
-        vocab_size=97, hidden_size=48, num_layers=3, num_heads=4, ffn_size=80, head_dim=12, max_length=64,
+        vocab_size=97,
+        hidden_size=48,
+        num_layers=3,
+        num_heads=4,
+        ffn_size=80,
+        head_dim=12,
+        max_length=64,
         dtype="float32",
     )
     return ModelConfig(**{**values, **changes})
@@ -84,8 +90,11 @@ def test_packed_documents_do_not_see_each_other():
     model, params = make(tiny_config())
     first, second = tokens_of(1, 7, 1), tokens_of(1, 9, 2)
     packed = forward(
-        model, params, jnp.concatenate([first, second], 1),
-        segment_ids=jnp.asarray([[1] * 7 + [2] * 9]), positions=jnp.asarray([[*range(7), *range(9)]]),
+        model,
+        params,
+        jnp.concatenate([first, second], 1),
+        segment_ids=jnp.asarray([[1] * 7 + [2] * 9]),
+        positions=jnp.asarray([[*range(7), *range(9)]]),
     )
     apart = [forward(model, params, part) for part in (first, second)]
     np.testing.assert_allclose(packed, jnp.concatenate(apart, 1), atol=2e-5)
@@ -151,8 +160,11 @@ def test_initial_weights_have_the_released_spread():
     params = nn.meta.unbox(jax.jit(Qwen(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     layers = params["layers"]
     for leaf, std in (
-        (params["token_embedding"], 0.02), (params["output"], 0.02), (layers["attention"]["query"]["kernel"], 0.02),
-        (layers["mlp"]["up"]["kernel"], 0.02), (layers["mlp"]["down"]["kernel"], 0.02 / 8**0.5),
+        (params["token_embedding"], 0.02),
+        (params["output"], 0.02),
+        (layers["attention"]["query"]["kernel"], 0.02),
+        (layers["mlp"]["up"]["kernel"], 0.02),
+        (layers["mlp"]["down"]["kernel"], 0.02 / 8**0.5),
         (layers["attention"]["output"]["kernel"], 0.02 / 8**0.5),
     ):
         assert abs(float(jnp.std(leaf)) / std - 1) < 0.02
@@ -164,8 +176,11 @@ def test_initial_weights_have_the_released_spread():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_kv_heads": 3}, "num_kv_heads"), ({"head_dim": 13}, "head_dim"), ({"dtype": "float16"}, "dtype"),
-        ({"remat": "some"}, "remat"), ({"attention_kernel": "flash"}, "attention_kernel"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"head_dim": 13}, "head_dim"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"remat": "some"}, "remat"),
+        ({"attention_kernel": "flash"}, "attention_kernel"),
         ({"num_layers": 0}, "num_layers"),
     ],
 )

@@ -24,8 +24,14 @@ from qwen_jax.training.program import compile_run
 from tests.fakes import small_model
 
 V5E = HardwareConfig(
-    name="TPU v5e", topology="v5e:4x4", wrap=(False, False, False), hbm_gib=15.75, peak_tflops=197, hbm_gbps=819,
-    link_gbps=180, clock_ghz=1.5,
+    name="TPU v5e",
+    topology="v5e:4x4",
+    wrap=(False, False, False),
+    hbm_gib=15.75,
+    peak_tflops=197,
+    hbm_gbps=819,
+    link_gbps=180,
+    clock_ghz=1.5,
 )
 # Four trips of a loop (its length is only in its condition): a product of [8, 128] by [128, 256] fused with an
 # all-gather that overlaps it, written twice as one chain; an attention kernel; a gather started and awaited. Then an
@@ -169,11 +175,22 @@ def test_numbers_are_those_of_the_yardstick(text, yardstick):
 def test_a_tpu_program_has_the_numbers_of_the_yardstick(tmp_path, yardstick, plain_environment, root):
     done = subprocess.run(
         [
-            sys.executable, "tools/compile_for_tpu.py", "--gin_file=gin/models/tiny.gin",
-            "--gin_file=gin/runs/pretrain.gin", "--gin_file=gin/hardware/v5e_16.gin", "--json", tmp_path / "a.json",
-            "--hlo", tmp_path / "a.hlo", "--log", tmp_path / "a.log",
+            sys.executable,
+            "tools/compile_for_tpu.py",
+            "--gin_file=gin/models/tiny.gin",
+            "--gin_file=gin/runs/pretrain.gin",
+            "--gin_file=gin/hardware/v5e_16.gin",
+            "--json",
+            tmp_path / "a.json",
+            "--hlo",
+            tmp_path / "a.hlo",
+            "--log",
+            tmp_path / "a.log",
         ],
-        capture_output=True, text=True, env=plain_environment, cwd=root,
+        capture_output=True,
+        text=True,
+        env=plain_environment,
+        cwd=root,
     )
     assert done.returncode == 0, done.stderr
     text, log = (tmp_path / "a.hlo").read_text(), (tmp_path / "a.log").read_text(errors="replace")

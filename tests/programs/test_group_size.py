@@ -13,14 +13,17 @@ ENTRY %main (x: f32[4]) -> f32[4] {{
 """
 
 
-@pytest.mark.parametrize(("groups", "size"), [
-    ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
-    ("replica_groups=[4,2]<=[4,2]T(1,0)", 2),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1':(1)2}", 4),
-    ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", 4),
-    ("replica_groups={}", 8),
-])
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups=[4,2]<=[4,2]T(1,0)", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1':(1)2}", 4),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", 4),
+        ("replica_groups={}", 8),
+    ],
+)
 def test_group_sizes(groups, size):
     program = Program(PROGRAM.format(groups=groups))
     assert group_size(program.entry.by_name["sum"], program.partitions) == size

@@ -20,7 +20,10 @@ from qwen_jax.models.config import REMAT_POLICIES
 ROOT = Path(__file__).resolve().parent.parent.parent
 gin.configurable(train.train)
 COMMAND = [
-    sys.executable, "tools/compile_for_tpu.py", "--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin",
+    sys.executable,
+    "tools/compile_for_tpu.py",
+    "--gin_file=gin/models/tiny.gin",
+    "--gin_file=gin/runs/pretrain.gin",
     "--gin_file=gin/hardware/v5e_16.gin",
 ]
 
@@ -30,7 +33,10 @@ COMMAND = [
 def test_a_run_compiles_for_sixteen_chips(tmp_path, plain_environment, root):
     done = subprocess.run(
         [*COMMAND, "--json", tmp_path / "report.json"],
-        capture_output=True, text=True, env=plain_environment, cwd=root,
+        capture_output=True,
+        text=True,
+        env=plain_environment,
+        cwd=root,
     )
     assert done.returncode == 0, done.stderr
     assert "of 15.75 GiB" in done.stdout and "fits" in done.stdout and "attention by splash" in done.stdout
@@ -50,7 +56,10 @@ def test_a_run_compiles_for_sixteen_chips(tmp_path, plain_environment, root):
 def test_an_unknown_topology_is_one_line(plain_environment, root):
     done = subprocess.run(
         [*COMMAND, "--gin.HardwareConfig.topology=v9z:1x1"],
-        capture_output=True, text=True, env=plain_environment, cwd=root,
+        capture_output=True,
+        text=True,
+        env=plain_environment,
+        cwd=root,
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "v9z:1x1" in errors[0] and "Traceback" not in done.stderr
@@ -60,8 +69,10 @@ def test_an_unknown_topology_is_one_line(plain_environment, root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a model, a run and the hardware"), (COMMAND[2:3], "name a model, a run and the hardware"),
-        (COMMAND[3:], "MODEL_SIZE is not set"), (COMMAND[2:4], "one of gin/hardware/tpu7x_64.gin, gin/hardware/v5e_16"),
+        ([], "name a model, a run and the hardware"),
+        (COMMAND[2:3], "name a model, a run and the hardware"),
+        (COMMAND[3:], "MODEL_SIZE is not set"),
+        (COMMAND[2:4], "one of gin/hardware/tpu7x_64.gin, gin/hardware/v5e_16"),
         ([*COMMAND[2:], "--gin.HardwareConfig.hbm_gib=much"], "hbm_gib must be a positive number, found 'much'"),
     ],
 )
@@ -74,7 +85,10 @@ def test_what_is_missing_or_no_number_is_named(root, monkeypatch, arguments, mes
 
 def test_hardware_without_descriptions_is_one_line(plain_environment, root):
     done = subprocess.run(
-        [*COMMAND[:-1], "--gin_file=gin/hardware/h200_8.gin"], capture_output=True, text=True, env=plain_environment,
+        [*COMMAND[:-1], "--gin_file=gin/hardware/h200_8.gin"],
+        capture_output=True,
+        text=True,
+        env=plain_environment,
         cwd=root,
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -91,9 +105,16 @@ def compile_here(root, monkeypatch, tmp_path, capsys):
     def compile_it(*flags):
         gin.clear_config()
         small = {
-            "BATCH_SIZE": 16, "SEQUENCE_LENGTH": 32, "ModelConfig.num_layers": 2, "ModelConfig.hidden_size": 64,
-            "ModelConfig.head_dim": 32, "ModelConfig.ffn_size": 128, "ModelConfig.vocab_size": 512,
-            "ModelConfig.attention_kernel": "xla", "ModelConfig.dtype": "float32", "train.compiler_options": None,
+            "BATCH_SIZE": 16,
+            "SEQUENCE_LENGTH": 32,
+            "ModelConfig.num_layers": 2,
+            "ModelConfig.hidden_size": 64,
+            "ModelConfig.head_dim": 32,
+            "ModelConfig.ffn_size": 128,
+            "ModelConfig.vocab_size": 512,
+            "ModelConfig.attention_kernel": "xla",
+            "ModelConfig.dtype": "float32",
+            "train.compiler_options": None,
         }
         settings = [f"--gin.{name}={value}" for name, value in small.items()]
         report = tmp_path / "made" / "report.json"
@@ -134,7 +155,8 @@ def test_what_does_not_fit_has_its_own_exit_code(compile_here):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gin.MeshConfig.tensor=3"], "does not divide 8 device"), (["--gin.BATCH_SIZE=9"], "multiple of 8"),
+        (["--gin.MeshConfig.tensor=3"], "does not divide 8 device"),
+        (["--gin.BATCH_SIZE=9"], "multiple of 8"),
         (["--gin.MeshConfig.tensor=8", "--gin.ModelConfig.num_kv_heads=2"], "the mesh does not divide the model"),
     ],
 )

@@ -21,14 +21,23 @@ def tool(root, monkeypatch):
 
 def report(low, high, gib, limit=15):
     return {
-        "fits": gib <= limit, "memory_need_bytes": gib * 2**30, "memory_limit_bytes": limit * 2**30,
-        "seconds": {"low": low, "high": high}, "tokens_per_second_per_chip": {"low": 1, "high": 2},
-        "mfu": {"low": 0.4, "high": 0.5}, "wire_bytes": 3, "least_wire_bytes": 2, "executed_flops": 5, "model_flops": 4,
+        "fits": gib <= limit,
+        "memory_need_bytes": gib * 2**30,
+        "memory_limit_bytes": limit * 2**30,
+        "seconds": {"low": low, "high": high},
+        "tokens_per_second_per_chip": {"low": 1, "high": 2},
+        "mfu": {"low": 0.4, "high": 0.5},
+        "wire_bytes": 3,
+        "least_wire_bytes": 2,
+        "executed_flops": 5,
+        "model_flops": 4,
     }
 
 
 COMPILED = {
-    "remat=none": report(1.0, 1.1, 20), "remat=minimal": report(1.3, 1.4, 14), "remat=full": report(1.2, 2.0, 5),
+    "remat=none": report(1.0, 1.1, 20),
+    "remat=minimal": report(1.3, 1.4, 14),
+    "remat=full": report(1.2, 2.0, 5),
     "remat=dots": {"error": "the compiler gave up: INTERNAL"},
 }
 
@@ -42,7 +51,10 @@ def test_what_fits_is_ranked_and_the_rest_is_told(tool, tmp_path, capsys):
     assert [row["variant"] for row in tool.ranked(list(results.by_name.values()))] == ["remat=minimal", "remat=full"]
     lines = tool.table(variants, results).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| remat=minimal", "| remat=full", "| remat=none", "| remat=dots"
+        "| remat=minimal",
+        "| remat=full",
+        "| remat=none",
+        "| remat=dots",
     ]
 
 
@@ -95,14 +107,21 @@ def test_a_sweep_that_is_killed_goes_on(tool, root, tmp_path):
 
 def test_the_variants_are_all_combinations(tool):
     axes = [
-        tool.remat_choices("full,none"), tool.accumulation_choices("1,2"), tool.block_choices("512,256x1024"),
+        tool.remat_choices("full,none"),
+        tool.accumulation_choices("1,2"),
+        tool.block_choices("512,256x1024"),
         tool.other_choices("MeshConfig.tensor=1|2"),
     ]
     variants = tool.all_variants(axes)
     assert len(variants) == len({variant.name for variant in variants}) == 16
     assert variants[-1].name == "remat=none accumulation=2 blocks=256x1024 tensor=2"
-    assert {"ModelConfig.remat=none", "ACCUMULATION_STEPS=2", "MeshConfig.tensor=2", "AttentionBlocks.query=256",
-            "AttentionBlocks.backward_key_step=1024"} <= set(variants[-1].bindings)
+    assert {
+        "ModelConfig.remat=none",
+        "ACCUMULATION_STEPS=2",
+        "MeshConfig.tensor=2",
+        "AttentionBlocks.query=256",
+        "AttentionBlocks.backward_key_step=1024",
+    } <= set(variants[-1].bindings)
     assert tool.all_variants([tool.remat_choices("full"), tool.block_choices(None)])[0].name == "remat=full"
 
 
@@ -110,8 +129,10 @@ def test_the_variants_are_all_combinations(tool):
     ("flags", "message"),
     [
         (["--remat=everything"], "no policy 'everything'; there are none, dots"),
-        (["--accumulation=1,0"], "found '0'"), (["--blocks=100"], "multiples of 128, found '100'"),
-        (["--vary=MeshConfig.tensor"], "expected NAME=VALUE"), (["--timeout=0"], "positive number of seconds"),
+        (["--accumulation=1,0"], "found '0'"),
+        (["--blocks=100"], "multiples of 128, found '100'"),
+        (["--vary=MeshConfig.tensor"], "expected NAME=VALUE"),
+        (["--timeout=0"], "positive number of seconds"),
     ],
 )
 def test_wrong_choices_are_named_before_anything_is_compiled(tool, tmp_path, flags, message):
@@ -125,8 +146,18 @@ FILES = ["--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin"]
 
 def test_what_cannot_be_compiled_as_asked_ends_the_sweep_with_one_line(tmp_path, plain_environment, root):
     done = subprocess.run(
-        [sys.executable, "tools/sweep_programs.py", *FILES, "--gin_file=gin/hardware/h200.gin", "--remat=full",
-         f"--output={tmp_path}"], capture_output=True, text=True, env=plain_environment, cwd=root,
+        [
+            sys.executable,
+            "tools/sweep_programs.py",
+            *FILES,
+            "--gin_file=gin/hardware/h200.gin",
+            "--remat=full",
+            f"--output={tmp_path}",
+        ],
+        capture_output=True,
+        text=True,
+        env=plain_environment,
+        cwd=root,
     )
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "remat=full: NVIDIA H200" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "results.jsonl").exists()
@@ -136,7 +167,11 @@ def test_what_cannot_be_compiled_as_asked_ends_the_sweep_with_one_line(tmp_path,
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (jax[tpu])")
 def test_a_sweep_for_sixteen_chips(tmp_path, plain_environment, root):
     command = [
-        sys.executable, "tools/sweep_programs.py", *FILES, "--gin_file=gin/hardware/v5e_16.gin", "--remat=full,none",
+        sys.executable,
+        "tools/sweep_programs.py",
+        *FILES,
+        "--gin_file=gin/hardware/v5e_16.gin",
+        "--remat=full,none",
         f"--output={tmp_path}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=plain_environment, cwd=root)

@@ -37,8 +37,15 @@ Exchange = collections.namedtuple("Exchange", "kind dtype shape group times")
 def compiled(accumulation=1, columns=(), remat="full", **layout):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **layout}), jax.devices()[: math.prod(layout.values())])
     return compile_run(
-        Qwen(dataclasses.replace(MODEL, remat=remat)), next_token_loss, OptimizerConfig(1e-3), 10, mesh,
-        batch_size=BATCH, sequence_length=LENGTH, accumulation=accumulation, columns=columns,
+        Qwen(dataclasses.replace(MODEL, remat=remat)),
+        next_token_loss,
+        OptimizerConfig(1e-3),
+        10,
+        mesh,
+        batch_size=BATCH,
+        sequence_length=LENGTH,
+        accumulation=accumulation,
+        columns=columns,
     )
 
 
@@ -62,14 +69,15 @@ def large(program):
 
 def elements(found, kind, group=None):
     return sum(
-        math.prod(exchange.shape) * exchange.times for exchange in found
+        math.prod(exchange.shape) * exchange.times
+        for exchange in found
         if exchange.kind == kind and group in (None, exchange.group)
     )
 
 
-@pytest.mark.parametrize("remat", [
-    "minimal", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("dots", "qkv", "attention"))
-])
+@pytest.mark.parametrize(
+    "remat", ["minimal", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("dots", "qkv", "attention"))]
+)
 def test_no_remat_policy_keeps_gathered_parameters(remat):
     """They are gathered again, or the model would be held whole. Only "none" keeps them, as it does everything."""
     found = large(compiled(fsdp=8, remat=remat))

@@ -48,7 +48,9 @@ print(json.dumps({"parameters": parameter_count(model), "between": between, "gat
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (jax[tpu])")
 def test_between_slices_only_sharded_gradients_cross_once(root):
     environment = {
-        **os.environ, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu",
+        **os.environ,
+        "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
     }
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, cwd=root)

@@ -35,7 +35,9 @@ def test_long_rows_over_a_sequence_axis():
 
 
 @given(
-    st.integers(1, 96), st.sampled_from([8, 16, 128]), st.integers(1, 600),
+    st.integers(1, 96),
+    st.sampled_from([8, 16, 128]),
+    st.integers(1, 600),
     st.sampled_from([(1, 1, 1, 1), (2, 2, 1, 1), (1, 2, 2, 2), (1, 8, 1, 1)]),
 )
 def test_parts_are_the_fewest_that_fit(rows, length, limit, layout):

@@ -43,8 +43,11 @@ def compiled_loss(tokens, at_a_time, monkeypatch, gradients=True):
     def loss(hidden, kernel, targets, weights):
         return objectives.cross_entropy_sums(hidden, kernel, targets, weights)["loss"]
 
-    shapes = ((4, tokens // 4, 16), jnp.float32), ((16, 4096), jnp.float32), ((4, tokens // 4), jnp.int32), (
-        (4, tokens // 4), jnp.float32
+    shapes = (
+        ((4, tokens // 4, 16), jnp.float32),
+        ((16, 4096), jnp.float32),
+        ((4, tokens // 4), jnp.int32),
+        ((4, tokens // 4), jnp.float32),
     )
     function = jax.value_and_grad(loss, (0, 1)) if gradients else loss
     return jax.jit(function).lower(*[jax.ShapeDtypeStruct(*shape) for shape in shapes]).compile()

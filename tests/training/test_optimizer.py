@@ -21,7 +21,9 @@ def test_updates_equal_torch():
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
     adamw = torch.optim.AdamW(
         [{"params": [theirs["kernel"]], "weight_decay": 0.1}, {"params": [theirs["bias"]], "weight_decay": 0.0}],
-        lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
     )
     for scale in (0.01, 3.0, 1.0, 0.1, 10.0):  # clipped and not
         gradient = {n: scale * random.standard_normal(v.shape).astype(np.float32) for n, v in params.items()}
@@ -62,8 +64,12 @@ def test_weight_decay_touches_matrices_only():
     decayed = {path_name(path) for path, on in jax.tree_util.tree_leaves_with_path(mask) if on}
     spared = {path_name(path) for path, on in jax.tree_util.tree_leaves_with_path(mask) if not on}
     assert spared == {
-        "final_norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale", "layers/attention/query/bias",
-        "layers/attention/key/bias", "layers/attention/value/bias",
+        "final_norm/scale",
+        "layers/attention_norm/scale",
+        "layers/mlp_norm/scale",
+        "layers/attention/query/bias",
+        "layers/attention/key/bias",
+        "layers/attention/value/bias",
     }
     assert {"token_embedding", "output", "layers/mlp/down/kernel", "layers/attention/query/kernel"} <= decayed
 
@@ -87,8 +93,12 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="peak_learning_rate"):
         OptimizerConfig(0.0)
     for field, value in (
-        ("peak_learning_rate", "3e-4x"), ("clip_norm", 0), ("weight_decay", -0.1), ("beta2", float("nan")),
-        ("warmup_steps", -1), ("warmup_steps", 1.5),
+        ("peak_learning_rate", "3e-4x"),
+        ("clip_norm", 0),
+        ("weight_decay", -0.1),
+        ("beta2", float("nan")),
+        ("warmup_steps", -1),
+        ("warmup_steps", 1.5),
     ):
         with pytest.raises(ValueError, match=f"OptimizerConfig.{field} must be .* found {value!r}"):
             OptimizerConfig(**{"peak_learning_rate": 1e-3, field: value})

@@ -79,20 +79,39 @@ def trainer(folder, cache=CompilationCache(None), **loop):
     config = small_model()
     write_run_files(folder, config, None)
     return Trainer(
-        Qwen(config), next_token_loss, OptimizerConfig(1e-2, warmup_steps=2),
+        Qwen(config),
+        next_token_loss,
+        OptimizerConfig(1e-2, warmup_steps=2),
         LoopConfig(train_steps=5, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=100, **loop),
-        make_mesh(MeshConfig(), jax.devices()[:1]), FakeExamples(), None, folder, cache=cache,
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        FakeExamples(),
+        None,
+        folder,
+        cache=cache,
     )
 
 
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        (TPU_MESSAGE, ["Used 22.31G of 15.75G hbm", "transpose/dot_general f32[4096,2,151936]{2,1,0:T(8,128)} 9.27G",
-                       "; bf16[4096,2,151936]{2,1,0:T(8,128)(2,1)} 4.64G", "mlp/up bf16[8192,2,22016]{2,1,0} 2.00G"]),
+        (
+            TPU_MESSAGE,
+            [
+                "Used 22.31G of 15.75G hbm",
+                "transpose/dot_general f32[4096,2,151936]{2,1,0:T(8,128)} 9.27G",
+                "; bf16[4096,2,151936]{2,1,0:T(8,128)(2,1)} 4.64G",
+                "mlp/up bf16[8192,2,22016]{2,1,0} 2.00G",
+            ],
+        ),
         (SHORT_TPU_MESSAGE, ["(61.02G) exceeds available HBM (15.75G)", "params/output float32[1024, 512] 2.00 MiB"]),
-        (LONG_GPU_MESSAGE, ["allocate 6291456 bytes", "jit(train_step)/reduce_sum[axes=(2,)] f32[128,256,768] 96.00MiB",
-                            "; f32[256,128,3] 384.0KiB"]),
+        (
+            LONG_GPU_MESSAGE,
+            [
+                "allocate 6291456 bytes",
+                "jit(train_step)/reduce_sum[axes=(2,)] f32[128,256,768] 96.00MiB",
+                "; f32[256,128,3] 384.0KiB",
+            ],
+        ),
         (GPU_MESSAGE, ["17179869184 bytes", "params/output float32", "MiB"]),
     ],
     ids=["older TPU", "TPU", "GPU", "GPU without a list"],

@@ -76,7 +76,13 @@ def test_options_that_the_compiler_does_not_take_are_refused(options, message):
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with pytest.raises(ValueError, match=message):
         compile_run(
-            Qwen(small_model()), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16,
+            Qwen(small_model()),
+            next_token_loss,
+            OptimizerConfig(1e-3),
+            10,
+            mesh,
+            batch_size=8,
+            sequence_length=16,
             compiler_options=options,
         )
 
@@ -95,8 +101,12 @@ def test_a_state_that_cannot_fit_is_refused_before_compiling():
 
 @pytest.mark.parametrize(
     ("layout", "kinds"),
-    [((1, 1, 1), set()), ((8, 1, 1), {"all-reduce"}), ((1, 8, 1), {"all-gather", "reduce-scatter"}),
-     ((2, 2, 2), {"all-gather", "reduce-scatter", "all-reduce"})],
+    [
+        ((1, 1, 1), set()),
+        ((8, 1, 1), {"all-reduce"}),
+        ((1, 8, 1), {"all-gather", "reduce-scatter"}),
+        ((2, 2, 2), {"all-gather", "reduce-scatter", "all-reduce"}),
+    ],
 )
 def test_no_program_moves_less_than_its_layout_needs(layout, kinds):
     """The least, in float32 here, is what the compiled step moves at least, and not far from what it moves."""

@@ -86,7 +86,8 @@ def test_by_default_nothing_is_skipped_and_the_update_is_the_optimizer_s_own():
 @settings(deadline=None, max_examples=20)
 @given(
     norms=st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0, 4.0, 50.0, BAD, float("inf")]), min_size=1, max_size=40),
-    factor=st.sampled_from([1.5, 20.0]), least=st.sampled_from([1, 4]),
+    factor=st.sampled_from([1.5, 20.0]),
+    least=st.sampled_from([1, 4]),
 )
 def test_spikes_are_judged_by_the_median_of_the_updates_that_were_made(norms, factor, least):
     config = SkipConfig(nonfinite=True, spike_factor=factor, least_history=least)
@@ -106,10 +107,15 @@ def test_the_window_forgets_what_is_older():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"spike_factor": 1.0}, "spike_factor"), ({"least_history": 0}, "least_history"),
-     ({"least_history": 129}, "least_history"), ({"most_in_a_row": 0}, "most_in_a_row"),
-     ({"nonfinite": "false"}, "nonfinite must be True or False"), ({"spike_factor": "ten"}, "spike_factor"),
-     ({"most_in_a_row": 2.5}, "most_in_a_row must be an integer")],
+    [
+        ({"spike_factor": 1.0}, "spike_factor"),
+        ({"least_history": 0}, "least_history"),
+        ({"least_history": 129}, "least_history"),
+        ({"most_in_a_row": 0}, "most_in_a_row"),
+        ({"nonfinite": "false"}, "nonfinite must be True or False"),
+        ({"spike_factor": "ten"}, "spike_factor"),
+        ({"most_in_a_row": 2.5}, "most_in_a_row must be an integer"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
@@ -141,8 +147,14 @@ def trainer(folder, skip, layout=(1, 1, 1), data=None, loop=LOOP, objective=pois
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     write_run_files(folder, small_model(), None)
     return Trainer(
-        Qwen(small_model()), objective, OptimizerConfig(1e-2, warmup_steps=2, skip=skip), loop, mesh,
-        data or Poisoned(), None, folder,
+        Qwen(small_model()),
+        objective,
+        OptimizerConfig(1e-2, warmup_steps=2, skip=skip),
+        loop,
+        mesh,
+        data or Poisoned(),
+        None,
+        folder,
     )
 
 

@@ -33,8 +33,14 @@ def train(folder):
     data = FakeExamples()
     write_run_files(folder, small_model(), None)
     made = Trainer(
-        Qwen(small_model()), next_token_loss, OptimizerConfig(1e-2, warmup_steps=2), LOOP,
-        make_mesh(MeshConfig(), jax.devices()[:1]), data, None, folder,
+        Qwen(small_model()),
+        next_token_loss,
+        OptimizerConfig(1e-2, warmup_steps=2),
+        LOOP,
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        data,
+        None,
+        folder,
     )
     made.run()
     # Two more are read ahead.

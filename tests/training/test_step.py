@@ -23,7 +23,8 @@ OPTIMIZER = OptimizerConfig(1e-2, warmup_steps=2)
 LAYOUTS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 4, 1), (1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 2, 2)]
 # Every other way to lay 8 devices out over four axes that divides the model (4 heads) and the batch.
 MORE_LAYOUTS = [
-    layout for layout in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 8))
+    layout
+    for layout in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 8))
     if math.prod(layout) == 8 and layout not in LAYOUTS
 ]
 
@@ -36,7 +37,14 @@ RECORDER = optax.GradientTransformation(
 
 
 def run_steps(
-    layout, steps=2, accumulation=1, model_changes=None, seed=0, batch_size=16, transform=RECORDER, packed=False,
+    layout,
+    steps=2,
+    accumulation=1,
+    model_changes=None,
+    seed=0,
+    batch_size=16,
+    transform=RECORDER,
+    packed=False,
 ):
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     model = Qwen(small_model(**(model_changes or {})))
@@ -74,18 +82,22 @@ def one_device_packed():
     return run_steps((1, 1, 1), packed=True)
 
 
-@pytest.mark.parametrize("layout", [
-    *LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)
-], ids=str)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)], ids=str
+)
 def test_loss_and_gradients_do_not_depend_on_the_layout(layout, one_device_packed):
     """Packed rows: segments and positions that start anew in the midst of a device's part of a row."""
     assert_same_run(run_steps(layout, packed=True), one_device_packed)
 
 
-@pytest.mark.parametrize(("layout", "accumulation"), [
-    ((1, 1, 1), 8), ((2, 2, 1, 2), 4),
-    *(pytest.param((*layout,), 2, marks=pytest.mark.slow) for layout in ((1, 1, 1), *LAYOUTS)),
-])
+@pytest.mark.parametrize(
+    ("layout", "accumulation"),
+    [
+        ((1, 1, 1), 8),
+        ((2, 2, 1, 2), 4),
+        *(pytest.param((*layout,), 2, marks=pytest.mark.slow) for layout in ((1, 1, 1), *LAYOUTS)),
+    ],
+)
 def test_accumulation_gives_the_update_of_the_whole_batch(layout, accumulation, one_device):
     """Rows carry different numbers of tokens with loss, so a mean of means would show."""
     assert_same_run(run_steps(layout, accumulation=accumulation), one_device)

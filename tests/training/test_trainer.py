@@ -36,8 +36,15 @@ def trainer(folder, loop=LOOP, layout=(1, 1, 1), model=None, data=None, initial=
     config = model or small_model()
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     made = Trainer(
-        Qwen(config), next_token_loss, OptimizerConfig(learning_rate, warmup_steps=2), loop, mesh,
-        data or FakeExamples(), FakeExamples(count=13, repeat=False), folder, initial,
+        Qwen(config),
+        next_token_loss,
+        OptimizerConfig(learning_rate, warmup_steps=2),
+        loop,
+        mesh,
+        data or FakeExamples(),
+        FakeExamples(count=13, repeat=False),
+        folder,
+        initial,
     )
     write_run_files(folder, config, None)
     return made
@@ -91,9 +98,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(unbroken, tmp_path):
     assert resumed.start_step == 8 and resumed.next_example == 64
     resumed.run()
     assert losses(copy) == losses(folder)
-    for one, other in zip(
-        jax.tree.leaves(load_params(copy)[1]), jax.tree.leaves(load_params(folder)[1]), strict=True
-    ):
+    for one, other in zip(jax.tree.leaves(load_params(copy)[1]), jax.tree.leaves(load_params(folder)[1]), strict=True):
         np.testing.assert_array_equal(one, other)
     steps = [row["step"] for row in read_metrics(copy) if "loss" in row]
     assert steps == sorted(set(steps))
@@ -199,9 +204,7 @@ def test_a_new_run_starts_from_the_weights_of_another(unbroken, tmp_path):
 
     begun = trainer(tmp_path / "run", initial=folder, layout=(1, 2, 1))
     assert begun.start_step == 0
-    for one, other in zip(
-        jax.tree.leaves(begun.state.params), jax.tree.leaves(load_params(folder)[1]), strict=True
-    ):
+    for one, other in zip(jax.tree.leaves(begun.state.params), jax.tree.leaves(load_params(folder)[1]), strict=True):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(CheckpointError, match="num_layers 3 here, 2 there"):
         trainer(tmp_path / "run", initial=folder, model=small_model(num_layers=3))
