@@ -34,7 +34,7 @@ from qwen_jax.command_line import run  # noqa: E402
 from qwen_jax.conversion import huggingface  # noqa: E402
 from qwen_jax.conversion.checksums import Checksums, flush  # noqa: E402
 from qwen_jax.conversion.load import open_weights  # noqa: E402
-from qwen_jax.conversion.mapping import FORMATS, gather, outside_tensors  # noqa: E402
+from qwen_jax.conversion.mapping import FORMATS, external_tensors, gather  # noqa: E402
 from qwen_jax.models.config import ModelConfig  # noqa: E402
 
 SIZES = {
@@ -71,10 +71,10 @@ def make(folder: Path, config: ModelConfig) -> None:
 
     (folder / "qwen").mkdir(parents=True)
     table = FORMATS["qwen"]
-    content = huggingface.outside_config(table, config, "bfloat16", None)
+    content = huggingface.external_config(table, config, "bfloat16", None)
     huggingface.write_json(folder / "qwen" / huggingface.CONFIG_FILE, content)
     huggingface.write_safetensors(
-        folder / "qwen", outside_tensors(table, config), produce, "bfloat16", 5 * 10**9, Checksums(False), True
+        folder / "qwen", external_tensors(table, config), produce, "bfloat16", 5 * 10**9, Checksums(False), True
     )
     huggingface.write_json(folder / "hashes.json", hashes(folder / "qwen"))
 
@@ -83,7 +83,7 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a folder in any format, as format qwen has it in bfloat16."""
     weights = open_weights(folder)
     found = {}
-    for tensor in outside_tensors(FORMATS["qwen"], weights.config):
+    for tensor in external_tensors(FORMATS["qwen"], weights.config):
         array = np.ascontiguousarray(gather(weights, tensor))
         narrow = array.astype(ml_dtypes.bfloat16)
         if not np.array_equal(narrow.astype(array.dtype).reshape(-1).view(np.uint8), array.reshape(-1).view(np.uint8)):
@@ -117,7 +117,7 @@ def convert(folder: Path, source: str, target: str, config: ModelConfig) -> str:
     peak = int((folder / PEAK_FILE).read_text()) * 1024 / 1e9
     if hashes(folder / target) != json.loads((folder / "hashes.json").read_text()):
         raise ValueError(f"{source} to {target} changed tensors")
-    wide = max(int(np.prod(tensor.shape)) for tensor in outside_tensors(FORMATS["qwen"], config))
+    wide = max(int(np.prod(tensor.shape)) for tensor in external_tensors(FORMATS["qwen"], config))
     limit = (wide * 2 * 4 + 10**9) / 1e9
     size = weight_bytes(config)
     return (
@@ -128,7 +128,7 @@ def convert(folder: Path, source: str, target: str, config: ModelConfig) -> str:
 
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of the weights in bfloat16."""
-    return 2 * sum(int(np.prod(tensor.shape)) for tensor in outside_tensors(FORMATS["qwen"], config))
+    return 2 * sum(int(np.prod(tensor.shape)) for tensor in external_tensors(FORMATS["qwen"], config))
 
 
 def main() -> None:

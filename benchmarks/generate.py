@@ -40,7 +40,13 @@ PRESETS = {
     "tiny": ModelConfig(vocab_size=500, hidden_size=64, num_layers=2, num_heads=4, head_dim=16, ffn_size=128),
     "100m": ModelConfig(vocab_size=32000, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, ffn_size=2048),
     "1.8b": ModelConfig(
-        vocab_size=151936, hidden_size=2048, num_layers=24, num_heads=16, head_dim=128, ffn_size=5504, max_length=8192
+        vocab_size=151936,
+        hidden_size=2048,
+        num_layers=24,
+        num_heads=16,
+        head_dim=128,
+        ffn_size=5504,
+        context_length=8192,
     ),
 }
 # Bytes per second between memory and processor, by the makers' sheets; found in the name of the device.

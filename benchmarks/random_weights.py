@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from qwen_jax.checkpoints.arrays import save_params
 from qwen_jax.conversion import convert
 from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.weights import save_params
 
 
 def write_model(config: ModelConfig, folder: Path, spread: float) -> Path:

@@ -44,7 +44,7 @@ def preset(name: str, length: int):
         "1.8b": dict(vocab_size=151936, hidden_size=2048, num_layers=24, num_heads=16, ffn_size=5504),
         "7b": dict(vocab_size=151936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11008),
     }
-    return ModelConfig(max_length=length, **shapes[name])
+    return ModelConfig(context_length=length, **shapes[name])
 
 
 def batch_of(config: dict, batch: int, length: int):
@@ -78,7 +78,7 @@ def our_side(job: dict):
             model.config,
             remat=job["remat"],
             attention_kernel=job["attention_kernel"],
-            max_length=job["length"],
+            context_length=job["length"],
         )
     )
     optimizer = OptimizerConfig(

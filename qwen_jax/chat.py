@@ -8,13 +8,12 @@ JSON, /help, /exit. A line that ends in a backslash goes on in the next; // at t
 """
 
 import argparse
-import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen_jax import files
 from qwen_jax.command_line import run
 from qwen_jax.conversion.huggingface import GENERATION_FILE, read_json
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_prompt, stop_ids
@@ -54,10 +53,10 @@ class Chat:
         Raises:
           ValueError: max_new_tokens leaves no room for a message.
         """
-        if not 1 <= max_new_tokens < engine.max_length:
+        if not 1 <= max_new_tokens < engine.context_length:
             raise ValueError(
-                f"max_new_tokens must be from 1 to {engine.max_length - 1}, below the context of {engine.max_length} "
-                f"tokens, found {max_new_tokens}"
+                f"max_new_tokens must be from 1 to {engine.context_length - 1}, below the context of "
+                f"{engine.context_length} tokens, found {max_new_tokens}"
             )
         self.engine, self.system, self.sampling = engine, system, sampling
         self.max_new_tokens, self.seed = max_new_tokens, seed
@@ -84,14 +83,14 @@ class Chat:
         if first > self._first:
             many = (first - self._first) // 2
             self.notices.append(
-                f"the context of {self.engine.max_length} tokens is full: the oldest {many} question(s) and their "
+                f"the context of {self.engine.context_length} tokens is full: the oldest {many} question(s) and their "
                 "answers are left out from now on"
             )
         used = len(prompt) + self.max_new_tokens
-        if first == self._first and used > FULL_AT * self.engine.max_length:
+        if first == self._first and used > FULL_AT * self.engine.context_length:
             self.notices.append(
-                f"the conversation takes {len(prompt)} of {self.engine.max_length} tokens; before it does not fit any "
-                "more, its oldest turns are left out (/reset starts anew)"
+                f"the conversation takes {len(prompt)} of {self.engine.context_length} tokens; before it does not fit "
+                "any more, its oldest turns are left out (/reset starts anew)"
             )
         request = Request(
             prompt,
@@ -104,14 +103,14 @@ class Chat:
         return self._speak(messages, first, pieces)
 
     def _fit(self, messages) -> tuple[int, list[int]]:
-        tokenizer, room = self.engine.tokenizer, self.engine.max_length - self.max_new_tokens
+        tokenizer, room = self.engine.tokenizer, self.engine.context_length - self.max_new_tokens
         for first in range(self._first, len(messages), 2):
             prompt = encode_prompt(tokenizer, [{"role": "system", "content": self.system}, *messages[first:]])
             if len(prompt) <= room:
                 return first, prompt
         raise ValueError(
             f"this message and the system message take {len(prompt)} tokens, and {self.max_new_tokens} are kept for "
-            f"the answer: the context has {self.engine.max_length}; shorten it, or lower --max_new_tokens"
+            f"the answer: the context has {self.engine.context_length}; shorten it, or lower --max_new_tokens"
         )
 
     def _speak(self, messages, first, pieces) -> Iterator[str]:
@@ -134,14 +133,8 @@ class Chat:
         Raises:
           OSError: it cannot be written.
         """
-        path = Path(path).expanduser()
         content = {"messages": [{"role": "system", "content": self.system}, *self.messages]}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_json(Path(path).expanduser(), content)
 
 
 def defaults(checkpoint: str | Path) -> dict[str, float | int]:
@@ -278,7 +271,7 @@ def main(argv=None) -> None:
     settings |= {name: value for name in RELEASED if (value := getattr(args, name)) is not None}
     new = int(settings.pop("max_new_tokens"))
     if args.max_new_tokens is None:
-        new = min(new, engine.max_length // 2)  # a small model must have room for the question, too
+        new = min(new, engine.context_length // 2)  # a small model must have room for the question, too
     chat = Chat(engine, args.system, SamplingConfig(**settings), new, args.seed)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -286,7 +279,7 @@ def main(argv=None) -> None:
             import readline  # noqa: F401  line editing and history in input()
         except ImportError:
             pass
-        print(f"context of {engine.max_length} tokens; /help lists the commands, Ctrl-D ends")
+        print(f"context of {engine.context_length} tokens; /help lists the commands, Ctrl-D ends")
     try:
         converse(chat, interactive)
     except KeyboardInterrupt:

@@ -16,10 +16,10 @@ import gin
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.resilience import SkipConfig
+from qwen_jax.training.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 _BINDING = "--gin."
@@ -47,7 +47,7 @@ for _configurable in (
     HardwareConfig,
     OptimizerConfig,
     SkipConfig,
-    LoopConfig,
+    TrainerConfig,
     next_token_loss,
 ):
     gin.external_configurable(_configurable, module="qwen_jax")

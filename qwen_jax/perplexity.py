@@ -66,4 +66,4 @@ def _load(path: str, dtype: str):
         counted = jnp.arange(losses.shape[0]) < count - 1
         return jnp.where(counted, losses, 0).sum() / (count - 1)
 
-    return tokenizer, functools.partial(score, params), model.config.max_length
+    return tokenizer, functools.partial(score, params), model.config.context_length

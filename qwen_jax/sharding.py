@@ -148,13 +148,13 @@ def platform() -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def ways(name: str) -> int:
+def num_shards(name: str) -> int:
     """Into how many parts the mesh in use splits an axis of this logical name; 1 without a mesh."""
     mesh = _mesh.get()
-    return 1 if mesh is None else _ways(spec((name,))[0], mesh)
+    return 1 if mesh is None else _num_shards(spec((name,))[0], mesh)
 
 
-def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+def _num_shards(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
@@ -163,7 +163,7 @@ def apart(x: jax.Array) -> jax.Array:
 
     Sums over rows and positions then stay on their devices, until `sum_shards` adds them up once.
     """
-    row_shards, length_shards = ways("batch"), ways("length")
+    row_shards, length_shards = num_shards("batch"), num_shards("length")
     batch, length, *rest = x.shape
     x = x.reshape(row_shards, batch // row_shards, length_shards, length // length_shards, *rest)
     return constrain(x, "batch", None, "length", None, *[None] * len(rest))
@@ -183,7 +183,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names)))
 
 
-def sum_over_copies(function):
+def sum_over_replicas(function):
     """`function` computed by each copy of the parameters on its own rows, then summed over the copies.
 
     Whatever `function` gathers or reduces stays among the devices of one copy. The sum is the one exchange between
@@ -233,7 +233,7 @@ def tree_shardings(boxed, mesh: Mesh):
         shape = nn.meta.unbox(leaf).shape
         placed = spec(names)
         for size, name, axes in zip(shape, names, placed, strict=False):
-            ways = _ways(axes, mesh)
+            ways = _num_shards(axes, mesh)
             if size % ways:
                 raise ValueError(
                     f"the mesh does not divide the model: {jax.tree_util.keystr(path)} has {size} along {name!r}, "
@@ -249,6 +249,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch", "length")))
 
 
-def batch_ways(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

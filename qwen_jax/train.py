@@ -2,7 +2,7 @@
 
     python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin --gin.OUTPUT_DIR=runs/tiny
 
-On several hosts: the same command on each (`qwen_jax.training.hosts`).
+On several hosts: the same command on each (`qwen_jax.distributed.hosts`).
 """
 
 import argparse
@@ -15,31 +15,31 @@ from pathlib import Path
 import gin
 import jax
 
-from qwen_jax.command_line import quiet, run
-from qwen_jax.configuration import parse_args
-from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, parameter_count
-from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training import hosts
-from qwen_jax.training.checkpoints import (
+from qwen_jax import files
+from qwen_jax.checkpoints.rewind import finish_rewinds
+from qwen_jax.checkpoints.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     CheckpointError,
     check_same_model,
     saved_steps,
-    write_atomically,
     write_run_files,
 )
-from qwen_jax.training.goodput import Goodput, process_began
-from qwen_jax.training.loop_config import LoopConfig
+from qwen_jax.command_line import quiet, run
+from qwen_jax.configuration import parse_args
+from qwen_jax.distributed import hosts
+from qwen_jax.distributed.watchdog import Watchdog, joined
+from qwen_jax.files import locked
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training.goodput import Goodput, process_start_time
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.profiling import MEMORY_PROFILE, CompilationCache
 from qwen_jax.training.program import check_run, device_memory
-from qwen_jax.training.rewind import finish_rewinds
-from qwen_jax.training.run_lock import run_lock
 from qwen_jax.training.trainer import Trainer
-from qwen_jax.training.watchdog import Watchdog, joined
+from qwen_jax.training.trainer_config import TrainerConfig
 
 with quiet():  # what TensorFlow and Beam write when imported
     import tasks  # noqa: F401  registers the SeqIO tasks, and the functions that gin files configure in them
@@ -57,7 +57,7 @@ def train(
     *,
     model: ModelConfig,
     optimizer: OptimizerConfig,
-    loop: LoopConfig,
+    loop: TrainerConfig,
     mixture_or_task: str,
     output_dir: str,
     cache_dir: str,
@@ -65,7 +65,7 @@ def train(
     objective: Callable = next_token_loss,
     initial_checkpoint: str | None = None,
     data_seed: int = 0,
-    packing: str = "cut",
+    packing: str = "concat",
     compiler_options: dict | None = None,
     compilation_cache: str | None = "auto",
     watchdog: Watchdog | None = None,
@@ -79,7 +79,7 @@ def train(
       mixture_or_task: name of a SeqIO task or mixture of `tasks/`; cached in `cache_dir` first if it is not yet.
       initial_checkpoint: run folder whose weights a new run starts from.
       data_seed: of the order of the examples.
-      packing: "cut" merges documents and cuts them to the sequence length, as the report does; "fit" puts whole
+      packing: "concat" merges documents and cuts them to the sequence length, as the report does; "best_fit" puts whole
         documents into sequences, and attention and positions keep to each.
       compiler_options: XLA's for the train step, by name; hardware files set them.
       compilation_cache: folder of compiled programs, for a quick start the next time; None keeps none, "auto" keeps
@@ -94,8 +94,8 @@ def train(
       ValueError, OSError: anything that cannot be run, with what to change.
     """
     output, watchdog = Path(output_dir), watchdog or Watchdog()
-    first = hosts.place()[0] == 0
-    hosts.by_first("output folder", "process 0 to look into OUTPUT_DIR", lambda: check_output_dir(output, model))
+    first = hosts.process_index() == 0
+    hosts.run_on_main("output folder", "process 0 to look into OUTPUT_DIR", lambda: check_output_dir(output, model))
     check_length(loop, model)
     devices = make_mesh(mesh)
     check_run(
@@ -118,13 +118,13 @@ def train(
         if not saved_steps(output):
             prepare(mixture_or_task, **where)
 
-    hosts.by_first("data", f"process 0 to cache and pack {mixture_or_task}", prepare_data)
+    hosts.run_on_main("data", f"process 0 to cache and pack {mixture_or_task}", prepare_data)
     goodput.count("preparing data")
     watchdog.activity.now("opening the data")
     train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
     check_same_data(mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None])
-    with run_lock(output) if first else contextlib.nullcontext():
-        hosts.by_first("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(output))
+    with locked(output) if first else contextlib.nullcontext():
+        hosts.run_on_main("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(output))
         watchdog.folder = output
         trainer = Trainer(
             Qwen(model),
@@ -143,7 +143,7 @@ def train(
         )
         if first:
             write_run_files(output, model, QwenVocabulary().tokenizer.path)
-            write_atomically(output / "config.gin", gin.config_str())
+            files.write_text(output / "config.gin", gin.config_str())
             log.info(
                 "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
                 " per epoch",
@@ -151,7 +151,7 @@ def train(
                 f"{parameter_count(model):,}",
                 devices.size,
                 dict(devices.shape),
-                hosts.place()[1],
+                hosts.process_count(),
                 trainer.kernel,
                 mixture_or_task,
                 f"{len(train_set):,}",
@@ -160,16 +160,16 @@ def train(
         return trainer.run()
 
 
-def check_length(loop: LoopConfig, model: ModelConfig) -> None:
+def check_length(loop: TrainerConfig, model: ModelConfig) -> None:
     """Refuses rows that are longer than the model's context.
 
     Raises:
       ValueError: with both lengths.
     """
-    if loop.sequence_length > model.max_length:
+    if loop.sequence_length > model.context_length:
         raise ValueError(
-            f"SEQUENCE_LENGTH {loop.sequence_length} is more than ModelConfig.max_length {model.max_length}: lower the "
-            f"one or raise the other"
+            f"SEQUENCE_LENGTH {loop.sequence_length} is more than ModelConfig.context_length {model.context_length}: "
+            f"lower the one or raise the other"
         )
 
 
@@ -206,7 +206,7 @@ def check_same_data(name: str, cache_dir: str, fingerprints: list[str]) -> None:
     Raises:
       ValueError: they differ; the watchdog passes on in which process.
     """
-    if hosts.by_first("same data", "process 0 to open the data", lambda: fingerprints) != fingerprints:
+    if hosts.run_on_main("same data", "process 0 to open the data", lambda: fingerprints) != fingerprints:
         raise ValueError(
             f"the data of {name} in {cache_dir} are not those of process 0: all hosts must see the same CACHE_DIR, or "
             f"copies of it"
@@ -254,7 +254,7 @@ def main(argv=None) -> None:
     if not args.gin_file:
         parser.error("name at least one --gin_file; see the example in --help")
     with joined(hosts.job_config(args), gin.config_str()) as watchdog:
-        result = configured(watchdog=watchdog, began=process_began())
+        result = configured(watchdog=watchdog, began=process_start_time())
     if jax.process_index() == 0:
         print(", ".join(f"{name} {value:.6g}" for name, value in result.items() if not name.startswith("hosts/")))
 

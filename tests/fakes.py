@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from qwen_jax.checkpoints.arrays import save_params
 from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.weights import save_params
 
 
 class FakeExamples:
@@ -56,7 +56,7 @@ def small_model(**changes) -> ModelConfig:
         num_heads=4,
         ffn_size=48,
         head_dim=8,
-        max_length=64,
+        context_length=64,
         dtype="float32",
         remat="none",
     )

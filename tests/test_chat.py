@@ -18,7 +18,7 @@ from tests.fakes import random_run
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A random model over a vocabulary of single bytes."""
-    sizes = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, max_length=256)
+    sizes = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=256)
     return random_run(tmp_path_factory.mktemp("chat"), **sizes)
 
 

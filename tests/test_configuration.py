@@ -14,13 +14,13 @@ TINY = ["gin/models/tiny.gin", "gin/runs/pretrain.gin"]
 
 def loop(*bindings):
     load_gin(TINY, ["OUTPUT_DIR=/tmp/run", *bindings])
-    return gin.get_configurable("LoopConfig")()
+    return gin.get_configurable("TrainerConfig")()
 
 
 def test_flags_override_files_and_need_no_quotes():
     assert loop().train_steps == 400
     assert loop("TRAIN_STEPS=7").train_steps == 7
-    assert loop("LoopConfig.seed=5").seed == 5
+    assert loop("TrainerConfig.seed=5").seed == 5
     loop("OUTPUT_DIR=runs/with space/x-1.0", "MIXTURE_OR_TASK=local_files")
     assert gin.query_parameter("OUTPUT_DIR/gin.macro.value") == "runs/with space/x-1.0"
 
@@ -30,13 +30,13 @@ def test_flags_override_files_and_need_no_quotes():
 )
 def test_the_reports_hyperparameters_come_with_the_size(size, steps, rate):
     load_gin([f"gin/models/{size}.gin", "gin/runs/pretrain.gin"], ["OUTPUT_DIR=x"])
-    made, optimizer = gin.get_configurable("LoopConfig")(), gin.get_configurable("OptimizerConfig")()
+    made, optimizer = gin.get_configurable("TrainerConfig")(), gin.get_configurable("OptimizerConfig")()
     assert made.train_steps == steps and made.batch_size * made.sequence_length == 4_194_304
     assert optimizer.peak_learning_rate == rate
     assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
     assert optimizer.schedule == "cosine" and optimizer.final_fraction == 0.1
     model = gin.get_configurable("ModelConfig")()
-    assert model.dtype == "bfloat16" and model.max_length >= made.sequence_length
+    assert model.dtype == "bfloat16" and model.context_length >= made.sequence_length
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_mistakes_are_named(files, bindings, message):
 def test_a_size_without_a_value_says_which_macro_to_set():
     load_gin(["gin/models/72b.gin", TINY[1]], ["OUTPUT_DIR=x"])
     with pytest.raises(ValueError, match="no value for MODEL_SIZE '72b'"):
-        gin.get_configurable("LoopConfig")()
+        gin.get_configurable("TrainerConfig")()
 
 
 def test_a_broken_file_is_named_with_its_line(tmp_path):
-    (tmp_path / "bad.gin").write_text("LoopConfig.seed = \n")
+    (tmp_path / "bad.gin").write_text("TrainerConfig.seed = \n")
     with pytest.raises(ConfigurationError, match="bad.gin"):
         load_gin([str(tmp_path / "bad.gin")])
 

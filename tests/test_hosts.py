@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax.training.checkpoints import saved_steps
-from qwen_jax.training.hosts import TRY_AGAIN
+from qwen_jax.checkpoints.arrays import load_params
+from qwen_jax.checkpoints.run_folder import saved_steps
+from qwen_jax.distributed.hosts import TRY_AGAIN
 from qwen_jax.training.metrics import read_metrics
-from qwen_jax.training.weights import load_params
 from tests.fakes import text_corpus
 
 SETTINGS = {
@@ -235,7 +235,7 @@ def test_under_slurm_processes_find_each_other(corpus):
 # Version of another host, which is also slow to read the verdict: process 0, where it lies, must not be gone by then.
 OTHER_VERSION = """
 import time
-from qwen_jax.training import hosts
+from qwen_jax.distributed import hosts
 hosts.jaxlib.__version__ = "0.0.1"
 wait_for = hosts.wait_for
 def slowly(*arguments):

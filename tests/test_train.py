@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax.checkpoints.arrays import load_params
 from qwen_jax.training.metrics import read_metrics
-from qwen_jax.training.weights import load_params
 from tests.fakes import text_corpus
 
 SETTINGS = {
@@ -190,7 +190,7 @@ def test_in_parts_that_fit_a_device_it_is_the_same_run(corpus, plain_environment
         ({"VOCABULARY": "/nowhere/v.tiktoken"}, "/nowhere/v.tiktoken"),
         ({"MeshConfig.tensor": 3}, "does not divide 1 device"),
         ({"BATCH_SIZE": 5, "ACCUMULATION_STEPS": 2}, "multiple of 2"),
-        ({"SEQUENCE_LENGTH": 2048}, "max_length"),
+        ({"SEQUENCE_LENGTH": 2048}, "context_length"),
         ({"ModelConfig.vocab_size": 128}, "the vocabulary has 512 ids and the model 128 rows"),
         ({"WARMUP_STEPS": 50}, "WARMUP_STEPS"),
         ({"ModelConfig.num_layers": 10**8}, "too little memory"),
@@ -252,7 +252,7 @@ def run_main(capsys, monkeypatch):
 
 
 def test_whole_documents_can_be_packed_instead(tmp_path, corpus, unbroken, run_main):
-    short = {"TRAIN_STEPS": 8, "OUTPUT_DIR": tmp_path / "run", "PACKING": "fit"}
+    short = {"TRAIN_STEPS": 8, "OUTPUT_DIR": tmp_path / "run", "PACKING": "best_fit"}
     code, stderr = run_main(command(corpus, tmp_path / "run", **short)[3:])
     assert code == 0, stderr
     history = losses(tmp_path / "run")

@@ -15,7 +15,6 @@ give the same ids. The same text gives the same files. 100 MB of text take a few
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import time
@@ -160,18 +159,13 @@ def read_base(path: str, num_ranks: int | None = None) -> dict[bytes, int]:
 
 def write(ranks: Mapping[bytes, int], path: Path) -> Path:
     """Writes `path` and the tokenizer.json beside it, whose path it returns; each appears only when it is whole."""
+    from qwen_jax import files
     from qwen_jax.conversion.tokenizer import tokenizer_json
     from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
     write_ranks(dict(ranks), path)
     beside = path.with_name(f"{path.stem}.tokenizer.json")
-    temporary = path.with_name(f".{beside.name}.{os.getpid()}.tmp")
-    try:
-        content = json.dumps(tokenizer_json(Tokenizer(path)), ensure_ascii=False)
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(beside)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_json(beside, tokenizer_json(Tokenizer(path)), indent=None)
     return beside
 
 

@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order in which documents are merged")
     parser.add_argument(
         "--packing",
-        choices=("cut", "fit"),
-        default="cut",
+        choices=("concat", "best_fit"),
+        default="concat",
         help="merge documents and cut them, or keep them whole (default: %(default)s)",
     )
     arguments = task_arguments.parse(parser, argv)

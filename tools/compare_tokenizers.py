@@ -20,7 +20,7 @@ from pathlib import Path
 
 import task_arguments  # noqa: F401  makes the repository importable
 
-from qwen_jax import command_line
+from qwen_jax import command_line, files
 from qwen_jax.command_line import quiet
 
 # The languages of Figure 3, in its order; others come before them.
@@ -198,13 +198,11 @@ def draw(ratios: Mapping[str, Mapping[str, float]], relative_to: str, path: Path
     axes.grid(axis="y", alpha=0.3)
     axes.margins(x=0.01)
     figure.legend(loc="outside upper center", ncols=min(8, len(names) + 1), frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp.png")
     try:
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(path)
+        with files.new_file(path) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

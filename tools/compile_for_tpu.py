@@ -36,27 +36,26 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 for _name, _value in compiler_log.ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-import flax.linen as nn  # noqa: E402
-import gin  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen_jax import train  # noqa: E402
-from qwen_jax.command_line import run  # noqa: E402
-from qwen_jax.configuration import ROOT, ConfigurationError, parse_args  # noqa: E402
-from qwen_jax.data.packing import columns_for  # noqa: E402
-from qwen_jax.hardware import GIB, HardwareConfig  # noqa: E402
-from qwen_jax.inference import programs  # noqa: E402
-from qwen_jax.inference.sampling import RowSampling  # noqa: E402
-from qwen_jax.models.attention import KVCache  # noqa: E402
-from qwen_jax.models.decoding import DecodingCache  # noqa: E402
-from qwen_jax.models.kernels import resolve_kernel  # noqa: E402
-from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count  # noqa: E402
-from qwen_jax.programs.report import Work, describe, make_report  # noqa: E402
-from qwen_jax.sharding import make_mesh, spec, tree_shardings  # noqa: E402
-from qwen_jax.training.checkpoints import write_atomically  # noqa: E402
-from qwen_jax.training.program import (  # noqa: E402
+from qwen_jax import files, train
+from qwen_jax.command_line import run
+from qwen_jax.configuration import ROOT, ConfigurationError, parse_args
+from qwen_jax.data.packing import columns_for
+from qwen_jax.hardware import GIB, HardwareConfig
+from qwen_jax.inference import programs
+from qwen_jax.inference.sampling import RowSampling
+from qwen_jax.models.attention import KVCache
+from qwen_jax.models.decoding import DecodingCache
+from qwen_jax.models.kernels import resolve_kernel
+from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
+from qwen_jax.programs.report import Work, describe, make_report
+from qwen_jax.sharding import make_mesh, spec, tree_shardings
+from qwen_jax.training.program import (
     TooLittleMemory,
     check_memory,
     check_run,
@@ -67,7 +66,7 @@ from qwen_jax.training.program import (  # noqa: E402
     model_flops_per_token,
     shard_bytes,
 )
-from qwen_jax.training.step import batch_shapes  # noqa: E402
+from qwen_jax.training.step import batch_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     accumulation = loop.accumulation(mesh)
     shape = {"batch_size": loop.batch_size, "sequence_length": loop.sequence_length, "accumulation": accumulation}
     state_bytes = check_run(Qwen(model), optimizer, loop.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
-    packed = columns_for(model.vocab_size, loop.sequence_length, settings.get("packing", "cut"))
+    packed = columns_for(model.vocab_size, loop.sequence_length, settings.get("packing", "concat"))
     columns = tuple(column.name for column in packed if column.name not in ("tokens", "loss_weights"))
     attention = resolve_kernel(model, loop.sequence_length, mesh, packed="segment_ids" in columns)
 
@@ -361,9 +360,9 @@ def main(argv: list[str] | None = None) -> int:
                 "",
             )
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(report, indent=1) + "\n")
+        files.write_text(arguments.json, json.dumps(report, indent=1) + "\n")
     if arguments.hlo and text:
-        write_atomically(arguments.hlo, text)
+        files.write_text(arguments.hlo, text)
     print(describe(report) if text else f"DOES NOT FIT: {report['message']}")
     return 0 if report["fits"] else 1
 

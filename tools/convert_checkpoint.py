@@ -8,13 +8,13 @@ from pathlib import Path
 # Converting needs no accelerator, and must not take the memory of one that is training.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from qwen_jax import command_line  # noqa: E402
-from qwen_jax.conversion.check import compare_logits  # noqa: E402
-from qwen_jax.conversion.checksums import ChecksumError  # noqa: E402
-from qwen_jax.conversion.converter import convert  # noqa: E402
-from qwen_jax.conversion.load import FORMAT_NAMES  # noqa: E402
-from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED  # noqa: E402
-from qwen_jax.conversion.tokenizer import TOKENIZER_FILE  # noqa: E402
+from qwen_jax import command_line
+from qwen_jax.conversion.check import compare_logits
+from qwen_jax.conversion.checksums import ChecksumError
+from qwen_jax.conversion.converter import convert
+from qwen_jax.conversion.load import FORMAT_NAMES
+from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED
+from qwen_jax.conversion.tokenizer import TOKENIZER_FILE
 
 EXAMPLES = """\
 formats:

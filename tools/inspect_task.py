@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_tokens", type=int, default=400, help="tokens printed of each (default: %(default)s)")
     parser.add_argument("--cache_dir", help="read packed examples from here")
     parser.add_argument("--sequence_length", type=int, help="which packed examples")
-    parser.add_argument("--packing", choices=("cut", "fit"), default="cut", help="how they were packed")
+    parser.add_argument("--packing", choices=("concat", "best_fit"), default="concat", help="how they were packed")
     parser.add_argument("--seed", type=int, default=0, help="of the order of packed examples")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     arguments = task_arguments.parse(parser, argv)

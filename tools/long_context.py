@@ -20,7 +20,7 @@ from pathlib import Path
 
 import task_arguments
 
-from qwen_jax import command_line
+from qwen_jax import command_line, files
 
 MULTIPLES = (0.5, 1, 2, 4, 8)
 VARIANTS = ("no extension", "+ dynamic NTK", "+ dynamic NTK + LogN", "+ dynamic NTK + LogN + window")
@@ -43,7 +43,7 @@ def extended(config, training_length: int, variant: int, windows: tuple[int, ...
     """The ModelConfig of one row of the table."""
     return dataclasses.replace(
         config,
-        max_length=training_length,
+        context_length=training_length,
         use_dynamic_ntk=variant >= 1,
         use_logn=variant >= 2,
         window_sizes=windows if variant >= 3 else None,
@@ -179,11 +179,9 @@ def draw(table: list[list[float]], training_length: int, name: str, output: Path
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("perplexity")
     panels[0].legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp.png")
-    figure.savefig(temporary, dpi=130)
+    with files.new_file(output) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
-    temporary.replace(output)
 
 
 def _documents(arguments, tokenizer) -> Iterator:
@@ -222,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument("--text", help="file, folder or glob")
     parser.add_argument("--split", default="validation", help="of the task (default: %(default)s)")
     parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: %(default)s)")
-    parser.add_argument("--training_length", type=int, help="default: max_length of the model's configuration")
+    parser.add_argument("--training_length", type=int, help="default: context_length of the model's configuration")
     parser.add_argument("--tokens", type=int, default=65536, help="predicted at each length (default: %(default)s)")
     parser.add_argument("--shortest_window", type=int, help="of the lowest layer (default: the training length)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
@@ -232,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     from qwen_jax.conversion import load_pretrained, load_tokenizer
 
     model, params = load_pretrained(arguments.checkpoint, dtype=arguments.dtype)
-    training_length = model.config.max_length if arguments.training_length is None else arguments.training_length
+    training_length = model.config.context_length if arguments.training_length is None else arguments.training_length
     if training_length < 2 or training_length % 2:
         raise ValueError(f"the training length is halved, so it must be even and at least 2: found {training_length}")
     longest = int(training_length * MULTIPLES[-1])

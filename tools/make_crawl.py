@@ -21,7 +21,7 @@ import zstandard
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qwen_jax import command_line  # noqa: E402
+from qwen_jax import command_line
 
 _SUBJECTS = (
     "the old library,a young engineer,the river,her grandmother,this small village,the committee,every student,our "

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import matplotlib
 
+from qwen_jax import files
+
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.ticker import PercentFormatter  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import PercentFormatter
 
-from qwen_jax.command_line import run  # noqa: E402
-from qwen_jax.training.goodput import written_shares  # noqa: E402
-from qwen_jax.training.metrics import METRICS_FILE, read_metrics  # noqa: E402
+from qwen_jax.command_line import run
+from qwen_jax.training.goodput import written_shares
+from qwen_jax.training.metrics import METRICS_FILE, read_metrics
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
@@ -108,11 +110,9 @@ def compose(runs: list[Path]) -> plt.Figure:
 def draw(runs: list[Path], output: Path) -> None:
     """Writes what `compose` draws."""
     figure = compose(runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp.png")
-    figure.savefig(temporary, dpi=130)
+    with files.new_file(output) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
-    temporary.replace(output)
 
 
 def main(argv: list[str] | None = None) -> None:

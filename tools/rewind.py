@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from qwen_jax.command_line import run  # noqa: E402
-from qwen_jax.training.checkpoints import read_config  # noqa: E402
-from qwen_jax.training.rewind import rewind  # noqa: E402
-from qwen_jax.training.run_lock import run_lock  # noqa: E402
+from qwen_jax.checkpoints.rewind import rewind
+from qwen_jax.checkpoints.run_folder import read_config
+from qwen_jax.command_line import run
+from qwen_jax.files import locked
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.run.is_dir():
         raise ValueError(f"--run {arguments.run}: no such folder")
     read_config(arguments.run)  # the lock is a file: none in a folder that is no run
-    with run_lock(arguments.run):
+    with locked(arguments.run):
         made = rewind(arguments.run, arguments.to, arguments.skip_examples)
     start, stop = made.skipped
     passed = f"passes over examples {start:,} to {stop - 1:,}" if stop > start else f"goes on with example {start:,}"

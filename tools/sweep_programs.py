@@ -266,9 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{results.others} result(s) of other files, flags or sources in {arguments.output} are left alone")
     sweep(variants, lambda variant: compile_variant(passed, variant, arguments.timeout), results)
     text = table(variants, results)
-    temporary = arguments.output / f".{TABLE}.tmp"
-    temporary.write_text(text + "\n")
-    temporary.replace(arguments.output / TABLE)
+    files.write_text(arguments.output / TABLE, text + "\n")
     print(f"\n{text}\n")
     best = ranked([results.by_name[v.name] for v in variants if v.name in results.by_name])
     if not best:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from qwen_jax.command_line import quiet  # noqa: E402
+from qwen_jax.command_line import quiet
 
 _BEAM = "--beam."
 

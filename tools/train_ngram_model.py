@@ -14,7 +14,7 @@ from pathlib import Path
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qwen_jax import command_line  # noqa: E402
+from qwen_jax import command_line
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from qwen_jax import command_line  # noqa: E402
+from qwen_jax import command_line
 
 _HELD_OUT = 0.1
 

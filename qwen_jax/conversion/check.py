@@ -93,7 +93,7 @@ def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress
     """
     sides = [open_weights(first), open_weights(second)]
     rows = min(weights.config.vocab_size for weights in sides)
-    length = min(64, *(weights.config.max_length for weights in sides))
+    length = min(64, *(weights.config.context_length for weights in sides))
     tokens = np.random.default_rng(0).integers(0, rows, (2, length))
     found = []
     for folder, weights in zip((first, second), sides, strict=True):

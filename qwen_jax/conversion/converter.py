@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen_jax import files
 from qwen_jax.conversion import gguf_file, huggingface, run_folder
 from qwen_jax.conversion.checksums import Checksums, flush
 from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, find_ranks, open_weights
-from qwen_jax.conversion.mapping import FORMATS, Format, Weights, gather, outside_tensors
+from qwen_jax.conversion.mapping import FORMATS, Format, Weights, external_tensors, gather
 from qwen_jax.conversion.padding import repadded
 from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED
 from qwen_jax.conversion.tokenizer import write_tokenizer
@@ -68,7 +69,7 @@ def convert(
     _check_arguments(source_format, target_format, dtype, target, layout)
     weights = open_weights(source, source_format)
     if target_format != ORBAX:
-        outside_tensors(TABLES[target_format], weights.config)  # refuses what the format cannot express
+        external_tensors(TABLES[target_format], weights.config)  # refuses what the format cannot express
     checksums = Checksums(wanted=verify)
     with _staged(target) as (scratch, result):
         found = _tokenizer(source, tokenizer, scratch, weights.config)
@@ -84,7 +85,7 @@ def convert(
             gguf_file.write_gguf(result, weights, found, dtype, checksums, progress)
         else:
             side = huggingface
-            _write_outside(FORMATS[target_format], weights, result, dtype, shard_size, found, checksums, progress)
+            _write_external(FORMATS[target_format], weights, result, dtype, shard_size, found, checksums, progress)
         if verify:
             flush(result)
             count = checksums.compare(side.read_again(result), progress)
@@ -140,7 +141,7 @@ def _warn_of_losses(table: Format, config: ModelConfig) -> None:
             "of %d tokens (max_position_embeddings), and must not be used beyond",
             table.name,
             " and no ".join(extension),
-            config.max_length,
+            config.context_length,
         )
     if windows := [size for size in config.window_sizes or () if size]:
         log.warning(
@@ -148,11 +149,11 @@ def _warn_of_losses(table: Format, config: ModelConfig) -> None:
             "tokens): the written model attends to everything, as in training, and its length limit is %d tokens",
             table.name,
             min(windows),
-            config.max_length,
+            config.context_length,
         )
 
 
-def _write_outside(
+def _write_external(
     table: Format,
     weights: Weights,
     folder: Path,
@@ -165,13 +166,13 @@ def _write_outside(
     folder.mkdir()
     config = weights.config
     endoftext = tokenizer.endoftext_id if tokenizer else None
-    outside = huggingface.outside_config(table, config, dtype, endoftext, weights.position_limit)
-    huggingface.write_json(folder / huggingface.CONFIG_FILE, outside)
+    external = huggingface.external_config(table, config, dtype, endoftext, weights.position_limit)
+    files.write_json(folder / huggingface.CONFIG_FILE, external)
     if tokenizer:
         generation = huggingface.generation_config(table, config, endoftext, tokenizer.im_end_id)
-        huggingface.write_json(folder / huggingface.GENERATION_FILE, generation)
-        write_tokenizer(folder, tokenizer, config.max_length)
-    tensors = outside_tensors(table, config)
+        files.write_json(folder / huggingface.GENERATION_FILE, generation)
+        write_tokenizer(folder, tokenizer, config.context_length)
+    tensors = external_tensors(table, config)
     huggingface.write_safetensors(
         folder, tensors, lambda tensor, kind: gather(weights, tensor, kind), dtype, max_shard_size, checksums, progress
     )

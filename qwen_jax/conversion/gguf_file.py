@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_jax.conversion.checksums import Checksums
-from qwen_jax.conversion.mapping import QWEN2, Weights, gather, outside_tensors
-from qwen_jax.conversion.outside import OutsideWeights, StoredTensor
+from qwen_jax.conversion.external import ExternalWeights, StoredTensor
+from qwen_jax.conversion.mapping import QWEN2, Weights, external_tensors, gather
 from qwen_jax.conversion.tokenizer import CHAT_TEMPLATE, RANKS_FILE, ranks_of, tokenizer_json
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 from qwen_jax.models.config import ModelConfig
@@ -41,10 +41,10 @@ _NAMES = {
 }
 
 
-def _name(outside: str) -> str:
-    if outside in _NAMES:
-        return _NAMES[outside]
-    part, _, kind = outside.removeprefix("model.layers.{layer}.").rpartition(".")
+def _name(external: str) -> str:
+    if external in _NAMES:
+        return _NAMES[external]
+    part, _, kind = external.removeprefix("model.layers.{layer}.").rpartition(".")
     return f"{_LAYER}{_NAMES[part]}.{kind}"
 
 
@@ -53,7 +53,7 @@ GGUF = dataclasses.replace(
     QWEN2,
     name=NAME,
     architecture=ARCHITECTURE,
-    rows=tuple(dataclasses.replace(row, outside=_name(row.outside)) for row in QWEN2.rows),
+    rows=tuple(dataclasses.replace(row, external=_name(row.external)) for row in QWEN2.rows),
 )
 
 
@@ -92,7 +92,7 @@ def write_gguf(
     if tokenizer.num_ranks <= 256:
         raise ValueError(f"{tokenizer.path} has single bytes only: llama.cpp loads no vocabulary without merges")
     gguf, config = _library(), weights.config
-    tensors = outside_tensors(GGUF, config)
+    tensors = external_tensors(GGUF, config)
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
     _add_config(writer, config, gguf.LlamaFileType.MOSTLY_BF16 if dtype == "bfloat16" else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, gguf.TokenType, tokenizer, config.vocab_size)
@@ -119,7 +119,7 @@ def write_gguf(
 def _add_config(writer, config: ModelConfig, file_type) -> None:
     writer.add_file_type(file_type)
     writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_length)
+    writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.ffn_size)
     writer.add_head_count(config.num_heads)
@@ -151,11 +151,11 @@ def _add_tokenizer(writer, kinds, tokenizer: Tokenizer, rows: int) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-class GgufFile(OutsideWeights):
+class GgufFile(ExternalWeights):
     """The weights of a GGUF file.
 
     Raises:
-      ValueError: it is of another architecture, has scaled rotary positions, is damaged, or as `OutsideWeights`.
+      ValueError: it is of another architecture, has scaled rotary positions, is damaged, or as `ExternalWeights`.
     """
 
     def __init__(self, file: str | os.PathLike):
@@ -209,7 +209,7 @@ def _read_config(file: Path, reader, stored: dict[str, StoredTensor]) -> ModelCo
         num_kv_heads=value("attention.head_count_kv", heads),
         head_dim=value("attention.key_length", width // heads),
         ffn_size=value("feed_forward_length"),
-        max_length=value("context_length"),
+        context_length=value("context_length"),
         rope_theta=_shortest(value("rope.freq_base", 10000.0)),
         norm_epsilon=_shortest(value("attention.layer_norm_rms_epsilon")),
         tie_embeddings="output.weight" not in stored,

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from qwen_jax.conversion.checksums import Checksums
-from qwen_jax.conversion.mapping import FORMATS, REQUIRED, Format, OutsideTensor
-from qwen_jax.conversion.outside import READ_DTYPES, OutsideWeights, StoredTensor, listing
+from qwen_jax.conversion.external import READ_DTYPES, ExternalWeights, StoredTensor, listing
+from qwen_jax.conversion.mapping import FORMATS, REQUIRED, ExternalTensor, Format
 from qwen_jax.models.config import ModelConfig
 
 CONFIG_FILE = "config.json"
@@ -61,11 +61,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON object, readable by people."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def format_of(folder: Path) -> Format:
     """The format that a folder's config.json names.
 
@@ -88,7 +83,7 @@ def format_of(folder: Path) -> Format:
 def read_config(folder: Path, table: Format) -> ModelConfig:
     """The model configuration of a folder in format `table`.
 
-    `ModelConfig.dtype`, `remat` and `attention_kernel`, which outside formats do not have, are its defaults.
+    `ModelConfig.dtype`, `remat` and `attention_kernel`, which external formats do not have, are its defaults.
 
     Raises:
       FileNotFoundError: there is no config.json.
@@ -161,7 +156,7 @@ def _refuse_unsupported(path: Path, content: dict, table: Format) -> None:
         raise ValueError(f"{path} asks for what this model does not compute: {'; '.join(wrong)}")
 
 
-def outside_config(
+def external_config(
     table: Format, config: ModelConfig, dtype: str, endoftext_id: int | None, position_limit: int | None = None
 ) -> dict:
     """The content of config.json.
@@ -186,7 +181,7 @@ def outside_config(
         content["rope_theta"] = config.rope_theta  # transformers 4; version 5 reads the next line
         content["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     else:
-        size = (config.hidden_size, config.num_layers, config.max_length)
+        size = (config.hidden_size, config.num_layers, config.context_length)
         released = RELEASED_LIMITS.get(size) if config.use_dynamic_ntk else None
         content["max_position_embeddings"] = position_limit or released or config.inference_length
         content |= {"bf16": dtype == "bfloat16", "fp16": False, "fp32": dtype == "float32"}
@@ -199,16 +194,16 @@ def generation_config(table: Format, config: ModelConfig, endoftext_id: int, im_
     """The content of generation_config.json: generation stops at either id."""
     content = {"bos_token_id": endoftext_id, "eos_token_id": [im_end_id, endoftext_id], "pad_token_id": endoftext_id}
     if table.name == "qwen":
-        content |= {"chat_format": "chatml", "max_window_size": config.max_length}
+        content |= {"chat_format": "chatml", "max_window_size": config.context_length}
     return content
 
 
-class SafetensorsFolder(OutsideWeights):
-    """The weights of a folder in an outside format.
+class SafetensorsFolder(ExternalWeights):
+    """The weights of a folder in an external format.
 
     Raises:
       FileNotFoundError: config.json, the weights, or a file that their index names is missing.
-      ValueError: the configuration is not supported, a file is damaged, or as `OutsideWeights`.
+      ValueError: the configuration is not supported, a file is damaged, or as `ExternalWeights`.
     """
 
     def __init__(self, folder: str | os.PathLike, table: Format):
@@ -274,8 +269,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 def write_safetensors(
     folder: Path,
-    tensors: Sequence[OutsideTensor],
-    produce: Callable[[OutsideTensor, np.dtype], np.ndarray],
+    tensors: Sequence[ExternalTensor],
+    produce: Callable[[ExternalTensor, np.dtype], np.ndarray],
     dtype: str,
     max_shard_size: int,
     checksums: Checksums,
@@ -293,7 +288,7 @@ def write_safetensors(
       progress: whether to show a bar.
     """
     itemsize = READ_DTYPES[WRITE_DTYPES[dtype]].itemsize
-    shards: list[list[OutsideTensor]] = [[]]
+    shards: list[list[ExternalTensor]] = [[]]
     filled = 0
     for tensor in tensors:
         size = math.prod(tensor.shape) * itemsize
@@ -312,7 +307,7 @@ def write_safetensors(
     if len(shards) > 1:
         where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         metadata = {"total_parameters": total, "total_size": total * itemsize}
-        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+        files.write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
 
 
 def _write_file(path: Path, tensors, produce, dtype: str, checksums: Checksums, bar) -> None:

@@ -14,6 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
+from qwen_jax.checkpoints import run_folder
+from qwen_jax.checkpoints.arrays import PIECE_BYTES, restore_params, tokenizer_path
 from qwen_jax.conversion import gguf_file, huggingface
 from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked, parameter_shapes, read_parameter
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
@@ -21,8 +23,6 @@ from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ra
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import tree_shardings
-from qwen_jax.training import checkpoints
-from qwen_jax.training.weights import PIECE_BYTES, restore_params, tokenizer_path
 
 ORBAX = "orbax"
 FORMAT_NAMES = (ORBAX, *FORMATS, gguf_file.NAME)
@@ -42,10 +42,10 @@ def detect_format(path: str | os.PathLike) -> str:
         raise FileNotFoundError(f"{path} is not a folder: name a run folder, or one with a {huggingface.CONFIG_FILE}")
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.format_of(path).name
-    if (path / checkpoints.CONFIG_FILE).is_file() or path.absolute().parent.name == checkpoints.CHECKPOINTS:
+    if (path / run_folder.CONFIG_FILE).is_file() or path.absolute().parent.name == run_folder.CHECKPOINTS:
         return ORBAX
     raise ValueError(
-        f"{path} holds no model: it has neither {checkpoints.CONFIG_FILE} (a run folder) nor {huggingface.CONFIG_FILE} "
+        f"{path} holds no model: it has neither {run_folder.CONFIG_FILE} (a run folder) nor {huggingface.CONFIG_FILE} "
         f"(format {' or '.join(FORMATS)})"
     )
 
@@ -140,6 +140,6 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         ranks = find_ranks(path, Path(scratch))
         if ranks is None:
             in_run = detect_format(path) == ORBAX
-            wanted = checkpoints.TOKENIZER_FILE if in_run else f"{RANKS_FILE} or {TOKENIZER_FILE}"
+            wanted = run_folder.TOKENIZER_FILE if in_run else f"{RANKS_FILE} or {TOKENIZER_FILE}"
             raise FileNotFoundError(f"{path} has no tokenizer: put the one it was trained with there as {wanted}")
         return Tokenizer(ranks)

@@ -1,8 +1,8 @@
-"""How our parameters and configuration fields lie in outside formats: one table per format, read in both directions.
+"""How our parameters and configuration fields lie in external formats: one table per format, read in both directions.
 
-A table says which of our parameters make up an outside tensor and how the axes move. The layout of a row is written
-as `our axes -> their axes`, with `(a b)` for axes that the outside format flattens into one; a layout only moves
-numbers, so both directions are exact. A new outside format is one more `Format` in `FORMATS`.
+A table says which of our parameters make up an external tensor and how the axes move. The layout of a row is written
+as `our axes -> their axes`, with `(a b)` for axes that the external format flattens into one; a layout only moves
+numbers, so both directions are exact. A new external format is one more `Format` in `FORMATS`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ REQUIRED = object()  # the default of a Field that a config.json must have
 COPY_BLOCK = 256
 LAYER_PREFIX = "layers/"  # our parameters below it are stacked along a leading layer axis
 
-# Linear weights of the outside formats are [out, in]. d: hidden width, h: heads, k: head_dim, f: FFN, v: vocabulary.
+# Linear weights of the external formats are [out, in]. d: hidden width, h: heads, k: head_dim, f: FFN, v: vocabulary.
 HEADS_IN = "d h k -> (h k) d"
 HEADS_BIAS = "h k -> (h k)"
 HEADS_OUT = "h k d -> d (h k)"
@@ -37,26 +37,26 @@ VECTOR = "d -> d"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One outside tensor, or one per layer.
+    """One external tensor, or one per layer.
 
     Attributes:
-      outside: its name; `{layer}` stands for the index of the block.
+      external: its name; `{layer}` stands for the index of the block.
       parts: paths of our parameters, in the order in which the tensor holds them along its first axis.
       layout: how the axes of each part move.
     """
 
-    outside: str
+    external: str
     parts: tuple[str, ...]
     layout: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of an outside config.json.
+    """One field of an external config.json.
 
     Attributes:
       ours: field of `ModelConfig`.
-      name: the outside name that is written.
+      name: the external name that is written.
       default: what a file without the field means; REQUIRED if it must be there.
       earlier: names that older files use; one of them wins over `name` where both are there.
       factor: their value is ours times this.
@@ -71,7 +71,7 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One outside format.
+    """One external format.
 
     Attributes:
       name: what the user calls it.
@@ -154,7 +154,7 @@ QWEN = Format(
         Field("num_heads", "num_attention_heads", earlier=("n_head",)),
         Field("ffn_size", "intermediate_size", earlier=("ffn_hidden_size",), factor=2),
         Field("head_dim", "kv_channels", 128),
-        Field("max_length", "seq_length"),
+        Field("context_length", "seq_length"),
         Field("rope_theta", "rotary_emb_base", 10000),
         Field("norm_epsilon", "layer_norm_epsilon", 1e-6),
         Field("use_dynamic_ntk", "use_dynamic_ntk", True),
@@ -215,7 +215,7 @@ QWEN2 = Format(
         Field("num_kv_heads", "num_key_value_heads", None),
         Field("head_dim", "head_dim", None),
         Field("ffn_size", "intermediate_size"),
-        Field("max_length", "max_position_embeddings"),
+        Field("context_length", "max_position_embeddings"),
         Field("norm_epsilon", "rms_norm_eps", 1e-6),
         Field("tie_embeddings", "tie_word_embeddings", False),
         Field("init_std", "initializer_range", 0.02),
@@ -253,8 +253,8 @@ class Weights(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class OutsideTensor:
-    """An expected tensor: its outside name and shape, the row of the table, and the block (None outside of blocks)."""
+class ExternalTensor:
+    """An expected tensor: its external name and shape, the row of the table, and the block (None outside of blocks)."""
 
     name: str
     shape: tuple[int, ...]
@@ -280,30 +280,30 @@ def _axes(layout: str) -> tuple[list[str], list[list[str]]]:
     return ours.split(), groups
 
 
-def outside_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the outside tensor for a parameter (without layer axis) of this shape."""
+def external_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the external tensor for a parameter (without layer axis) of this shape."""
     ours, groups = _axes(layout)
     sizes = dict(zip(ours, shape, strict=True))
     return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
 
 
-def to_outside(layout: str, array: np.ndarray) -> np.ndarray:
+def to_external(layout: str, array: np.ndarray) -> np.ndarray:
     """Our parameter (without layer axis) in the outside layout; same numbers, same dtype."""
     ours, groups = _axes(layout)
     moved = array.transpose([ours.index(axis) for group in groups for axis in group])
-    return moved.reshape(outside_shape(layout, array.shape))
+    return moved.reshape(external_shape(layout, array.shape))
 
 
-def from_outside(layout: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `to_outside`, for a parameter (without layer axis) of this shape."""
+def from_external(layout: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `to_external`, for a parameter (without layer axis) of this shape."""
     ours, groups = _axes(layout)
     sizes = dict(zip(ours, shape, strict=True))
     theirs = [axis for group in groups for axis in group]
     return array.reshape([sizes[axis] for axis in theirs]).transpose([theirs.index(axis) for axis in ours])
 
 
-def outside_tensors(table: Format, config: ModelConfig) -> list[OutsideTensor]:
-    """All tensors of a model in an outside format, in the order of the table's rows, then of the layers.
+def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]:
+    """All tensors of a model in an external format, in the order of the table's rows, then of the layers.
 
     Raises:
       ValueError: the format cannot express the configuration.
@@ -319,10 +319,10 @@ def outside_tensors(table: Format, config: ModelConfig) -> list[OutsideTensor]:
         if not set(row.parts) & set(shapes):
             continue  # a parameter that this configuration lacks: the output projection of tied embeddings
         stacked = is_stacked(row.parts[0])
-        parts = [outside_shape(row.layout, shapes.pop(part)[1 if stacked else 0 :]) for part in row.parts]
+        parts = [external_shape(row.layout, shapes.pop(part)[1 if stacked else 0 :]) for part in row.parts]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
         for layer in range(config.num_layers) if stacked else (None,):
-            tensors.append(OutsideTensor(row.outside.format(layer=layer), shape, row, layer))
+            tensors.append(ExternalTensor(row.external.format(layer=layer), shape, row, layer))
     if shapes:
         raise ValueError(f"format {table.name} has no row for the parameters {', '.join(sorted(shapes))}")
     return tensors
@@ -351,9 +351,9 @@ def float32_copy(source: np.ndarray) -> np.ndarray:
     return copy
 
 
-def gather(weights: Weights, tensor: OutsideTensor, dtype: Any = None) -> np.ndarray:
-    """An outside tensor made of our parameters, in `dtype`; None: that which they are stored in."""
-    parts = [to_outside(tensor.row.layout, weights.read(part, tensor.layer)) for part in tensor.row.parts]
+def gather(weights: Weights, tensor: ExternalTensor, dtype: Any = None) -> np.ndarray:
+    """An external tensor made of our parameters, in `dtype`; None: that which they are stored in."""
+    parts = [to_external(tensor.row.layout, weights.read(part, tensor.layer)) for part in tensor.row.parts]
     whole = np.empty(tensor.shape, dtype or parts[0].dtype)
     if len(parts) == 1 and parts[0].flags.c_contiguous and parts[0].dtype == whole.dtype:
         return parts[0]

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from qwen_jax.checkpoints import arrays, run_folder
 from qwen_jax.conversion.checksums import Checksums
+from qwen_jax.conversion.external import listing
 from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, float32_copy, is_stacked, parameter_shapes
-from qwen_jax.conversion.outside import listing
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training import checkpoints, weights
 
 SCANNED, UNSCANNED = "scanned", "unscanned"
 LAYOUTS = (SCANNED, UNSCANNED)
@@ -54,9 +54,9 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path).absolute()
-        in_step = path.parent.name == checkpoints.CHECKPOINTS
-        self.config = checkpoints.read_config(path.parent.parent if in_step else path)
-        self._stored = weights.StoredParams(path)
+        in_step = path.parent.name == run_folder.CHECKPOINTS
+        self.config = run_folder.read_config(path.parent.parent if in_step else path)
+        self._stored = arrays.StoredParams(path)
         first = unscanned_path("", 0)
         self.layout = UNSCANNED if any(name.startswith(first) for name in self._stored.shapes) else SCANNED
         self._check()
@@ -81,7 +81,7 @@ class RunFolder:
         ]
         if problems:
             raise ValueError(
-                f"parameters of {self._stored.folder} do not fit the run's {checkpoints.CONFIG_FILE}: "
+                f"parameters of {self._stored.folder} do not fit the run's {run_folder.CONFIG_FILE}: "
                 f"{'. '.join(problems)}. Are the two of the same run?"
             )
 
@@ -114,7 +114,7 @@ def write_run_folder(
     shapes = layout_shapes(source.config, layout)
     total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     with (
-        weights.writing_params(folder, source.config, tokenizer, shapes) as writer,
+        arrays.writing_params(folder, source.config, tokenizer, shapes) as writer,
         tqdm(total=total, unit="B", unit_scale=True, desc="parameters", disable=not progress) as bar,
     ):
         for path, piece, array in _pieces(source, layout):
@@ -128,12 +128,12 @@ def _pieces(source: Weights, layout: str):
     for path, shape in parameter_shapes(source.config).items():
         if not is_stacked(path):
             whole = source.read(path, None)
-            for piece in weights.pieces(shape):
+            for piece in arrays.pieces(shape):
                 # A copy: what is written in the background must not be a view of what is let go.
                 yield path, piece, float32_copy(whole[piece])
             del whole
         elif layout == SCANNED:
-            for piece in weights.pieces(shape):
+            for piece in arrays.pieces(shape):
                 block = np.empty((piece.stop - piece.start, *shape[1:]), np.float32)
                 for layer in range(piece.start, piece.stop):
                     copy_moved(source.read(path, layer), block[layer - piece.start])
@@ -141,15 +141,15 @@ def _pieces(source: Weights, layout: str):
         else:
             for layer in range(shape[0]):
                 own = source.read(path, layer)
-                for piece in weights.pieces(shape[1:]):
+                for piece in arrays.pieces(shape[1:]):
                     yield unscanned_path(path, layer), piece, float32_copy(own[piece])
 
 
 def read_again(folder: Path):
     """(name, array) of every piece that is stored, as `write_run_folder` named them to its checksums."""
-    stored = weights.StoredParams(folder)
+    stored = arrays.StoredParams(folder)
     for path, shape in stored.shapes.items():
-        for piece in weights.pieces(shape):
+        for piece in arrays.pieces(shape):
             yield _piece_name(path, piece), stored.read(path, piece)
 
 

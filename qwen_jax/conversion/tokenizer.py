@@ -5,14 +5,14 @@ a vocabulary that byte-pair encoding produced, each token has one last merge: th
 bytes are encoded with lower ranks only. These merges in the order of rank give the same ids for every text.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_jax.conversion.huggingface import read_json, write_json
-from qwen_jax.conversion.outside import listing
+from qwen_jax import files
+from qwen_jax.conversion.external import listing
+from qwen_jax.conversion.huggingface import read_json
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
@@ -128,12 +128,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict:
+def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict:
     """The content of tokenizer_config.json: a class of transformers itself, and the ChatML template."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
+        "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "bos_token": None,
         "unk_token": None,
@@ -144,7 +144,7 @@ def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict:
     }
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
     """Writes tokenizer.json, tokenizer_config.json and a copy of the `.tiktoken` file into an existing folder.
 
     Raises:
@@ -152,13 +152,13 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
     """
     content = tokenizer_json(tokenizer)
     # Without line breaks: the file has 300,000 entries.
-    (folder / TOKENIZER_FILE).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, max_length))
+    files.write_json(folder / TOKENIZER_FILE, content, indent=None)
+    files.write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, context_length))
     shutil.copyfile(tokenizer.path, folder / RANKS_FILE)
 
 
 def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path | None:
-    """The `.tiktoken` file of a folder in an outside format.
+    """The `.tiktoken` file of a folder in an external format.
 
     Args:
       folder: holds qwen.tiktoken or tokenizer.json, or neither.

@@ -11,9 +11,7 @@ bytes written depend neither on the number of workers nor on interruptions.
     output/work/                            removed at the end unless it is to be kept
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -21,12 +19,13 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
 
+from qwen_jax import files
+from qwen_jax.beam import pipeline_of
 from qwen_jax.curation import contamination, readers, report, stages, storage
 from qwen_jax.curation.ledger import Ledger
 
@@ -35,8 +34,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST, REPORT = "manifest.json", "report.html"
 _PLAN, _LOCK = "plan.json", "lock"
-# In one process: Beam's other direct runners first try to download a program called Prism.
-_DEFAULT_RUNNER = "--runner=FnApiRunner"
 _PROGRESS_SECONDS = 10
 
 
@@ -71,7 +68,7 @@ def curate(
     _check(config, sources)
     description = _describe(sources, config)
     if (output / MANIFEST).exists():
-        manifest = storage.load_json(output / MANIFEST)
+        manifest = files.read_json(output / MANIFEST)
         _check_same(output, manifest, description)
         logger.info("%s is complete already", output)
         if not keep_work:
@@ -79,7 +76,7 @@ def curate(
         return manifest
     work = stages.Work(output / "work", config, _units(sources, config.unit_bytes))
     _check_output(output, work.folder, description)
-    with _locked(work.folder):
+    with files.locked(work.folder):
         _prepare(work, description)
         _run_stages(work, _Runner(work, beam_options))
         manifest = _finish(work, output, description)
@@ -91,7 +88,7 @@ def curate(
 def _check_output(output: Path, work: Path, description: dict) -> None:
     """Raises unless `output` is new or holds an interrupted run of the same description: nothing else is touched."""
     if (work / _PLAN).exists():
-        _check_same(output, storage.load_json(work / _PLAN), description)
+        _check_same(output, files.read_json(work / _PLAN), description)
         logger.info("%s: going on with an interrupted run", output)
         return
     found = {path.name for path in output.iterdir()} - {work.name} if output.exists() else set()
@@ -100,24 +97,12 @@ def _check_output(output: Path, work: Path, description: dict) -> None:
         raise ValueError(f"{output} holds {min(found)} and no run of curation: give an --output that is new or empty")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is at work in {folder.parent}: wait for it, or end it") from error
-        yield
-
-
 def _prepare(work: stages.Work, description: dict) -> None:
     # Benchmarks that cannot be read must not leave a plan, which would bind the folder to them.
     benchmarks = work.folder / "benchmarks.npy"
     if not (work.folder / _PLAN).exists() or not benchmarks.exists():
         index = contamination.index(work.config.contamination)
-        storage.save_json(work.folder / _PLAN, description)
+        files.write_json(work.folder / _PLAN, description, sort_keys=True)
         storage.save_array(benchmarks, index)
 
 
@@ -240,34 +225,20 @@ class _Runner:
 
     def __init__(self, work: stages.Work, beam_options: Sequence[str]):
         self._work, self._options = work, list(beam_options)
-        self._local = not any(option.startswith("--runner") for option in self._options)
-        if self._local:
-            self._options.append(_DEFAULT_RUNNER)
 
     def __call__(self, label: str, function: Callable, pieces: Sequence[tuple], made: Callable[..., Path]) -> None:
         """Calls `function(work, *piece)` for each piece whose file or folder, `made(*piece)`, is not there."""
         for folder in {made(*piece).parent for piece in pieces}:
-            storage.remove_unfinished(folder) if folder.exists() else None
+            files.remove_unfinished(folder) if folder.exists() else None
         missing = [piece for piece in pieces if not made(*piece).exists()]
         logger.info("%s: %d of %d pieces to do", label, len(missing), len(pieces))
         if not missing:
             return
         started = time.monotonic()
-        with self._quiet(), beam.Pipeline(options=PipelineOptions(self._options)) as pipeline:
+        with pipeline_of(self._options) as pipeline:
             call = functools.partial(_piece, self._work, function, label, len(missing))
             _ = pipeline | beam.Create(list(enumerate(missing, 1))) | beam.Reshuffle() | beam.Map(call)
         logger.info("%s: done in %.1f s", label, time.monotonic() - started)
-
-    @contextlib.contextmanager
-    def _quiet(self):
-        beam_logger = logging.getLogger("apache_beam")
-        before = beam_logger.level
-        if self._local:
-            beam_logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            beam_logger.setLevel(before)
 
 
 def _piece(work: stages.Work, function: Callable, label: str, total: int, numbered: tuple[int, tuple]) -> None:
@@ -282,14 +253,14 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
     """Checks the counts, gives the files their places, and writes report and manifest, the manifest last."""
     numbers = range(len(work.units))
     ledger = Ledger.merge(
-        storage.load_json(folder(number) / stages.LEDGER)
+        files.read_json(folder(number) / stages.LEDGER)
         for folder in (work.extracted, work.selected)
         for number in numbers
     )
     ledger.check()
     files = _place_files(work, output)
     counted = ledger.to_json()
-    clusters = storage.load_json(work.folder / "clusters.json") if work.config.fuzzy is not None else None
+    clusters = files.read_json(work.folder / "clusters.json") if work.config.fuzzy is not None else None
     manifest = description | {
         "stages": counted["stages"],
         "counters": counted["counters"],
@@ -297,9 +268,9 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
         "benchmark_ngrams": len(storage.load_array(work.folder / "benchmarks.npy")),
         "files": files,
     }
-    with storage.new_file(output / REPORT) as temporary:
+    with files.new_file(output / REPORT) as temporary:
         temporary.write_text(report.render(ledger, work.config, clusters, description["inputs"]), encoding="utf-8")
-    storage.save_json(output / MANIFEST, manifest)
+    files.write_json(output / MANIFEST, manifest, sort_keys=True)
     return manifest
 
 
@@ -320,7 +291,7 @@ def _place_files(work: stages.Work, output: Path) -> dict[str, list[dict]]:
             ("dropped", stages.DROPPED, work.extracted(number), "-extract"),
             ("dropped", stages.DROPPED, work.selected(number), "-select"),
         ):
-            lines = storage.load_json(made / stages.LEDGER)["lines"][name]
+            lines = files.read_json(made / stages.LEDGER)["lines"][name]
             if not lines:
                 continue
             if not (made / name).exists():

@@ -9,13 +9,12 @@ import dataclasses
 import functools
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from qwen_jax import files
 from qwen_jax.curation import normalise
 
 _NGRAM_FORMAT, _LINEAR_FORMAT = "qwen_jax character n-grams 1", "qwen_jax linear classifier 1"
@@ -202,15 +201,8 @@ def _load_linear(path: str):
 
 
 def _save(path: str | os.PathLike, settings: dict, **arrays: np.ndarray) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, settings=np.frombuffer(json.dumps(settings).encode(), np.uint8), **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.new_file(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, settings=np.frombuffer(json.dumps(settings).encode(), np.uint8), **arrays)
 
 
 def _load(path: str, kind: str) -> tuple[dict, dict[str, np.ndarray]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_jax import files
 from qwen_jax.curation import contamination, dedup, html, language, quality, readers, sampling, scoring, storage
 from qwen_jax.curation.contamination import ContaminationConfig
 from qwen_jax.curation.ledger import Ledger
@@ -105,7 +106,7 @@ class Work:
 def extract(work: Work, number: int) -> None:
     """Reads a unit: text out of pages, language, and what deduplication needs to know."""
     unit, config = work.units[number], work.config
-    with storage.new_folder(work.extracted(number)) as folder:
+    with files.new_folder(work.extracted(number)) as folder:
         ledger = Ledger(len(work.units))
         with storage.LineWriter(folder / DOCUMENTS) as kept, storage.LineWriter(folder / DROPPED) as dropped:
             sketcher = _Sketcher(folder, config.fuzzy or dedup.FuzzyConfig())
@@ -114,7 +115,7 @@ def extract(work: Work, number: int) -> None:
                 sketcher.add(where, row["text"])
             sketcher.close()
         lines = {DOCUMENTS: kept.lines, DROPPED: dropped.lines}
-        storage.save_json(folder / LEDGER, ledger.to_json() | {"lines": lines})
+        files.write_json(folder / LEDGER, ledger.to_json() | {"lines": lines}, sort_keys=True)
 
 
 def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> Iterator[tuple[tuple[int, int], dict]]:
@@ -326,13 +327,13 @@ def clusters(work: Work) -> None:
     values, numbers = np.unique(sizes, return_counts=True)
     summary = {"sizes": {str(size): int(number) for size, number in zip(values, numbers, strict=True)}, "shown": shown}
     storage.save_array(work.folder / "clusters.npy", np.stack([documents, kept], 1)[documents != kept])
-    storage.save_json(work.folder / "clusters.json", summary)
+    files.write_json(work.folder / "clusters.json", summary, sort_keys=True)
 
 
 def select(work: Work, number: int) -> None:
     """Goes through the documents of a unit once more: drops duplicates and what rules, scores and benchmarks drop."""
     unit, config = work.units[number], work.config
-    with storage.new_folder(work.selected(number)) as folder:
+    with files.new_folder(work.selected(number)) as folder:
         ledger = Ledger(len(work.units))
         with storage.LineWriter(folder / DOCUMENTS) as kept, storage.LineWriter(folder / DROPPED) as dropped:
             judge = _Judge(work, number, ledger)
@@ -355,7 +356,7 @@ def select(work: Work, number: int) -> None:
                 for copy in range(copies):
                     kept.write(row | ({"copy": copy} if copies > 1 else {}))
         lines = {DOCUMENTS: kept.lines, DROPPED: dropped.lines}
-        storage.save_json(folder / LEDGER, ledger.to_json() | {"lines": lines})
+        files.write_json(folder / LEDGER, ledger.to_json() | {"lines": lines}, sort_keys=True)
 
 
 class _Judge:
@@ -367,7 +368,7 @@ class _Judge:
         self._fuzzy, self._shown = {}, {}
         if work.config.fuzzy is not None:
             self._fuzzy = _dropped([storage.load_array(work.folder / "clusters.npy")], number)
-            for representative, cluster in storage.load_json(work.folder / "clusters.json")["shown"].items():
+            for representative, cluster in files.read_json(work.folder / "clusters.json")["shown"].items():
                 self._shown |= {member: representative for member in cluster["members"]}
         self._benchmarks = storage.load_array(work.folder / "benchmarks.npy")
 

@@ -1,60 +1,22 @@
-"""Files of a curation run: each appears whole under its name or not at all, with the same bytes however it was made."""
+"""Arrays and compressed JSON lines of a curation run: the same bytes however they were made."""
 
-import contextlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import zstandard
 
+from qwen_jax import files
+
 _LEVEL = 6
-
-
-@contextlib.contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final` when the block ends well, and is removed when it does not.
-
-    Where two workers make the same folder, the first one stays: they are equal.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            temporary.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_file(final: Path) -> Iterator[Path]:
-    """A temporary path that is renamed to `final` when the block ends well."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        temporary.replace(final)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed run left half-written directly in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes a .npy file."""
-    with new_file(path) as temporary, temporary.open("wb") as file:
+    with files.new_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
@@ -64,17 +26,6 @@ def load_array(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:
         return np.load(path, allow_pickle=False)  # an array without elements cannot be mapped
-
-
-def save_json(path: Path, value: object) -> None:
-    """Writes JSON that a person can read."""
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def load_json(path: Path):
-    """Reads JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class LineWriter:
@@ -112,7 +63,7 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 def place(source: Path, destination: Path) -> None:
     """Gives a file a second name, or copies it where the file system has no hard links."""
-    with new_file(destination) as temporary:
+    with files.new_file(destination) as temporary:
         try:
             os.link(source, temporary)
         except OSError:

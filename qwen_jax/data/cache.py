@@ -8,13 +8,12 @@ order in which Beam delivers.
     cache_dir/<task>/{train,validation}.tfrecord-*  info.*.json  stats.*.json  COMPLETED    SeqIO's cache
     cache_dir/<task>/description.json                                                       what it was made from
     cache_dir/<task>/packed-<length>/<split>/*.array_record  manifest.json                  packed examples
-    cache_dir/<task>/packed-<length>-fit/<split>/…                                          the same, packed by `fit`
+    cache_dir/<task>/packed-<length>-best_fit/<split>/…                               the same, packed by `best_fit`
 """
 
 import contextlib
 import dataclasses
 import importlib
-import json
 import logging
 import math
 import os
@@ -29,9 +28,10 @@ import gin
 import numpy as np
 import seqio
 import tensorflow as tf
-from apache_beam.options.pipeline_options import PipelineOptions
 from seqio import beam_utils
 
+from qwen_jax import files
+from qwen_jax.beam import pipeline_of
 from qwen_jax.data import packing
 from qwen_jax.data.packing import check_packing
 from qwen_jax.data.vocabulary import QwenVocabulary, vocabulary_path
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 TOKENS, LOSS_WEIGHTS = "targets", "loss_weights"
 DESCRIPTION = "description.json"
-# In one process: Beam's other direct runners first try to download a program called Prism.
-DEFAULT_RUNNER = "--runner=FnApiRunner"
 # A shard is sorted in the memory of one worker: 32M tokens are about 130 MB.
 TOKENS_PER_SHARD = 1 << 25
 _MAX_CACHE_FILES = 64
@@ -66,7 +64,7 @@ def prepare(
     beam_options: Sequence[str] = (),
     num_shards: int | None = None,
     seed: int = 0,
-    packing: str = "cut",
+    packing: str = "concat",
     task_modules: Sequence[str] = ("tasks",),
 ) -> list[Prepared]:
     """Caches and packs a task, or each task of a mixture. What is complete already is used as it is.
@@ -81,7 +79,7 @@ def prepare(
         beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
         num_shards: shards of the packed data; None takes one for every 32M tokens.
         seed: of the order in which documents are merged.
-        packing: `cut` merges documents and cuts them; `fit` keeps them whole (`qwen_jax.data.packing`).
+        packing: `concat` merges documents and cuts them; `best_fit` keeps them whole (`qwen_jax.data.packing`).
         task_modules: modules that register tasks, imported here and by Beam workers.
 
     Returns:
@@ -161,7 +159,7 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup")
     """Makes SeqIO's cache of those `splits` that are not there yet; returns its description."""
     vocabulary = task.output_features[TOKENS].vocabulary
     path = folder / DESCRIPTION
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    found = files.read_json(path) if path.exists() else None
     done = found["splits"] if found else []
     missing = [split for split in splits if split not in done]
     try:
@@ -188,7 +186,7 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup")
                     folder.rmdir()
             raise
         done = [*done, split]
-        packing.write_json(path, description | {"splits": done})
+        files.write_json(path, description | {"splits": done}, sort_keys=True)
     (folder / "COMPLETED").touch()
     return description
 
@@ -201,7 +199,7 @@ def _cache_split(task, split: str, folder: Path, beam_options, setup: "_WorkerSe
     temporary.mkdir()
     try:
         target = str(temporary)
-        with _pipeline(beam_options) as pipeline:
+        with pipeline_of(beam_options) as pipeline:
             preprocess = beam_utils.PreprocessTask(task, split, setup_fn=setup)
             num_files = max(1, min(len(preprocess.shards), _MAX_CACHE_FILES))
             examples = (
@@ -218,7 +216,7 @@ def _cache_split(task, split: str, folder: Path, beam_options, setup: "_WorkerSe
                 ("stats", beam_utils.GetStats(task.output_features), seqio.get_cached_stats_path(target, split)),
             ):
                 _ = examples | name >> transform | f"write_{name}" >> beam_utils.WriteJson(destination)
-        stats = json.loads(Path(seqio.get_cached_stats_path(target, split)).read_text(encoding="utf-8"))
+        stats = files.read_json(Path(seqio.get_cached_stats_path(target, split)))
         if not stats["examples"]:
             raise ValueError(
                 f"task {task.name} yields no document in split {split!r}: check its corpus; if only this split is "
@@ -252,27 +250,8 @@ def _check_same(folder: Path, found: dict, expected: dict) -> None:
 
 
 def _default_shards(folder: Path, split: str) -> int:
-    stats = json.loads(Path(seqio.get_cached_stats_path(str(folder), split)).read_text(encoding="utf-8"))
+    stats = files.read_json(Path(seqio.get_cached_stats_path(str(folder), split)))
     return max(1, math.ceil(stats.get(f"{TOKENS}_tokens", 0) / TOKENS_PER_SHARD))
-
-
-@contextlib.contextmanager
-def _pipeline(beam_options: Sequence[str]) -> Iterator[beam.Pipeline]:
-    options = list(beam_options)
-    local = not any(option.startswith("--runner") for option in options)
-    if local:
-        options.append(DEFAULT_RUNNER)
-    # SeqIO logs whole examples (documents of others, thousands of tokens each); Beam's local runner logs its internals.
-    levels = {"absl": logging.WARNING} | ({"apache_beam": logging.ERROR} if local else {})
-    before = {name: logging.getLogger(name).level for name in levels}
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
-            yield pipeline
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +268,7 @@ class _WorkerSetup:
     def __call__(self) -> None:
         if self.launcher == _THIS_PROCESS:
             return
-        # See `_pipeline`; workers have a logging level of their own.
+        # See `qwen_jax.beam`; workers have a logging level of their own.
         logging.getLogger("absl").setLevel(logging.WARNING)
         for module in self.task_modules:
             importlib.import_module(module)
@@ -347,23 +326,22 @@ class _Packer:
 
     def prepare(self, beam_options: Sequence[str], *, check_shards: bool) -> Prepared:
         label = f"{self.task} {self.split}, length {self.sequence_length}"
-        label += "" if self.method == "cut" else f", {self.method}"
+        label += "" if self.method == "concat" else f", {self.method}"
         if (self.folder / packing.MANIFEST).exists():
             manifest = packing.Manifest.load(self.folder)
             self._check(manifest, check_shards)
             logger.info("%s: packed already in %s", label, self.folder)
             return Prepared(self.folder, manifest)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".*.tmp"):
-            stale.unlink()
+        files.remove_unfinished(self.folder)
         done = {index for index in range(self.num_shards) if self._finished(index)}
         logger.info("%s: packing, %d shards (%d done before)", label, self.num_shards, len(done))
         started = time.monotonic()
-        files = sorted(str(path) for path in self.cache_folder.glob(f"{self.split}.tfrecord-*-of-*"))
-        with _pipeline(beam_options) as pipeline:
+        cached = sorted(str(path) for path in self.cache_folder.glob(f"{self.split}.tfrecord-*-of-*"))
+        with pipeline_of(beam_options) as pipeline:
             _ = (
                 pipeline
-                | "files" >> beam.Create(files)
+                | "files" >> beam.Create(cached)
                 | "documents" >> beam.FlatMap(self.keyed_documents)
                 | "unfinished" >> beam.Filter(lambda item: item[0] not in done)
                 | "by_shard" >> beam.GroupByKey()
@@ -415,7 +393,7 @@ class _Packer:
             columns=self.columns(vocabulary),
             token_bytes=_token_bytes(vocabulary),
         )
-        packing.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)})
+        files.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)}, sort_keys=True)
         logger.info("%s %s: shard %d of %d done", self.task, self.split, index + 1, self.num_shards)
         return index
 
@@ -429,13 +407,13 @@ class _Packer:
         path = self._sidecar(index)
         if not path.exists():
             return False
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
         return {key: content.get(key) for key in self._settings()} == self._settings()
 
     def _manifest(self) -> packing.Manifest:
         # A shard that got no document has neither file nor entry.
         sidecars = [self._sidecar(index) for index in range(self.num_shards) if self._sidecar(index).exists()]
-        shards = [json.loads(path.read_text(encoding="utf-8"))["shard"] for path in sidecars]
+        shards = [files.read_json(path)["shard"] for path in sidecars]
         if not shards:
             shutil.rmtree(self.folder)
             raise ValueError(f"task {self.task} yields only documents without text in split {self.split!r}")
@@ -493,7 +471,7 @@ def _token_bytes(vocabulary: QwenVocabulary) -> np.ndarray:
 
 def _read_cache(folder: Path, split: str, file: str) -> tf.data.Dataset:
     """Examples of one file of SeqIO's cache, typed as its info file says."""
-    features = json.loads(Path(seqio.get_cached_info_path(str(folder), split)).read_text(encoding="utf-8"))["features"]
+    features = files.read_json(Path(seqio.get_cached_info_path(str(folder), split)))["features"]
     stored = {}
     for name, feature in features.items():
         dtype = tf.as_dtype(feature["dtype"])

@@ -46,7 +46,7 @@ class ExampleLoader:
         seed: of the order, in [0, 2**32).
         shuffle: False reads in the order of packing (documents are in hashed order already).
         repeat: see above.
-        packing: how it was packed, `cut` or `fit` (`qwen_jax.data.packing`).
+        packing: how it was packed, `concat` or `best_fit` (`qwen_jax.data.packing`).
 
     Attributes:
         bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token); in a repeated mixture weighted
@@ -71,7 +71,7 @@ class ExampleLoader:
         seed: int = 0,
         shuffle: bool = True,
         repeat: bool = True,
-        packing: str = "cut",
+        packing: str = "concat",
     ):
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed}: it must be in [0, 2**32)")
@@ -114,7 +114,7 @@ class ExampleLoader:
 
         Returns:
             `tokens` int32 and `loss_weights` float32, both [stop - start, sequence_length]; `loss_weights[i, t]` is
-            1.0 where token t carries loss as a target, else 0.0. With packing `fit` also `segment_ids` and
+            1.0 where token t carries loss as a target, else 0.0. With packing `best_fit` also `segment_ids` and
             `positions`, int32 of the same shape: documents of a row count from 1, positions from 0 in each; both are 0
             in the filling.
 
@@ -253,7 +253,7 @@ class _Where:
         numbers = (one.removesuffix(ending) for one in there if one.endswith(ending))
         lengths = sorted(int(number) for number in numbers if number.isdigit())
         listed = f" (there are lengths {', '.join(map(str, lengths))})" if lengths else ""
-        option = "" if self.packing == "cut" else f" --packing={self.packing}"
+        option = "" if self.packing == "concat" else f" --packing={self.packing}"
         return (
             f"no examples of {name} packed by {self.packing!r} to sequence length {self.sequence_length} in "
             f"{self.cache_dir}{listed}; make them with `python tools/cache_task.py {name} "

@@ -3,8 +3,8 @@
 Documents are put in an order given by a hash of (seed, tokens), and each is followed by end-of-text. Then there are two
 ways, the keys of `PACKINGS`:
 
-    cut    all are concatenated and cut into pieces of `sequence_length` tokens (report section 2.4)
-    fit    whole documents are fitted into sequences, and each keeps to itself: `segment_ids` and `positions` say where
+    concat    all are concatenated and cut into pieces of `sequence_length` tokens (report section 2.4)
+    best_fit  whole documents are fitted into sequences, each keeps to itself: `segment_ids`, `positions` say where
 
 No token is lost or repeated: what stays free at the end of an example is filled with end-of-text of loss weight 0.
 
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
+
+from qwen_jax import files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -100,7 +102,7 @@ def pack(documents: Iterable[Document], *, sequence_length: int, eos_id: int) ->
         yield {"tokens": tokens, "loss_weights": weights}
 
 
-def fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
+def best_fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
     """Fits whole documents into sequences, so that neither attention nor positions need to cross documents.
 
     A document longer than a sequence is cut into full sequences and a rest. The longest go first, each into the
@@ -125,7 +127,7 @@ def fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> 
         tokens, weights = _terminated(document, eos_id)
         for start in range(0, len(tokens), sequence_length):
             pieces.append((tokens[start : start + sequence_length], weights[start : start + sequence_length]))
-    for numbers in _best_fit([len(tokens) for tokens, _ in pieces], sequence_length):
+    for numbers in _assign_best_fit([len(tokens) for tokens, _ in pieces], sequence_length):
         example = {
             "tokens": np.full(sequence_length, eos_id, np.int32),
             "loss_weights": np.zeros(sequence_length, np.uint8),
@@ -142,7 +144,7 @@ def fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> 
         yield example
 
 
-def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def _assign_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Numbers of the pieces (ascending) in each bin; bins in the order of their first piece."""
     bins: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -165,7 +167,7 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted((sorted(numbers) for numbers in bins), key=lambda numbers: numbers[0])
 
 
-PACKINGS = {"cut": pack, "fit": fit}
+PACKINGS = {"concat": pack, "best_fit": best_fit}
 
 
 def check_packing(name: str) -> str:
@@ -196,10 +198,10 @@ class Column:
     dtype: str
 
 
-def columns_for(vocab_size: int, sequence_length: int, packing: str = "cut") -> tuple[Column, ...]:
+def columns_for(vocab_size: int, sequence_length: int, packing: str = "concat") -> tuple[Column, ...]:
     """Columns of an example; ids, segments and positions take two bytes each where that is enough."""
     columns = (Column("tokens", "uint16" if vocab_size <= 1 << 16 else "uint32"), Column("loss_weights", "uint8"))
-    if check_packing(packing) == "cut":
+    if check_packing(packing) == "concat":
         return columns
     dtype = "uint16" if sequence_length < 1 << 16 else "uint32"
     return (*columns, Column("segment_ids", dtype), Column("positions", dtype))
@@ -295,7 +297,7 @@ class Manifest:
     @property
     def packing(self) -> str:
         """How documents were packed: a key of `PACKINGS`."""
-        return "fit" if any(column.name == "segment_ids" for column in self.columns) else "cut"
+        return "best_fit" if any(column.name == "segment_ids" for column in self.columns) else "concat"
 
     @property
     def fingerprint(self) -> str:
@@ -305,7 +307,8 @@ class Manifest:
     def save(self, folder: Path) -> Path:
         """Writes `folder/manifest.json` atomically."""
         totals = {name: getattr(self, name) for name in ("records", "tokens", "loss_tokens", "documents", "text_bytes")}
-        return write_json(folder / MANIFEST, {"totals": totals} | dataclasses.asdict(self))
+        files.write_json(folder / MANIFEST, {"totals": totals} | dataclasses.asdict(self), sort_keys=True)
+        return folder / MANIFEST
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -332,22 +335,11 @@ class Manifest:
 
 
 def packed_folder(
-    cache_dir: str | os.PathLike, task: str, sequence_length: int, split: str, packing: str = "cut"
+    cache_dir: str | os.PathLike, task: str, sequence_length: int, split: str, packing: str = "concat"
 ) -> Path:
-    """Where the packed examples of a task lie: `cache_dir/task/packed-<length>/split`, or `…/packed-<length>-fit/…`."""
-    ending = "" if check_packing(packing) == "cut" else f"-{packing}"
+    """Folder of the packed examples: `cache_dir/task/packed-<length>/split`, or `…/packed-<length>-best_fit/split`."""
+    ending = "" if check_packing(packing) == "concat" else f"-{packing}"
     return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}{ending}", split)
-
-
-def write_json(path: Path, value: Mapping) -> Path:
-    """Writes JSON under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def spread_copies(documents: Iterable[tuple[bytes, Document]]) -> Iterator[tuple[bytes, Document]]:
@@ -377,24 +369,20 @@ def write_shard(
         path: the file; its bytes depend only on the set of documents.
         documents: (key, document) in any order; all are held in memory.
         sequence_length, eos_id: see `pack`.
-        columns: the columns to write; with `segment_ids` among them, documents are packed by `fit`, else by `pack`.
+        columns: the columns to write; with `segment_ids`, documents are packed by `best_fit`, else by `pack`.
         token_bytes: int array [vocab_size], UTF-8 bytes of text that each id stands for (0 for control tokens).
     """
     ordered = [document for _, document in sorted(spread_copies(documents), key=lambda item: item[0])]
     terminated = [Document(*_terminated(document, eos_id)) for document in ordered]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     records = 0
-    packer = fit if any(column.name == "segment_ids" for column in columns) else pack
-    try:
+    packer = best_fit if any(column.name == "segment_ids" for column in columns) else pack
+    with files.new_file(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         for example in packer(terminated, sequence_length=sequence_length, eos_id=eos_id):
             writer.write(encode_record(example, columns))
             records += 1
         writer.close()
         file_bytes = temporary.stat().st_size
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return Shard(
         file=path.name,
         records=records,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import tiktoken
 
+from qwen_jax import files
+
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with at most one space or sign before it
@@ -106,13 +108,8 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
 
 def write_ranks(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
     """Writes a `.tiktoken` file in rank order; it appears under its name only when it is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with files.new_file(path) as temporary:
         temporary.write_bytes(_serialize(ranks))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _serialize(ranks: dict[bytes, int]) -> bytes:

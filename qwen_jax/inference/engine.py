@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 
 from qwen_jax.inference import programs
 from qwen_jax.inference.programs import MAX_STEPS, RowRules
-from qwen_jax.inference.requests import LENGTH, STOP_ID, STOP_STRING, Piece, Request, Result, check_request
+from qwen_jax.inference.requests import LENGTH, STOP_ID, STOP_STRING, Request, Result, StreamChunk, check_request
 from qwen_jax.inference.sampling import RowSampling, SamplingConfig
 from qwen_jax.inference.text import TextStream, token_bytes
 from qwen_jax.models.transformer import Qwen, abstract_params
-from qwen_jax.sharding import batch_ways, tree_shardings
+from qwen_jax.sharding import num_batch_shards, tree_shardings
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Engine:
 
     Attributes:
       params: the weights as `unstack_layers` gives them, in the compute dtype.
-      max_length: how many tokens a prompt and its continuation may have together.
+      context_length: how many tokens a prompt and its continuation may have together.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Engine:
         tokenizer=None,
         mesh: Mesh | None = None,
         slots: int = 16,
-        max_length: int | None = None,
+        context_length: int | None = None,
     ):
         """Takes a copy of the weights in the compute dtype, block by block: decoding is bound by reading them.
 
@@ -66,26 +66,27 @@ class Engine:
           mesh: the devices, from `qwen_jax.sharding.make_mesh`: weights lie on them as in training, rows over `data`
             and `fsdp`, heads over `tensor`. None: one device.
           slots: how many requests are generated together, at most.
-          max_length: see above; by default the model's `inference_length`.
+          context_length: see above; by default the model's `inference_length`.
 
         Raises:
           ValueError: the parameters are not of this model, the mesh does not divide it, or a number is out of range.
         """
         config = model.config
-        self._length_rule = f"the model's max_length of {config.max_length}"
+        self._length_rule = f"the model's context_length of {config.context_length}"
         if config.use_dynamic_ntk:
             self._length_rule = f"which dynamic NTK makes of {self._length_rule}"
-        if max_length is not None and not 2 <= max_length <= config.inference_length:
+        if context_length is not None and not 2 <= context_length <= config.inference_length:
             raise ValueError(
-                f"max_length must be from 2 to {config.inference_length} ({self._length_rule}), found {max_length}"
+                f"context_length must be from 2 to {config.inference_length} ({self._length_rule}), "
+                f"found {context_length}"
             )
-        if max_length is not None and max_length < config.inference_length:
-            self._length_rule = "the engine's max_length"
+        if context_length is not None and context_length < config.inference_length:
+            self._length_rule = "the engine's context_length"
         if not isinstance(slots, int) or slots < 1:
             raise ValueError(f"slots must be a positive integer, found {slots!r}")
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
-        self.max_length = max_length or config.inference_length
-        self.ways = batch_ways(mesh) if mesh is not None else 1
+        self.context_length = context_length or config.inference_length
+        self.ways = num_batch_shards(mesh) if mesh is not None else 1
         self.slots = -(-slots // self.ways) * self.ways
         self._compiled: set[tuple] = set()
         self.set_params(params)
@@ -124,19 +125,19 @@ class Engine:
             many = len(requests)
         return (item for item in self._run(requests, self._rows(many), False) if isinstance(item, Result))
 
-    def stream(self, request: Request) -> Iterator[Piece]:
+    def stream(self, request: Request) -> Iterator[StreamChunk]:
         """One continuation in pieces, as it comes.
 
         Raises:
           ValueError: see `check_request`.
         """
         requests = [self._checked(request, None)]
-        return (item for item in self._run(requests, self._rows(1), True) if isinstance(item, Piece))
+        return (item for item in self._run(requests, self._rows(1), True) if isinstance(item, StreamChunk))
 
     def _checked(self, request: Request, index: int | None) -> Request:
         try:
             return check_request(
-                request, self.model.config.vocab_size, self.max_length, self._length_rule, self.tokenizer
+                request, self.model.config.vocab_size, self.context_length, self._length_rule, self.tokenizer
             )
         except ValueError as error:
             raise ValueError(f"request {index}: {error}" if index is not None else str(error)) from error
@@ -145,7 +146,7 @@ class Engine:
         rows = self.slots if many is None else min(self.slots, bucket(max(many, 1), 1))
         return -(-rows // self.ways) * self.ways
 
-    def _run(self, requests: Iterable[Request], rows: int, streaming: bool) -> Iterator[Piece | Result]:
+    def _run(self, requests: Iterable[Request], rows: int, streaming: bool) -> Iterator[StreamChunk | Result]:
         queue = enumerate(requests)
         if not isinstance(requests, list):
             queue = ((index, self._checked(request, index)) for index, request in queue)
@@ -195,7 +196,7 @@ class _Row:
         """How many tokens it may have."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
-    def take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> Piece:
+    def take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> StreamChunk:
         """Adds new tokens, up to the one that ends it."""
         before, text = len(self.tokens), ""
         for token, log_prob in zip(tokens, log_probs, strict=True):
@@ -212,7 +213,7 @@ class _Row:
             if self.finish_reason:
                 text += self.text.finish() if self.text is not None else ""
                 break
-        return Piece(
+        return StreamChunk(
             tuple(self.tokens[before:]),
             tuple(self.log_probs[before:]),
             text if self.text is not None else None,
@@ -272,7 +273,7 @@ class _Batch:
     def busy(self) -> int:
         return len(self.rows) - self.free
 
-    def start(self, fresh: list[tuple[int, Request]]) -> Iterator[Piece | Result]:
+    def start(self, fresh: list[tuple[int, Request]]) -> Iterator[StreamChunk | Result]:
         """Computes the prompts of new requests and puts them into free rows."""
         by_bucket: dict[int, list[_Row]] = {}
         for index, request in fresh:
@@ -283,7 +284,7 @@ class _Batch:
             for start in range(0, len(rows), most * self.engine.ways):
                 yield from self._prefill(size, rows[start : start + most * self.engine.ways])
 
-    def _prefill(self, size: int, rows: list[_Row]) -> Iterator[Piece | Result]:
+    def _prefill(self, size: int, rows: list[_Row]) -> Iterator[StreamChunk | Result]:
         engine, ways = self.engine, self.engine.ways
         count = next(count * ways for count in PREFILL_ROWS if count * ways >= len(rows))
         # Filled up with copies of the last one, which are written to the same place.
@@ -330,7 +331,7 @@ class _Batch:
             yield from self._take(places[row], first[place : place + 1], log_probs[place : place + 1])
         self.rules = None
 
-    def proceed(self, waiting: bool) -> Iterator[Piece | Result]:
+    def proceed(self, waiting: bool) -> Iterator[StreamChunk | Result]:
         """Generates tokens for all rows; stops early when some have finished and others wait for room."""
         engine = self.engine
         steps = self._steps()
@@ -363,7 +364,7 @@ class _Batch:
                 count = counts[place]
                 yield from self._take(place, tokens[place, :count], log_probs[place, :count])
 
-    def _take(self, place: int, tokens: np.ndarray, log_probs: np.ndarray) -> Iterator[Piece | Result]:
+    def _take(self, place: int, tokens: np.ndarray, log_probs: np.ndarray) -> Iterator[StreamChunk | Result]:
         row = self.rows[place]
         yield row.take(tokens.tolist(), log_probs.tolist())
         if row.finish_reason:

@@ -34,7 +34,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class StreamChunk:
     """What a streamed continuation has grown by.
 
     Attributes:
@@ -71,11 +71,11 @@ class Result:
     finish_reason: str
 
 
-def check_request(request: Request, vocab_size: int, max_length: int, length_rule: str, tokenizer) -> Request:
+def check_request(request: Request, vocab_size: int, context_length: int, length_rule: str, tokenizer) -> Request:
     """The request with plain integers in its fields, if it can be answered.
 
     Args:
-      max_length: how many tokens prompt and continuation may have together; `length_rule` says where that is from.
+      context_length: how many tokens prompt and continuation may have together; `length_rule` says where that is from.
       tokenizer: the engine's, or None.
 
     Raises:
@@ -98,10 +98,10 @@ def check_request(request: Request, vocab_size: int, max_length: int, length_rul
         raise ValueError(f"stop_strings must be a sequence of strings that are not empty: {request.stop_strings!r}")
     if request.stop_strings and tokenizer is None:
         raise ValueError("stop_strings are found in the text, so the engine needs a tokenizer: Engine(…, tokenizer=…)")
-    if len(prompt) + request.max_new_tokens > max_length:
+    if len(prompt) + request.max_new_tokens > context_length:
         raise ValueError(
             f"prompt of {len(prompt)} tokens + {request.max_new_tokens} new ones: both together may have at most "
-            f"{max_length} tokens, {length_rule}; shorten the prompt or lower max_new_tokens"
+            f"{context_length} tokens, {length_rule}; shorten the prompt or lower max_new_tokens"
         )
     return dataclasses.replace(
         request,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen_jax.models.layers import product
+from qwen_jax.models.ops import product
 
 # More and smaller blocks skip more of what lies above the diagonal, and make longer programs.
 _MOST_BLOCKS = 8

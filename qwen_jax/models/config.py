@@ -66,14 +66,14 @@ class ModelConfig:
       num_kv_heads: key and value heads; None means `num_heads` (multi-head attention, as in Qwen v1).
       head_dim: width of one head.
       ffn_size: width inside SwiGLU, half of what Qwen v1's `intermediate_size` says.
-      max_length: training context length in tokens (`seq_length` of the released configuration).
+      context_length: training context length in tokens (`seq_length` of the released configuration).
       rope_theta: base of the rotary frequencies.
       norm_epsilon: added to the mean square inside RMSNorm.
       qkv_bias: whether the query, key and value projections have a bias.
       tie_embeddings: whether the output projection is the embedding, transposed.
-      use_dynamic_ntk, use_logn: context extension past `max_length` (report 2.3.2), as in the released configuration:
-        rotary frequencies that slow down with the prompt's length, and queries that grow with the logarithm of their
-        position. Inference only: a training pass is not touched.
+      use_dynamic_ntk, use_logn: context extension past `context_length` (report 2.3.2), as in the released
+        configuration: rotary frequencies that slow down with the prompt's length, and queries that grow with the
+        logarithm of their position. Inference only: a training pass is not touched.
       window_sizes: one number per block, lowest first: a query attends to itself and the size - 1 positions before it;
         0 attends to all. None: no window anywhere. Inference only (report 2.3.2: shorter in lower layers). No released
         configuration and no outside format has it.
@@ -94,7 +94,7 @@ class ModelConfig:
     ffn_size: int
     num_kv_heads: int | None = None
     head_dim: int = 128
-    max_length: int = 2048
+    context_length: int = 2048
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-6
     qkv_bias: bool = True
@@ -111,7 +111,7 @@ class ModelConfig:
     attention_blocks: AttentionBlocks = AttentionBlocks()
 
     def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "head_dim", "max_length"):
+        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "head_dim", "context_length"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ModelConfig.{field} must be a positive integer, found {value!r}")
@@ -136,8 +136,10 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.{field} must be one of {', '.join(allowed)}; found {value!r}")
 
     def _check_context_extension(self):
-        if self.use_logn and self.max_length < 2:
-            raise ValueError("ModelConfig.use_logn divides by log(max_length): max_length must be at least 2, found 1")
+        if self.use_logn and self.context_length < 2:
+            raise ValueError(
+                "ModelConfig.use_logn divides by log(context_length): context_length must be at least 2, found 1"
+            )
         if self.window_sizes is None:
             return
         sizes = self.window_sizes if isinstance(self.window_sizes, list | tuple) else (self.window_sizes,)
@@ -153,8 +155,8 @@ class ModelConfig:
 
     @property
     def inference_length(self) -> int:
-        """How many tokens generation may reach: `max_length`, and with dynamic NTK eight times that (Table 3)."""
-        return self.max_length * (NTK_EXTENSION if self.use_dynamic_ntk else 1)
+        """How many tokens generation may reach: `context_length`, and with dynamic NTK eight times that (Table 3)."""
+        return self.context_length * (NTK_EXTENSION if self.use_dynamic_ntk else 1)
 
     @property
     def compute_dtype(self):

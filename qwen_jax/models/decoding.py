@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from qwen_jax.models.attention import KVCache
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.layers import RMSNorm, embed, gather_weight
+from qwen_jax.models.layers import RMSNorm
+from qwen_jax.models.ops import embed, gather_weight
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
 from qwen_jax.models.transformer import Block, Qwen
 from qwen_jax.sharding import constrain
@@ -50,7 +51,7 @@ class DecodingCache:
             raise ValueError("dynamic NTK depends on the prompt: give DecodingCache.empty the rows' prompt_lengths")
         alpha = jnp.ones(batch, jnp.float32)
         if config.use_dynamic_ntk:
-            alpha = dynamic_ntk_alpha(prompt_lengths, config.max_length)
+            alpha = dynamic_ntk_alpha(prompt_lengths, config.context_length)
         return cls(tuple(KVCache.empty(config, batch, slots) for _ in range(config.num_layers)), alpha)
 
     @property

@@ -8,9 +8,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.models.blockwise import blockwise_attention
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
-from qwen_jax.models.layers import matmul_precision
+from qwen_jax.models.ops import matmul_precision
 from qwen_jax.models.sequence_parallel import AXIS, balance, balanced_positions, unbalance, whole_rows
-from qwen_jax.sharding import mesh_in_use, spec, ways
+from qwen_jax.sharding import mesh_in_use, num_shards, spec
 
 # Lanes of a TPU's vector unit: splash attention's blocks are multiples of them.
 TPU_LANES = 128
@@ -82,12 +82,12 @@ def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, inte
       interpret: run the kernel by XLA operations, on any platform: for tests.
     """
     heads, length, head_dim = query.shape[1:]
-    shards = ways("length")
+    shards = num_shards("length")
     mask = splash_attention.CausalMask((length, length))
     if shards > 1:
         mask.q_sequence = balanced_positions(length, shards)
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([mask] * (heads // ways("heads"))),
+        splash_attention.MultiHeadMask([mask] * (heads // num_shards("heads"))),
         # No block of queries reaches over from one of a device's two chunks to the other.
         block_sizes=_splash_blocks(blocks, length if shards == 1 else length // shards // 2, length),
         head_shards=1,
@@ -239,7 +239,7 @@ def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dro
     query, key, value = (checkpoint_name(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
     if kernel == "cudnn":
         return checkpoint_name(cudnn(query, key, value, segment_ids), "attention")
-    if dropout_rng is None and ways("length") == 1:
+    if dropout_rng is None and num_shards("length") == 1:
         return blockwise_attention(query, key, value, segment_ids)
     mixed = dot_product_attention(
         query,

@@ -1,115 +1,18 @@
 """RMSNorm, projections and SwiGLU, with logical names on every parameter axis."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.sharding import apart, constrain, platform, sum_shards, ways
-
-
-def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """Float32 compute means float32 products: TPUs and GPUs would otherwise round the factors."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def product(equation: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
-    """Einsum of two arrays of the compute dtype, in `dtype` (by default theirs), added up in float32."""
-    dtype = a.dtype if dtype is None else dtype
-    # XLA's CPU backend has fast bfloat16 products only with float32 results. Elsewhere they are what is added up
-    # anyway, and asking for them would let sums between devices take twice the bytes.
-    wide = jnp.float32 if platform() == "cpu" else dtype
-    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=wide).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`product` of an activation and a weight of its dtype, whose backward pass is made of `product`s, too."""
-    return product(equation, x, weight)
-
-
-def _project_forward(equation, x, weight):
-    return product(equation, x, weight), (x, weight)
-
-
-def _project_backward(equation, residuals, gradient):
-    x, weight = residuals
-    operands, result = equation.split("->")
-    of_x, of_weight = operands.split(",")
-    x_gradient = product(f"{result},{of_weight}->{of_x}", gradient, weight)
-    return x_gradient, product(f"{of_x},{result}->{of_weight}", x, gradient)
-
-
-project.defvjp(_project_forward, _project_backward)
+from qwen_jax.models.ops import gather_weight, project
+from qwen_jax.sharding import constrain, num_shards
 
 
 def weight_init(std: float, names: tuple[str, ...]):
     """Initialiser N(0, std) whose result carries logical axis names."""
     return nn.with_logical_partitioning(nn.initializers.normal(std), names)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_weight(weight: jax.Array, names: tuple[str, ...], dtype) -> jax.Array:
-    """The weight in the compute dtype, whole along the axis that parameters are sharded over.
-
-    It is cast before it is gathered, and its gradient is reduced in the compute dtype straight to where the parameter
-    lies: half of float32's bytes both ways.
-
-    Args:
-      weight: float32, its dimensions named `names`.
-
-    Returns:
-      The same shape in `dtype`.
-    """
-    # Placed twice, so that the cast stays before the gather.
-    cast = constrain(weight.astype(dtype), *names)
-    return constrain(cast, *(None if name == "embed" else name for name in names))
-
-
-def _gather_weight_forward(weight, names, dtype):
-    return gather_weight(weight, names, dtype), None
-
-
-def _gather_weight_backward(names, dtype, residuals, gradient):
-    return (constrain(gradient, *names).astype(jnp.float32),)
-
-
-gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
-
-
-@jax.custom_vjp
-def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of the embedding table in the compute dtype.
-
-    Args:
-      table: [vocabulary, hidden] in the compute dtype.
-      tokens: int32 [batch, length]; an id outside the vocabulary gives NaN.
-
-    Returns:
-      [batch, length, hidden].
-    """
-    return jnp.take(table, tokens, axis=0)
-
-
-def _embed_forward(table, tokens):
-    return embed(table, tokens), (tokens, table.shape)
-
-
-def _embed_backward(residuals, gradient):
-    """Added up in float32 on each device, and in the compute dtype between devices, as any weight's gradient."""
-    tokens, shape = residuals
-
-    def of_shard(tokens, gradient):
-        return jnp.zeros(shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
-
-    summed = jax.vmap(jax.vmap(of_shard, 1), 0)(apart(tokens), apart(gradient))
-    return sum_shards(constrain(summed, "batch", "length", "vocab", None), gradient.dtype), None
-
-
-embed.defvjp(_embed_forward, _embed_backward)
 
 
 class RMSNorm(nn.Module):
@@ -152,7 +55,7 @@ class Projection(nn.Module):
         """Applies the projection in the compute dtype."""
         kernel = self.param("kernel", weight_init(self.std, self.names), self.shape)
         equation, names = self.equation, self.names
-        if ways("embed") > 1:
+        if num_shards("embed") > 1:
             # The axis that is gathered first: the whole then lies in memory as it is read, and needs no copy.
             order = sorted(range(len(names)), key=lambda axis: names[axis] != "embed")
             kernel, names = kernel.transpose(order), tuple(names[axis] for axis in order)

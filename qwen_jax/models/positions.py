@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.layers import matmul_precision
+from qwen_jax.models.ops import matmul_precision
 from qwen_jax.sharding import platform
 
 
@@ -34,44 +34,44 @@ class ContextExtension:
             windows = jnp.asarray([size or all_positions for size in config.window_sizes], jnp.int32)
         return cls(
             ntk_alpha=ntk_alpha if config.use_dynamic_ntk else None,
-            query_scale=logn_scale(positions, config.max_length) if config.use_logn else None,
+            query_scale=logn_scale(positions, config.context_length) if config.use_logn else None,
             windows=windows,
         )
 
 
-def dynamic_ntk_alpha(lengths: jax.Array, max_length: int) -> jax.Array:
+def dynamic_ntk_alpha(lengths: jax.Array, context_length: int) -> jax.Array:
     """How far NTK-aware interpolation stretches the rotary base, in chunks: 1, 3, 7, 15, … as the length doubles.
 
-    max(2^ceil(log2(length / max_length) + 1) - 1, 1), as the released code computes it at prefill.
+    max(2^ceil(log2(length / context_length) + 1) - 1, 1), as the released code computes it at prefill.
 
     Args:
       lengths: int32 [...], prompt lengths without padding.
-      max_length: training length.
+      context_length: training length.
 
     Returns:
       float32 [...], to be given to `rotary_angles`; 1 up to the training length.
     """
     # In integers: a rounded logarithm would jump at a power of two.
-    chunks = (jnp.maximum(lengths, 1).astype(jnp.int32) + (max_length - 1)) // max_length
+    chunks = (jnp.maximum(lengths, 1).astype(jnp.int32) + (context_length - 1)) // context_length
     doublings = 32 - jax.lax.clz(chunks - 1)
     return (jnp.left_shift(2, doublings) - 1).astype(jnp.float32)
 
 
-def logn_scale(positions: jax.Array, max_length: int) -> jax.Array:
-    """LogN scaling of queries: log(p) / log(max_length) at 1-based position p past the training length, 1 before.
+def logn_scale(positions: jax.Array, context_length: int) -> jax.Array:
+    """LogN scaling of queries: log(p) / log(context_length) at 1-based position p past the training length, 1 before.
 
     A query past the training length always has more keys than that, so the released code's question for the number of
     keys needs no answer here, in decoding neither.
 
     Args:
       positions: int32 [batch, length], 0-based.
-      max_length: training length, at least 2.
+      context_length: training length, at least 2.
 
     Returns:
       float32 [batch, length].
     """
     ordinal = positions.astype(jnp.float32) + 1
-    return jnp.where(ordinal > max_length, jnp.log(ordinal) / math.log(max_length), 1.0)
+    return jnp.where(ordinal > context_length, jnp.log(ordinal) / math.log(context_length), 1.0)
 
 
 def rotary_angles(

@@ -8,7 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen_jax.models.attention import SelfAttention
 from qwen_jax.models.config import SAVED_NAMES, ModelConfig
 from qwen_jax.models.kernels import causal_mask
-from qwen_jax.models.layers import RMSNorm, SwiGLU, embed, gather_weight, matmul_precision, weight_init
+from qwen_jax.models.layers import RMSNorm, SwiGLU, weight_init
+from qwen_jax.models.ops import embed, gather_weight, matmul_precision
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
 from qwen_jax.sharding import constrain, platform
 
@@ -150,7 +151,7 @@ class Qwen(nn.Module):
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1]) if lengths is None else lengths
-        alpha = dynamic_ntk_alpha(lengths, self.config.max_length)
+        alpha = dynamic_ntk_alpha(lengths, self.config.context_length)
         extension = ContextExtension.of(self.config, positions, alpha)
         mask = causal_mask(tokens.shape[1], None)
         return self._hidden(tokens, positions, None, mask, True, extension)

@@ -8,6 +8,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from qwen_jax.checkpoints.rewind import after_skipped
+
 
 class Examples(Protocol):
     """Random access to examples by global index; what `qwen_jax.data.loader` gives.
@@ -50,17 +52,6 @@ def global_batch(examples: Examples, start: int, shapes: dict) -> dict[str, jax.
         name: jax.make_array_from_callback(shape.shape, shape.sharding, lambda index, name=name: part(name, index))
         for name, shape in shapes.items()
     }
-
-
-def after_skipped(position: int, skipped: Sequence[tuple[int, int]]) -> int:
-    """The first example from `position` on at which a batch may begin: not inside one of the spans [start, stop).
-
-    A batch that begins before a span is read whole, so a span should begin where a batch does.
-    """
-    for start, stop in sorted(skipped):
-        if start <= position < stop:
-            position = stop
-    return position
 
 
 class Prefetcher:

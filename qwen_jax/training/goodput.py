@@ -5,20 +5,20 @@ survives a kill; the time between the last row and the next start counts as idle
 """
 
 import dataclasses
-import json
 import logging
 import os
 import time
 from pathlib import Path
 
-from qwen_jax.training.checkpoints import CheckpointError, write_atomically
+from qwen_jax import files
+from qwen_jax.checkpoints.run_folder import CheckpointError
 
 log = logging.getLogger(__name__)
 
 GOODPUT_FILE = "goodput.json"
 
 
-def process_began() -> float:
+def process_start_time() -> float:
     """`time.time()` when this process started, before its imports; now, where the system does not tell."""
     try:
         ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -47,7 +47,7 @@ class _Start:
 
 def _read(file: Path) -> list[_Start]:
     try:
-        return [_Start(**start) for start in json.loads(file.read_text())["starts"]]
+        return [_Start(**start) for start in files.read_json(file)["starts"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): restore it, or remove it to begin anew") from error
 
@@ -113,7 +113,7 @@ class Goodput:
         """Saves the account after `step`."""
         self._start.to = self._start.kept = step
         starts = [dataclasses.asdict(start) for start in [*self._before, self._start]]
-        write_atomically(self._folder / GOODPUT_FILE, json.dumps({"starts": starts}, indent=1) + "\n")
+        files.write_json(self._folder / GOODPUT_FILE, {"starts": starts}, indent=1)
 
     def shares(self) -> dict[str, float]:
         """Share of all time since the first start by cause, those of the unbroken run first; they sum to 1.

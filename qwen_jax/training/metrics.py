@@ -8,7 +8,8 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+from qwen_jax import files
+from qwen_jax.checkpoints.run_folder import METRICS_FILE
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -35,9 +36,7 @@ class MetricsWriter:
         folder = Path(folder)
         # A run that begins anew evaluates before its first step again.
         kept = [row for row in read_metrics(folder) if row["step"] <= start_step] if start_step else []
-        temporary = folder / f".{METRICS_FILE}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(folder / METRICS_FILE)
+        files.write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(folder / METRICS_FILE, "a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         self._bar = tqdm(

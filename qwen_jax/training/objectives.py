@@ -8,9 +8,9 @@ the whole batch, however unevenly the loss-carrying tokens are spread.
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.models.layers import matmul_precision
+from qwen_jax.models.ops import matmul_precision
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.sharding import apart, constrain, sum_shards, ways
+from qwen_jax.sharding import apart, constrain, num_shards, sum_shards
 
 # So many logits exist on a device at a time, in float32 and again in the compute dtype: 1,024 tokens of the released
 # vocabulary. Those of a whole batch would be the largest array of the step.
@@ -66,7 +66,7 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
     vocab_size = kernel.shape[1]
     hidden, targets, weights = apart(hidden), apart(targets), apart(weights)
     row_shards, rows, length_shards, positions, _ = hidden.shape
-    chunk = _chunk_length(rows, positions, vocab_size // ways("vocab"))
+    chunk = _chunk_length(rows, positions, vocab_size // num_shards("vocab"))
     precision = matmul_precision(hidden.dtype)
 
     def one_chunk(carry, start):

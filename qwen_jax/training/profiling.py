@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from qwen_jax.checkpoints.manager import is_out_of_memory
+
 log = logging.getLogger(__name__)
 
 TRACE_FOLDER = "trace"
@@ -119,15 +121,8 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
 
-def want_of_memory(error: BaseException) -> bool:
-    """Whether JAX raised an error because a device or its host has too little memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and (
-        "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
-    )
-
-
 @contextlib.contextmanager
-def explaining_memory(doing: str, folder: Path, state) -> Iterator[None]:
+def explain_out_of_memory(doing: str, folder: Path, state) -> Iterator[None]:
     """Turns an error for want of memory into one that says what took it, and writes a profile of the memory.
 
     Args:
@@ -141,7 +136,7 @@ def explaining_memory(doing: str, folder: Path, state) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not want_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(_explanation(str(error), doing, folder, state)) from error
 

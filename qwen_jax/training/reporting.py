@@ -6,11 +6,11 @@ import time
 
 import jax
 
-from qwen_jax.training import hosts
+from qwen_jax.distributed import hosts
 from qwen_jax.training.batches import Prefetcher
 from qwen_jax.training.goodput import Goodput
-from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import MetricsWriter, NoMetrics
+from qwen_jax.training.trainer_config import TrainerConfig
 
 
 class TrainingDiverged(FloatingPointError):
@@ -45,7 +45,7 @@ class Reporter:
         self,
         writer: MetricsWriter | NoMetrics,
         prefetcher: Prefetcher,
-        loop: LoopConfig,
+        loop: TrainerConfig,
         goodput: Goodput,
         most_skipped: int,
     ):
@@ -56,7 +56,7 @@ class Reporter:
         """
         self._writer, self._prefetcher, self._loop, self._goodput = writer, prefetcher, loop, goodput
         self._most_skipped = most_skipped
-        self._process, self._processes = hosts.place()
+        self._process, self._processes = hosts.process_index(), hosts.process_count()
         self.latest: dict[str, float] = {}
         self._restart_clock()
 

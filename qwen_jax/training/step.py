@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.sharding import batch_sharding, batch_ways, constrain, sum_over_copies, use_mesh
+from qwen_jax.sharding import batch_sharding, constrain, num_batch_shards, sum_over_replicas, use_mesh
 from qwen_jax.training.resilience import skip_metrics, updates_made
 from qwen_jax.training.state import TrainState
 
@@ -67,7 +67,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-        sums, gradient = sum_over_copies(gradients)(state.params, batch, rng)
+        sums, gradient = sum_over_replicas(gradients)(state.params, batch, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -92,7 +92,7 @@ def batch_shapes(mesh: Mesh, batch_size: int, length: int, accumulation: int = 1
     Raises:
       ValueError: the batch does not divide by the accumulation steps and the mesh.
     """
-    ways = batch_ways(mesh) * accumulation
+    ways = num_batch_shards(mesh) * accumulation
     if batch_size % ways:
         raise ValueError(
             f"a batch of {batch_size} sequences does not divide into {accumulation} accumulation step(s) on "

@@ -1,60 +1,32 @@
 """The loop: batches in, updates, metrics, evaluation and checkpoints out. Every objective runs through it."""
 
 import math
-import signal
-import threading
 import time
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
 from jax.sharding import Mesh
 
+from qwen_jax.checkpoints.arrays import restore_params
+from qwen_jax.checkpoints.manager import Checkpoints
+from qwen_jax.checkpoints.rewind import skipped_spans
+from qwen_jax.checkpoints.run_folder import CheckpointError, check_same_model
+from qwen_jax.distributed import hosts
+from qwen_jax.distributed.preemption import PreemptionHandler
+from qwen_jax.distributed.watchdog import Activity
 from qwen_jax.models.kernels import resolve_kernel
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.training import hosts
 from qwen_jax.training.batches import Examples, Prefetcher, global_batch
-from qwen_jax.training.checkpoints import CheckpointError, Checkpoints, check_same_model
 from qwen_jax.training.goodput import Goodput
-from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import MetricsWriter, NoMetrics
 from qwen_jax.training.optimizer import OptimizerConfig, make_optimizer
-from qwen_jax.training.profiling import CompilationCache, Trace, explaining_memory
+from qwen_jax.training.profiling import CompilationCache, Trace, explain_out_of_memory
 from qwen_jax.training.program import compile_run
 from qwen_jax.training.reporting import Reporter
-from qwen_jax.training.rewind import skipped_spans
 from qwen_jax.training.state import TrainState, abstract_state, initial_state
 from qwen_jax.training.step import batch_shapes, compile_eval_step
-from qwen_jax.training.watchdog import Activity
-from qwen_jax.training.weights import restore_params
-
-
-class _StopRequest:
-    """While open, SIGTERM asks for a save and a clean end instead of ending the process.
-
-    In a job of several processes JAX hears the signal, whichever of them gets it, and chooses a step for all.
-    """
-
-    def __enter__(self):
-        self._asked = False
-        self._alone = jax.process_count() == 1
-        self._handles = self._alone and threading.current_thread() is threading.main_thread()
-        if self._handles:
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def _ask(self, *_):
-        self._asked = True
-
-    def after(self, step: int) -> bool:
-        """Whether the run shall stop after `step`: the same answer in every process."""
-        if not self._asked and not self._alone:
-            self._asked = multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
-
-    def __exit__(self, *_):
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._previous)
+from qwen_jax.training.trainer_config import TrainerConfig
 
 
 class Trainer:
@@ -65,7 +37,7 @@ class Trainer:
         model: Qwen,
         objective,
         optimizer: OptimizerConfig,
-        loop: LoopConfig,
+        loop: TrainerConfig,
         mesh: Mesh,
         train_set: Examples,
         eval_set: Examples | None,
@@ -96,9 +68,10 @@ class Trainer:
         self._activity, self._optimizer = activity or Activity(), optimizer
         self._goodput = goodput or Goodput(output_dir)
         self._goodput.count("starting")
-        if loop.trace_steps is not None and loop.trace_process >= hosts.place()[1]:
+        if loop.trace_steps is not None and loop.trace_process >= hosts.process_count():
             raise ValueError(
-                f"LoopConfig.trace_process {loop.trace_process} is none of this job's {hosts.place()[1]} process(es)"
+                f"TrainerConfig.trace_process {loop.trace_process} is none of this job's "
+                f"{hosts.process_count()} process(es)"
             )
         self._shapes = batch_shapes(mesh, loop.batch_size, loop.sequence_length, columns=train_set.columns)
         transform = make_optimizer(optimizer, loop.train_steps)
@@ -109,7 +82,7 @@ class Trainer:
         self._skipped = skipped_spans(self.output_dir)
         self.checkpoints = Checkpoints(output_dir, loop.keep_checkpoints, loop.keep_every)
         self._activity.now("restoring the state")
-        with explaining_memory("restoring the state", self.output_dir, self._abstract):
+        with explain_out_of_memory("restoring the state", self.output_dir, self._abstract):
             self.state, self.next_example = self._restore_or_start(transform, initial_checkpoint)
         self.start_step = int(self.state.step)
         self._goodput.count("restoring")
@@ -118,7 +91,10 @@ class Trainer:
     def _compile(self, objective, cache: CompilationCache, compiler_options: dict | None) -> None:
         loop, began = self.loop, time.perf_counter()
         self._activity.now("compiling the train step")
-        with explaining_memory("compiling the train step", self.output_dir, self._abstract), cache.compiling() as found:
+        with (
+            explain_out_of_memory("compiling the train step", self.output_dir, self._abstract),
+            cache.compiling() as found,
+        ):
             self._train_step = compile_run(
                 self.model,
                 objective,
@@ -137,7 +113,7 @@ class Trainer:
                     self.model, objective, self._abstract.params, self._shapes, self.mesh, loop.accumulation(self.mesh)
                 )
         kept = f"; {found['hits']} program(s) found in {cache.folder}, {found['misses']} put there"
-        hosts.tell(
+        hosts.log_on_main(
             "compiled in %.1f s%s; a batch is computed in %d part(s)",
             time.perf_counter() - began,
             kept if cache.folder else "",
@@ -146,9 +122,12 @@ class Trainer:
         self._goodput.count("compiling")
 
     def _restore_or_start(self, transform, initial_checkpoint) -> tuple[TrainState, int]:
-        restored = self.checkpoints.restore_latest(self._abstract)
+        abstract = {"params": self._abstract.params, "optimizer": self._abstract.opt_state}
+        restored = self.checkpoints.restore_latest(abstract)
         if restored is not None:
-            state, metadata = restored
+            step, trees, metadata = restored
+            counter = jax.device_put(np.int32(step), self._abstract.step.sharding)
+            state = TrainState(counter, trees["params"], trees["optimizer"])
             if metadata["data"] != self.train_set.fingerprint:
                 raise CheckpointError(
                     f"{self.output_dir} was trained on other data (another corpus, vocabulary, mixture, seed or "
@@ -156,13 +135,13 @@ class Trainer:
                     f"OUTPUT_DIR with INITIAL_CHECKPOINT={self.output_dir}"
                 )
             next_example = metadata["next_example"]
-            hosts.tell("resuming %s after step %d, example %d", self.output_dir, int(state.step), next_example)
+            hosts.log_on_main("resuming %s after step %d, example %d", self.output_dir, int(state.step), next_example)
             return state, next_example
         state = initial_state(self.model, transform, self.mesh, self.loop.seed)
         if initial_checkpoint is not None:
             check_same_model(initial_checkpoint, self.model.config)
             state = state.replace(params=restore_params(initial_checkpoint, self._abstract.params))
-            hosts.tell("starting from the weights of %s", initial_checkpoint)
+            hosts.log_on_main("starting from the weights of %s", initial_checkpoint)
         return state, 0
 
     def evaluate(self) -> dict[str, float]:
@@ -185,7 +164,7 @@ class Trainer:
         self._activity.now("saving a checkpoint", step, together=True)
         self.checkpoints.save(
             step,
-            self.state,
+            {"params": self.state.params, "optimizer": self.state.opt_state},
             {
                 "next_example": self.next_example,
                 "data": self.train_set.fingerprint,
@@ -203,26 +182,26 @@ class Trainer:
           TrainingDiverged: the loss or the gradient became infinite or NaN; nothing is saved after that.
           OutOfMemory: a step needs more memory than the devices have.
         """
-        first = hosts.place()[0] == 0
+        first = hosts.process_index() == 0
         writer = MetricsWriter(self.output_dir, self.start_step, self.loop.train_steps) if first else NoMetrics()
         writer.describe(
             self.start_step,
             {
                 "attention": self.kernel,
                 "mesh": dict(self.mesh.shape),
-                "processes": hosts.place()[1],
+                "processes": hosts.process_count(),
                 "device": self.mesh.devices.flat[0].device_kind,
             },
         )
         prefetcher = Prefetcher(self.train_set, self._shapes, self.next_example, self._skipped)
-        steps = self.loop.trace_steps if hosts.place()[0] == self.loop.trace_process else None
+        steps = self.loop.trace_steps if hosts.process_index() == self.loop.trace_process else None
         trace = Trace(steps, self.output_dir, self.loop.trace_process)
         try:
-            with _StopRequest() as stop, explaining_memory("training", self.output_dir, self._abstract):
+            with PreemptionHandler() as stop, explain_out_of_memory("training", self.output_dir, self._abstract):
                 result = self._loop(writer, prefetcher, stop, trace)
         except BaseException:
             # In a job, a save in the background may wait for a process that is lost: then it is left behind.
-            if hosts.place()[1] == 1:
+            if hosts.process_count() == 1:
                 self.checkpoints.close()
             raise
         finally:
@@ -232,14 +211,14 @@ class Trainer:
         self.checkpoints.close()
         return result
 
-    def _loop(self, writer, prefetcher: Prefetcher, stop: _StopRequest, trace: Trace) -> dict[str, float]:
+    def _loop(self, writer, prefetcher: Prefetcher, stop: PreemptionHandler, trace: Trace) -> dict[str, float]:
         loop, step, count = self.loop, self.start_step, self._goodput.count
         report = Reporter(writer, prefetcher, loop, self._goodput, self._optimizer.skip.most_in_a_row)
         if step == 0 and self.eval_set is not None:
             report.evaluation(0, self.evaluate())
             count("evaluation")
         pending = None
-        while step < loop.train_steps and not stop.after(step):
+        while step < loop.train_steps and not stop.should_stop(step):
             batch = self._next_batch(prefetcher, step, pending)
             self._activity.now("computing", step, together=True)
             trace.before(step + 1)

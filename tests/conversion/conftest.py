@@ -63,7 +63,7 @@ def config():
         num_heads=3,
         head_dim=16,
         ffn_size=40,
-        max_length=32,
+        context_length=32,
         rope_theta=10000.0,
         use_dynamic_ntk=True,
         use_logn=True,
@@ -88,7 +88,7 @@ def random_params():
 @pytest.fixture
 def run_folder(tmp_path, config, random_params, tokenizer_file):
     """A run folder of that model, with the tokenizer."""
-    from qwen_jax.training.weights import save_params
+    from qwen_jax.checkpoints.arrays import save_params
 
     save_params(tmp_path / "run", config, random_params(config), str(tokenizer_file))
     return tmp_path / "run"

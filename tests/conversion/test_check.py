@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qwen_jax.checkpoints import arrays
+from qwen_jax.checkpoints.arrays import save_params
 from qwen_jax.conversion import convert, converter, load_pretrained
 from qwen_jax.conversion.check import compare_logits, streamed_logits
 from qwen_jax.conversion.checksums import ChecksumError
 from qwen_jax.conversion.load import open_weights
-from qwen_jax.training import weights
-from qwen_jax.training.weights import save_params
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen1_tiny"
 
@@ -75,7 +75,7 @@ def test_verification_names_a_tensor_that_the_disk_changed(tmp_path, monkeypatch
 
 
 def test_verification_names_a_tensor_that_a_run_folder_lost(tmp_path, monkeypatch):
-    whole = weights.StoredParams.read
+    whole = arrays.StoredParams.read
 
     def read(self, path, piece):
         array = whole(self, path, piece).copy()
@@ -83,7 +83,7 @@ def test_verification_names_a_tensor_that_a_run_folder_lost(tmp_path, monkeypatc
             array[0, 0, 0] += 1
         return array
 
-    monkeypatch.setattr(weights.StoredParams, "read", read)
+    monkeypatch.setattr(arrays.StoredParams, "read", read)
     with pytest.raises(ChecksumError, match=r"1 of \d+ tensors .* layers/mlp/up/kernel\[0:2\]"):
         convert("qwen", GOLDEN, "orbax", tmp_path / "out", progress=False, verify=True)
     assert list(tmp_path.iterdir()) == []

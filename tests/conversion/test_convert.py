@@ -17,9 +17,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
+from qwen_jax.checkpoints.arrays import load_params, save_params
 from qwen_jax.conversion import convert, detect_format, load_pretrained
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.weights import load_params, save_params
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "qwen1_tiny"
@@ -158,7 +158,7 @@ def test_models_of_transformers_give_their_logits_here(tmp_path, grouped, tied, 
         num_kv_heads=grouped,
         head_dim=head_dim,
         ffn_size=72,
-        max_length=64,
+        context_length=64,
         rope_theta=1e6,
         norm_epsilon=1e-5,
         tie_embeddings=tied,
@@ -277,8 +277,8 @@ def test_two_conversions_to_one_target_do_not_mix(tmp_path, monkeypatch):
             convert("qwen", GOLDEN, "qwen2", tmp_path / "out", progress=False)
         return whole(*arguments)
 
-    whole = converter._write_outside
-    monkeypatch.setattr(converter, "_write_outside", second)
+    whole = converter._write_external
+    monkeypatch.setattr(converter, "_write_external", second)
     convert("qwen", GOLDEN, "qwen", tmp_path / "out", progress=False)
     assert detect_format(tmp_path / "out") == "qwen" and os.listdir(tmp_path) == ["out"]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from qwen_jax.checkpoints.arrays import load_params, save_params
 from qwen_jax.conversion import convert, detect_format, load_pretrained, load_tokenizer
 from qwen_jax.conversion.check import compare_logits
-from qwen_jax.training.weights import load_params, save_params
 
 pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -68,7 +68,7 @@ def llama(file: Path):
 
 @pytest.mark.parametrize("dtype, grouped", [("float32", 3), ("bfloat16", 1)])
 def test_llama_cpp_chooses_the_same_tokens(tmp_path, config, random_params, tokenizer_file, dtype, grouped):
-    config = dataclasses.replace(config, num_kv_heads=grouped, max_length=64, use_dynamic_ntk=False, use_logn=False)
+    config = dataclasses.replace(config, num_kv_heads=grouped, context_length=64, use_dynamic_ntk=False, use_logn=False)
     params = jax.tree.map(lambda a: 2 * a.astype(dtype).astype(np.float32), random_params(config))
     save_params(tmp_path / "run", config, params, tokenizer_file)
     file = convert("orbax", tmp_path / "run", "gguf", tmp_path / "model.gguf", dtype, progress=False)

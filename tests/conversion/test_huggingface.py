@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax.conversion import convert, load_pretrained
-from qwen_jax.conversion.huggingface import SafetensorsFolder, outside_config, parse_size, read_config
+from qwen_jax.conversion.huggingface import SafetensorsFolder, external_config, parse_size, read_config
 from qwen_jax.conversion.mapping import FORMATS
 from qwen_jax.models.config import ModelConfig
 
@@ -94,11 +94,11 @@ def test_reads_the_released_7b_configuration_and_writes_it_again(tmp_path):
         num_layers=32,
         num_heads=32,
         ffn_size=11008,
-        max_length=8192,
+        context_length=8192,
         use_dynamic_ntk=True,
         use_logn=True,
     )
-    again = outside_config(FORMATS["qwen"], config, "bfloat16", 151643)
+    again = external_config(FORMATS["qwen"], config, "bfloat16", 151643)
     assert {name: again[name] for name in RELEASED_7B} == RELEASED_7B
     assert "auto_map" not in again
 
@@ -123,12 +123,12 @@ def test_the_position_limit_is_that_of_the_released_models_or_of_generation_here
         num_heads=width // 64,
         head_dim=64,
         ffn_size=64,
-        max_length=length,
+        context_length=length,
         use_dynamic_ntk=ntk,
     )
-    assert outside_config(FORMATS["qwen"], config, "float32", None)["max_position_embeddings"] == limit
-    assert outside_config(FORMATS["qwen2"], config, "float32", None)["max_position_embeddings"] == length
-    assert outside_config(FORMATS["qwen"], config, "float32", None, 77)["max_position_embeddings"] == 77
+    assert external_config(FORMATS["qwen"], config, "float32", None)["max_position_embeddings"] == limit
+    assert external_config(FORMATS["qwen2"], config, "float32", None)["max_position_embeddings"] == length
+    assert external_config(FORMATS["qwen"], config, "float32", None, 77)["max_position_embeddings"] == 77
 
 
 def test_the_position_limit_of_a_qwen_folder_is_kept(tmp_path):
@@ -145,7 +145,7 @@ def test_reads_the_field_names_of_the_first_release(tmp_path):
         num_layers=32,
         num_heads=32,
         ffn_size=11008,
-        max_length=2048,
+        context_length=2048,
         norm_epsilon=1e-5,
     )
 

@@ -10,11 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
+from qwen_jax.checkpoints import arrays
+from qwen_jax.checkpoints.arrays import load_params, save_params
 from qwen_jax.conversion import convert, load, load_pretrained, load_tokenizer
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training import weights
-from qwen_jax.training.weights import load_params, save_params
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -31,13 +31,13 @@ def assert_equal(found, expected):
 @pytest.fixture
 def in_pieces(monkeypatch):
     """Parameters of the small model are written in several pieces, as those of a large one are."""
-    monkeypatch.setattr(weights, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 4000)
     monkeypatch.setattr(load, "PIECE_BYTES", 4000)
 
 
 def test_orbax_itself_restores_what_was_written_in_pieces(tmp_path, run_folder, in_pieces):
     back = convert("qwen", convert("orbax", run_folder, "qwen", tmp_path / "qwen"), "orbax", tmp_path / "back")
-    stored = weights.StoredParams(back)
+    stored = arrays.StoredParams(back)
     assert stored.stored_together("layers/mlp/up/kernel") == 1 and stored.stored_together("token_embedding") == 20
     assert_equal(ocp.load_checkpointables(back / "checkpoints" / "0")["params"], load_params(run_folder)[1])
     described = ocp.checkpointables_metadata(back / "checkpoints" / "0").metadata["params"]
@@ -72,7 +72,7 @@ def test_a_run_folder_of_another_model_is_named(tmp_path, run_folder, config):
 @pytest.mark.parametrize("source", ["qwen", "orbax", "unscanned"])
 def test_parameters_go_to_their_devices_as_they_are_read(tmp_path, random_params, in_pieces, source):
     config = ModelConfig(
-        vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, ffn_size=48, head_dim=8, max_length=64
+        vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, ffn_size=48, head_dim=8, context_length=64
     )
     save_params(tmp_path / "run", config, random_params(config), None)
     folder = tmp_path / "run"

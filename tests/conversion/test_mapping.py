@@ -7,12 +7,12 @@ import pytest
 
 from qwen_jax.conversion.mapping import (
     FORMATS,
-    from_outside,
+    external_shape,
+    external_tensors,
+    from_external,
     is_stacked,
-    outside_shape,
-    outside_tensors,
     parameter_shapes,
-    to_outside,
+    to_external,
 )
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import parameter_count
@@ -25,33 +25,33 @@ def test_layouts_are_exact_in_both_directions(name, config):
         for part in row.parts:
             shape = shapes[part][1:] if is_stacked(part) else shapes[part]
             ours = np.arange(np.prod(shape)).reshape(shape)
-            theirs = to_outside(row.layout, ours)
-            assert theirs.shape == outside_shape(row.layout, shape)
-            np.testing.assert_array_equal(from_outside(row.layout, theirs, shape), ours)
+            theirs = to_external(row.layout, ours)
+            assert theirs.shape == external_shape(row.layout, shape)
+            np.testing.assert_array_equal(from_external(row.layout, theirs, shape), ours)
 
 
 def test_linear_weights_become_out_by_in(config):
-    """x @ W.T of the outside format is the product that our attention computes."""
+    """x @ W.T of the external format is the product that our attention computes."""
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((5, 48)), rng.standard_normal((48, 3, 16))
     ours = np.einsum("ld,dhk->lhk", x, kernel).reshape(5, 48)
-    np.testing.assert_allclose(x @ to_outside("d h k -> (h k) d", kernel).T, ours)
+    np.testing.assert_allclose(x @ to_external("d h k -> (h k) d", kernel).T, ours)
     back = rng.standard_normal((3, 16, 48))
     ours = np.einsum("lhk,hkd->ld", ours.reshape(5, 3, 16), back)
-    theirs = np.einsum("ld,dhk->lhk", x, kernel).reshape(5, 48) @ to_outside("h k d -> d (h k)", back).T
+    theirs = np.einsum("ld,dhk->lhk", x, kernel).reshape(5, 48) @ to_external("h k d -> d (h k)", back).T
     np.testing.assert_allclose(theirs, ours)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_parameter_is_in_the_table(name, config):
-    tensors = outside_tensors(FORMATS[name], config)
+    tensors = external_tensors(FORMATS[name], config)
     assert sum(np.prod(tensor.shape) for tensor in tensors) == parameter_count(config)
     assert len({tensor.name for tensor in tensors}) == len(tensors)
 
 
 def test_released_7b_has_the_published_number_of_parameters():
     config = ModelConfig(vocab_size=151936, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=11008)
-    shapes = {tensor.name: tensor.shape for tensor in outside_tensors(FORMATS["qwen"], config)}
+    shapes = {tensor.name: tensor.shape for tensor in external_tensors(FORMATS["qwen"], config)}
     assert sum(np.prod(shape, dtype=np.int64) for shape in shapes.values()) == 7_721_324_544
     assert shapes["transformer.h.31.attn.c_attn.weight"] == (12288, 4096)
     assert shapes["transformer.h.0.mlp.c_proj.weight"] == (4096, 11008)
@@ -68,11 +68,11 @@ def test_released_7b_has_the_published_number_of_parameters():
 )
 def test_qwen_refuses_by_name_what_it_cannot_express(config, change, words):
     with pytest.raises(ValueError, match=words):
-        outside_tensors(FORMATS["qwen"], dataclasses.replace(config, **change))
+        external_tensors(FORMATS["qwen"], dataclasses.replace(config, **change))
 
 
 def test_qwen2_has_grouped_queries_and_tied_embeddings(config):
     grouped = dataclasses.replace(config, num_kv_heads=1, tie_embeddings=True)
-    shapes = {tensor.name: tensor.shape for tensor in outside_tensors(FORMATS["qwen2"], grouped)}
+    shapes = {tensor.name: tensor.shape for tensor in external_tensors(FORMATS["qwen2"], grouped)}
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (16, 48)
     assert "lm_head.weight" not in shapes

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax.checkpoints.run_folder import write_run_files
 from qwen_jax.conversion import convert, load_pretrained
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.checkpoints import write_run_files
-from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.trainer import Trainer
+from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples
 
 STEPS, ROWS, LENGTH, RATE, DECAY = 3, 8, 16, 1e-3, 0.1
@@ -64,7 +64,7 @@ def test_a_newer_qwen_is_imported_trained_and_exported(tmp_path, tied):
         Qwen(config),
         next_token_loss,
         OptimizerConfig(RATE, schedule="constant", weight_decay=DECAY, clip_norm=1.0),
-        LoopConfig(train_steps=STEPS, batch_size=ROWS, sequence_length=LENGTH),
+        TrainerConfig(train_steps=STEPS, batch_size=ROWS, sequence_length=LENGTH),
         make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]),
         examples,
         None,

@@ -16,7 +16,7 @@ from tests.fakes import random_run
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random model over a vocabulary of single bytes."""
-    sizes = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, max_length=128)
+    sizes = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, context_length=128)
     return random_run(tmp_path_factory.mktemp("perplexity"), **sizes)
 
 

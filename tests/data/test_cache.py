@@ -183,14 +183,15 @@ else:
             kill_after(packing, "encode_record", 3)
         return original(path, *args, **kwargs)
     packing.write_shard = write_shard
-cache.prepare("local_files", cache_dir=cache_dir, sequence_length=32, splits=("train",), num_shards=4, packing="fit")
+cache.prepare("local_files", cache_dir=cache_dir, sequence_length=32, splits=("train",), num_shards=4,
+              packing="best_fit")
 """
 
 
 def test_a_process_killed_twice_gives_the_same_bytes(registry, vocabulary_file, tmp_path, root, plain_environment):
     """`kill -9` while it tokenizes, again in the middle of the third shard; the third process finishes."""
     corpus, broken, whole = str(registry.files["test_a"][0]), tmp_path / "broken", tmp_path / "whole"
-    folder = packing.packed_folder(broken, "local_files", LENGTH, "train", "fit")
+    folder = packing.packed_folder(broken, "local_files", LENGTH, "train", "best_fit")
     for stage in ("tokenizing", "packing"):
         command = [sys.executable, "-c", KILLED, stage, str(broken), corpus, str(vocabulary_file)]
         done = subprocess.run(command, cwd=root, env=plain_environment, capture_output=True, text=True)
@@ -199,7 +200,7 @@ def test_a_process_killed_twice_gives_the_same_bytes(registry, vocabulary_file, 
     finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
     assert len(finished) == 2 and len(list(folder.glob(".*.tmp"))) == 1
     prepare = functools.partial(
-        cache.prepare, "local_files", sequence_length=LENGTH, splits=("train",), num_shards=4, packing="fit"
+        cache.prepare, "local_files", sequence_length=LENGTH, splits=("train",), num_shards=4, packing="best_fit"
     )
     with gin.unlock_config():
         gin.bind_parameter("local_files.pattern", corpus)
@@ -215,9 +216,9 @@ def test_a_process_killed_twice_gives_the_same_bytes(registry, vocabulary_file, 
 
 def test_fitted_examples_keep_documents_apart(registry, cache_dir, tmp_path):
     shutil.copytree(cache_dir / "test_a", tmp_path / "test_a")
-    one, two = (tmp_path / "test_a" / name for name in ("packed-32-fit", "one-worker"))
+    one, two = (tmp_path / "test_a" / name for name in ("packed-32-best_fit", "one-worker"))
     prepare = functools.partial(
-        cache.prepare, "test_a", cache_dir=tmp_path, sequence_length=LENGTH, num_shards=3, packing="fit"
+        cache.prepare, "test_a", cache_dir=tmp_path, sequence_length=LENGTH, num_shards=3, packing="best_fit"
     )
     prepare()
     one.rename(two)
@@ -225,7 +226,7 @@ def test_fitted_examples_keep_documents_apart(registry, cache_dir, tmp_path):
     assert _files(one) == _files(two)  # whatever the number of workers
     assert _files(tmp_path / "test_a" / "packed-32") == _files(cache_dir / "test_a" / "packed-32")
     tokenizer = registry.vocabulary.tokenizer
-    loader = ExampleLoader("test_a", cache_dir=tmp_path, sequence_length=LENGTH, packing="fit", repeat=False)
+    loader = ExampleLoader("test_a", cache_dir=tmp_path, sequence_length=LENGTH, packing="best_fit", repeat=False)
     assert loader.columns == ("segment_ids", "positions")
     batch = loader.read(0, len(loader))
     assert {name: array.dtype.name for name, array in batch.items()} == {
@@ -246,11 +247,11 @@ def test_fitted_examples_keep_documents_apart(registry, cache_dir, tmp_path):
 
 
 def test_another_packing_is_not_taken_for_the_one_asked_for(cache_dir):
-    with pytest.raises(FileNotFoundError, match=r"packed by 'fit' to sequence length 32 .*--packing=fit"):
-        ExampleLoader("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="fit")
-    with pytest.raises(ValueError, match="packing is 'whole': it must be one of cut, fit"):
+    with pytest.raises(FileNotFoundError, match=r"packed by 'best_fit' to sequence length 32 .*--packing=best_fit"):
+        ExampleLoader("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="best_fit")
+    with pytest.raises(ValueError, match="packing is 'whole': it must be one of concat, best_fit"):
         ExampleLoader("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="whole")
-    with pytest.raises(ValueError, match="packing is 'whole': it must be one of cut, fit"):
+    with pytest.raises(ValueError, match="packing is 'whole': it must be one of concat, best_fit"):
         cache.prepare("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="whole")
 
 

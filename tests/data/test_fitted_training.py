@@ -15,7 +15,7 @@ EOS = 9
 def test_the_loss_of_a_row_is_that_of_its_documents():
     generator = np.random.default_rng(0)
     documents = [packing.Document(generator.integers(0, 9, size)) for size in (3, 9, 5, 1, 30)]
-    examples = list(packing.fit(documents, sequence_length=16, eos_id=EOS))
+    examples = list(packing.best_fit(documents, sequence_length=16, eos_id=EOS))
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
     assert batch["segment_ids"].max() > 1
     model = Qwen(small_model())

@@ -19,7 +19,7 @@ EOS = 599
 
 
 def _write(
-    folder, task: str, documents: int, seed: int, vocabulary: str = "f00d", split: str = "train", method: str = "cut"
+    folder, task: str, documents: int, seed: int, vocabulary: str = "f00d", split: str = "train", method: str = "concat"
 ) -> None:
     """Packed examples without SeqIO: a manifest and two shards."""
     target = packing.packed_folder(folder, task, LENGTH, split, method)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
     _write(path, "two", 20, 2)
     _write(path, "two", 5, 3, split="validation")
     _write(path, "group:three", 4, 4)
-    _write(path, "one", 30, 1, method="fit")
+    _write(path, "one", 30, 1, method="best_fit")
     return path
 
 
@@ -112,7 +112,7 @@ from qwen_jax.data import loader
 
 folder, state, output, rows, batches = pathlib.Path(sys.argv[1]), *map(pathlib.Path, sys.argv[2:4]), *sys.argv[4:]
 first, stop, step, batch_size = map(int, rows.split(","))
-examples = loader.ExampleLoader("one", cache_dir=folder, sequence_length=16, seed=5, packing="fit")
+examples = loader.ExampleLoader("one", cache_dir=folder, sequence_length=16, seed=5, packing="best_fit")
 
 read, records = [], loader._Records.read
 def count(self, numbers):
@@ -161,7 +161,7 @@ def _run_hosts(folder, state, hosts: int, batches: int, batch_size: int, by: str
 
 def test_processes_see_the_batches_of_one(folder, tmp_path, root, plain_environment):
     """One process, resumed as two, resumed as four, over two ends of an epoch and with other splits of the batch."""
-    loader = _loader(folder, seed=5, packing="fit")
+    loader = _loader(folder, seed=5, packing="best_fit")
     state, batch_size, parts = tmp_path / "state.json", 8, []
     phases = [(1, len(loader) // batch_size - 1, "blocks"), (2, len(loader) // batch_size, "turns"), (4, 9, "blocks")]
     for hosts, batches, by in phases:
@@ -184,7 +184,7 @@ def test_fingerprint_tells_data_and_order_apart(folder):
         _loader(folder).fingerprint,
         _loader(folder, seed=1).fingerprint,
         _loader(folder, shuffle=False).fingerprint,
-        _loader(folder, packing="fit").fingerprint,
+        _loader(folder, packing="best_fit").fingerprint,
         _loader(folder, "two").fingerprint,
         _loader(folder, "two", split="validation").fingerprint,
     ]

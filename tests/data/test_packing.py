@@ -47,7 +47,7 @@ def _segments(example: dict[str, np.ndarray]) -> list[tuple[list[int], list[int]
 
 @given(documents=st.lists(st.tuples(TOKENS, st.booleans()), max_size=20), length=st.integers(2, 17))
 def test_fitted_documents_are_whole_and_each_is_there_once(documents, length):
-    examples = list(packing.fit([_document(*d) for d in documents], sequence_length=length, eos_id=EOS))
+    examples = list(packing.best_fit([_document(*d) for d in documents], sequence_length=length, eos_id=EOS))
     expected = []
     for tokens, weighted in documents:
         ended, weights = [*tokens, EOS], [*(t % 2 if weighted else 1 for t in tokens), 1]
@@ -66,7 +66,7 @@ def test_fitted_documents_are_whole_and_each_is_there_once(documents, length):
 
 def test_fitting_keeps_the_order_of_documents_where_it_can():
     documents = [Document(np.full(n, n)) for n in (2, 5, 3, 7, 2)]  # with end-of-text 3, 6, 4, 8, 3
-    first, second, third = packing.fit(documents, sequence_length=10, eos_id=EOS)
+    first, second, third = packing.best_fit(documents, sequence_length=10, eos_id=EOS)
     assert [len(tokens) for tokens, _ in _segments(first)] == [3, 3]
     assert [len(tokens) for tokens, _ in _segments(second)] == [6, 4]
     assert [len(tokens) for tokens, _ in _segments(third)] == [8]
@@ -93,7 +93,7 @@ def test_fitting_wastes_less_than_seqio_packs():
         for row in packed.as_numpy_iterator()
     ]
     whole = [Document(np.append(row[:63], EOS)) for row in rows]
-    ours = list(packing.fit(whole, sequence_length=64, eos_id=EOS))
+    ours = list(packing.best_fit(whole, sequence_length=64, eos_id=EOS))
     texts = [sorted(tokens for example in examples for tokens, _ in _segments(example)) for examples in (theirs, ours)]
     assert texts[0] == sorted(row.tolist() for row in rows)
     assert texts[1] == sorted(document.tokens.tolist() for document in whole)
@@ -114,7 +114,7 @@ def test_misaligned_weights_and_senseless_length():
     for packer in packing.PACKINGS.values():
         with pytest.raises(ValueError, match="sequence_length is 1"):
             list(packer([], sequence_length=1, eos_id=EOS))
-    with pytest.raises(ValueError, match="packing is 'fitted': it must be one of cut, fit"):
+    with pytest.raises(ValueError, match="packing is 'fitted': it must be one of concat, best_fit"):
         packing.columns_for(600, 8, "fitted")
 
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from qwen_jax.checkpoints.arrays import save_params
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.data.chatml import encode_prompt
 from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.training.weights import save_params
 from tests.pages import ROOT, blocks, shell
 
 CONFIG = ModelConfig(
-    vocab_size=480, hidden_size=48, num_layers=2, num_heads=3, head_dim=16, ffn_size=40, max_length=512
+    vocab_size=480, hidden_size=48, num_layers=2, num_heads=3, head_dim=16, ffn_size=40, context_length=512
 )
 
 

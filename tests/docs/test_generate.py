@@ -6,7 +6,7 @@ from tests.pages import ROOT, blocks, shell
 
 def test_commands_of_the_page(tmp_path):
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    random_run(tmp_path / "runs" / "demo", hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, max_length=256)
+    random_run(tmp_path / "runs" / "demo", hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=256)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import "}\n{"prompt": "x = "}\n')
     shown = []
     for kind, text in blocks("generate.md"):

@@ -4,9 +4,9 @@ import json
 import re
 import socket
 
-from qwen_jax.training.checkpoints import saved_steps
-from qwen_jax.training.loop_config import LoopConfig
+from qwen_jax.checkpoints.run_folder import saved_steps
 from qwen_jax.training.metrics import read_metrics
+from qwen_jax.training.trainer_config import TrainerConfig
 from tests.pages import ROOT, blocks, copy_repository, shell
 
 PAGE = ROOT / "docs" / "gpu_clusters.md"
@@ -42,4 +42,4 @@ def test_every_flag_and_macro_that_the_page_names_exists():
     macros = set(re.findall(r"--gin\.([A-Z_]+)=", page))
     assert {"SKIP_SPIKES", "KEEP_EVERY", "COMPILATION_CACHE"} <= macros
     assert all(re.search(rf"^{name} = ", recipe, re.MULTILINE) for name in macros)
-    assert set(re.findall(r"LoopConfig\.(\w+)", page)) <= set(LoopConfig.__dataclass_fields__)
+    assert set(re.findall(r"TrainerConfig\.(\w+)", page)) <= set(TrainerConfig.__dataclass_fields__)

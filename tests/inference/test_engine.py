@@ -19,7 +19,7 @@ SAMPLING = SamplingConfig(temperature=0.8, top_k=40, top_p=0.9, repetition_penal
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A random model over a vocabulary of single bytes; large weights, so that greedy choices are not all alike."""
-    sizes = dict(hidden_size=64, num_layers=2, num_heads=4, ffn_size=96, max_length=256)
+    sizes = dict(hidden_size=64, num_layers=2, num_heads=4, ffn_size=96, context_length=256)
     return random_run(tmp_path_factory.mktemp("engine"), **sizes)
 
 
@@ -106,7 +106,7 @@ def test_log_probabilities_are_those_of_the_training_forward_pass(loaded, engine
     ],
 )
 def test_any_mesh_gives_the_same(tmp_path, loaded, axes, changes):
-    sizes = dict(hidden_size=64, num_layers=2, num_heads=4, ffn_size=96, max_length=256)
+    sizes = dict(hidden_size=64, num_layers=2, num_heads=4, ffn_size=96, context_length=256)
     model, params = load_pretrained(random_run(tmp_path, **sizes, **changes)) if changes else loaded
     requests = requests_of(7, longest=30) + requests_of(4, seed=1, longest=30, sampling=SAMPLING)
     expected = by_request(Engine(model, params, slots=4).generate(requests))
@@ -132,7 +132,7 @@ def test_compilations_are_counted_and_bounded(loaded, caplog):
     model, params = loaded
     before, requests = len(compiled), requests_of(300)
     with caplog.at_level("INFO", "qwen_jax.inference"):
-        engine = Engine(model, params, slots=3, max_length=200)
+        engine = Engine(model, params, slots=3, context_length=200)
         assert len(list(engine.generate(requests))) == 300
     assert 0 < len(compiled) - before <= engine.compilations == len(caplog.records)
     prompts, caches = 4, 3  # 16 to 128 tokens; 64 to 256 slots
@@ -211,7 +211,7 @@ def test_the_stream_is_the_result_in_pieces(engine, tokenizer):
 
 
 def test_a_prompt_longer_than_a_chunk(tmp_path):
-    sizes = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=32, max_length=4096)
+    sizes = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=32, context_length=4096)
     model, params = load_pretrained(random_run(tmp_path, **sizes))
     prompt = np.random.default_rng(0).integers(0, 256, programs.PREFILL_CHUNK + 300)
     (result,) = Engine(model, params, slots=1).generate([Request(prompt, 8)])
@@ -236,7 +236,7 @@ def test_draws_follow_the_seed_and_new_weights(loaded):
     [
         (Request([], 5), "request 1: the prompt is empty"),
         (Request([464], 5), r"id 464, outside \[0, 464\)"),
-        (Request([1], 256), "prompt of 1 tokens . 256 new ones.*at most 256 tokens, the model's max_length of 256"),
+        (Request([1], 256), "prompt of 1 tokens . 256 new ones.*at most 256 tokens, the model's context_length of 256"),
         (Request("text", 5), "found text: encode it"),
         (Request([1.5], 5), "must be integers, found float64"),
         (Request([[1]], 5), r"array of shape \[1, 1\]"),
@@ -257,10 +257,10 @@ def test_an_engine_that_cannot_be_is_refused(loaded):
     model, params = loaded
     with pytest.raises(ValueError, match="stop_strings .* needs a tokenizer"):
         Engine(model, params).stream(Request([1], 5, stop_strings=["a"]))
-    with pytest.raises(ValueError, match="max_length must be from 2 to 256"):
-        Engine(model, params, max_length=257)
-    with pytest.raises(ValueError, match="the engine's max_length"):
-        Engine(model, params, max_length=20).stream(Request([1], 20))
+    with pytest.raises(ValueError, match="context_length must be from 2 to 256"):
+        Engine(model, params, context_length=257)
+    with pytest.raises(ValueError, match="the engine's context_length"):
+        Engine(model, params, context_length=20).stream(Request([1], 20))
     with pytest.raises(ValueError, match="slots"):
         Engine(model, params, slots=0)
     with pytest.raises(ValueError, match=r"parameter .*'output'.* is \[64, 463\]"):

@@ -57,8 +57,10 @@ def test_generation_stops_at_eight_training_lengths_and_at_one_without_dynamic_n
     prompt = list(range(20))
     (result,) = Engine(model, params).generate([Request(prompt, 108)])
     assert len(result.tokens) == 108
-    with pytest.raises(ValueError, match="at most 128 tokens, which dynamic NTK makes of the model's max_length of 16"):
+    with pytest.raises(
+        ValueError, match="at most 128 tokens, which dynamic NTK makes of the model's context_length of 16"
+    ):
         Engine(model, params).stream(Request(prompt, 109))
     without = Qwen(dataclasses.replace(model.config, use_dynamic_ntk=False))
-    with pytest.raises(ValueError, match="at most 16 tokens, the model's max_length of 16"):
+    with pytest.raises(ValueError, match="at most 16 tokens, the model's context_length of 16"):
         Engine(without, params).stream(Request(prompt, 1))

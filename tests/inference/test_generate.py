@@ -14,7 +14,7 @@ from tests.fakes import random_run
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A random model over a vocabulary of single bytes; large weights, so that greedy choices are not all alike."""
-    sizes = dict(hidden_size=64, num_layers=3, num_heads=4, ffn_size=96, max_length=256)
+    sizes = dict(hidden_size=64, num_layers=3, num_heads=4, ffn_size=96, context_length=256)
     return random_run(tmp_path_factory.mktemp("generate"), **sizes)
 
 
@@ -63,7 +63,7 @@ def test_a_stop_string_ends_it(run_folder):
     ("changes", "message"),
     [
         ({"prompt": ""}, "empty"),
-        ({"prompt": "a" * 300}, "max_length of 256"),
+        ({"prompt": "a" * 300}, "context_length of 256"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),

@@ -28,7 +28,7 @@ def tool(root, monkeypatch):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A random model over single bytes, of training length 16."""
-    sizes = dict(hidden_size=32, num_layers=3, num_heads=2, ffn_size=48, max_length=16)
+    sizes = dict(hidden_size=32, num_layers=3, num_heads=2, ffn_size=48, context_length=16)
     return random_run(tmp_path_factory.mktemp("long_context"), spread=0.3, **sizes)
 
 

@@ -22,7 +22,7 @@ ALL = {"use_dynamic_ntk": True, "use_logn": True, "window_sizes": (16, 24, 0)}
 
 
 def config(**changes) -> ModelConfig:
-    sizes = dict(vocab_size=97, hidden_size=48, num_layers=3, num_heads=4, ffn_size=80, head_dim=12, max_length=16)
+    sizes = dict(vocab_size=97, hidden_size=48, num_layers=3, num_heads=4, ffn_size=80, head_dim=12, context_length=16)
     return ModelConfig(**{**sizes, "dtype": "float32", **changes})
 
 
@@ -166,7 +166,7 @@ def test_generation_may_reach_eight_training_lengths_with_dynamic_ntk_only():
         ({"window_sizes": (4, 4)}, "each of the 3 layers, found 2"),
         ({"window_sizes": (4, -1, 4)}, "found -1"),
         ({"window_sizes": (4, 2.5, 4)}, "found 2.5"),
-        ({"use_logn": True, "max_length": 1}, "use_logn"),
+        ({"use_logn": True, "context_length": 1}, "use_logn"),
         ({"window_sizes": 256}, "window_sizes"),
     ],
 )

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from qwen_jax.models import kernels
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.sharding import MESH_AXES, sum_over_copies, use_mesh
+from qwen_jax.sharding import MESH_AXES, sum_over_replicas, use_mesh
 
 LENGTH = 256
 
@@ -55,7 +55,7 @@ def test_every_device_calls_it_on_its_own_rows_and_heads(layout, packed, cudnn_l
     mesh = jax.make_mesh(layout, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
     def of_copies(*arrays):
-        return sum_over_copies(lambda _, rows, __: gradients(packed)(*rows))(None, arrays, None)
+        return sum_over_replicas(lambda _, rows, __: gradients(packed)(*rows))(None, arrays, None)
 
     with use_mesh(mesh):
         text = jax.jit(of_copies).trace(*shapes()).lower(lowering_platforms=("cuda",)).as_text()

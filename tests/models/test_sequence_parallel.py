@@ -8,7 +8,7 @@ import pytest
 from qwen_jax.models import kernels
 from qwen_jax.models.config import AttentionBlocks
 from qwen_jax.models.sequence_parallel import balance, balanced_positions, unbalance
-from qwen_jax.sharding import MeshConfig, make_mesh, spec, sum_over_copies, use_mesh
+from qwen_jax.sharding import MeshConfig, make_mesh, spec, sum_over_replicas, use_mesh
 
 BLOCKS = AttentionBlocks(
     **dict.fromkeys(("query", "key", "key_step", "backward_query", "backward_key", "backward_key_step"), 128)
@@ -93,7 +93,7 @@ def test_the_tpu_kernel_on_the_rows_of_each_copy_equals_the_reference():
             query = batch["query"] * jnp.repeat(scale, 2)[:, None, None]
             return jnp.sum(attention(query, batch["key"], batch["value"], batch["segment_ids"]) * batch["cotangent"])
 
-        return lambda scale, batch: sum_over_copies(jax.value_and_grad(loss))(scale, batch, None)
+        return lambda scale, batch: sum_over_replicas(jax.value_and_grad(loss))(scale, batch, None)
 
     def reference(query, key, value, ids):
         return kernels.dot_product_attention(query, key, value, kernels.causal_mask(512, ids))

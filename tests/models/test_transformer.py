@@ -23,7 +23,7 @@ def tiny_config(**changes) -> ModelConfig:
         num_heads=4,
         ffn_size=80,
         head_dim=12,
-        max_length=64,
+        context_length=64,
         dtype="float32",
     )
     return ModelConfig(**{**values, **changes})

@@ -43,13 +43,13 @@ def worst(ours, theirs) -> float:
 def test_logits_and_alpha_of_every_length(golden):
     model, params, expected = golden
     lengths = numbers_after("ids_", expected)
-    assert min(lengths) < model.config.max_length < max(lengths) // 2
+    assert min(lengths) < model.config.context_length < max(lengths) // 2
     for length in lengths:
         ours = logits(model, params, expected[f"ids_{length}"])
         assert ours.dtype == jnp.float32 and ours.shape == (2, length, model.config.vocab_size)
         assert worst(ours[:, -8:], expected[f"logits_{length}"]) < 1e-4, f"{length} tokens"
         if model.config.use_dynamic_ntk:
-            assert dynamic_ntk_alpha(jnp.asarray(length), model.config.max_length) == expected[f"alpha_{length}"]
+            assert dynamic_ntk_alpha(jnp.asarray(length), model.config.context_length) == expected[f"alpha_{length}"]
 
 
 def test_greedy_decoding_with_the_cache(golden):
@@ -76,7 +76,7 @@ def test_the_engine_gives_the_greedy_tokens_of_the_released_code(golden):
     """Prompts are padded to buckets and decode in one batch: alpha must come from each prompt alone."""
     model, params, expected = golden
     if not model.config.use_dynamic_ntk:  # the released code goes on past the length; ours refuses
-        model = Qwen(dataclasses.replace(model.config, max_length=256))
+        model = Qwen(dataclasses.replace(model.config, context_length=256))
     lengths = numbers_after("prompt_", expected)
     requests = [Request(expected[f"prompt_{length}"][0], 24) for length in lengths]
     for result in Engine(model, params).generate(requests):

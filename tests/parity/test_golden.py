@@ -34,7 +34,7 @@ def test_logits(golden):
     model, params, expected = golden
     extended = model.config.use_dynamic_ntk or model.config.use_logn
     lengths = [int(name.removeprefix("ids_")) for name in expected if name.startswith("ids_")]
-    lengths = [n for n in lengths if n <= model.config.max_length or not extended]
+    lengths = [n for n in lengths if n <= model.config.context_length or not extended]
     assert lengths
     for length in lengths:
         logits = model.apply({"params": params}, jnp.asarray(expected[f"ids_{length}"]))[:, -8:]

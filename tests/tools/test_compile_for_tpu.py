@@ -167,7 +167,7 @@ def test_what_does_not_divide_is_refused(compile_here, program, flags, message):
 
 
 def test_rows_that_training_would_refuse_are_refused(compile_here):
-    with pytest.raises(ValueError, match="SEQUENCE_LENGTH 2048 is more than ModelConfig.max_length 1024"):
+    with pytest.raises(ValueError, match="SEQUENCE_LENGTH 2048 is more than ModelConfig.context_length 1024"):
         compile_here("--gin.SEQUENCE_LENGTH=2048")
 
 

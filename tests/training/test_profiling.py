@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.checkpoints import CheckpointError, write_run_files
-from qwen_jax.training.goodput import Goodput, process_began, written_shares
-from qwen_jax.training.loop_config import LoopConfig
+from qwen_jax.training.goodput import Goodput, process_start_time, written_shares
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.profiling import CompilationCache, OutOfMemory, explaining_memory, largest_arrays
+from qwen_jax.training.profiling import CompilationCache, OutOfMemory, explain_out_of_memory, largest_arrays
 from qwen_jax.training.reporting import host_statistics
 from qwen_jax.training.trainer import Trainer
+from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, small_model
 
 TPU_MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used \
@@ -82,7 +82,7 @@ def trainer(folder, cache=CompilationCache(None), **loop):
         Qwen(config),
         next_token_loss,
         OptimizerConfig(1e-2, warmup_steps=2),
-        LoopConfig(train_steps=5, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=100, **loop),
+        TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=100, **loop),
         make_mesh(MeshConfig(), jax.devices()[:1]),
         FakeExamples(),
         None,
@@ -118,7 +118,7 @@ def trainer(folder, cache=CompilationCache(None), **loop):
 )
 def test_want_of_memory_names_the_need_and_the_three_largest_buffers(tmp_path, message, expected):
     state = {"params": {"output": jax.ShapeDtypeStruct((1024, 512), jnp.float32), "bias": jnp.zeros(3)}}
-    with pytest.raises(OutOfMemory) as raised, explaining_memory("training", tmp_path / "run", state):
+    with pytest.raises(OutOfMemory) as raised, explain_out_of_memory("training", tmp_path / "run", state):
         raise jax.errors.JaxRuntimeError(message)
     for text in ("out of memory while training", "fsdp", *expected):
         assert text in str(raised.value), str(raised.value)
@@ -127,7 +127,7 @@ def test_want_of_memory_names_the_need_and_the_three_largest_buffers(tmp_path, m
 
 
 def test_other_errors_pass(tmp_path):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explaining_memory("training", tmp_path, {}):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explain_out_of_memory("training", tmp_path, {}):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
     assert not list(tmp_path.iterdir())
 
@@ -160,8 +160,8 @@ def test_chosen_steps_are_traced(tmp_path):
     with pytest.raises(ValueError, match="trace_process 1 is none of this job's 1 process"):
         trainer(tmp_path / "other", trace_steps=(2, 3), trace_process=1)
     for wrong in ((0, 3), (3, 2), 7, (1, 2, 3)):
-        with pytest.raises(ValueError, match="LoopConfig.trace_steps must be"):
-            LoopConfig(train_steps=5, batch_size=8, sequence_length=16, trace_steps=wrong)
+        with pytest.raises(ValueError, match="TrainerConfig.trace_steps must be"):
+            TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, trace_steps=wrong)
 
 
 def test_the_second_start_finds_its_programs(tmp_path, caplog):
@@ -231,7 +231,7 @@ def test_an_account_that_cannot_be_read_does_not_keep_a_run_from_training(tmp_pa
 
 
 def test_a_process_knows_when_it_began():
-    assert 0 <= time.time() - process_began() < 24 * 3600
+    assert 0 <= time.time() - process_start_time() < 24 * 3600
 
 
 def test_the_slowest_host_is_named():

@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_jax.checkpoints.manager import Checkpoints
+from qwen_jax.checkpoints.run_folder import write_run_files
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.checkpoints import Checkpoints, write_run_files
-from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from qwen_jax.training.reporting import TrainingDiverged
 from qwen_jax.training.resilience import WINDOW, SkipConfig, skip_updates
 from qwen_jax.training.trainer import Trainer
+from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, small_model
 
 BAD = float("nan")
@@ -140,7 +141,9 @@ class Poisoned(FakeExamples):
         return batch
 
 
-LOOP = LoopConfig(train_steps=8, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=2, keep_checkpoints=9)
+LOOP = TrainerConfig(
+    train_steps=8, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=2, keep_checkpoints=9
+)
 
 
 def trainer(folder, skip, layout=(1, 1, 1), data=None, loop=LOOP, objective=poisoned_loss):

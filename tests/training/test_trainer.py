@@ -10,24 +10,21 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax.checkpoints.arrays import load_params, save_params
+from qwen_jax.checkpoints.manager import Checkpoints
+from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    write_run_files,
-)
-from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.profiling import OutOfMemory
 from qwen_jax.training.reporting import TrainingDiverged
 from qwen_jax.training.trainer import Trainer
-from qwen_jax.training.weights import load_params, save_params
+from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, small_model
 
-LOOP = LoopConfig(
+LOOP = TrainerConfig(
     train_steps=12, batch_size=8, sequence_length=16, log_every=1, eval_every=5, checkpoint_every=4, keep_checkpoints=2
 )
 

@@ -4,11 +4,11 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from qwen_jax.sharding import batch_ways
+from qwen_jax.sharding import num_batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopConfig:
+class TrainerConfig:
     """Lengths and intervals of a run, in updates (steps) and sequences.
 
     Attributes:
@@ -50,7 +50,7 @@ class LoopConfig:
             if value is None and field.name in ("accumulation_steps", "tokens_per_device"):
                 continue
             if field.name != "trace_steps" and (not isinstance(value, int) or value < least):
-                raise ValueError(f"LoopConfig.{field.name} must be an integer of at least {least}, found {value!r}")
+                raise ValueError(f"TrainerConfig.{field.name} must be an integer of at least {least}, found {value!r}")
         steps = self.trace_steps
         if steps is not None and not (
             isinstance(steps, (tuple, list))
@@ -58,7 +58,9 @@ class LoopConfig:
             and all(isinstance(step, int) for step in steps)
             and 1 <= steps[0] <= steps[1]
         ):
-            raise ValueError(f"LoopConfig.trace_steps must be (FIRST, LAST) with 1 <= FIRST <= LAST, found {steps!r}")
+            raise ValueError(
+                f"TrainerConfig.trace_steps must be (FIRST, LAST) with 1 <= FIRST <= LAST, found {steps!r}"
+            )
 
     def accumulation(self, mesh: Mesh) -> int:
         """Parts that a batch is computed in on `mesh`: the update is the same for any number, memory is not.
@@ -67,7 +69,7 @@ class LoopConfig:
         """
         if self.accumulation_steps is not None:
             return self.accumulation_steps
-        rows, rest = divmod(self.batch_size, batch_ways(mesh))
+        rows, rest = divmod(self.batch_size, num_batch_shards(mesh))
         if self.tokens_per_device is None or rest:
             return 1
         tokens = self.batch_size * self.sequence_length / mesh.size

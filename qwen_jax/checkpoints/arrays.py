@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,18 +13,18 @@ import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
-from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, abstract_params
-from qwen_jax.training.checkpoints import (
+from qwen_jax import files
+from qwen_jax.checkpoints.manager import one_line, unreadable_reason
+from qwen_jax.checkpoints.run_folder import (
     CHECKPOINTS,
     TOKENIZER_FILE,
     CheckpointError,
-    one_line,
     read_config,
     saved_steps,
-    why_unreadable,
     write_run_files,
 )
+from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.transformer import Qwen, abstract_params
 
 PIECE_BYTES = 2**26
 
@@ -41,15 +40,10 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder`, which takes its place when the block ends well, and vanishes otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty: choose another output folder, or remove it")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    if folder.parent.is_dir():
+        files.remove_unfinished(folder.parent, folder.name)
+    with files.new_folder(folder) as temporary:
         yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_params(folder: str | Path, config: ModelConfig, params, tokenizer: str | Path | None) -> None:
@@ -226,7 +220,7 @@ def restore_params(path: str | Path, abstract, step: int | None = None):
     try:
         return ocp.load_checkpointables(folder, {"params": abstract})["params"]
     except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {why_unreadable(error)}") from error
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {unreadable_reason(error)}") from error
 
 
 def load_params(path: str | Path, step: int | None = None) -> tuple[ModelConfig, dict]:

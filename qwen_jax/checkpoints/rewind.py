@@ -6,24 +6,22 @@ the metrics as they were lie in `rewound_N`, which is a run folder itself.
 """
 
 import dataclasses
-import json
 import logging
-import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_jax.training.batches import after_skipped
-from qwen_jax.training.checkpoints import (
+from qwen_jax import files
+from qwen_jax.checkpoints.manager import Checkpoints
+from qwen_jax.checkpoints.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
+    METRICS_FILE,
     TOKENIZER_FILE,
     CheckpointError,
-    Checkpoints,
     read_config,
     saved_steps,
-    write_atomically,
 )
-from qwen_jax.training.metrics import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ def read_rewinds(folder: str | Path) -> list[Rewind]:
     if not file.exists():
         return []
     try:
-        return [Rewind(**row | {"skipped": tuple(row["skipped"])}) for row in json.loads(file.read_text())]
+        return [Rewind(**row | {"skipped": tuple(row["skipped"])}) for row in files.read_json(file)]
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}): restore it, or remove it to forget all rewinds of this run"
@@ -72,8 +70,19 @@ def skipped_spans(folder: str | Path) -> list[tuple[int, int]]:
     return [rewind.skipped for rewind in read_rewinds(folder) if rewind.skipped[0] < rewind.skipped[1]]
 
 
+def after_skipped(position: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """The first example from `position` on at which a batch may begin: not inside one of the spans [start, stop).
+
+    A batch that begins before a span is read whole, so a span should begin where a batch does.
+    """
+    for start, stop in sorted(skipped):
+        if start <= position < stop:
+            position = stop
+    return position
+
+
 def _write(folder: Path, rewinds: list[Rewind]) -> None:
-    write_atomically(folder / REWINDS_FILE, json.dumps([dataclasses.asdict(one) for one in rewinds], indent=1) + "\n")
+    files.write_json(folder / REWINDS_FILE, [dataclasses.asdict(one) for one in rewinds], indent=1)
 
 
 def rewind(folder: str | Path, to_step: int, skip_examples: int = 0) -> Rewind:
@@ -131,9 +140,7 @@ def finish_rewinds(folder: str | Path) -> None:
         (aside / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_FILE, TOKENIZER_FILE, METRICS_FILE):
             if (folder / name).exists() and not (aside / name).exists():
-                temporary = aside / f".{name}.tmp"
-                shutil.copyfile(folder / name, temporary)
-                temporary.replace(aside / name)
+                files.copy_file(folder / name, aside / name)
         for step in saved_steps(folder):
             if step > one.to_step:
                 (folder / CHECKPOINTS / str(step)).rename(aside / CHECKPOINTS / str(step))

@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 
 from qwen_jax.command_line import one_line
-from qwen_jax.training import hosts
+from qwen_jax.distributed import hosts
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Watchdog:
         """
         self.activity, self.folder = Activity(), folder
         self._config, self._facts, self._limit = config, facts or {}, config.hang_timeout
-        self._process, self._processes = hosts.place()
+        self._process, self._processes = hosts.process_index(), hosts.process_count()
         self._closed = threading.Event()
         self._contact = time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}
@@ -258,8 +258,8 @@ class Watchdog:
                 return {
                     "code": hosts.TRY_AGAIN,
                     "error": f"{self._name(process)} gave no sign of life for {silent:.0f} s; it was last "
-                    f"{last['what']} after step {last['step']}. Was it killed, or did its host go down? The same command goes on "
-                    f"from the last checkpoint",
+                    f"{last['what']} after step {last['step']}. Was it killed, or did its host go down? "
+                    f"The same command goes on from the last checkpoint",
                 }
         return None
 

@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.conversion.mapping import (
+    ExternalTensor,
     Format,
-    OutsideTensor,
-    from_outside,
-    outside_shape,
-    outside_tensors,
+    external_shape,
+    external_tensors,
+    from_external,
     parameter_shapes,
 )
 from qwen_jax.models.config import ModelConfig
@@ -51,8 +51,8 @@ class StoredTensor:
         return raw.view(dtype).reshape(stop - start, *self.shape[1:])
 
 
-class OutsideWeights:
-    """The weights of a checkpoint in an outside format; a `Weights` of mapping.py.
+class ExternalWeights:
+    """The weights of a checkpoint in an external format; a `Weights` of mapping.py.
 
     Once it is made, every tensor that the configuration asks for is known to be there, with its shape.
 
@@ -72,16 +72,16 @@ class OutsideWeights:
         self, where: str | os.PathLike, table: Format, config: ModelConfig, stored: Mapping[str, StoredTensor]
     ):
         self.where, self.config, self._stored = where, config, stored
-        expected = outside_tensors(table, config)
+        expected = external_tensors(table, config)
         self._check(table, {tensor.name: tensor.shape for tensor in expected})
         # Where each of our parameters lies: its tensor (by layer) and its first row in it.
-        self._places: dict[tuple[str, int | None], tuple[OutsideTensor, int]] = {}
+        self._places: dict[tuple[str, int | None], tuple[ExternalTensor, int]] = {}
         shapes = parameter_shapes(config)
         for tensor in expected:
             start = 0
             for part in tensor.row.parts:
                 self._places[part, tensor.layer] = (tensor, start)
-                start += outside_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1 :])[0]
+                start += external_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1 :])[0]
         kinds = {stored[tensor.name].dtype for tensor in expected}
         self.dtype = "bfloat16" if kinds == {"BF16"} else "float32"
 
@@ -115,7 +115,7 @@ class OutsideWeights:
                 f"{'. '.join(problems)}. Was the download complete, and are the two of the same model?"
             )
         if copy in self._stored:
-            self._check_copy(copy, table.rows[0].outside)
+            self._check_copy(copy, table.rows[0].external)
 
     def _check_copy(self, copy: str, embedding: str) -> None:
         first, second = (self._stored[name].read(0, self._stored[name].shape[0]) for name in (copy, embedding))
@@ -129,5 +129,5 @@ class OutsideWeights:
         """See `Weights.read`: only the rows that hold this parameter are read."""
         tensor, start = self._places[path, layer]
         shape = parameter_shapes(self.config)[path][0 if layer is None else 1 :]
-        rows = outside_shape(tensor.row.layout, shape)[0]
-        return from_outside(tensor.row.layout, self._stored[tensor.name].read(start, start + rows), shape)
+        rows = external_shape(tensor.row.layout, shape)[0]
+        return from_external(tensor.row.layout, self._stored[tensor.name].read(start, start + rows), shape)

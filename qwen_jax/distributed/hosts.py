@@ -170,30 +170,34 @@ def connect(config: JobConfig) -> None:
         ) from error
 
 
-def _client():
+def _state():
     from jax._src import distributed  # private: see the top of this file
 
-    return distributed.global_state.client
+    return distributed.global_state
+
+
+def _client():
+    return _state().client
 
 
 def coordinator_address() -> str | None:
     """HOST:PORT of the coordination service, or None without one."""
-    from jax._src import distributed
-
-    return distributed.global_state.coordinator_address
+    return _state().coordinator_address
 
 
-def place() -> tuple[int, int]:
-    """(process, processes) of the job; unlike `jax.process_index` it may be asked before devices are used."""
-    from jax._src import distributed
-
-    state = distributed.global_state
-    return (state.process_id, state.num_processes) if state.client is not None else (0, 1)
+def process_index() -> int:
+    """Index of this process in its job; unlike `jax.process_index` it may be asked before devices are used."""
+    return _state().process_id if _state().client is not None else 0
 
 
-def tell(text: str, *values) -> None:
+def process_count() -> int:
+    """Number of processes of the job; may be asked before devices are used."""
+    return _state().num_processes if _state().client is not None else 1
+
+
+def log_on_main(text: str, *values) -> None:
     """Logs what is the same in all processes of the job, in process 0 alone."""
-    if place()[0] == 0:
+    if process_index() == 0:
         log.info(text, *values)
 
 
@@ -236,7 +240,7 @@ def wait_for(key: str, what: str, limit: float | None = None):
             raise TimeoutError(f"no answer for {limit:.0f} s: waited for {what}")
         if now - told > _WAITING_SECONDS:
             told = now
-            log.info("process %d: waiting for %s, %.0f s so far", place()[0], what, now - began)
+            log.info("process %d: waiting for %s, %.0f s so far", process_index(), what, now - began)
 
 
 def name_of(process: int, facts: dict) -> str:
@@ -277,7 +281,7 @@ def let_all_read(key: str, limit: float) -> None:
       key: folder of the store in which they say it.
       limit: seconds to wait for them.
     """
-    process, count = place()
+    process, count = process_index(), process_count()
     put(f"{key}/{process}", True)
     if process:
         return
@@ -304,7 +308,7 @@ def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict
       ValueError: in every process, naming the hosts that differ from process 0 and in what.
       TimeoutError: a process did not say anything.
     """
-    process, count = place()
+    process, count = process_index(), process_count()
     if count == 1:
         return {}
     mine = facts_of_this_process(configuration)
@@ -334,7 +338,7 @@ def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict
     return facts
 
 
-def by_first(key: str, what: str, action: Callable[[], _Value]) -> _Value:
+def run_on_main(key: str, what: str, action: Callable[[], _Value]) -> _Value:
     """Runs `action` in process 0 while the others wait, and gives its JSON-ready result to all.
 
     An error in process 0 is not passed on here: `watchdog.Job` tells the others of any process that ends.
@@ -343,7 +347,7 @@ def by_first(key: str, what: str, action: Callable[[], _Value]) -> _Value:
       key: unique within the job.
       what: what the others wait for, as they say it.
     """
-    process, count = place()
+    process, count = process_index(), process_count()
     if count == 1:
         return action()
     if process:
@@ -361,7 +365,7 @@ def agree(key: str, what: str, problem: str | None) -> dict[int, str]:
       what: what is waited for, as errors say it.
       problem: of this process, or None.
     """
-    process, count = place()
+    process, count = process_index(), process_count()
     if count == 1:
         return {} if problem is None else {0: problem}
     put(f"{key}/{process}", problem)
@@ -369,5 +373,5 @@ def agree(key: str, what: str, problem: str | None) -> dict[int, str]:
     def collect():
         return {other: wait_for(f"{key}/{other}", f"process {other} and {what}") for other in range(count)}
 
-    found = by_first(f"agree/{key}", what, collect)
+    found = run_on_main(f"agree/{key}", what, collect)
     return {int(other): text for other, text in found.items() if text is not None}

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.loop_config import LoopConfig
+from qwen_jax.training.trainer_config import TrainerConfig
 
 
 def loop(batch_size, length=16, **changes):
-    return LoopConfig(train_steps=1, batch_size=batch_size, sequence_length=length, **changes)
+    return TrainerConfig(train_steps=1, batch_size=batch_size, sequence_length=length, **changes)
 
 
 def test_the_report_s_batch_on_other_numbers_of_devices():

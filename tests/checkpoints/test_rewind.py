@@ -10,22 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen_jax.checkpoints import rewind as rewind_module
+from qwen_jax.checkpoints.arrays import load_params
+from qwen_jax.checkpoints.manager import Checkpoints
+from qwen_jax.checkpoints.rewind import finish_rewinds, read_rewinds, rewind, skipped_spans
+from qwen_jax.checkpoints.run_folder import CheckpointError, saved_steps, write_run_files
+from qwen_jax.files import locked
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training import rewind as rewind_module
 from qwen_jax.training.batches import after_skipped
-from qwen_jax.training.checkpoints import CheckpointError, Checkpoints, saved_steps, write_run_files
-from qwen_jax.training.loop_config import LoopConfig
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.rewind import finish_rewinds, read_rewinds, rewind, skipped_spans
-from qwen_jax.training.run_lock import run_lock
 from qwen_jax.training.trainer import Trainer
-from qwen_jax.training.weights import load_params
+from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, small_model
 
-LOOP = LoopConfig(train_steps=12, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=4, keep_checkpoints=9)
+LOOP = TrainerConfig(
+    train_steps=12, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=4, keep_checkpoints=9
+)
 
 
 def train(folder):
@@ -123,7 +126,7 @@ def test_bad_input_changes_nothing(run, tmp_path):
 
 def test_the_command_and_a_run_that_is_in_use(run, plain_environment):
     command = [sys.executable, "tools/rewind.py", "--run", run, "--to", "8", "--skip_examples", "16"]
-    with run_lock(run):
+    with locked(run):
         done = subprocess.run(command, env=plain_environment, capture_output=True, text=True)
         assert done.returncode == 2 and "is in use by process" in done.stderr and "Traceback" not in done.stderr
     (run / "no_run").mkdir()

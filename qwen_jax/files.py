@@ -1,0 +1,121 @@
+"""Files and folders that appear whole or not at all, locks on folders, and JSON.
+
+Every file that qwen_jax writes goes through this module, so that a reader never sees half of one and a killed process
+leaves nothing but hidden temporary names, which `remove_unfinished` clears.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+
+
+@contextlib.contextmanager
+def new_file(final: str | Path) -> Iterator[Path]:
+    """A temporary path beside `final`, which is renamed to `final` when the block ends without an error."""
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(final)
+    try:
+        yield temporary
+        temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(final: str | Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends without an error, and is removed otherwise.
+
+    Where two workers make the same folder, the first one stays: they are equal.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(final)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Removes the temporary files and folders that a killed process left directly in `folder`.
+
+    Args:
+      name: of the file or folder that was being written; by default any.
+    """
+    for path in folder.glob(f".{name}.{'[0-9a-f]' * 32}.tmp"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file in UTF-8; a reader sees the old content or the new one, never a part."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object, indent: int | None = 2, sort_keys: bool = False) -> None:
+    """Writes JSON in UTF-8, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+
+
+def read_json(path: str | Path):
+    """The value of a JSON file in UTF-8."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def copy_file(source: str | Path, final: str | Path) -> None:
+    """Copies a file; the copy appears whole or not at all."""
+    with new_file(final) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, file: str = LOCK_FILE) -> Iterator[None]:
+    """Holds `folder`, which is made if missing, for this process; the lock of a killed process is released.
+
+    Args:
+      file: name of the lock file in `folder`.
+
+    Raises:
+      ValueError: another process holds it; the message names that process.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / file, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                lock.seek(0)
+                raise ValueError(
+                    f"{folder} is in use by {lock.read().strip() or 'another process'}: wait for it, or choose another "
+                    f"folder"
+                ) from error
+            log.warning("%s is on a file system without locks (%s): start one job at a time in it", folder, error)
+        else:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        yield

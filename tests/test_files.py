@@ -1,0 +1,64 @@
+"""Files and folders appear whole or not at all, and a lock names who holds it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qwen_jax import files
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
+    files.write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(RuntimeError), files.new_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_json_is_written_as_utf8_and_read_back(tmp_path):
+    files.write_json(tmp_path / "deep" / "a.json", {"b": "图灵", "a": [1.5, None]}, sort_keys=True)
+    assert (tmp_path / "deep" / "a.json").read_text(encoding="utf-8").index('"a"') < 10
+    assert files.read_json(tmp_path / "deep" / "a.json") == {"a": [1.5, None], "b": "图灵"}
+
+
+def test_of_two_equal_folders_the_first_stays(tmp_path):
+    with files.new_folder(tmp_path / "out") as first:
+        (first / "x").write_text("1")
+        with files.new_folder(tmp_path / "out") as second:
+            (second / "x").write_text("1")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["x"]
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "other") as temporary:
+        (temporary / "x").write_text("1")
+        raise RuntimeError
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from qwen_jax import files\n"
+        "with files.new_folder(Path(sys.argv[1]) / 'run'), files.new_file(Path(sys.argv[1]) / 'a.json') as file:\n"
+        "    file.write_text('half'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, tmp_path]).returncode == 9
+    (tmp_path / ".a.tmp").write_text("a user's")
+    (tmp_path / ".gitignore").write_text("")
+    assert len(names(tmp_path)) == 4
+    files.remove_unfinished(tmp_path, "run")
+    assert len(names(tmp_path)) == 3
+    files.remove_unfinished(tmp_path)
+    assert names(tmp_path) == [".a.tmp", ".gitignore"]
+
+
+def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
+    with files.locked(tmp_path / "run"), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
+        with files.locked(tmp_path / "run"):
+            pass
+    with files.locked(tmp_path / "run"):
+        assert json.dumps(names(tmp_path / "run")) == '[".lock"]'
