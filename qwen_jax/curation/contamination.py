@@ -71,7 +71,8 @@ def benchmark_texts(path: str) -> Iterator[str]:
                     if line.strip():
                         yield from _texts(json.loads(line))
             elif name.endswith(".json"):
-                yield from _texts(json.load(file))
+                for value in _json_values(file.read()):
+                    yield from _texts(value)
             elif name.endswith((".csv", ".tsv")):
                 for row in csv.reader(file, delimiter="\t" if name.endswith(".tsv") else ","):
                     yield from row
@@ -79,6 +80,17 @@ def benchmark_texts(path: str) -> Iterator[str]:
                 yield file.read()
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, pyarrow.ArrowException) as error:
         raise ValueError(f"benchmark {path}: {error}") from error
+
+
+def _json_values(text: str) -> Iterator[object]:
+    """The JSON values of a text: one, or several one after the other, as Math23K is published."""
+    decoder, place = json.JSONDecoder(), json.decoder.WHITESPACE.match(text, 0).end()
+    while True:
+        value, place = decoder.raw_decode(text, place)
+        yield value
+        place = json.decoder.WHITESPACE.match(text, place).end()
+        if place == len(text):
+            return
 
 
 def _texts(value: object) -> Iterator[str]:

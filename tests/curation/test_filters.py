@@ -187,7 +187,7 @@ def test_documents_that_share_a_long_ngram_are_found(tmp_path):
 CHINESE_ANSWER = "面包师早上做了四十个面包中午以前卖掉了四分之三然后又烤了剩下的一半那么多"
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv", "a.parquet", "a.txt", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.json", "several.json", "a.csv", "a.tsv", "a.parquet", "a.txt", "a.jsonl.gz"])
 def test_benchmarks_are_read_as_they_are_published(name, tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -199,6 +199,7 @@ def test_benchmarks_are_read_as_they_are_published(name, tmp_path):
         content = {
             "a.jsonl.gz": json.dumps({"chosen": QUESTION}),
             "a.json": json.dumps({"examples": [{"input": QUESTION}]}),
+            "several.json": json.dumps({"id": 1}, indent=1) + "\n" + json.dumps({"text": QUESTION}, indent=1) + "\n",
             "a.csv": f'"{QUESTION}",A,B\n',
             "a.tsv": f"{QUESTION}\tA\n",
             "a.txt": QUESTION,
@@ -212,6 +213,9 @@ def test_benchmarks_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match="a.json"):
         list(contamination.benchmark_texts(str(tmp_path / "a.json")))
+    (tmp_path / "c.json").write_text('{"a": "b"} {"a": ')
+    with pytest.raises(ValueError, match="c.json"):
+        list(contamination.benchmark_texts(str(tmp_path / "c.json")))
     (tmp_path / "b.txt").write_text("short")
     with pytest.raises(ValueError, match="no text in the benchmark files"):
         contamination.index(contamination.ContaminationConfig(files=(str(tmp_path / "b.txt"),)))
