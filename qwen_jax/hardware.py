@@ -1,10 +1,10 @@
-"""Devices that a program is compiled for, and the public figures of what they can do."""
+"""Devices to compile for, with their public figures."""
 
 import dataclasses
 import importlib.util
 
 GIB = 2**30
-# Seen to work with libtpu 0.0.42; others of these families do where each size is a multiple of a host's 2x2x1 chips.
+# These compile with libtpu 0.0.42. Other sizes of these families work in multiples of 2x2x1 chips, which is a host.
 KNOWN_TOPOLOGIES = (
     "v4:2x2x1",
     "v4:4x4x4",
@@ -40,21 +40,21 @@ KNOWN_TOPOLOGIES = (
 
 @dataclasses.dataclass(frozen=True)
 class HardwareConfig:
-    """One kind of device and how many of them; one file in `gin/hardware/` each.
+    """A kind of device and the number of devices; one file in `gin/hardware/` each.
 
-    Figures are those of one JAX device, which is a chip, but for TPU v7 half of one.
+    Figures are per JAX device, which is one chip, or half a chip of TPU v7.
 
     Attributes:
-      name: for people.
-      hbm_gib: memory that a program can use, in GiB.
+      name: shown in reports.
+      hbm_gib: memory available to a program, in GiB.
       peak_tflops: bfloat16 operations per second of matrix products, in 10^12.
       hbm_gbps: main-memory bandwidth, in 10^9 bytes per second.
-      link_gbps: what it sends to its neighbours, all links of its torus used one way by a ring; 10^9 bytes per second.
+      link_gbps: bandwidth to its neighbors in a ring over all links of the torus, one way, in 10^9 bytes per second.
       clock_ghz: turns the TPU compiler's cycles into seconds; set so that a large product's cycles give the peak.
-      topology: what libtpu calls it, such as "v5p:4x8x8"; None: a program can be compiled only where the devices are.
+      topology: name in libtpu, such as "v5p:4x8x8"; None: programs compile only on a machine with these devices.
       wrap: which of its dimensions have wrap-around links. Without them, gathers over all chips become all-reduces.
         libtpu 0.0.42 ignores it where there are several slices.
-      slices: how many of them, joined by the data-centre network.
+      slices: number of slices, joined by the data-center network.
       dcn_gbps: a device's share of that network, in 10^9 bytes per second; only for more than one slice.
       devices_per_chip: JAX devices that make one chip.
     """
@@ -89,10 +89,10 @@ class HardwareConfig:
         return int(self.hbm_gib * GIB)
 
     def devices(self) -> list:
-        """Descriptions of the devices, to compile for.
+        """Descriptions of the devices, which the compiler accepts in place of devices.
 
         Raises:
-          ValueError: nothing here can describe them; libtpu is not installed or knows no such topology.
+          ValueError: `topology` is None, libtpu is not installed, or it does not know the topology.
         """
         if self.topology is None:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""The device mesh, and the one table that says which logical axis lies on which mesh axis.
+"""The device mesh, and the table that maps logical axes to mesh axes.
 
-Models name the axes of their parameters and activations; nothing else of the project decides where they lie.
+Models name the axes of their parameters and activations. This module alone decides how those are sharded.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# From the axis that exchanges least to the one that exchanges most: the last one gets the nearest devices.
+# Ordered by traffic: `data` exchanges least, `tensor` most, so `tensor` gets the nearest devices.
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Parameters and activations have separate names for the model width: a parameter is sharded over `fsdp` and `sequence`
-# along it, an activation is not, because its batch and its length already are.
+# The model width has two names. `embed` of a parameter is sharded over `fsdp` and `sequence`; `activation_embed` is
+# not sharded, because those axes already shard the batch and the length of an activation.
 RULES = {
     "batch": ("data", "fsdp"),
     "length": "sequence",
@@ -35,21 +35,22 @@ RULES = {
 }
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("qwen_jax_mesh", default=None)
-# True while what one copy of the parameters does is traced: `data` is then no axis of its arrays.
-_one_copy: contextvars.ContextVar[bool] = contextvars.ContextVar("qwen_jax_one_copy", default=False)
+# True while `sum_over_replicas` traces one replica: `data` is then no axis of its arrays.
+_one_replica: contextvars.ContextVar[bool] = contextvars.ContextVar("qwen_jax_one_replica", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. One axis may be -1: it takes the devices that the others leave.
+    """Number of devices along each mesh axis. One axis may be -1: it takes the remaining devices.
 
-    docs/parallelism.md says what each costs and when to use it.
+    docs/parallelism.md says what each axis costs and when to use it.
 
-    data: copies of the parameters; they exchange gradients once per step, and nothing else. The only axis that may span
-      several slices, which only a data-centre network joins.
-    fsdp: the rows of a batch, the parameters and the optimizer state are split over it.
-    tensor: heads, FFN width and vocabulary are split over it.
-    sequence: the tokens of each row (context parallelism), the parameters and the optimizer state are split over it.
+    Attributes:
+      data: replicas of the parameters, which exchange gradients once per step and nothing else. The only axis that may
+        span several slices, which a data-center network joins.
+      fsdp: shards the rows of a batch, the parameters and the optimizer state.
+      tensor: shards heads, FFN width and vocabulary.
+      sequence: shards the tokens of each row (context parallelism), the parameters and the optimizer state.
     """
 
     data: int = 1
@@ -59,10 +60,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Arranges the devices (all of the job's by default) as `config` says.
+    """Arranges the devices (by default all devices of the job) as `config` says.
 
-    Devices of several slices are told by their `slice_index`; each slice then holds whole copies of the parameters. For
-    GPUs JAX calls every node a slice: there parameters may be split over nodes, too.
+    `slice_index` of a device tells the slices apart; each slice of TPUs holds whole replicas of the parameters.
+    JAX calls each node of GPUs a slice: parameters may be sharded over nodes.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices, `data` does not divide by the number of slices of
@@ -84,13 +85,13 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         )
     try:
         arranged = _arrange(sizes, devices, text)
-    except NotImplementedError as error:  # mesh_utils' word for "no such arrangement"
+    except NotImplementedError as error:  # mesh_utils raises it where no arrangement exists
         raise ValueError(f"mesh {text} does not follow the links between {len(devices)} devices: {error}") from error
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _arrange(sizes: dict[str, int], devices, text: str) -> np.ndarray:
-    """The devices in an array with one dimension per mesh axis, neighbours beside each other."""
+    """The devices in an array with one dimension per mesh axis, neighbors beside each other."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["data"] % slices and devices[0].platform != "tpu":
         near_first = sorted(devices, key=lambda device: (device.slice_index, device.id))
@@ -111,16 +112,16 @@ def _arrange(sizes: dict[str, int], devices, text: str) -> np.ndarray:
     try:
         return arrange()
     except NotImplementedError:
-        # One dimension of the torus for two mesh axes: fewer links for each, but an arrangement.
+        # Two mesh axes share one dimension of the torus: fewer links for each.
         return arrange(allow_split_physical_axes=True)
 
 
 def spec(names) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical names (None: not sharded)."""
+    """PartitionSpec of an array whose dimensions have these logical names (None: not sharded)."""
 
     def axes_of(name):
         axes = None if name is None else RULES[name]
-        if _one_copy.get() and isinstance(axes, tuple):
+        if _one_replica.get() and isinstance(axes, tuple):
             axes = tuple(axis for axis in axes if axis != "data")
         return axes
 
@@ -129,7 +130,7 @@ def spec(names) -> PartitionSpec:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh):
-    """Within it, `constrain` places activations on `mesh`. Must be active while a function is traced."""
+    """Makes `constrain` place activations on `mesh`. Must be open while a function is traced."""
     token = _mesh.set(mesh)
     try:
         yield mesh
@@ -143,13 +144,13 @@ def mesh_in_use() -> Mesh | None:
 
 
 def platform() -> str:
-    """Of the devices that a function is traced for: "tpu", "gpu" or "cpu"."""
+    """Platform of the devices that a function is traced for: "tpu", "gpu" or "cpu"."""
     mesh = _mesh.get()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def num_shards(name: str) -> int:
-    """Into how many parts the mesh in use splits an axis of this logical name; 1 without a mesh."""
+    """Number of shards of a logical axis on the mesh in use; 1 without a mesh."""
     mesh = _mesh.get()
     return 1 if mesh is None else _num_shards(spec((name,))[0], mesh)
 
@@ -159,9 +160,9 @@ def _num_shards(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
 
 
 def apart(x: jax.Array) -> jax.Array:
-    """[batch, length, ...] as [row shards, rows, length shards, positions, ...]: what lies on different devices apart.
+    """Reshapes [batch, length, ...] to [row shards, rows, length shards, positions, ...].
 
-    Sums over rows and positions then stay on their devices, until `sum_shards` adds them up once.
+    Sums over rows and positions then stay on their devices, until `sum_shards` adds the shards once.
     """
     row_shards, length_shards = num_shards("batch"), num_shards("length")
     batch, length, *rest = x.shape
@@ -170,13 +171,13 @@ def apart(x: jax.Array) -> jax.Array:
 
 
 def sum_shards(x: jax.Array, dtype) -> jax.Array:
-    """The sum over the first two axes of [row shards, length shards, ...]: between devices, and so in `dtype`."""
-    # jnp.sum would add in float32, twice the bytes.
+    """Sum over the first two axes of [row shards, length shards, ...], which are devices, computed in `dtype`."""
+    # jnp.sum would add in float32 and so move twice the bytes.
     return jax.lax.reduce(x.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0, 1))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Places activation `x`, whose dimensions have these logical names, on the mesh in use, if there is one."""
+    """Places activation `x`, whose dimensions have these logical names, on the mesh in use, if any."""
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
         return x
@@ -184,41 +185,41 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def sum_over_replicas(function):
-    """`function` computed by each copy of the parameters on its own rows, then summed over the copies.
+    """Wraps `function`: each replica of the parameters computes it on its own rows, and the results are summed.
 
-    Whatever `function` gathers or reduces stays among the devices of one copy. The sum is the one exchange between
-    copies, which may lie in different slices, and it is one of sharded arrays. Left to itself, XLA sums gradients over
-    all devices at once, unsharded, and so in every accumulation step. Without copies it is `function` itself.
+    Gathers and reductions of `function` stay within one replica. The sum of sharded arrays is the only exchange between
+    replicas, which may be in different slices. XLA alone would sum unsharded gradients over all devices, and do so in
+    every accumulation step. With one replica, it returns `function` itself.
 
     Args:
-      function: `(params, batch, rng) -> pytree` of sums over the rows; rows are the first dimension of the batch's
-        arrays. The key, if there is one, differs between copies.
+      function: `(params, batch, rng) -> pytree` of sums over the rows, the first dimension of the arrays of the batch.
+        The key, if any, differs between replicas.
     """
     mesh = _mesh.get()
     if mesh is None or mesh.shape["data"] == 1:
         return function
-    copies = mesh.shape["data"]
+    replicas = mesh.shape["data"]
 
-    def of_all_copies(params, batch, rng):
+    def of_all_replicas(params, batch, rng):
         def split(x):
             placed = NamedSharding(mesh, PartitionSpec("data", *spec(("batch", "length"))))
-            return jax.lax.with_sharding_constraint(x.reshape(copies, x.shape[0] // copies, *x.shape[1:]), placed)
+            return jax.lax.with_sharding_constraint(x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:]), placed)
 
-        token = _one_copy.set(True)
+        token = _one_replica.set(True)
         try:
-            rngs = None if rng is None else jax.random.split(rng, copies)
+            rngs = None if rng is None else jax.random.split(rng, replicas)
             sums = jax.vmap(function, in_axes=(None, 0, 0), spmd_axis_name="data")(
                 params, jax.tree.map(split, batch), rngs
             )
         finally:
-            _one_copy.reset(token)
+            _one_replica.reset(token)
         return jax.tree.map(lambda x: x.sum(axis=0), sums)
 
-    return of_all_copies
+    return of_all_replicas
 
 
 def tree_shardings(boxed, mesh: Mesh):
-    """The NamedSharding of every leaf of a pytree of shapes whose parameters still carry their logical names.
+    """NamedSharding of every leaf of a pytree of shapes whose parameters carry their logical names.
 
     Args:
       boxed: pytree of `jax.ShapeDtypeStruct`, some in `nn.LogicallyPartitioned` boxes, as `jax.eval_shape` of an
@@ -250,5 +251,5 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Number of shards of the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

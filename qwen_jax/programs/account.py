@@ -1,4 +1,4 @@
-"""Sums over a compiled program what one device does in one run of it, loops counted as often as they run."""
+"""Totals of what one device does in one run of a compiled program; a loop body counts once per iteration."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ from qwen_jax.programs.hlo import (
     unchanged,
 )
 
-# Custom calls that are the compiler's own bookkeeping.
+# Custom calls by which the compiler keeps its books: they compute nothing.
 _BOOKKEEPING = (
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
@@ -31,13 +31,13 @@ _BOOKKEEPING = (
 
 @dataclasses.dataclass
 class CollectiveTotal:
-    """Collectives of one kind that a device takes part in.
+    """Totals of the collectives of one kind on one device.
 
     Attributes:
-      count: how many.
-      payload_bytes: size of the whole array: what is gathered, or what is summed.
-      wire_bytes: what a device sends when the group is a ring: payload x (n - 1) / n, twice that for an all-reduce.
-      synchronous_wire_bytes: of those that the schedule overlaps with nothing.
+      count: number of collectives.
+      payload_bytes: size of the whole array that is gathered or summed.
+      wire_bytes: bytes that a device sends in a ring of n: payload x (n - 1) / n, twice that for an all-reduce.
+      synchronous_wire_bytes: the part of `wire_bytes` that the schedule does not overlap with compute.
     """
 
     count: int = 0
@@ -48,7 +48,7 @@ class CollectiveTotal:
 
 @dataclasses.dataclass
 class KernelTotal:
-    """Calls of one hand-written kernel or library routine; flops is None where nothing tells them."""
+    """Calls of one hand-written kernel or library routine; `flops` is None where it is unknown."""
 
     target: str
     calls: int = 0
@@ -57,18 +57,19 @@ class KernelTotal:
 
 @dataclasses.dataclass
 class Account:
-    """What one device does in one run of a program.
+    """Totals of one device for one run of a program.
 
     Attributes:
       product_flops: operations of matrix products, 2 per multiply-add.
-      kernel_flops: operations of hand-written kernels, as far as they are known.
-      cycles: the TPU compiler's own estimates, summed; 0 for other backends.
+      kernel_flops: operations of hand-written kernels whose operations are known.
+      cycles: sum of the TPU compiler's estimates; 0 for other backends.
       cycles_by_op: the same by kind of instruction.
-      steps: (operations, main-memory bytes, times it runs) of each instruction that computes, for a roofline.
-      collectives, kernels: by kind; by name without its number.
+      steps: (operations, main-memory bytes, number of runs) of each instruction that computes, for a roofline.
+      collectives: by kind.
+      kernels: by name without its number.
       loops: (name, trips, whether the number is proven).
-      times: how often each computation outside of fusions runs.
-      warnings: what could not be counted.
+      times: number of runs of each computation outside of fusions.
+      warnings: sentences on what was not counted.
     """
 
     product_flops: float = 0.0
@@ -89,12 +90,12 @@ class Account:
 
     @property
     def hbm_bytes(self) -> float:
-        """Main-memory traffic of everything but kernels and collectives."""
+        """Main-memory traffic in bytes, without kernels and collectives."""
         return sum(traffic * times for _, traffic, times in self.steps)
 
 
 def account(program: Program) -> Account:
-    """Reads a compiled program; see `Account`."""
+    """The `Account` of a compiled program."""
     return _Accountant(program).result
 
 
@@ -114,7 +115,7 @@ class _Accountant:
         self._walk(program.entry, 1, {})
 
     def _walk(self, computation: Computation, times: int, known: dict[int, Value]):
-        """Adds a scheduled computation that runs `times` times; known: constants in the tuple that it gets."""
+        """Adds a scheduled computation that runs `times` times; `known`: constants in its parameter tuple."""
         self.result.times[computation.name] = self.result.times.get(computation.name, 0) + times
         for instruction in computation.instructions:
             match instruction.op:
@@ -136,7 +137,7 @@ class _Accountant:
         trips, proven = trip_count(self._program, loop, known)
         self.result.loops.append((loop.name, trips, proven))
         if not proven:
-            self.result.warnings.append(f"{loop.name}: how often it runs is not proven; {trips} times was assumed")
+            self.result.warnings.append(f"{loop.name}: its number of iterations is not proven; assumed {trips}")
         body = self._program.called(loop, "body")
         self._walk(body, times * trips, unchanged(body, loop_constants(loop, known)))
 
@@ -181,8 +182,8 @@ class _Accountant:
                         i.op == "dynamic-slice" and instruction.name in i.operands for i in computation.instructions
                     )
                 )
-                # In a fusion, an all-reduce with a slice is a synchronous reduce-scatter; anything else is a step of a
-                # collective that is fused into compute, and so overlaps it.
+                # In a fusion, an all-reduce with a slice is a synchronous reduce-scatter. Any other collective there is
+                # a step of one that is fused into compute, so it overlaps compute.
                 self._collective(
                     instruction, times, is_async or not scatters, "reduce-scatter" if scatters else None, parent
                 )
@@ -192,7 +193,8 @@ class _Accountant:
         return flops
 
     def _collective(self, instruction: Instruction, times: int, is_async: bool, kind: str | None, parent: Computation):
-        # One that is fused into compute stands in the start, in each step and in the end of the fusion, as one chain.
+        # A collective that is fused into compute appears in the start, in each step and in the end of the fusion, as
+        # one chain.
         if chain := re.search(r'chain_id="(\d+)"', instruction.attributes):
             key = (parent.name, chain[1], instruction.attribute("channel_id"))
             if key in self._seen:

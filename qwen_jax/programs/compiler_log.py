@@ -1,4 +1,4 @@
-"""What the TPU compiler tells on standard error while it compiles, and the means to hear it."""
+"""The log of the TPU compiler on standard error: how to capture it, and what it says of a program."""
 
 import contextlib
 import faulthandler
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-# Make it tell; libtpu reads them when it is loaded.
+# Environment variables that turn the log on; libtpu reads them when it is loaded.
 ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "0",
     "TPU_MIN_LOG_LEVEL": "0",
@@ -20,9 +20,9 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 @contextlib.contextmanager
 def stderr_into(file: Path) -> Iterator[TextIO]:
-    """While open, what anything in this process writes on standard error goes to `file`; gives a stream to the screen.
+    """Redirects standard error of this process to `file` while open; yields a stream to the screen.
 
-    A crash is still told on the screen.
+    The traceback of a crash still goes to the screen.
     """
     sys.stderr.flush()
     screen = os.dup(2)
@@ -39,18 +39,18 @@ def stderr_into(file: Path) -> Iterator[TextIO]:
 
 
 def program_hbm_bytes(log: str) -> int | None:
-    """What the program needs besides its arguments: temporaries, fragmentation and code; None if the log tells not."""
+    """Bytes of temporaries, fragmentation and code, without arguments; None if the log does not say."""
     found = re.findall(r"Program hbm requirement ([\d.]+)([KMGB]?)", log)
     return int(float(found[-1][0]) * _UNITS[found[-1][1]]) if found else None
 
 
 def unsupported_options(log: str) -> list[str]:
-    """What the compiler says of options that it takes but does not support on this chip, each sentence once."""
+    """Warnings about options that the compiler accepts but does not support on this chip, without repeats."""
     return sorted(set(re.findall(r"\] (.*not supported/recommended on platforms.*)", log)))
 
 
 def needed_when_too_large(message: str) -> int | None:
-    """Bytes that a program needs at least, if it is for them that the compiler gave it up with this error, or None."""
+    """Bytes that a program needs at least, from the compiler's error for lack of memory; None for other errors."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     found = re.search(r"Used ([\d.]+)([KMGB]) of [\d.]+[KMGB] hbm", message) or re.search(
@@ -60,10 +60,10 @@ def needed_when_too_large(message: str) -> int | None:
 
 
 def exposed_cycles(log: str) -> dict[str, tuple[float, dict[str, float]]]:
-    """Cycles in which a computation only waits for collectives and copies, by the compiler's scheduler.
+    """Cycles in which a computation waits for collectives and copies, as the compiler's scheduler reports.
 
     Returns:
-      computation to (all, by kind), from the last statistics after scheduling.
+      Name of a computation to (total, cycles by kind), from the last statistics after scheduling.
     """
     found: dict[str, tuple[float, dict[str, float]]] = {}
     after, name = False, None

@@ -1,4 +1,4 @@
-"""What one instruction of a compiled program costs: operations of products and of attention kernels, memory traffic."""
+"""Cost of one instruction of a compiled program: operations of products and attention kernels, memory traffic."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from qwen_jax.programs.hlo import (
     tuple_elements,
 )
 
-# Operations that cost nothing of their own: they only name, group or wait.
+# Operations without a cost: they name, group or wait.
 FREE = (
     "parameter",
     "tuple",
@@ -39,7 +39,7 @@ FREE = (
 def product_flops(instruction: Instruction) -> int:
     """Operations of a dot or convolution (the TPU compiler's form of a matrix product), 2 per multiply-add.
 
-    Of a convolution, only the window positions that fall on the input count.
+    For a convolution, only window positions on the input count.
     """
     out = array_shapes(instruction.shape)[0][1]
     left, right = (array_shapes(instruction.operand(k).shape)[0][1] for k in (0, 1))
@@ -109,8 +109,8 @@ class _Window:
 def hbm_bytes(instruction: Instruction, program: Program) -> float:
     """Main-memory traffic of one instruction: operands and results.
 
-    A slice of a large operand counts as the slice, an update in place as the update, and a value that stays on the
-    chip (a memory space in its layout) not at all.
+    A slice of a large operand counts as the slice, and an update in place counts as the update. A value in on-chip
+    memory (its layout names a memory space) does not count.
     """
     operands = [instruction.operand(k) for k in range(len(instruction.operands))]
     if instruction.op == "fusion" and (fused := program.called(instruction)) is not None:
@@ -133,7 +133,7 @@ def hbm_bytes(instruction: Instruction, program: Program) -> float:
 
 
 def _read(computation: Computation, name: str, program: Program) -> float:
-    """Bytes of value `name` that a fused computation reads; infinite: all of it."""
+    """Bytes of value `name` that a fused computation reads; infinity means the whole value."""
     total = 0.0
     for user in computation.instructions:
         if name not in user.operands:
@@ -163,9 +163,9 @@ def _read(computation: Computation, name: str, program: Program) -> float:
 
 
 def _only_copied(fused: Computation) -> Instruction | None:
-    """The parameter that a fused computation hands on as it is but for its layout, or None.
+    """The parameter that a fused computation returns with at most another layout, or None.
 
-    Inside of another fusion such a copy is not made as a whole: what is read is what is taken from it.
+    Another fusion around it does not make this copy as a whole; it reads only the elements that it uses.
     """
     result = fused.root
     while result is not None and result.op in ("copy", "bitcast"):
@@ -174,7 +174,7 @@ def _only_copied(fused: Computation) -> Instruction | None:
 
 
 def _written(result: Instruction | None, program: Program, element: int = 0) -> int | None:
-    """Bytes written for a result (element of a tuple) of a fused computation; None: all of it."""
+    """Bytes written for a result (element of a tuple) of a fused computation; None means the whole result."""
     while result is not None and result.op == "bitcast":
         result = result.operand(0)
     if result is None or result.op in ("parameter", "custom-call") or result.op in COLLECTIVES:
@@ -192,14 +192,14 @@ def _written(result: Instruction | None, program: Program, element: int = 0) -> 
 
 
 def attention_flops(kernel: Instruction, separate_dq: bool, causal: bool = True) -> float | None:
-    """Operations of an attention kernel, recognised by its name; None if it is none.
+    """Operations of an attention kernel, recognized by its name; None for any other kernel.
 
-    The first two operands with at least three dimensions are taken for queries and keys, [..., length, head_dim].
+    The first two operands with at least three dimensions count as queries and keys, [..., length, head_dim].
 
     Args:
-      separate_dq: whether the program computes the queries' gradient in a kernel of its own. If not, the kernel of the
-        keys' gradient multiplies five times instead of four.
-      causal: charge half of the square, whatever the kernel's blocks skip.
+      separate_dq: whether a separate kernel computes the gradient of the queries. Otherwise the kernel for the
+        gradient of the keys has five products instead of four.
+      causal: count half of the square, whatever blocks the kernel skips.
     """
     operation = re.search(r'op_name="([^"]*)"', kernel.attributes)
     if not re.search(r"splash|flash|attention|mha", f"{kernel.name} {operation[1] if operation else ''}"):
@@ -220,7 +220,7 @@ def attention_flops(kernel: Instruction, separate_dq: bool, causal: bool = True)
 
 
 def kernel_flops(kernel: Instruction, separate_dq: bool) -> float | None:
-    """Operations of a hand-written kernel: an attention kernel's, or those that the kernel itself declares."""
+    """Operations of a hand-written kernel: of attention by its shapes, of others as they declare; None if unknown."""
     if 'custom_call_target="tpu_custom_call"' in kernel.attributes:
         if (flops := attention_flops(kernel, separate_dq)) is not None:
             return flops

@@ -1,8 +1,8 @@
-"""How long one run of a compiled TPU program takes, between a low and a high bound, without running it.
+"""Estimated time of one run of a compiled TPU program, as a low and a high bound.
 
-The bounds rank programs for one chip; as absolute times they have been checked on no hardware.
+The bounds rank programs for one chip. No hardware has confirmed them as absolute times.
 
-Assumed:
+Assumptions:
   * high: every instruction takes the cycles that the TPU compiler wrote beside it. For large products these are about
     88% of peak; a plain elementwise addition is charged a third to a quarter of the memory bandwidth.
   * low: every instruction takes the longer of its operations at 90% of peak and its main-memory traffic at 85% of
@@ -12,9 +12,9 @@ Assumed:
   * a collective within a slice takes its bytes on the wire over the bandwidth of all links of the chip, as if it used
     all of them. One that the schedule overlaps with nothing is added; the others cost only what exceeds all compute
     together.
-  * what must pass between slices is told beside the bounds and is in neither of them, as a program may hide it.
-Missed: start-up of kernels and of collectives, memory and vector time that hidden collectives take from compute, host
-transfers, loading of batches, stragglers.
+  * traffic between slices is reported beside the bounds and is part of neither, because a program may hide it.
+Not modeled: start-up of kernels and of collectives, memory and vector time that hidden collectives take from compute,
+host transfers, loading of batches, stragglers.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class TimeEstimate:
       roofline: the same instructions by peak operations and bandwidth.
       kernels: hand-written kernels (attention).
       synchronous, asynchronous: collectives that nothing overlaps, and the others.
-      exposed: waiting for asynchronous ones that the compiler's scheduler itself reports, if its log was given; it is
-        in neither bound.
+      exposed: waiting time for asynchronous collectives as the compiler's scheduler reports it, if its log was given;
+        part of neither bound.
     """
 
     cycles: float | None
@@ -51,23 +51,23 @@ class TimeEstimate:
 
     @property
     def low(self) -> float:
-        """Seconds at least, by the roofline."""
+        """Lower bound in seconds, by the roofline."""
         return self._all(self.roofline)
 
     @property
     def high(self) -> float:
-        """Seconds by the compiler's cycles; where there are none, with no overlap at all."""
+        """Upper bound in seconds, by the compiler's cycles; without cycles, by the roofline with no overlap."""
         if self.cycles is None:
             return self.roofline + self.kernels + self.synchronous + self.asynchronous
         return self._all(self.cycles)
 
     def to_dict(self) -> dict[str, float | None]:
-        """For JSON, in seconds."""
+        """JSON-ready dict, in seconds."""
         return {**dataclasses.asdict(self), "low": self.low, "high": self.high}
 
 
 def estimate_time(account: Account, hardware: HardwareConfig, log: str | None = None) -> TimeEstimate:
-    """The time of one run of the program with this account.
+    """Estimates the time of one run of the program with this account.
 
     Args:
       log: what the TPU compiler wrote on standard error under `compiler_log.ENVIRONMENT`.

@@ -1,7 +1,7 @@
-"""The text of a compiled XLA program as computations and instructions, and how often its loops run.
+"""Parser of the text of a compiled XLA program: computations, instructions and iteration counts of loops.
 
-The text is what `jax.stages.Compiled.as_text()` gives; it is scheduled, so that the order of instructions is the order
-in which a device runs them. Its syntax is XLA's (https://openxla.org/xla/operation_semantics).
+`jax.stages.Compiled.as_text()` returns this text. It is scheduled: a device runs the instructions in this
+order. Its syntax is XLA's (https://openxla.org/xla/operation_semantics).
 """
 
 import dataclasses
@@ -61,13 +61,13 @@ def shape_bytes(shape: str) -> int:
 
 
 def hbm_shape_bytes(shape: str) -> int:
-    """Bytes of the arrays of a shape that lie in the main memory: their layout names no memory space, as S(1) is."""
+    """Bytes of the arrays of a shape in main memory, whose layout names no memory space such as S(1)."""
     found = _ARRAY_WITH_LAYOUT.finditer(shape)
     return sum(shape_bytes(array[0]) for array in found if not re.search(r"S\([1-9]\)", array[1] or ""))
 
 
 def tuple_elements(shape: str) -> list[str]:
-    """The element shapes of a flat tuple; a shape that is no tuple is its own only element."""
+    """Element shapes of a flat tuple; any other shape is its only element."""
     if not shape.startswith("("):
         return [shape]
     return [array[0] for array in _ARRAY_WITH_LAYOUT.finditer(shape)]
@@ -94,17 +94,17 @@ class Instruction:
         return _NAMES.findall(self.arguments)
 
     def operand(self, index: int) -> "Instruction | None":
-        """The instruction that makes operand `index`."""
+        """The instruction that computes operand `index`."""
         return self.computation.by_name.get(self.operands[index])
 
     @property
     def kind(self) -> str:
-        """The operation, without the suffix of the half that starts it asynchronously."""
+        """The operation without the suffix -start of an asynchronous one."""
         return self.op.removesuffix("-start")
 
     @property
     def cycles(self) -> int:
-        """The TPU compiler's own estimate of how many clock cycles it takes; 0 where it wrote none."""
+        """The TPU compiler's estimate in clock cycles; 0 where the compiler wrote none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else 0
 
@@ -115,7 +115,7 @@ class Instruction:
 
     @property
     def tuple_index(self) -> int:
-        """Which element a get-tuple-element takes."""
+        """Index of the element that a get-tuple-element takes."""
         return int(re.search(r"index=(\d+)", self.attributes)[1])
 
 
@@ -172,7 +172,7 @@ class Program:
         return None
 
     def branches(self, conditional: Instruction) -> list[Computation]:
-        """The computations of which a conditional runs one."""
+        """The branches of a conditional, of which one runs."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
         names = (
             _NAMES.findall(listed[1])
@@ -238,7 +238,7 @@ def _closing(text: str, start: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """Where a scalar comes from: a known constant, or element `number` of the tuple that a computation gets."""
+    """Source of a scalar: a constant, or element `number` of the parameter tuple of a computation."""
 
     is_constant: bool
     number: int
@@ -287,14 +287,14 @@ def loop_constants(loop: Instruction, known: dict[int, Value]) -> dict[int, Valu
 
 
 def unchanged(body: Computation, values: dict[int, Value]) -> dict[int, Value]:
-    """Those of `values` that the body of a loop hands on as they are."""
+    """The entries of `values` that the body of a loop passes on unchanged."""
     if body.root is None or body.root.op != "tuple":
         return {}
     return {i: value for i, value in values.items() if source_of(body.root.operand(i)) == Value(False, i)}
 
 
 def _increment(body: Computation, index: int) -> int | None:
-    """What the body of a loop adds to element `index` of its tuple."""
+    """Increment that the body of a loop adds to element `index` of its tuple, or None."""
     instruction = body.root.operand(index) if body.root is not None and body.root.op == "tuple" else None
     for _ in range(20):
         if instruction is None:
@@ -313,10 +313,10 @@ def _increment(body: Computation, index: int) -> int | None:
 
 
 def trip_count(program: Program, loop: Instruction, known: dict[int, Value]) -> tuple[int, bool]:
-    """How often the body of a while loop runs.
+    """Number of iterations of a while loop.
 
     Args:
-      known: constants among the elements of the tuple that the surrounding computation gets.
+      known: constants among the elements of the parameter tuple of the surrounding computation.
 
     Returns:
       (count, whether it is proven). XLA writes the count for CPU and GPU; for TPU it is read off the condition, the
@@ -340,7 +340,7 @@ def trip_count(program: Program, loop: Instruction, known: dict[int, Value]) -> 
 
 
 def group_size(instruction: Instruction, partitions: int) -> int:
-    """How many devices take part in one group of a collective."""
+    """Number of devices in one group of a collective."""
     attributes = instruction.attributes
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}

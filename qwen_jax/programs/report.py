@@ -1,4 +1,4 @@
-"""What a compiled program asks of each device, as numbers for machines and as lines for people."""
+"""Report on a compiled program: memory, operations and time per device, as JSON and as text."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ MEMORY_FROM_ANALYSIS = "memory analysis, an upper bound: it counts fragmentation
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one run of a program is for.
+    """Size of the model and of the batch that one run of a program processes.
 
     Attributes:
-      parameters: of the model.
-      tokens: that it works on, over all devices.
-      flops_per_token: operations that the model's arithmetic needs, counting the keys that a token sees.
-      flops_per_token_all_keys: the same in the usual convention, which counts masked keys, too.
-      least: collectives that the layout cannot do without, per device.
-      between_slices: bytes on the wire of them that a device must send to another slice.
-      parts: that a batch is computed in, one after the other.
+      parameters: number of parameters of the model.
+      tokens: number of tokens over all devices.
+      flops_per_token: operations of the model per token, counting visible keys only.
+      flops_per_token_all_keys: the same in the usual convention, which counts masked keys too.
+      least: collectives that this layout needs at least, per device.
+      between_slices: bytes that a device must send to another slice.
+      parts: number of parts of a batch (gradient accumulation).
     """
 
     parameters: int
@@ -41,13 +41,13 @@ def make_report(
     """Reads a compiled program.
 
     Args:
-      text: the program's.
-      mesh: devices along each axis.
+      text: text of the program.
+      mesh: number of devices along each axis.
       memory: bytes on one device: "arguments", "outputs", "aliased", "temporaries" and "need", their sum.
-      log: what the TPU compiler wrote on standard error under `compiler_log.ENVIRONMENT`, if it is at hand.
+      log: standard error of the TPU compiler under `compiler_log.ENVIRONMENT`, if available.
 
     Returns:
-      A JSON-ready dict, per device unless a name says otherwise; bytes, seconds and operations in units of one.
+      A JSON-ready dict, per device unless a name says otherwise, in bytes, seconds and operations.
     """
     found = account(Program(text))
     devices = 1
