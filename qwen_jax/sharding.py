@@ -43,7 +43,7 @@ _one_replica: contextvars.ContextVar[bool] = contextvars.ContextVar("qwen_jax_on
 class MeshConfig:
     """Number of devices along each mesh axis. One axis may be -1: it takes the remaining devices.
 
-    docs/parallelism.md says what each axis costs and when to use it.
+    docs/reference/parallelism.md says what each axis costs and when to use it.
 
     Attributes:
       data: replicas of the parameters, which exchange gradients once per step and nothing else. The only axis that may

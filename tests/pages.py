@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """(what stands after the three ticks, such as "sh", and text) of the code blocks of a page of docs/, in order."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (file,) = (ROOT / "docs").rglob(page)
+    text = file.read_text(encoding="utf-8")
     return re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 

@@ -6,7 +6,7 @@
 By default it is the step that `python -m qwen_jax.train` runs with the same files, whatever its objective;
 --program=prefill and --program=decode are those of `qwen_jax.inference`, for BATCH_SIZE rows of SEQUENCE_LENGTH tokens.
 Nothing is allocated; it takes one to two minutes (of TPU v6e up to five) and 3 GB of memory. Needs libtpu
-(`pip install -c requirements.txt "jax[tpu]"`). docs/tpu_pods.md says what the fields of --json mean.
+(`pip install -c requirements.txt "jax[tpu]"`). docs/reference/compile_report.md describes the fields of --json.
 
 Exit code 1: it does not fit (said before compiling, where parameters, optimizer state and gradients alone are too
 much); 2: it cannot be compiled as asked.

@@ -1,4 +1,4 @@
-"""Converts a checkpoint between our run folders and the formats that other software loads; see docs/convert.md."""
+"""Converts a checkpoint between run folders and the formats of other software; see docs/how_to/convert.md."""
 
 import argparse
 import os

@@ -1,7 +1,7 @@
 """What `--check` compares: the logits of two checkpoints on the same tokens, computed one layer at a time.
 
 Both sides run through our decoder in float32, so this says whether two folders hold the same function, however they
-are stored. That other software computes the same from a folder is for the tests and for docs/serving.md.
+are stored. That other software computes the same from a folder is for the tests and for docs/how_to/serving.md.
 """
 
 import dataclasses

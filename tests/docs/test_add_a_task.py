@@ -1,4 +1,4 @@
-"""Runs the commands of docs/add_a_task.md, in order, in a copy of the repository."""
+"""Runs the commands of docs/how_to/add_a_task.md, in order, in a copy of the repository."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Runs the commands and the Python of docs/convert.md and docs/serving.md, in order, on small models."""
+"""Runs the commands and the Python of docs/how_to/convert.md and docs/how_to/serving.md, in order, on small models."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Runs the commands of docs/curate.md, in order, in a copy of the repository."""
+"""Runs the commands of docs/how_to/curate.md, in order, in a copy of the repository."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def test_every_parameter_that_the_page_names_exists(root):
     from qwen_jax.curation.dedup import FuzzyConfig
     from qwen_jax.curation.stages import CurationConfig
 
-    page = (root / "docs" / "curate.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "how_to" / "curate.md").read_text(encoding="utf-8")
     for configurable, fields in (("make_config", CurationConfig), ("FuzzyConfig", FuzzyConfig)):
         names = re.findall(rf"\b{configurable}\.(\w+)", page)
         assert names and set(names) <= set(fields.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""Runs the commands and the program of docs/generate.md, in order, on a random model in place of the demo's."""
+"""Runs the commands and the program of docs/how_to/generate.md, in order, on a random model in place of the demo's."""
 
 from tests.fakes import random_run
 from tests.pages import ROOT, blocks, shell

@@ -1,4 +1,4 @@
-"""Runs the commands of docs/gpu_clusters.md that need no GPU, in order, in a copy of the repository (30 s alone)."""
+"""Runs the commands of docs/how_to/gpu_clusters.md that need no GPU, in order, in a copy of the repository."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.trainer_config import TrainerConfig
 from tests.pages import ROOT, blocks, copy_repository, shell
 
-PAGE = ROOT / "docs" / "gpu_clusters.md"
+PAGE = ROOT / "docs" / "how_to" / "gpu_clusters.md"
 
 
 def test_commands_of_the_page(tmp_path):

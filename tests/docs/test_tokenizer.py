@@ -1,4 +1,4 @@
-"""Runs the commands of docs/tokenizer.md that are marked `sh`, in a copy of the repository."""
+"""Runs the commands of docs/how_to/tokenizer.md that are marked `sh`, in a copy of the repository."""
 
 import re
 

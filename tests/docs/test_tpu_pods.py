@@ -1,4 +1,4 @@
-"""Runs those commands of docs/tpu_pods.md that need no pod, in a copy of the repository. 40 seconds."""
+"""Runs those commands of docs/how_to/tpu_pods.md that need no pod, in a copy of the repository. 40 seconds."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ import pytest
 
 from tests.pages import ROOT, blocks, copy_repository, shell
 
-PAGE = ROOT / "docs" / "tpu_pods.md"
+PAGE = ROOT / "docs" / "how_to" / "tpu_pods.md"
 
 
 def run_blocks(folder, wanted):

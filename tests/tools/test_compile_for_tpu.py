@@ -135,7 +135,7 @@ def test_every_program_is_compiled_and_read(compile_here, program, tokens):
     assert 0.95 * report["model_flops"] < report["executed_flops"] < 2.5 * report["model_flops_all_keys"]
     assert report["memory_bytes"]["arguments"] >= report["state_bytes"]["parameters"]
     assert 0 < report["seconds"]["low"] <= report["seconds"]["high"]
-    page = (ROOT / "docs" / "tpu_pods.md").read_text(encoding="utf-8").partition("**For programs**")[2]
+    page = (ROOT / "docs" / "reference" / "compile_report.md").read_text(encoding="utf-8").partition("# Fields")[2]
     rows = [row.split("|")[1] for row in page.partition("\n\n**")[0].splitlines() if row.startswith("| `")]
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(report)
 
