@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qwen_jax import files
 from qwen_jax.command_line import run
 from qwen_jax.hardware import GIB
 from qwen_jax.models.config import REMAT_POLICIES
@@ -260,8 +261,8 @@ def main(argv: list[str] | None = None) -> int:
         ]
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    files = [a.removeprefix("--gin_file=") for a in passed if a.startswith("--gin_file=")]
-    results = Results(arguments.output / RESULTS, fingerprint(passed, files))
+    gin_files = [a.removeprefix("--gin_file=") for a in passed if a.startswith("--gin_file=")]
+    results = Results(arguments.output / RESULTS, fingerprint(passed, gin_files))
     if results.others:
         print(f"{results.others} result(s) of other files, flags or sources in {arguments.output} are left alone")
     sweep(variants, lambda variant: compile_variant(passed, variant, arguments.timeout), results)

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from qwen_jax import files
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import READ_DTYPES, ExternalWeights, StoredTensor, listing
 from qwen_jax.conversion.mapping import FORMATS, REQUIRED, ExternalTensor, Format
@@ -298,14 +299,14 @@ def write_safetensors(
         shards[-1].append(tensor)
         filled += size
     total = sum(math.prod(tensor.shape) for tensor in tensors)
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        files = [SINGLE_FILE]
+        names = [SINGLE_FILE]
     with tqdm(total=total * itemsize, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
-        for file, shard in zip(files, shards, strict=True):
+        for file, shard in zip(names, shards, strict=True):
             _write_file(folder / file, shard, produce, dtype, checksums, bar)
     if len(shards) > 1:
-        where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        where = {tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
         metadata = {"total_parameters": total, "total_size": total * itemsize}
         files.write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
 
