@@ -10,7 +10,7 @@ import types
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer, read_ranks, released_ranks_path, write_ranks
@@ -116,6 +116,22 @@ def test_batch_is_the_same_as_one_by_one(released):
 def test_a_million_blanks_do_not_overflow(released):
     text = "x" + " " * 1_500_000 + "y\n"
     assert released.decode(released.encode(text)) == text
+    assert released.decode(released.encode_with_control_tokens(text)) == text
+
+
+LONG_RUN = st.tuples(
+    st.sampled_from([" ", "\t", "\u3000", "\n", "\r\n", "a", "好", "!", " \n", "  x"]), st.integers(1, 90_000)
+)
+
+
+@settings(max_examples=5, deadline=None)
+@example(runs=[(" ", 80_000), ("a", 80_000), ("\n", 80_000)])
+@given(runs=st.lists(LONG_RUN, min_size=2, max_size=4))
+def test_long_runs_have_the_ids_of_tiktoken_in_linear_time(released, runs):
+    """Quadratic time would be minutes: 80,000 blanks within a text of 100,000 characters took 23 s."""
+    text = "x" + "".join(unit * (count // len(unit)) for unit, count in runs) + " x" * 450_000
+    (ids,) = released.encode_batch([text])
+    assert ids == released._encoding.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("ids", [[1, 151_851], [-1]])
