@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST, REPORT = "manifest.json", "report.html"
-_PLAN, _LOCK = "plan.json", "lock"
+_PLAN = "plan.json"
 _PROGRESS_SECONDS = 10
 
 
@@ -92,7 +92,7 @@ def _check_output(output: Path, work: Path, description: dict) -> None:
         logger.info("%s: going on with an interrupted run", output)
         return
     found = {path.name for path in output.iterdir()} - {work.name} if output.exists() else set()
-    found |= {path.name for path in work.glob("[!.]*")} - {_LOCK}
+    found |= {path.name for path in work.glob("[!.]*")}
     if found:
         raise ValueError(f"{output} holds {min(found)} and no run of curation: give an --output that is new or empty")
 
@@ -258,7 +258,7 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
         for number in numbers
     )
     ledger.check()
-    files = _place_files(work, output)
+    placed = _place_files(work, output)
     counted = ledger.to_json()
     clusters = files.read_json(work.folder / "clusters.json") if work.config.fuzzy is not None else None
     manifest = description | {
@@ -266,7 +266,7 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
         "counters": counted["counters"],
         "clusters": clusters["sizes"] if clusters else {},
         "benchmark_ngrams": len(storage.load_array(work.folder / "benchmarks.npy")),
-        "files": files,
+        "files": placed,
     }
     with files.new_file(output / REPORT) as temporary:
         temporary.write_text(report.render(ledger, work.config, clusters, description["inputs"]), encoding="utf-8")
@@ -280,8 +280,8 @@ def _place_files(work: stages.Work, output: Path) -> dict[str, list[dict]]:
     Raises:
         RuntimeError: a file is missing that a piece wrote.
     """
-    files: dict[str, list[dict]] = {"documents": [], "dropped": []}
-    for kind in files:
+    placed: dict[str, list[dict]] = {"documents": [], "dropped": []}
+    for kind in placed:
         shutil.rmtree(output / kind, ignore_errors=True)
     counts: dict[str, int] = {}
     for number, unit in enumerate(work.units):
@@ -300,5 +300,5 @@ def _place_files(work: stages.Work, output: Path) -> dict[str, list[dict]]:
             storage.place(made / name, place)
             shown = place.relative_to(output).as_posix()
             entry = {"path": shown, "lines": lines, "bytes": place.stat().st_size, "sha256": _sha256(place)}
-            files[kind].append(entry)
-    return files
+            placed[kind].append(entry)
+    return placed

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_jax import files
 from qwen_jax.curation import pipeline, readers, report, stages, storage
 from qwen_jax.curation.ledger import STAGES, Ledger
 from qwen_jax.curation.scoring import ScoreFilter
@@ -212,8 +213,8 @@ def test_a_folder_of_something_else_is_left_alone(inputs, config, tmp_path):
 
 
 def test_two_runs_do_not_work_in_one_folder(run, inputs, config, tmp_path):
-    with pipeline._locked(tmp_path / "out" / "work"):
-        with pytest.raises(ValueError, match="another run is at work"):
+    with files.locked(tmp_path / "out" / "work"):
+        with pytest.raises(ValueError, match="in use by process"):
             pipeline.curate(inputs, tmp_path / "out", config)
     pipeline.curate(inputs, tmp_path / "out", config)
     assert contents(tmp_path / "out") == contents(run.folder)
