@@ -32,7 +32,7 @@ def measure(model: str, hardware: str, output: Path, flags: list[str]) -> dict:
     """
     report = output / f"{model}_{hardware}.json"
     report.unlink(missing_ok=True)
-    files = [f"--gin_file=gin/{file}.gin" for file in (f"models/{model}", "runs/pretrain", f"hardware/{hardware}")]
+    files = [f"--gin_file=gin/{file}.gin" for file in (f"runs/pretrain_{model}", f"hardware/{hardware}")]
     command = [sys.executable, "tools/compile_for_tpu.py", *files, *flags, "--json", str(report.absolute())]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", default="v5p_256", help="file of gin/hardware (default v5p_256)")
-    parser.add_argument("--models", default="1_8b,7b,14b", help="files of gin/models, smallest first (1_8b,7b,14b)")
+    parser.add_argument(
+        "--models", default="1_8b,7b,14b", help="sizes of gin/runs/pretrain_SIZE.gin, smallest first (1_8b,7b,14b)"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/compile_time"), help="folder of the reports")
     arguments, flags = parser.parse_known_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -4,17 +4,20 @@ Only entry points and tools import this; models and training are plain functions
 """
 
 import argparse
+import contextvars
 import difflib
-import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 
+from qwen_jax import gin_internals
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
+from qwen_jax.models.transformer import parameter_count
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -29,17 +32,45 @@ class ConfigurationError(ValueError):
     """Something in the gin files or flags that cannot be run."""
 
 
-def by_size(size: str, table: dict):
-    """The entry of `table` for a model size: lets one gin file hold the report's hyperparameters of all sizes."""
-    if size not in table:
-        raise ConfigurationError(
-            f"no value for MODEL_SIZE {size!r}; there are values for {', '.join(map(repr, table))}. Override the macro "
-            f"that asks for it (PEAK_LEARNING_RATE, BATCH_SIZE, …) with --gin.NAME=VALUE"
-        )
-    return table[size]
+# Whether `by_parameters` is counting: a model asks for its own remat policy while it is counted.
+_counting = contextvars.ContextVar("_counting", default=False)
 
 
-gin.configurable(by_size)
+@gin.configurable
+def by_parameters(billions: Mapping[float, Any], beyond: Any) -> Any:
+    """A setting that depends on the size of the model that gin configures: lets one hardware file serve all sizes.
+
+    Args:
+      billions: number of parameters in billions to the setting for models of at most so many.
+      beyond: the setting for larger models.
+
+    Returns:
+      That of the smallest limit which the model does not exceed.
+
+    Raises:
+      ConfigurationError: no model is configured.
+    """
+    if _counting.get():
+        return beyond  # any setting does: the number of parameters does not depend on it
+    token = _counting.set(True)
+    try:
+        with gin.config_scope(None):
+            count = parameter_count(_configured_model())
+    finally:
+        _counting.reset(token)
+    return next((billions[limit] for limit in sorted(billions) if count <= limit * 1e9), beyond)
+
+
+def _configured_model() -> ModelConfig:
+    """The model of the run, or, where no run is configured, the one of a file of gin/models."""
+    for (scope, selector), values in gin_internals.bindings().items():
+        if not scope and selector.rpartition(".")[2] == "train" and "model" in values:
+            return gin_internals.resolve(values["model"])
+    if "hidden_size" not in gin.get_bindings(ModelConfig, resolve_references=False):
+        raise ConfigurationError("no model is configured: add --gin_file=FILE with a file of gin/models or gin/runs")
+    return gin.get_configurable(ModelConfig)()
+
+
 for _configurable in (
     AttentionBlocks,
     ModelConfig,
@@ -90,69 +121,178 @@ class _Unreachable(argparse.Action):
 def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     """Replaces gin's configuration by that of `files`, then `bindings` of the form NAME=VALUE.
 
-    A value that is no Python literal and no gin reference is taken as a string, so paths need no quotes.
+    The order of `files` does not matter. A file overrides those that it includes, wherever the `include` stands in it.
+    Two files of which neither includes the other may not set a name to different values; `bindings` override both.
+    Each file is read once. `include` looks beside the file that it stands in, then in the repository, then in the
+    working directory.
+
+    A value of `bindings` that is no Python literal and no gin reference is taken as a string, so paths need no quotes.
 
     Raises:
       ConfigurationError: as `parse_args`.
     """
     gin.clear_config()
+    reader = _FileReader()
     for file in files:
-        path = next((p for p in (Path(file), ROOT / file) if p.is_file()), None)
+        path = _existing(Path(file).expanduser(), ROOT / file)
         if path is None:
             known = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "gin").glob("*/*.gin"))]
             raise ConfigurationError(f"--gin_file={file}: no such file, here or in {ROOT}.{_suggestion(file, known)}")
-        _parse(lambda path=path: gin.parse_config_file(str(path)), str(path))
-    names = []
+        reader.read(path)
+    names, keys = [], set()
     for binding in bindings:
-        name, equals, value = binding.partition("=")
+        name, equals, value = (part.strip() for part in binding.partition("="))
         if not equals:
             raise ConfigurationError(f"--gin.{binding}: expected --gin.NAME=VALUE")
-        names.append(name.strip())
-        _bind(name.strip(), value)
+        names.append(name)
+        keys.add(_bind(name, value))
+    reader.refuse_conflicts(keys)
     _check_macros(names)
 
 
-def _bind(name: str, value: str) -> None:
+def files_read(files: Sequence[str]) -> list[Path]:
+    """The gin files that `load_gin(files)` reads, each after those that it includes; absent files are left out."""
+    reader = _FileReader()
+    for file in files:
+        if (path := _existing(Path(file).expanduser(), ROOT / file)) is not None:
+            reader.scan(path)
+    return list(reader.included)
+
+
+def _existing(*paths: Path) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+class _FileReader:
+    """Reads gin files, each once, and knows which of them set what.
+
+    Attributes:
+      included: every file that was read, to all files that it includes, directly or not.
+    """
+
+    def __init__(self):
+        self.included: dict[Path, set[Path]] = {}
+        self._settings: dict[gin_internals.Key, list[tuple[Path, int, str]]] = {}
+        self._open: list[Path] = []
+
+    def read(self, path: Path) -> None:
+        """Reads a file and what it includes into gin's configuration."""
+        self._visit(path, self._execute)
+
+    def scan(self, path: Path) -> None:
+        """Finds what a file includes, without touching gin's configuration."""
+        self._visit(path, lambda *_: None)
+
+    def _visit(self, path: Path, act: Callable[[Path, str, list], None]) -> None:
+        real = path.resolve()
+        if real in self._open:
+            raise ConfigurationError(f"{path} includes itself: remove the include, or that of a file between")
+        if real in self.included:
+            return
+        text = _parse(lambda: path.read_text(encoding="utf-8"), str(path))
+        found = _parse(lambda: gin_internals.statements(text, str(path)), str(path))
+        self._open.append(real)
+        below, lines = set(), text.splitlines()
+        for one in found:
+            if isinstance(one, gin_internals.Include):
+                other = _existing(path.parent / one.file, ROOT / one.file, Path(one.file))
+                if other is None:
+                    raise ConfigurationError(
+                        f"{path}, line {one.line}: include {one.file!r}: no such file beside it, in {ROOT} or here"
+                    )
+                self._visit(other, act)
+                below |= {other.resolve(), *self.included[other.resolve()]}
+                lines[one.line - 1] = ""
+        self._open.pop()
+        self.included[real] = below
+        act(path, "\n".join(lines) + "\n", found)
+
+    def _execute(self, path: Path, text: str, found: list) -> None:
+        _parse(lambda: gin_internals.execute(text, str(path)), str(path))
+        for one in found:
+            if isinstance(one, gin_internals.Binding):
+                key = gin_internals.key_of(one.scope, one.selector, one.parameter)
+                self._settings.setdefault(key, []).append((path, one.line, one.value))
+
+    def refuse_conflicts(self, overridden: Iterable[gin_internals.Key]) -> None:
+        """Refuses names that two files set differently, of which neither includes the other.
+
+        Args:
+          overridden: what flags set, so that the files do not matter.
+
+        Raises:
+          ConfigurationError: with the name, both files and both values.
+        """
+        for key in self._settings.keys() - set(overridden):
+            last_of = {path.resolve(): (path, line, value) for path, line, value in self._settings[key]}
+            deciding = [
+                one for real, one in last_of.items() if not any(real in self.included[other] for other in last_of)
+            ]
+            (first, first_line, value), *others = deciding
+            for path, line, other in others:
+                if other != value:
+                    raise ConfigurationError(
+                        f"{first}, line {first_line}, sets {_shown(key)} to {value}, and {path}, line {line}, to "
+                        f"{other}, and neither file includes the other: remove one, include one in the other, or choose with "
+                        f"--gin.{_shown(key)}=VALUE"
+                    )
+
+
+def _shown(key: gin_internals.Key) -> str:
+    """The name of a setting as one writes it."""
+    scope, selector, parameter = key
+    if selector == gin_internals.MACRO:
+        return scope
+    return f"{scope}/" * bool(scope) + f"{selector.rpartition('.')[2]}.{parameter}"
+
+
+def _bind(name: str, value: str) -> gin_internals.Key:
     try:
         gin.config.parse_value(value)
     except Exception:  # gin has no one class for a value that does not parse
         value = repr(value)
     _parse(lambda: gin.parse_config(f"{name} = {value}"), f"--gin.{name}")
+    return gin_internals.key_of(*gin_internals.split_name(name))
 
 
-def _parse(parse: Callable[[], None], where: str) -> None:
+def _parse(parse: Callable[[], Any], where: str) -> Any:
     try:
-        parse()
-    except (ValueError, SyntaxError, OSError, AttributeError) as error:
-        message = str(error).splitlines()[0]
+        return parse()
+    except (ValueError, SyntaxError, OSError, AttributeError, ImportError) as error:
+        message, *rest = str(error).splitlines()
+        if line := re.search(r"line (\d+)$", "\n".join(rest), re.MULTILINE):
+            where += f", line {line[1]}"
         wrong, known = "", ()
         if found := re.match(r"No configurable matching '(.+?)'", message):
-            wrong, known = found[1], [made.name for _, made in gin.config._REGISTRY.items()]
+            wrong, known = found[1], gin_internals.configurable_names()
         elif found := re.match(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
-            wrong, known = found[2], inspect.signature(gin.config._REGISTRY.get_match(found[1]).wrapped).parameters
+            wrong, known = found[2], gin_internals.parameters(found[1])
         raise ConfigurationError(f"{where}: {message}{_suggestion(wrong, known)}") from error
 
 
-def _suggestion(wrong: str, known) -> str:
+def _suggestion(wrong: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(wrong, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def _check_macros(from_flags: Sequence[str]) -> None:
     """Names macros that are used and not set, and flags that set a macro that nothing uses."""
-    config = gin.config._CONFIG
-    macros = {scope for scope, selector in config if selector == "gin.macro" and scope}
-    references = gin.config.iterate_references(config)
-    used = {reference.config_key[0] for reference in references if reference.selector == "gin.macro"}
+    bound = gin_internals.bindings()
+    macros = {
+        scope: values.get("value") for (scope, selector), values in bound.items() if selector == gin_internals.MACRO
+    }
+    used = {name for values in bound.values() for value in values.values() for name in gin_internals.macros_in(value)}
     for name in from_flags:
         if "." not in name and name not in used:
             raise ConfigurationError(
                 f"--gin.{name}: nothing in the gin files uses {name}.{_suggestion(name, used)} "
                 f"Macros in use: {', '.join(sorted(used)) or 'none; was a --gin_file forgotten?'}"
             )
-    for name in sorted(used):
-        if name not in macros or repr(config[name, "gin.macro"].get("value")) == "%gin.REQUIRED":
-            how = f"add --gin.{name}=VALUE, or the gin file that sets it"
-            if name == "MODEL_SIZE":  # alone it is no model
-                how = "add --gin_file=FILE with a file of gin/models"
-            raise ConfigurationError(f"{name} is not set: {how}")
+    unset = sorted(name for name in used if name not in macros or gin_internals.is_required(macros[name]))
+    if len(unset) == 1:
+        raise ConfigurationError(f"{unset[0]} is not set: add --gin.{unset[0]}=VALUE, or the gin file that sets it")
+    if unset:
+        raise ConfigurationError(
+            f"{', '.join(unset[:-1])} and {unset[-1]} are not set: add the gin file that sets them (gin/runs has one "
+            f"for each recipe and size), or --gin.NAME=VALUE for each"
+        )

@@ -1,6 +1,6 @@
 """Trains a model: pretraining, and whatever else has an objective and a SeqIO task.
 
-    python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin --gin.OUTPUT_DIR=runs/tiny
+    python -m qwen_jax.train --gin_file=gin/runs/pretrain_tiny.gin --gin.OUTPUT_DIR=runs/tiny
 
 On several hosts: the same command on each (`qwen_jax.distributed.hosts`).
 """
@@ -245,8 +245,8 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m qwen_jax.train",
         description="Trains a model, or continues the run in OUTPUT_DIR.",
-        epilog="example: python -m qwen_jax.train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/pretrain.gin "
-        "--gin.OUTPUT_DIR=runs/tiny. The macros of a run are listed in its gin file.",
+        epilog="example: python -m qwen_jax.train --gin_file=gin/runs/pretrain_tiny.gin --gin.OUTPUT_DIR=runs/tiny. "
+        "The macros of a run are listed in its gin file.",
     )
     hosts.add_arguments(parser)
     configured = gin.configurable(train)

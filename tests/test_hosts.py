@@ -118,8 +118,7 @@ class Job:
                 }
             own = {**settings, **(per_process or {}).get(index, {})}
             arguments = [
-                "--gin_file=gin/models/tiny.gin",
-                "--gin_file=gin/runs/pretrain.gin",
+                "--gin_file=gin/runs/pretrain_tiny.gin",
                 *place,
                 *flags,
                 *(f"--gin.{name}={value}" for name, value in own.items()),
@@ -276,7 +275,7 @@ def test_flags_of_a_job_that_make_no_sense_are_named(corpus):
         (["--heartbeat_timeout=nan"], "--heartbeat_timeout must be .*found nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            files = ["--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin"]
+            files = ["--gin_file=gin/runs/pretrain_tiny.gin"]
             train.main([*files, "--gin.OUTPUT_DIR=/nowhere", *flags])
 
 

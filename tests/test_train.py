@@ -26,7 +26,8 @@ SETTINGS = {
     "EVAL_EVERY": 20,
     "EVAL_BATCHES": 2,
     "LOG_EVERY": 1,
-    "DROPOUT": 0.1,
+    "EMBEDDING_DROPOUT": 0.1,
+    "ATTENTION_DROPOUT": 0.1,
     "ModelConfig.vocab_size": 512,
     "ModelConfig.hidden_size": 32,
     "ModelConfig.num_layers": 2,
@@ -55,8 +56,7 @@ def command(corpus, output, **changes):
         sys.executable,
         "-m",
         "qwen_jax.train",
-        "--gin_file=gin/models/tiny.gin",
-        "--gin_file=gin/runs/pretrain.gin",
+        "--gin_file=gin/runs/pretrain_tiny.gin",
         *(f"--gin.{name}={value}" for name, value in settings.items() if value is not None),
     ]
 
@@ -168,7 +168,16 @@ def test_in_parts_that_fit_a_device_it_is_the_same_run(corpus, plain_environment
     for tokens, parts in ((None, 1), (64, 2)):
         output = tmp_path / str(parts)
         done = subprocess.run(
-            command(corpus, output, TOKENS_PER_DEVICE=tokens, TRAIN_STEPS=6, WARMUP_STEPS=1, EVAL_EVERY=6, DROPOUT=0.0),
+            command(
+                corpus,
+                output,
+                TOKENS_PER_DEVICE=tokens,
+                TRAIN_STEPS=6,
+                WARMUP_STEPS=1,
+                EVAL_EVERY=6,
+                EMBEDDING_DROPOUT=0.0,
+                ATTENTION_DROPOUT=0.0,
+            ),
             env=plain_environment,
             capture_output=True,
             text=True,

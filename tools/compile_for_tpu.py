@@ -1,7 +1,6 @@
 """Compiles a program of a run for a TPU pod, on a machine without one, and says what it needs and how long it takes.
 
-    python tools/compile_for_tpu.py --gin_file=gin/models/7b.gin --gin_file=gin/runs/pretrain.gin \\
-        --gin_file=gin/hardware/v5p_256.gin
+    python tools/compile_for_tpu.py --gin_file=gin/runs/pretrain_7b.gin --gin_file=gin/hardware/v5p_256.gin
 
 By default it is the step that `python -m qwen_jax.train` runs with the same files, whatever its objective;
 --program=prefill and --program=decode are those of `qwen_jax.inference`, for BATCH_SIZE rows of SEQUENCE_LENGTH tokens.
@@ -339,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     arguments = parse_args(parser, [*given, "--gin.OUTPUT_DIR/gin.macro.value=none"])
     if "model" not in gin.get_bindings("train"):
-        raise ConfigurationError("name a model, a run and the hardware with --gin_file; see the example in --help")
+        raise ConfigurationError("name a run and the hardware with --gin_file; see the example in --help")
     for file in (arguments.json, arguments.hlo, arguments.log):
         if file:  # before the minutes of compiling
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,7 @@ PROMPT = "class Reader:\n    def __init__(self, path):\n        self."
 TRAIN = [
     "-m",
     "qwen_jax.train",
-    "--gin_file=gin/models/tiny.gin",
-    "--gin_file=gin/runs/pretrain.gin",
+    "--gin_file=gin/runs/pretrain_tiny.gin",
     f"--gin.OUTPUT_DIR={RUN}",
     f"--gin.CACHE_DIR={CACHE}",
     f"--gin.VOCABULARY={VOCABULARY}",
@@ -122,7 +121,7 @@ held-out text: {before:.3f} bits per byte at the start, {after:.3f} after {last[
 next: train longer      make the demo's training command again with --gin.TRAIN_STEPS=2000 and another --gin.OUTPUT_DIR
       your own text     --gin.MIXTURE_OR_TASK=local_files --gin.local_files.pattern='FOLDER OR GLOB'
       your own task     docs/how_to/add_a_task.md
-      another size      --gin_file=gin/models/1_8b.gin, on hardware for it
+      another size      --gin_file=gin/runs/pretrain_1_8b.gin, on hardware for it
 """)
 
 

@@ -41,7 +41,8 @@ SETTINGS = {
     "EVAL_BATCHES": 2,
     "CHECKPOINT_EVERY": 6,
     "LOG_EVERY": 1,
-    "DROPOUT": 0.1,
+    "ModelConfig.embedding_dropout": 0.1,
+    "ModelConfig.attention_dropout": 0.1,
     "SEED": 1,
 }
 

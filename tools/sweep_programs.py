@@ -1,6 +1,6 @@
 """Compiles variants of a run's train step for a TPU pod that is not there, and says which that fits is the fastest.
 
-    python tools/sweep_programs.py --gin_file=gin/models/7b.gin --gin_file=gin/runs/pretrain.gin \\
+    python tools/sweep_programs.py --gin_file=gin/runs/pretrain_7b.gin \\
         --gin_file=gin/hardware/v5p_256.gin --output=runs/sweep_7b_v5p --accumulation=1,2 --blocks=512,1024x2048
 
 Every variant is compiled by tools/compile_for_tpu.py in a process of its own, one after the other, each one to two
@@ -26,6 +26,7 @@ from pathlib import Path
 
 from qwen_jax import files
 from qwen_jax.command_line import run
+from qwen_jax.configuration import files_read
 from qwen_jax.hardware import GIB
 from qwen_jax.models.config import REMAT_POLICIES
 
@@ -112,7 +113,7 @@ def all_variants(axes: Sequence[Sequence[Variant]]) -> list[Variant]:
 def fingerprint(arguments: Sequence[str], files: Sequence[str]) -> str:
     """Of everything but the variant that a result depends on."""
     digest = hashlib.sha256("\0".join(arguments).encode())
-    paths = [next((p for p in (Path(file), ROOT / file) if p.is_file()), Path(file)) for file in files]
+    paths = files_read(files)
     for source in SOURCES:
         paths += sorted((ROOT / source).glob("*.py")) if (ROOT / source).is_dir() else [ROOT / source]
     for path in paths:

@@ -37,7 +37,10 @@ def test_it_runs_and_both_sides_train_alike(root, plain_environment):
     ("command", "message"),
     [
         (["train_step.py", "--rounds=0"], "error: --rounds must be at least 1, found 0"),
-        (["compile_time.py", "--models=tinny"], "error: tinny for v5p_256: --gin_file=gin/models/tinny.gin: no such"),
+        (
+            ["compile_time.py", "--models=tinny"],
+            "error: tinny for v5p_256: --gin_file=gin/runs/pretrain_tinny.gin: no such",
+        ),
     ],
 )
 def test_bad_input_is_one_line(root, plain_environment, tmp_path, command, message):

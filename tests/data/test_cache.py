@@ -387,7 +387,7 @@ def test_tasks_that_cannot_be_packed(registry, tmp_path, add_task):
 
 
 def test_a_worker_elsewhere_gets_the_configuration(registry, vocabulary_file):
-    """Also where the path was computed by a function that the worker does not know, as in gin/runs/pretrain.gin."""
+    """Also where the path was computed by a function that the worker does not know, as in the files of gin/hardware."""
     config = "vocabulary_path.path = %PATH\nPATH = @unknown_here()\npython_corpus.max_bytes = 1234"
     setup = cache._WorkerSetup(
         ("tasks",), config, str(vocabulary_file), "python_corpus", Tokenizer(vocabulary_file).fingerprint

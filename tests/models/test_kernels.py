@@ -86,6 +86,8 @@ def config(**changes):
         ("tpu", {}, 100, "xla"),
         ("tpu", {"head_dim": 64}, 2048, "xla"),
         ("tpu", {"attention_dropout": 0.1}, 2048, "xla"),
+        ("tpu", {"embedding_dropout": 0.1}, 2048, "splash"),
+        ("gpu", {"embedding_dropout": 0.1}, 2048, "cudnn"),
         ("gpu", {}, 100, "cudnn"),
         ("gpu", {"dtype": "float32"}, 2048, "xla"),
     ],

@@ -177,8 +177,7 @@ def test_a_tpu_program_has_the_numbers_of_the_yardstick(tmp_path, yardstick, pla
         [
             sys.executable,
             "tools/compile_for_tpu.py",
-            "--gin_file=gin/models/tiny.gin",
-            "--gin_file=gin/runs/pretrain.gin",
+            "--gin_file=gin/runs/pretrain_tiny.gin",
             "--gin_file=gin/hardware/v5e_16.gin",
             "--json",
             tmp_path / "a.json",

@@ -22,8 +22,7 @@ gin.configurable(train.train)
 COMMAND = [
     sys.executable,
     "tools/compile_for_tpu.py",
-    "--gin_file=gin/models/tiny.gin",
-    "--gin_file=gin/runs/pretrain.gin",
+    "--gin_file=gin/runs/pretrain_tiny.gin",
     "--gin_file=gin/hardware/v5e_16.gin",
 ]
 
@@ -69,10 +68,10 @@ def test_an_unknown_topology_is_one_line(plain_environment, root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a model, a run and the hardware"),
-        (COMMAND[2:3], "name a model, a run and the hardware"),
-        (COMMAND[3:], "MODEL_SIZE is not set"),
-        (COMMAND[2:4], "one of gin/hardware/tpu7x_64.gin, gin/hardware/v5e_16"),
+        ([], "name a run and the hardware"),
+        (COMMAND[3:], "name a run and the hardware"),
+        (["--gin_file=gin/runs/pretrain.gin", *COMMAND[3:]], "BATCH_SIZE, .* and WARMUP_STEPS are not set"),
+        (COMMAND[2:3], "one of gin/hardware/tpu7x_64.gin, gin/hardware/v5e_16"),
         ([*COMMAND[2:], "--gin.HardwareConfig.hbm_gib=much"], "hbm_gib must be a positive number, found 'much'"),
     ],
 )
@@ -173,7 +172,7 @@ def test_rows_that_training_would_refuse_are_refused(compile_here):
 
 @pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "gin" / "hardware").glob("*.gin")))
 def test_every_hardware_file_can_be_read_with_a_run(root, file):
-    load_gin([*(a.removeprefix("--gin_file=") for a in COMMAND[2:4]), f"gin/hardware/{file}.gin"], ["OUTPUT_DIR=none"])
+    load_gin([COMMAND[2].removeprefix("--gin_file="), f"gin/hardware/{file}.gin"], ["OUTPUT_DIR=none"])
     hardware = gin.get_configurable("HardwareConfig")()
     assert hardware.hbm_bytes > 2**30 and hardware.peak_tflops > 0 and (hardware.topology is None) == (file[0] in "ch")
     assert dataclasses.replace(hardware, slices=1).devices_per_chip == (2 if file.startswith("tpu7x") else 1)
@@ -185,7 +184,7 @@ def test_every_accelerator_says_what_it_holds_of_every_model(model):
     """A run of the report's batch on any of them needs no further flag for its memory."""
     for file in sorted(ROOT.glob("gin/hardware/*.gin")):
         if file.stem != "cpu":
-            load_gin([f"gin/models/{model}.gin", "gin/runs/pretrain.gin", str(file)], ["OUTPUT_DIR=none"])
+            load_gin([f"gin/runs/pretrain_{model}.gin", str(file)], ["OUTPUT_DIR=none"])
             settings = gin.get_bindings("train")
             assert settings["loop"].tokens_per_device >= 4096 and settings["loop"].accumulation_steps is None
             assert settings["model"].remat in REMAT_POLICIES

@@ -141,7 +141,7 @@ def test_wrong_choices_are_named_before_anything_is_compiled(tool, tmp_path, fla
     assert not (tmp_path / "out").exists()
 
 
-FILES = ["--gin_file=gin/models/tiny.gin", "--gin_file=gin/runs/pretrain.gin"]
+FILES = ["--gin_file=gin/runs/pretrain_tiny.gin"]
 
 
 def test_what_cannot_be_compiled_as_asked_ends_the_sweep_with_one_line(tmp_path, plain_environment, root):
