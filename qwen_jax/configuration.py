@@ -233,8 +233,8 @@ class _FileReader:
                 if other != value:
                     raise ConfigurationError(
                         f"{first}, line {first_line}, sets {_shown(key)} to {value}, and {path}, line {line}, to "
-                        f"{other}, and neither file includes the other: remove one, include one in the other, or choose with "
-                        f"--gin.{_shown(key)}=VALUE"
+                        f"{other}, and neither file includes the other: remove one, include one in the other, or "
+                        f"choose with --gin.{_shown(key)}=VALUE"
                     )
 
 
