@@ -102,7 +102,7 @@ def our_side(job: dict):
     )
     seconds = time.perf_counter() - began
     moments = jax.jit(make_optimizer(optimizer, 10**6).init)(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, moments)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, moments, {})
     tokens = jnp.asarray(batch_of({"vocab_size": model.config.vocab_size}, job["batch"], job["length"]), jnp.int32)
     batch = {"tokens": tokens, "loss_weights": jnp.ones(tokens.shape, jnp.float32)}
     current = [jax.device_put(state, step.input_shardings[0][0])]

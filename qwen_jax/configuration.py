@@ -21,6 +21,7 @@ from qwen_jax.models.transformer import parameter_count
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.parameter_groups import ParameterGroup, ScheduleConfig
 from qwen_jax.training.resilience import SkipConfig
 from qwen_jax.training.trainer_config import TrainerConfig
 
@@ -77,6 +78,8 @@ for _configurable in (
     MeshConfig,
     HardwareConfig,
     OptimizerConfig,
+    ParameterGroup,
+    ScheduleConfig,
     SkipConfig,
     TrainerConfig,
     next_token_loss,

@@ -231,7 +231,10 @@ def tree_shardings(boxed, mesh: Mesh):
 
     def one(path, leaf):
         names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
-        shape = nn.meta.unbox(leaf).shape
+        value = nn.meta.unbox(leaf)
+        if not jax.tree.leaves(value):  # in the state of a parameter group: the place of another group's parameter
+            return value
+        shape = value.shape
         placed = spec(names)
         for size, name, axes in zip(shape, names, placed, strict=False):
             ways = _num_shards(axes, mesh)

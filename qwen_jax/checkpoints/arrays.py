@@ -1,4 +1,8 @@
-"""The weights of run folders without the optimizer: written as a run of their own, read as arrays or onto a mesh."""
+"""The weights of run folders without the optimizer: written as a run of their own, read as arrays or onto a mesh.
+
+A checkpoint holds the trained parameters as `params` and the frozen ones, if there are any, as `frozen`; here they are
+one tree.
+"""
 
 import contextlib
 import math
@@ -10,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore as ts
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from qwen_jax import files
@@ -27,6 +31,8 @@ from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params
 
 PIECE_BYTES = 2**26
+# Trees of a checkpoint that hold parameters.
+PARAMETER_TREES = ("params", "frozen")
 
 
 def tokenizer_path(path: str | Path) -> Path | None:
@@ -123,6 +129,16 @@ def _array_spec(folder: Path, path: str) -> dict:
     return {"driver": "zarr3", "kvstore": kvstore}
 
 
+def _stored_names(folder: Path, context: ts.Context) -> list[str]:
+    """Paths of the parameters in one tree of a checkpoint; none where only `params` was written."""
+    if not folder.is_dir() and folder.name != "params":
+        return []
+    kvstore = _array_spec(folder, "")["kvstore"] | {"path": ""}
+    keys = ts.KvStore.open(kvstore, context=context).result().list().result()
+    names = (key.decode().removesuffix("/zarr.json") for key in keys if key.endswith(b"/zarr.json"))
+    return sorted(name.replace(".", "/") for name in names)
+
+
 @contextlib.contextmanager
 def writing_params(
     folder: str | Path, config: ModelConfig, tokenizer: str | Path | None, shapes: Mapping[str, tuple[int, ...]]
@@ -159,18 +175,16 @@ class StoredParams:
     def __init__(self, path: str | Path):
         # The step is fixed here: a run that goes on must not change it between two parameters.
         self.folder = _step_folder(path, None)
-        self._params, self._context = self.folder / "params", ts.Context()
+        self._context = ts.Context()
         try:
-            kvstore = _array_spec(self._params, "")["kvstore"] | {"path": ""}
-            keys = ts.KvStore.open(kvstore, context=self._context).result().list().result()
-            names = sorted(key.decode().removesuffix("/zarr.json") for key in keys if key.endswith(b"/zarr.json"))
-            self._arrays = {name.replace(".", "/"): self._open(name) for name in names}
+            self._arrays = {
+                name: ts.open(_array_spec(self.folder / tree, name), context=self._context).result()
+                for tree in PARAMETER_TREES
+                for name in _stored_names(self.folder / tree, self._context)
+            }
         except Exception as error:  # TensorStore and the file system each have their own kinds
             raise CheckpointError(f"checkpoint {self.folder} cannot be read: {one_line(error)}") from error
         self.shapes = {path: tuple(array.shape) for path, array in self._arrays.items()}
-
-    def _open(self, name: str) -> ts.TensorStore:
-        return ts.open(_array_spec(self._params, name), context=self._context).result()
 
     def stored_together(self, path: str) -> int:
         """How many indices of the first axis one chunk holds: reading one of them reads all of these."""
@@ -218,7 +232,18 @@ def restore_params(path: str | Path, abstract, step: int | None = None):
     """
     folder = _step_folder(path, step)
     try:
-        return ocp.load_checkpointables(folder, {"params": abstract})["params"]
+        if not (folder / "frozen").is_dir():
+            return ocp.load_checkpointables(folder, {"params": abstract})["params"]
+        flat = flatten_dict(abstract, sep="/")
+        frozen = set(_stored_names(folder / "frozen", ts.Context()))
+        trees = {
+            "params": {path: leaf for path, leaf in flat.items() if path not in frozen},
+            "frozen": {path: leaf for path, leaf in flat.items() if path in frozen},
+        }
+        trees = {name: unflatten_dict(tree, sep="/") for name, tree in trees.items() if tree}
+        loaded = ocp.load_checkpointables(folder, trees)
+        found = {path: leaf for tree in loaded.values() for path, leaf in flatten_dict(tree, sep="/").items()}
+        return unflatten_dict({path: found[path] for path in flat}, sep="/")
     except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
         raise CheckpointError(f"checkpoint {folder} cannot be read: {unreadable_reason(error)}") from error
 

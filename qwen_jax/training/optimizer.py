@@ -1,10 +1,23 @@
 """AdamW with warm-up, a schedule, clipping, and weight decay on matrices only (report 2.4 and 3.1)."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from qwen_jax.training.parameter_groups import (
+    ParameterGroup,
+    ScheduleConfig,
+    check_numbers,
+    check_schedule,
+    drop_gradients_before_start,
+    first_match,
+    path_name,
+    scale_by_layer,
+    start_late,
+)
 from qwen_jax.training.resilience import SkipConfig, skip_updates
 
 
@@ -23,6 +36,8 @@ class OptimizerConfig:
       first_moment_dtype: "float32", or "bfloat16", which saves 2 of the 12 bytes of a parameter and its moments. The
         update itself is float32, and so is the second moment: what a step adds to it is near bfloat16's rounding.
       skip: which updates are left out; by default none.
+      groups: parameters that are trained differently, or frozen. Without any, all are trained by the schedule and the
+        weight decay above; with them, each has its own schedule, and a parameter that is in no group is refused.
     """
 
     peak_learning_rate: float
@@ -36,29 +51,23 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     first_moment_dtype: str = "float32"
     skip: SkipConfig = SkipConfig()
+    groups: tuple[ParameterGroup, ...] = ()
 
     def __post_init__(self):
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"OptimizerConfig.schedule must be cosine or constant, found {self.schedule!r}")
+        check_schedule(self)
         if self.first_moment_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"OptimizerConfig.first_moment_dtype must be float32 or bfloat16, found {self.first_moment_dtype!r}"
             )
-        for field in ("peak_learning_rate", "final_fraction", "beta1", "beta2", "epsilon", "weight_decay", "clip_norm"):
-            value = getattr(self, field)
-            positive = field in ("peak_learning_rate", "clip_norm")
-            if value is None and field == "clip_norm":
-                continue
-            if not isinstance(value, (int, float)) or not value >= 0 or (positive and value == 0):
-                least = "positive" if positive else "at least 0"
-                raise ValueError(f"OptimizerConfig.{field} must be a number and {least}, found {value!r}")
-        if not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
-            raise ValueError(
-                f"OptimizerConfig.warmup_steps must be an integer of at least 0, found {self.warmup_steps!r}"
-            )
+        check_numbers(self, not_negative=("beta1", "beta2", "epsilon", "weight_decay"))
+        if self.clip_norm is not None:
+            check_numbers(self, positive=("clip_norm",))
+        object.__setattr__(self, "groups", tuple(self.groups))  # gin gives a list
+        if wrong := next((group for group in self.groups if not isinstance(group, ParameterGroup)), None):
+            raise ValueError(f"OptimizerConfig.groups must hold ParameterGroups, found {wrong!r}")
 
 
-def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig | ScheduleConfig, train_steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates already made.
 
     Raises:
@@ -66,7 +75,7 @@ def learning_rate_schedule(config: OptimizerConfig, train_steps: int) -> optax.S
     """
     if config.warmup_steps >= train_steps:
         raise ValueError(
-            f"OptimizerConfig.warmup_steps ({config.warmup_steps}) must be less than the number of steps "
+            f"{type(config).__name__}.warmup_steps ({config.warmup_steps}) must be less than the number of steps "
             f"({train_steps}): lower WARMUP_STEPS or raise TRAIN_STEPS"
         )
     peak = config.peak_learning_rate
@@ -91,22 +100,78 @@ def decay_mask(params):
     )
 
 
-def path_name(path) -> str:
-    """`layers/mlp/up/kernel` for a pytree path; boxes of logical names are left out."""
-    return "/".join(str(key.key) for key in path if hasattr(key, "key"))
+def learning_rates(config: OptimizerConfig, train_steps: int) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """The metrics of learning rates as a function of the number of updates made.
+
+    Returns:
+      "learning_rate"; with groups, that of the first one that is trained, and `learning_rate/NAME` of each.
+
+    Raises:
+      ValueError: a group starts or its warm-up ends after the last step.
+    """
+    if not config.groups:
+        schedule = learning_rate_schedule(config, train_steps)
+        return lambda made: {"learning_rate": jnp.asarray(schedule(made), jnp.float32)}
+    trained = {group.name: group for group in config.groups if not group.frozen}
+    schedules = {name: _group_schedule(group, train_steps) for name, group in trained.items()}
+
+    def rates(made):
+        found = {}
+        for name, schedule in schedules.items():
+            start = trained[name].start_step
+            rate = jnp.asarray(schedule(jnp.maximum(made - start, 0)), jnp.float32)
+            found[f"learning_rate/{name}"] = jnp.where(made >= start, rate, 0.0)
+        return {"learning_rate": next(iter(found.values())), **found}
+
+    return rates
+
+
+def _group_schedule(group: ParameterGroup, train_steps: int) -> optax.Schedule:
+    if group.start_step >= train_steps:
+        raise ValueError(
+            f"group {group.name!r} starts at step {group.start_step}, after the last of {train_steps} steps: lower "
+            f"ParameterGroup.start_step or raise TRAIN_STEPS"
+        )
+    return learning_rate_schedule(group.schedule, train_steps - group.start_step)
 
 
 def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientTransformation:
-    """The gradient transformation of a run of `train_steps` updates."""
+    """The gradient transformation of a run of `train_steps` updates.
+
+    Raises:
+      ValueError: warm-up or the start of a group lies after the last step.
+    """
     # Both have a state of the same structure: clipping may be turned on and off between two starts of a run.
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    adamw = optax.adamw(
-        learning_rate_schedule(config, train_steps),
+    if not config.groups:
+        adamw = _adamw(config, learning_rate_schedule(config, train_steps), config.weight_decay)
+        return skip_updates(optax.chain(clip, adamw), config.skip)
+    transforms = {}
+    for group in config.groups:
+        if not group.frozen:
+            decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+            adamw = _adamw(config, _group_schedule(group, train_steps), decay)
+            if group.layer_decay != 1:
+                adamw = optax.chain(adamw, scale_by_layer(group.layer_decay))
+            transforms[group.name] = start_late(adamw, group.start_step)
+    if any(group.start_step for group in config.groups):
+        clip = optax.chain(drop_gradients_before_start(config.groups), clip)
+
+    def group_names(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: first_match(path_name(path), config.groups).name, params
+        )
+
+    return skip_updates(optax.chain(clip, optax.partition(transforms, group_names)), config.skip)
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
-        weight_decay=config.weight_decay,
+        weight_decay=weight_decay,
         mask=decay_mask,
         mu_dtype=config.first_moment_dtype,
     )
-    return skip_updates(optax.chain(clip, adamw), config.skip)

@@ -12,7 +12,7 @@ from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.kernels import resolve_kernel
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.programs.account import CollectiveTotal
-from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from qwen_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from qwen_jax.training.state import TrainState, abstract_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 
@@ -46,10 +46,11 @@ def compile_run(
       ValueError: batch, model or mesh do not divide, or the model asks for an attention kernel that cannot run.
     """
     resolve_kernel(model.config, sequence_length, mesh, packed="segment_ids" in columns)
-    schedule, transform = learning_rate_schedule(optimizer, train_steps), make_optimizer(optimizer, train_steps)
+    rates, transform = learning_rates(optimizer, train_steps), make_optimizer(optimizer, train_steps)
     shapes = batch_shapes(mesh, batch_size, sequence_length, accumulation, columns)
-    step = make_train_step(model, transform, objective, schedule, seed=seed, accumulation=accumulation)
-    return compile_train_step(step, abstract_state(model, transform, mesh), shapes, mesh, compiler_options)
+    step = make_train_step(model, transform, objective, rates, seed=seed, accumulation=accumulation)
+    state = abstract_state(model, transform, mesh, optimizer.groups)
+    return compile_train_step(step, state, shapes, mesh, compiler_options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +106,13 @@ def state_bytes_per_device(state: TrainState) -> dict[str, int]:
     """Bytes that no schedule of an update can do without: parameters, optimizer state and all gradients at once.
 
     All gradients exist together, because clipping needs their norm. They are counted in bfloat16, the least that a
-    compiler could keep of them; activations and everything temporary come on top.
+    compiler could keep of them; activations and everything temporary come on top. Frozen parameters, where there are
+    any, have neither gradients nor optimizer state.
     """
     parameters = shard_bytes(state.params)
     gradients = sum(2 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
-    return {"parameters": parameters, "optimizer": shard_bytes(state.opt_state), "gradients": gradients}
+    needed = {"parameters": parameters, "optimizer": shard_bytes(state.opt_state), "gradients": gradients}
+    return needed | ({"frozen parameters": shard_bytes(state.frozen)} if state.frozen else {})
 
 
 def device_memory(mesh: Mesh) -> int | None:
@@ -145,9 +148,10 @@ def check_run(
       TooLittleMemory: they do, but the state does not fit.
     """
     batch_shapes(mesh, batch_size, sequence_length, accumulation)
-    needed = state_bytes_per_device(abstract_state(model, make_optimizer(optimizer, train_steps), mesh))
+    state = abstract_state(model, make_optimizer(optimizer, train_steps), mesh, optimizer.groups)
+    needed = state_bytes_per_device(state)
     if memory is not None:
-        check_memory(needed, memory, parameter_count(model.config), mesh)
+        check_memory(needed, memory, sum(leaf.size for leaf in jax.tree.leaves(state.all_params)), mesh)
     return needed
 
 

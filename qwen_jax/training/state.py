@@ -1,5 +1,7 @@
 """The state of a run, created and restored sharded: no host or device ever holds the whole of it."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -9,32 +11,68 @@ from jax.sharding import Mesh
 
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import tree_shardings, use_mesh
+from qwen_jax.training.parameter_groups import ParameterGroup, merge_params, split_params
 
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32, updates made; params: float32 pytree; opt_state: the optimizer's pytree."""
+    """The state of a run between two updates.
+
+    Attributes:
+      step: int32, updates made.
+      params: float32 pytree of what is trained.
+      frozen: pytree of what is not, float32 or bfloat16; together with `params` the model's parameters.
+      opt_state: the optimizer's pytree, of `params` alone.
+      extra: pytree of running statistics that an objective keeps.
+    """
 
     step: jax.Array
     params: dict
+    frozen: dict
     opt_state: optax.OptState
+    extra: dict
+
+    @property
+    def all_params(self) -> dict:
+        """Trained and frozen parameters in one tree."""
+        return merge_params(self.params, self.frozen)
 
 
-def _initialiser(model: Qwen, optimizer: optax.GradientTransformation, seed: int):
-    def initialise() -> TrainState:
-        params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return initialise
+# Names of the trees of a checkpoint, and the fields of the state that they hold.
+_TREES = {"params": "params", "frozen": "frozen", "optimizer": "opt_state", "extra": "extra"}
 
 
-def abstract_state(model: Qwen, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def trees_of(state: TrainState) -> dict:
+    """The named trees that a checkpoint holds; those without leaves are left out."""
+    trees = {name: getattr(state, field) for name, field in _TREES.items()}
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+def state_from(step: jax.Array, trees: dict) -> TrainState:
+    """The state after `step` updates: the inverse of `trees_of`."""
+    return TrainState(step, **{field: trees.get(name, {}) for name, field in _TREES.items()})
+
+
+def _initialiser(model: Qwen, seed: int):
+    return lambda: model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _state_of(params, optimizer: optax.GradientTransformation, groups: Sequence[ParameterGroup]) -> TrainState:
+    params, frozen = split_params(params, groups)
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), {})
+
+
+def abstract_state(
+    model: Qwen, optimizer: optax.GradientTransformation, mesh: Mesh, groups: Sequence[ParameterGroup] = ()
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated.
 
     Raises:
-      ValueError: a parameter's dimension does not divide by its mesh axes.
+      ValueError: a parameter's dimension does not divide by its mesh axes, or the groups do not fit the parameters.
     """
-    boxed = jax.eval_shape(_initialiser(model, optimizer, 0))
+    params = jax.eval_shape(_initialiser(model, 0))
+    split_params(params, groups)  # here, because errors of what JAX traces are long
+    boxed = jax.eval_shape(lambda params: _state_of(params, optimizer, groups), params)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
@@ -42,12 +80,18 @@ def abstract_state(model: Qwen, optimizer: optax.GradientTransformation, mesh: M
     )
 
 
-def initial_state(model: Qwen, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def initial_state(
+    model: Qwen,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    groups: Sequence[ParameterGroup] = (),
+) -> TrainState:
     """Random parameters and a fresh optimizer state, each shard made where it lies; the same for every mesh."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, groups))
 
     def unboxed():
-        return nn.meta.unbox(_initialiser(model, optimizer, seed)())
+        return nn.meta.unbox(_state_of(_initialiser(model, seed)(), optimizer, groups))
 
     with use_mesh(mesh):
         return jax.jit(unboxed, out_shardings=shardings)()

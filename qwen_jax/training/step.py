@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import batch_sharding, constrain, num_batch_shards, sum_over_replicas, use_mesh
+from qwen_jax.training.parameter_groups import merge_params
 from qwen_jax.training.resilience import skip_metrics, updates_made
 from qwen_jax.training.state import TrainState
 
@@ -44,7 +45,7 @@ def make_train_step(
     model: Qwen,
     optimizer: optax.GradientTransformation,
     objective: Callable,
-    schedule: optax.Schedule,
+    rates: Callable[[jax.Array], dict[str, jax.Array]],
     *,
     seed: int,
     accumulation: int = 1,
@@ -52,14 +53,19 @@ def make_train_step(
     """The function `(state, batch) -> (state, metrics)`; metrics are scalars.
 
     The update is that of the mean loss over the whole batch, whatever `accumulation` is. Dropout, when the model has
-    any, depends on (seed, step) alone.
+    any, depends on (seed, step) alone. Frozen parameters have no gradient.
+
+    Args:
+      rates: learning rates for the metrics, as a function of the updates made (`optimizer.learning_rates`).
     """
     dropout = model.config.embedding_dropout > 0 or model.config.attention_dropout > 0
 
-    def gradients(params, batch, rng):
+    def gradients(params_and_frozen, batch, rng):
+        params, frozen = params_and_frozen
+
         def of_part(part, rng):
             (_, sums), gradient = jax.value_and_grad(
-                lambda params: _sums(objective, model, params, part, rng), has_aux=True
+                lambda params: _sums(objective, model, merge_params(params, frozen), part, rng), has_aux=True
             )(params)
             return sums, gradient
 
@@ -67,7 +73,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-        sums, gradient = sum_over_replicas(gradients)(state.params, batch, rng)
+        sums, gradient = sum_over_replicas(gradients)((state.params, state.frozen), batch, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -75,10 +81,11 @@ def make_train_step(
             "loss": sums["loss"] / weight,
             "accuracy": sums["correct"] / weight,
             "gradient_norm": optax.global_norm(gradient),
-            "learning_rate": jnp.asarray(schedule(updates_made(state.opt_state, state.step)), jnp.float32),
+            **rates(updates_made(state.opt_state, state.step)),
             **skip_metrics(opt_state),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 

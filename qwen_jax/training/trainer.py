@@ -21,10 +21,11 @@ from qwen_jax.training.batches import Examples, Prefetcher, global_batch
 from qwen_jax.training.goodput import Goodput
 from qwen_jax.training.metrics import MetricsWriter, NoMetrics
 from qwen_jax.training.optimizer import OptimizerConfig, make_optimizer
+from qwen_jax.training.parameter_groups import split_params
 from qwen_jax.training.profiling import CompilationCache, Trace, explain_out_of_memory
 from qwen_jax.training.program import compile_run
 from qwen_jax.training.reporting import Reporter
-from qwen_jax.training.state import TrainState, abstract_state, initial_state
+from qwen_jax.training.state import TrainState, abstract_state, initial_state, state_from, trees_of
 from qwen_jax.training.step import batch_shapes, compile_eval_step
 from qwen_jax.training.trainer_config import TrainerConfig
 
@@ -75,7 +76,7 @@ class Trainer:
             )
         self._shapes = batch_shapes(mesh, loop.batch_size, loop.sequence_length, columns=train_set.columns)
         transform = make_optimizer(optimizer, loop.train_steps)
-        self._abstract = abstract_state(model, transform, mesh)
+        self._abstract = abstract_state(model, transform, mesh, optimizer.groups)
         packed = "segment_ids" in train_set.columns
         self.kernel = resolve_kernel(model.config, loop.sequence_length, mesh, packed=packed)
         self._compile(objective, cache, compiler_options)
@@ -110,7 +111,12 @@ class Trainer:
             )
             if self.eval_set is not None:
                 self._eval_step = compile_eval_step(
-                    self.model, objective, self._abstract.params, self._shapes, self.mesh, loop.accumulation(self.mesh)
+                    self.model,
+                    objective,
+                    self._abstract.all_params,
+                    self._shapes,
+                    self.mesh,
+                    loop.accumulation(self.mesh),
                 )
         kept = f"; {found['hits']} program(s) found in {cache.folder}, {found['misses']} put there"
         hosts.log_on_main(
@@ -122,12 +128,12 @@ class Trainer:
         self._goodput.count("compiling")
 
     def _restore_or_start(self, transform, initial_checkpoint) -> tuple[TrainState, int]:
-        abstract = {"params": self._abstract.params, "optimizer": self._abstract.opt_state}
+        abstract = trees_of(self._abstract)
         restored = self.checkpoints.restore_latest(abstract)
         if restored is not None:
             step, trees, metadata = restored
             counter = jax.device_put(np.int32(step), self._abstract.step.sharding)
-            state = TrainState(counter, trees["params"], trees["optimizer"])
+            state = state_from(counter, trees)
             if metadata["data"] != self.train_set.fingerprint:
                 raise CheckpointError(
                     f"{self.output_dir} was trained on other data (another corpus, vocabulary, mixture, seed or "
@@ -137,10 +143,12 @@ class Trainer:
             next_example = metadata["next_example"]
             hosts.log_on_main("resuming %s after step %d, example %d", self.output_dir, int(state.step), next_example)
             return state, next_example
-        state = initial_state(self.model, transform, self.mesh, self.loop.seed)
+        groups = self._optimizer.groups
+        state = initial_state(self.model, transform, self.mesh, self.loop.seed, groups)
         if initial_checkpoint is not None:
             check_same_model(initial_checkpoint, self.model.config)
-            state = state.replace(params=restore_params(initial_checkpoint, self._abstract.params))
+            params, frozen = split_params(restore_params(initial_checkpoint, self._abstract.all_params), groups)
+            state = state.replace(params=params, frozen=frozen)
             hosts.log_on_main("starting from the weights of %s", initial_checkpoint)
         return state, 0
 
@@ -151,7 +159,7 @@ class Trainer:
         for index in range(batches):
             self._activity.now(f"evaluating, batch {index + 1} of {batches}")
             batch = global_batch(self.eval_set, index * self.loop.batch_size, self._shapes)
-            for name, value in jax.device_get(self._eval_step(self.state.params, batch)).items():
+            for name, value in jax.device_get(self._eval_step(self.state.all_params, batch)).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         loss = sums["loss"] / max(sums["weight"], 1.0)
         return {
@@ -164,7 +172,7 @@ class Trainer:
         self._activity.now("saving a checkpoint", step, together=True)
         self.checkpoints.save(
             step,
-            {"params": self.state.params, "optimizer": self.state.opt_state},
+            trees_of(self.state),
             {
                 "next_example": self.next_example,
                 "data": self.train_set.fingerprint,

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from qwen_jax.models.transformer import Qwen
-from qwen_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer, path_name
+from qwen_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
+from qwen_jax.training.parameter_groups import path_name
 from tests.fakes import small_model
 
 

@@ -13,7 +13,7 @@ from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.batches import global_batch
 from qwen_jax.training.objectives import next_token_loss
-from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from qwen_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from qwen_jax.training.state import abstract_state, initial_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 from tests.fakes import FakeExamples, small_model
@@ -50,7 +50,7 @@ def run_steps(
     model = Qwen(small_model(**(model_changes or {})))
     state = initial_state(model, transform, mesh, seed=3)
     step = make_train_step(
-        model, transform, next_token_loss, learning_rate_schedule(OPTIMIZER, 10), seed=seed, accumulation=accumulation
+        model, transform, next_token_loss, learning_rates(OPTIMIZER, 10), seed=seed, accumulation=accumulation
     )
     examples = FakeExamples(packed=packed)
     shapes = batch_shapes(mesh, batch_size, 16, accumulation, examples.columns)
@@ -152,7 +152,7 @@ def test_a_compiled_step_refuses_other_shapes_instead_of_compiling_again():
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     model, transform = Qwen(small_model()), make_optimizer(OPTIMIZER, 10)
     state = initial_state(model, transform, mesh, seed=3)
-    step = make_train_step(model, transform, next_token_loss, learning_rate_schedule(OPTIMIZER, 10), seed=0)
+    step = make_train_step(model, transform, next_token_loss, learning_rates(OPTIMIZER, 10), seed=0)
     compiled = compile_train_step(step, state, batch_shapes(mesh, 8, 16), mesh)
     with pytest.raises(TypeError):
         compiled(state, global_batch(FakeExamples(), 0, batch_shapes(mesh, 4, 16)))
@@ -161,7 +161,7 @@ def test_a_compiled_step_refuses_other_shapes_instead_of_compiling_again():
 def test_the_state_is_donated():
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     model, transform = Qwen(small_model()), make_optimizer(OPTIMIZER, 10)
-    step = make_train_step(model, transform, next_token_loss, learning_rate_schedule(OPTIMIZER, 10), seed=0)
+    step = make_train_step(model, transform, next_token_loss, learning_rates(OPTIMIZER, 10), seed=0)
     state = abstract_state(model, transform, mesh)
     compiled = compile_train_step(step, state, batch_shapes(mesh, 8, 16), mesh)
     memory = compiled.memory_analysis()
