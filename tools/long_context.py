@@ -96,8 +96,8 @@ def perplexity(model, params, pieces, length: int, rows: int, progress) -> float
     import jax.numpy as jnp
     import numpy as np
 
+    from qwen_jax.models.log_probs import cross_entropy_sums
     from qwen_jax.models.transformer import Qwen
-    from qwen_jax.training.objectives import cross_entropy_sums
 
     @jax.jit
     def loss(params, inputs, targets, weights):

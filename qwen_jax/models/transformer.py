@@ -9,7 +9,8 @@ from qwen_jax.models.attention import SelfAttention
 from qwen_jax.models.config import SAVED_NAMES, ModelConfig
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.layers import RMSNorm, SwiGLU, weight_init
-from qwen_jax.models.ops import embed, gather_weight, matmul_precision
+from qwen_jax.models.log_probs import output_logits
+from qwen_jax.models.ops import embed, gather_weight
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
 from qwen_jax.sharding import constrain, platform
 
@@ -158,14 +159,7 @@ class Qwen(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
-        logits = jnp.einsum(
-            "bld,dv->blv",
-            hidden,
-            self.output_kernel(),
-            precision=matmul_precision(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return constrain(logits, "batch", "length", "vocab")
+        return constrain(output_logits(hidden, self.output_kernel()), "batch", "length", "vocab")
 
 
 def abstract_params(model: Qwen):

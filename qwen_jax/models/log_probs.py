@@ -1,0 +1,254 @@
+"""Log-probabilities of given tokens, and their cross-entropy, in chunks of tokens: all logits never exist at once.
+
+Both take normed hidden states and the output projection, and work on the mesh in use: rows and positions stay on their
+devices, the vocabulary is split over `tensor`.
+
+Einsum letters: a row shards, r rows of a shard, c length shards, l positions of a chunk, d hidden, v vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.models.ops import matmul_precision
+from qwen_jax.sharding import apart, constrain, num_shards, sum_shards
+
+# So many logits exist on a device at a time, in float32 and again in the compute dtype: 1,024 tokens of the released
+# vocabulary. Those of a whole batch would be the largest array of the step.
+LOGITS_AT_A_TIME = 1024 * 152064
+
+
+class TokenStatistics(NamedTuple):
+    """What a model says of given tokens, each [batch, length].
+
+    Attributes:
+      log_probs: float32, logarithm of the probability of the token, in nats.
+      most_likely: float32, 1 where no other token has a larger logit, else 0. It has no gradient.
+      entropy: float32, of the distribution over the vocabulary, in nats; None where nobody asked for it.
+    """
+
+    log_probs: jax.Array
+    most_likely: jax.Array
+    entropy: jax.Array | None
+
+
+def output_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Float32 logits [..., vocabulary] of hidden states [..., hidden] and an output projection [hidden, vocabulary]."""
+    return jnp.einsum(
+        "...d,dv->...v", hidden, kernel, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def token_log_probs(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, temperature=1.0) -> jax.Array:
+    """Logarithm of the probability of each target, float32 [batch, length]; arguments as in `token_statistics`."""
+    return token_statistics(hidden, kernel, targets, temperature=temperature).log_probs
+
+
+def token_statistics(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, temperature=1.0, with_entropy: bool = False
+) -> TokenStatistics:
+    """Log-probability of each target under the softmax of logits / temperature, and what costs little beside it.
+
+    The backward pass takes any cotangent, computes the logits of a chunk again, and keeps of the forward pass two
+    numbers for each token. Gradients go to `hidden` and `kernel`.
+
+    Args:
+      hidden: [batch, length, hidden] in the compute dtype: normed final hidden states.
+      kernel: [hidden, vocabulary].
+      targets: int32 [batch, length], each in [0, vocabulary): the token that each position predicts.
+      temperature: positive scalar; the logits are divided by it in float32.
+      with_entropy: whether to compute the entropy, too.
+    """
+    found = _statistics(with_entropy, hidden, kernel.astype(hidden.dtype), targets, jnp.float32(temperature))
+    return TokenStatistics(*found, *[None] * (not with_entropy))
+
+
+def cross_entropy_sums(hidden, kernel, targets, weights) -> dict[str, jax.Array]:
+    """Weighted sums of the cross-entropy and of correct predictions, in chunks along the length.
+
+    The gradients are computed together with the loss, while a chunk's logits are there: neither are all logits ever
+    kept, nor is any computed twice. No gradient goes to `weights`, and "correct" has none.
+
+    Args:
+      hidden: [batch, length, hidden] in the compute dtype.
+      kernel: [hidden, vocabulary].
+      targets: int32 [batch, length].
+      weights: float32 [batch, length]; 0 leaves a position out.
+
+    Returns:
+      float32 scalars: "loss" (nats), "correct" and "weight".
+    """
+    loss, correct = _cross_entropy(hidden, kernel.astype(hidden.dtype), targets, weights)
+    return {"loss": loss, "correct": correct, "weight": jnp.sum(weights)}
+
+
+def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
+    """The largest divisor of `length` whose chunk of `rows` rows has at most LOGITS_AT_A_TIME logits; at least 1."""
+    longest = max(LOGITS_AT_A_TIME // (rows * vocab_size), 1)
+    return max(size for size in range(1, min(length, longest) + 1) if length % size == 0)
+
+
+def _over_chunks(one_chunk, carry, hidden: jax.Array, vocab_size: int):
+    """The carry after all chunks of `hidden`, as `apart` gives it. `one_chunk(carry, start, slice)` gives the next one.
+
+    `slice` cuts the chunk out of an array whose axis 3 has the positions.
+    """
+    _, rows, _, positions, _ = hidden.shape
+    chunk = _chunk_length(rows, positions, vocab_size // num_shards("vocab"))
+
+    def body(carry, start):
+        return one_chunk(carry, start, lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=3)), None
+
+    starts = jnp.arange(0, positions, chunk)
+    carry, _ = body(carry, starts[0]) if chunk == positions else jax.lax.scan(body, carry, starts)
+    return carry
+
+
+def _chunk_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    return constrain(output_logits(hidden, kernel), "batch", None, "length", None, "vocab")
+
+
+def _target_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+class _Gradients(NamedTuple):
+    """Gradients while the chunks are passed through: by the hidden states, and by the kernel of each shard.
+
+    hidden: takes the place of the hidden states, chunk by chunk, which nobody reads again: one array of the batch's
+      width less.
+    kernel: float32 [row shards, length shards, hidden, vocabulary].
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+
+    @classmethod
+    def start(cls, hidden: jax.Array, vocab_size: int) -> "_Gradients":
+        row_shards, _, length_shards, _, width = hidden.shape
+        kernel = jnp.zeros((row_shards, length_shards, width, vocab_size), jnp.float32)
+        return cls(hidden, constrain(kernel, "batch", "length", None, "vocab"))
+
+    def add(self, start: jax.Array, hidden: jax.Array, kernel: jax.Array, error: jax.Array) -> "_Gradients":
+        """With those of a chunk, whose gradient by the logits is `error` in the compute dtype."""
+        precision = matmul_precision(hidden.dtype)
+        by_hidden = jnp.einsum("arclv,dv->arcld", error, kernel, precision=precision)
+        by_kernel = self.kernel + jnp.einsum(
+            "arcld,arclv->acdv", hidden, error, precision=precision, preferred_element_type=jnp.float32
+        )
+        return _Gradients(
+            jax.lax.dynamic_update_slice_in_dim(self.hidden, by_hidden, start, axis=3),
+            constrain(by_kernel, "batch", "length", None, "vocab"),
+        )
+
+    def finish(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """([batch, length, hidden], [hidden, vocabulary]), summed over the shards in `dtype`."""
+        # Reduced before the backward pass of the layers begins: XLA would keep the whole of it until that is over.
+        kernel = constrain(sum_shards(self.kernel, dtype), "embed", "vocab")
+        hidden, kernel = jax.lax.optimization_barrier((self.hidden, kernel))
+        row_shards, rows, length_shards, positions, width = hidden.shape
+        return hidden.reshape(row_shards * rows, length_shards * positions, width), kernel
+
+
+@jax.custom_vjp
+def _cross_entropy(hidden, kernel, targets, weights):
+    return _cross_entropy_in_chunks(hidden, kernel, targets, weights, with_gradients=False)[0]
+
+
+def _cross_entropy_forward(hidden, kernel, targets, weights):
+    return _cross_entropy_in_chunks(hidden, kernel, targets, weights, with_gradients=True)
+
+
+def _cross_entropy_backward(gradients, cotangents):
+    # The cotangent is 1 in training, and XLA then leaves the products out.
+    hidden, kernel = (gradient * cotangents[0].astype(gradient.dtype) for gradient in gradients)
+    return hidden, kernel, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients: bool):
+    """((loss sum, correct sum), gradients of the loss sum by hidden and kernel in their dtypes, or None)."""
+    vocab_size = kernel.shape[1]
+    hidden, targets, weights = apart(hidden), apart(targets), apart(weights)
+
+    def one_chunk(carry, start, cut):
+        sums, gradients = carry
+        h, t, w = cut(gradients.hidden if with_gradients else hidden), cut(targets), cut(weights)
+        logits = _chunk_logits(h, kernel)
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        picked = _target_logits(logits, t)
+        correct = picked >= jnp.max(logits, axis=-1)
+        sums = sums + jnp.stack([jnp.sum((log_normalizer - picked) * w), jnp.sum(correct * w)])
+        if with_gradients:
+            probabilities = jnp.exp(logits - log_normalizer[..., None])
+            of_target = jnp.arange(vocab_size) == t[..., None]
+            error = ((probabilities - of_target) * w[..., None]).astype(kernel.dtype)
+            gradients = gradients.add(start, h, kernel, error)
+        return sums, gradients
+
+    gradients = _Gradients.start(hidden, vocab_size) if with_gradients else None
+    sums, gradients = _over_chunks(one_chunk, (jnp.zeros(2, jnp.float32), gradients), hidden, vocab_size)
+    return tuple(sums), gradients.finish(kernel.dtype) if with_gradients else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(with_entropy: bool, hidden, kernel, targets, temperature):
+    """The fields of `TokenStatistics`, the entropy only if it is asked for."""
+    return _statistics_forward(with_entropy, hidden, kernel, targets, temperature)[0]
+
+
+def _statistics_forward(with_entropy, hidden, kernel, targets, temperature):
+    parts, target_parts = apart(hidden), apart(targets)
+
+    def one_chunk(carry, start, cut):
+        logits = _chunk_logits(cut(parts), kernel) / temperature
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        picked = _target_logits(logits, cut(target_parts))
+        found = [picked - log_normalizer, picked >= jnp.max(logits, axis=-1), log_normalizer]
+        if with_entropy:
+            probabilities = jnp.exp(logits - log_normalizer[..., None])
+            found.append(log_normalizer - jnp.sum(probabilities * logits, axis=-1))
+        return [
+            jax.lax.dynamic_update_slice_in_dim(whole, part.astype(jnp.float32), start, axis=3)
+            for whole, part in zip(carry, found, strict=True)
+        ]
+
+    empty = constrain(jnp.zeros(target_parts.shape, jnp.float32), "batch", None, "length", None)
+    carry = _over_chunks(one_chunk, [empty] * (3 + with_entropy), parts, kernel.shape[1])
+    log_probs, most_likely, log_normalizer, *entropy = (whole.reshape(targets.shape) for whole in carry)
+    residuals = (hidden, kernel, targets, temperature, log_normalizer, *entropy)
+    return (log_probs, most_likely, *entropy), residuals
+
+
+def _statistics_backward(with_entropy, residuals, cotangents):
+    hidden, kernel, targets, temperature, *known = residuals
+    vocab_size = kernel.shape[1]
+    # Of log_probs, and of the entropy if there is one; most_likely has no gradient.
+    by_token = [apart(x) for x in (targets, *known, cotangents[0], *cotangents[2:])]
+
+    def one_chunk(gradients, start, cut):
+        h = cut(gradients.hidden)
+        logits = _chunk_logits(h, kernel) / temperature
+        t, log_normalizer, *rest = (cut(x)[..., None] for x in by_token)
+        log_probabilities = logits - log_normalizer
+        probabilities = jnp.exp(log_probabilities)
+        of_target = jnp.arange(vocab_size) == t
+        if with_entropy:
+            entropy, cotangent, entropy_cotangent = rest
+            error = cotangent * (of_target - probabilities)
+            error = error - entropy_cotangent * probabilities * (log_probabilities + entropy)
+        else:
+            (cotangent,) = rest
+            error = cotangent * (of_target - probabilities)
+        return gradients.add(start, h, kernel, (error / temperature).astype(kernel.dtype))
+
+    parts = apart(hidden)
+    gradients = _over_chunks(one_chunk, _Gradients.start(parts, vocab_size), parts, vocab_size)
+    return *gradients.finish(kernel.dtype), None, None
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward)
