@@ -5,7 +5,6 @@ import math
 import sys
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from qwen_jax import files
@@ -24,6 +23,22 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return rows
 
 
+def _summary_writer():
+    """The class `tensorboardX.SummaryWriter`, imported as if torch was not installed.
+
+    tensorboardX imports torch where it finds it, to accept torch's tensors: seconds at each start, for nothing.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class MetricsWriter:
     """Writes `metrics.jsonl`, TensorBoard events and the progress bar of one run.
 
@@ -38,7 +53,7 @@ class MetricsWriter:
         kept = [row for row in read_metrics(folder) if row["step"] <= start_step] if start_step else []
         files.write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(folder / METRICS_FILE, "a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
+        self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
