@@ -8,6 +8,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 
+from qwen_jax.extras import missing_extra
+
 # What gin adds to the TypeError of a call that lacks arguments.
 _UNSET = "No values supplied by Gin"
 
@@ -25,6 +27,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError, ArithmeticError)) or _UNSET in str(error)
+        expected = expected or missing_extra(error) is not None
         if os.environ.get("QWEN_JAX_TRACEBACK") == "1" or not expected:
             if not _in_a_job():
                 raise
@@ -38,6 +41,8 @@ def run(main: Callable[[], int | None]) -> None:
 
 def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
+    if (missing := missing_extra(error)) is not None:
+        return missing
     # Gin appends which configurable was being called; the message itself says what to change.
     message = str(error).split("In call to configurable")[0]
     if isinstance(error, TypeError) and _UNSET in message:

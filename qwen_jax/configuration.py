@@ -15,6 +15,7 @@ from typing import Any
 import gin
 
 from qwen_jax import gin_internals
+from qwen_jax.data import task_configuration
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.transformer import parameter_count
@@ -136,6 +137,7 @@ def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     """
     gin.clear_config()
     reader = _FileReader()
+    task_configuration.declare_configurables()
     for file in files:
         path = _existing(Path(file).expanduser(), ROOT / file)
         if path is None:
@@ -266,6 +268,8 @@ def _parse(parse: Callable[[], Any], where: str) -> Any:
         if line := re.search(r"line (\d+)$", "\n".join(rest), re.MULTILINE):
             where += f", line {line[1]}"
         wrong, known = "", ()
+        if message.startswith("No configurable") and task_configuration.import_tasks():
+            return _parse(parse, where)
         if found := re.match(r"No configurable matching '(.+?)'", message):
             wrong, known = found[1], gin_internals.configurable_names()
         elif found := re.match(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):

@@ -27,6 +27,10 @@ from qwen_jax.checkpoints.run_folder import (
 )
 from qwen_jax.command_line import quiet, run
 from qwen_jax.configuration import parse_args
+from qwen_jax.data import task_configuration
+from qwen_jax.data.default_tokenizer import default_tokenizer
+from qwen_jax.data.loader import ExampleLoader
+from qwen_jax.data.packing import is_packed
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, joined
 from qwen_jax.files import locked
@@ -40,12 +44,6 @@ from qwen_jax.training.profiling import MEMORY_PROFILE, CompilationCache
 from qwen_jax.training.program import check_run, device_memory
 from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.trainer_config import TrainerConfig
-
-with quiet():  # what TensorFlow and Beam write when imported
-    import tasks  # noqa: F401  registers the SeqIO tasks, and the functions that gin files configure in them
-    from qwen_jax.data.cache import prepare
-    from qwen_jax.data.loader import ExampleLoader
-    from qwen_jax.data.vocabulary import QwenVocabulary
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +114,7 @@ def train(
     def prepare_data():
         # A run that goes on takes its data as they lie (their fingerprint is checked), whatever became of the corpus.
         if not saved_steps(output):
-            prepare(mixture_or_task, **where)
+            prepare_task(mixture_or_task, where)
 
     hosts.run_on_main("data", f"process 0 to cache and pack {mixture_or_task}", prepare_data)
     goodput.count("preparing data")
@@ -142,7 +140,7 @@ def train(
             compiler_options=compiler_options,
         )
         if first:
-            write_run_files(output, model, QwenVocabulary().tokenizer.path)
+            write_run_files(output, model, default_tokenizer().path)
             files.write_text(output / "config.gin", gin.config_str())
             log.info(
                 "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
@@ -173,6 +171,32 @@ def check_length(loop: TrainerConfig, model: ModelConfig) -> None:
         )
 
 
+def prepare_task(mixture_or_task: str, where: dict) -> None:
+    """Caches and packs what is not there yet.
+
+    A complete cache is found by its manifests, without TensorFlow, except where a gin file says what the task reads:
+    then the cache is compared with that.
+
+    Raises:
+      ValueError, OSError: see `qwen_jax.data.cache.prepare`.
+      ModuleNotFoundError: SeqIO or Beam is needed and not installed.
+    """
+    packed = is_packed(mixture_or_task, **where)
+    if packed and not task_configuration.is_bound():
+        return
+    try:
+        with quiet():  # what TensorFlow and Beam write when imported
+            from qwen_jax.data.cache import prepare
+    except ModuleNotFoundError as error:
+        if not packed:
+            raise
+        log.warning(
+            "%s is used as it is cached: its corpus is not looked at, as %s is missing", mixture_or_task, error.name
+        )
+        return
+    prepare(mixture_or_task, **where)
+
+
 def load_data(
     mixture_or_task: str, where: dict, seed: int, model: ModelConfig
 ) -> tuple[ExampleLoader, ExampleLoader | None]:
@@ -187,10 +211,10 @@ def load_data(
     except FileNotFoundError:
         log.warning("%s has no held-out split: no held-out loss will be reported", mixture_or_task)
         eval_set = None
-    if train_set.vocabulary_fingerprint != QwenVocabulary().fingerprint:
+    if train_set.vocabulary_fingerprint != default_tokenizer().fingerprint:
         raise ValueError(
             f"{mixture_or_task} in {where['cache_dir']} was made with another vocabulary than VOCABULARY "
-            f"({QwenVocabulary().tokenizer.path}): name the one it was made with, or another CACHE_DIR"
+            f"({default_tokenizer().path}): name the one it was made with, or another CACHE_DIR"
         )
     if train_set.vocab_size > model.vocab_size:
         raise ValueError(

@@ -3,5 +3,9 @@
 import importlib
 import pkgutil
 
-for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
-    importlib.import_module(f"{__name__}.{_module}")
+import gin
+
+# Interactive: what gin can configure here takes the place of its stand-ins (`qwen_jax.data.task_configuration`).
+with gin.config.interactive_mode():
+    for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{_module}")

@@ -142,8 +142,8 @@ def test_a_room_does_not_import_what_it_should_not_know(room, root):
     [
         ("qwen_jax.models.transformer", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
         ("qwen_jax.conversion", ("tensorflow", "seqio", "torch", "transformers", "gin")),
-        # tensorboardX imports torch where it is installed.
-        ("qwen_jax.training.trainer", ("tensorflow", "seqio", "transformers", "gin")),
+        ("qwen_jax.training.trainer", ("tensorflow", "seqio", "torch", "transformers", "gin")),
+        ("qwen_jax.train", ("tensorflow", "seqio", "apache_beam", "torch", "transformers", "matplotlib")),
         ("qwen_jax.generate", ("tensorflow", "seqio", "torch", "transformers", "gin")),
         ("qwen_jax.chat", ("tensorflow", "seqio", "torch", "transformers", "gin")),
         ("qwen_jax.data.tokenizer", ("tensorflow", "seqio", "jax", "torch")),

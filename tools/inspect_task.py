@@ -160,9 +160,9 @@ def _inspect_pipeline(arguments) -> None:
 
 
 def _tokenizer():
-    from qwen_jax.data.vocabulary import QwenVocabulary
+    from qwen_jax.data.default_tokenizer import default_tokenizer
 
-    return QwenVocabulary().tokenizer
+    return default_tokenizer()
 
 
 def main(argv: list[str] | None = None) -> None:

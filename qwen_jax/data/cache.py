@@ -33,8 +33,9 @@ from seqio import beam_utils
 from qwen_jax import files
 from qwen_jax.beam import pipeline_of
 from qwen_jax.data import packing
+from qwen_jax.data.default_tokenizer import vocabulary_path
 from qwen_jax.data.packing import check_packing
-from qwen_jax.data.vocabulary import QwenVocabulary, vocabulary_path
+from qwen_jax.data.vocabulary import QwenVocabulary
 
 logger = logging.getLogger(__name__)
 

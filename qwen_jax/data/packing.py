@@ -342,6 +342,19 @@ def packed_folder(
     return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}{ending}", split)
 
 
+def is_packed(
+    mixture_or_task: str,
+    *,
+    cache_dir: str | os.PathLike,
+    sequence_length: int,
+    packing: str = "concat",
+    splits: Sequence[str] = ("train", "validation"),
+) -> bool:
+    """Whether all `splits` of a task are packed, by their manifests alone; False for mixtures, which SeqIO knows."""
+    folders = (packed_folder(cache_dir, mixture_or_task, sequence_length, split, packing) for split in splits)
+    return all((folder / MANIFEST).is_file() for folder in folders)
+
+
 def spread_copies(documents: Iterable[tuple[bytes, Document]]) -> Iterator[tuple[bytes, Document]]:
     """Gives each further copy of a document (up-sampled sources have some) a key of its own.
 

@@ -8,21 +8,15 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import gin
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from qwen_jax.data.default_tokenizer import vocabulary_path
 from qwen_jax.data.tokenizer import Tokenizer
 
 # TensorFlow only prepares text here; it would take all memory of a GPU that JAX is to train on.
 tf.config.set_visible_devices([], "GPU")
-
-
-@gin.configurable
-def vocabulary_path(path: str | None = None) -> str | None:
-    """The `.tiktoken` file of tasks that name none themselves; None is the released vocabulary."""
-    return path
 
 
 class QwenVocabulary(seqio.Vocabulary):

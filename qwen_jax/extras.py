@@ -1,0 +1,26 @@
+"""Which extra of pyproject.toml brings a package that the core does without."""
+
+import re
+
+# Package as imported: extra.
+_EXTRAS = {
+    **dict.fromkeys(("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "regex", "tokenizers"), "data"),
+    **dict.fromkeys(("apache_beam", "pyarrow", "zstandard", "sentencepiece"), "data"),
+    **dict.fromkeys(("fastwarc", "resiliparse", "py3langid", "sklearn"), "curation"),
+    "t5": "t5",
+    "gguf": "gguf",
+    **dict.fromkeys(("pytest", "hypothesis", "datasketch", "torch", "transformers"), "test"),
+}
+
+
+def missing_extra(error: BaseException) -> str | None:
+    """One line that says what to install where `error` is that a package of an extra is missing; None otherwise."""
+    # From the message: the exceptions that gin passes on have lost their `name`.
+    found = re.match(r"No module named '(\w+)", str(error)) if isinstance(error, ModuleNotFoundError) else None
+    package = found[1] if found else ""
+    if package not in _EXTRAS:
+        return None
+    return (
+        f"{package} is not installed: in the repository, `pip install -c requirements.txt -e '.[{_EXTRAS[package]}]'` "
+        f"brings it"
+    )
