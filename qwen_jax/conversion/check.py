@@ -6,6 +6,7 @@ are stored. That other software computes the same from a folder is for the tests
 
 import dataclasses
 import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ from tqdm import tqdm
 
 from qwen_jax.conversion.load import open_weights
 from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, float32_copy, is_stacked, parameter_shapes
+from qwen_jax.models.decoding import norm_with, single_blocks
 from qwen_jax.models.kernels import causal_mask
-from qwen_jax.models.layers import RMSNorm
-from qwen_jax.models.positions import rotary_angles
-from qwen_jax.models.transformer import Block
+from qwen_jax.models.log_probs import output_logits
+from qwen_jax.models.transformer import Block, decoder_states
 
 # Columns of the output projection that are multiplied at a time.
 VOCABULARY_BLOCK = 16384
@@ -63,24 +64,28 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
       float32 [batch, length, vocab_size].
     """
     config = dataclasses.replace(weights.config, dtype="float32", attention_kernel="xla")
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
-    mask = causal_mask(tokens.shape[1], None)
-    block = jax.jit(Block(config, deterministic=True).apply)
-    stacked = [path for path in parameter_shapes(config) if is_stacked(path)]
-    x = jnp.asarray(weights.read("token_embedding", None)[tokens], jnp.float32)
-    for layer in tqdm(range(config.num_layers), desc="layers", disable=not progress):
-        own = {path.removeprefix(LAYER_PREFIX): float32_copy(weights.read(path, layer)) for path in stacked}
-        params = unflatten_dict(own, sep="/")
-        (x, _), _ = block({"params": params}, (x, None), jnp.int32(layer), angles, None, mask, positions, None)
-    scale = float32_copy(weights.read("final_norm/scale", None))
-    x = np.asarray(RMSNorm(config.norm_epsilon, jnp.float32).apply({"params": {"scale": scale}}, x))
+    hidden, _ = decoder_states(
+        config,
+        jnp.asarray(weights.read("token_embedding", None)[tokens], jnp.float32),
+        single_blocks(config, _layers(weights, progress), jax.jit(Block(config, deterministic=True).apply)),
+        norm_with(config, {"scale": float32_copy(weights.read("final_norm/scale", None))}),
+        jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+        mask=causal_mask(tokens.shape[1], None),
+    )
     kernel = weights.read("token_embedding", None).T if config.tie_embeddings else weights.read("output", None)
     logits = np.empty((*tokens.shape, config.vocab_size), np.float32)
     for start in range(0, config.vocab_size, VOCABULARY_BLOCK):
         part = slice(start, start + VOCABULARY_BLOCK)
-        logits[..., part] = x @ float32_copy(kernel[:, part])
+        logits[..., part] = output_logits(hidden, float32_copy(kernel[:, part]))
     return logits
+
+
+def _layers(weights: Weights, progress: bool) -> Iterator[dict]:
+    """Parameters of each block in float32, read when its turn comes."""
+    stacked = [path for path in parameter_shapes(weights.config) if is_stacked(path)]
+    for layer in tqdm(range(weights.config.num_layers), desc="layers", disable=not progress):
+        own = {path.removeprefix(LAYER_PREFIX): float32_copy(weights.read(path, layer)) for path in stacked}
+        yield unflatten_dict(own, sep="/")
 
 
 def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress: bool = False) -> Comparison:

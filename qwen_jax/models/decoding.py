@@ -1,8 +1,12 @@
 """The decoder with a key-value cache: the blocks of transformer.py one after the other, each with its own weights.
 
-Training scans over blocks, so that compilation does not grow with depth. A decoding step does so little work for each
-weight that cutting a block out of the stack, a copy of its weights, would take as long again: here they lie apart.
+Training scans over blocks, so that compilation does not grow with depth. A decoding step does little work for each
+weight: to cut a block out of the stack, which copies its weights, would take as long again. So the weights of each
+block are arrays of their own here.
 """
+
+import functools
+from collections.abc import Iterator
 
 import flax.struct
 import jax
@@ -11,10 +15,9 @@ import jax.numpy as jnp
 from qwen_jax.models.attention import KVCache
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.layers import RMSNorm
-from qwen_jax.models.ops import embed, gather_weight
-from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha, rotary_angles
-from qwen_jax.models.transformer import Block, Qwen
-from qwen_jax.sharding import constrain
+from qwen_jax.models.ops import gather_weight
+from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha
+from qwen_jax.models.transformer import Block, InputEmbeddings, Qwen, decoder_states, embed_inputs
 
 
 def unstack_layers(params, num_layers: int) -> dict:
@@ -25,7 +28,7 @@ def unstack_layers(params, num_layers: int) -> dict:
 
 @flax.struct.dataclass
 class DecodingCache:
-    """What decoding keeps of the tokens before.
+    """Keys and values of the tokens so far.
 
     layers: a KVCache for each block.
     ntk_alpha: float32 [batch], the stretch of the rotary base that each row's prompt asked for. Its keys are rotated
@@ -60,8 +63,29 @@ class DecodingCache:
         return self.layers[0].slots
 
 
+def single_blocks(config: ModelConfig, layers, apply=None) -> Iterator:
+    """The blocks that `decoder_states` calls one after the other.
+
+    Args:
+      layers: parameters of each block, in their order; a generator may make them as they are needed.
+      apply: `Block.apply`, or a compiled form of it.
+    """
+    apply = Block(config, deterministic=True).apply if apply is None else apply
+    return (functools.partial(apply, {"params": weights}) for weights in layers)
+
+
+def norm_with(config: ModelConfig, params):
+    """The final norm with its parameters, as a function of hidden states."""
+    return functools.partial(RMSNorm(config.norm_epsilon, config.compute_dtype).apply, {"params": params})
+
+
 def decode(
-    config: ModelConfig, params, tokens: jax.Array, starts: jax.Array, cache: DecodingCache
+    config: ModelConfig,
+    params,
+    tokens: jax.Array,
+    starts: jax.Array,
+    cache: DecodingCache,
+    embeddings: InputEmbeddings | None = None,
 ) -> tuple[jax.Array, DecodingCache]:
     """One inference-mode step: a whole prompt, or the token after it.
 
@@ -74,28 +98,36 @@ def decode(
       tokens: int32 [batch, length].
       starts: int32 [batch], the position of each row's first token; start + length must be within the cache's slots.
       cache: of the tokens before.
+      embeddings: vectors in the place of some of the tokens' embeddings.
 
     Returns:
       (normed final hidden states [batch, length, hidden], the cache with the new positions).
       `Qwen.logits` makes logits of the first.
     """
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
-    mask = jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None]
-    extension = ContextExtension.of(config, positions, cache.ntk_alpha)
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta, extension.ntk_alpha)
     table = gather_weight(params["token_embedding"], ("vocab", "embed"), config.compute_dtype)
-    x = constrain(embed(table, tokens), "batch", "length", "activation_embed")
-    layers = []
-    for index, (weights, layer_cache) in enumerate(zip(params["layers"], cache.layers, strict=True)):
-        (x, layer_cache), _ = Block(config, deterministic=True).apply(
-            {"params": weights}, (x, layer_cache), index, angles, None, mask, positions, extension
-        )
-        layers.append(layer_cache)
-    norm = RMSNorm(config.norm_epsilon, config.compute_dtype)
-    return norm.apply({"params": params["final_norm"]}, x), cache.replace(layers=tuple(layers))
+    hidden, layers = decoder_states(
+        config,
+        embed_inputs(table, tokens, embeddings),
+        single_blocks(config, params["layers"]),
+        norm_with(config, params["final_norm"]),
+        positions,
+        mask=jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None],
+        extension=ContextExtension.of(config, positions, cache.ntk_alpha),
+        caches=cache.layers,
+    )
+    return hidden, cache.replace(layers=layers)
+
+
+def output_kernel(config: ModelConfig, params) -> jax.Array:
+    """The output projection, [hidden, vocab_size] in the compute dtype."""
+    return Qwen(config).apply({"params": _above_layers(params)}, method=Qwen.output_kernel)
 
 
 def decoding_logits(config: ModelConfig, params, hidden: jax.Array) -> jax.Array:
     """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
-    above = {name: leaf for name, leaf in params.items() if name != "layers"}
-    return Qwen(config).apply({"params": above}, hidden, method=Qwen.logits)
+    return Qwen(config).apply({"params": _above_layers(params)}, hidden, method=Qwen.logits)
+
+
+def _above_layers(params) -> dict:
+    return {name: leaf for name, leaf in params.items() if name != "layers"}

@@ -1,11 +1,15 @@
-"""The Qwen decoder of report 2.3.1: embedding, scanned pre-norm blocks, final norm, output projection."""
+"""The Qwen decoder of report 2.3.1: embedding, pre-norm blocks, final norm, output projection."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen_jax.models.attention import SelfAttention
+from qwen_jax.models.attention import KVCache, SelfAttention
 from qwen_jax.models.config import SAVED_NAMES, ModelConfig
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.layers import RMSNorm, SwiGLU, weight_init
@@ -42,6 +46,70 @@ class Block(nn.Module):
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="mlp_norm")(x)
         x = constrain(x + SwiGLU(c, name="mlp")(normed), "batch", "length", "activation_embed")
         return (x, cache), None
+
+
+class InputEmbeddings(NamedTuple):
+    """Vectors that take the place of token embeddings: features of an image, say.
+
+    Attributes:
+      values: [batch, length, hidden] in any floating-point dtype; gradients go to them.
+      given: bool [batch, length], where they count. Elsewhere the token's own embedding stays.
+    """
+
+    values: jax.Array
+    given: jax.Array
+
+
+def embed_inputs(table: jax.Array, tokens: jax.Array, embeddings: InputEmbeddings | None = None) -> jax.Array:
+    """The blocks' first input, [batch, length, hidden] in the dtype of `table` [vocabulary, hidden].
+
+    An id outside the vocabulary gives NaN where no embedding takes its place.
+    """
+    x = embed(table, tokens)
+    if embeddings is None:
+        return x
+    return jnp.where(embeddings.given[..., None], embeddings.values.astype(x.dtype), x)
+
+
+def decoder_states(
+    config: ModelConfig,
+    x: jax.Array,
+    layers: nn.Module | Iterable[Callable],
+    final_norm: Callable,
+    positions: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    extension: ContextExtension | None = None,
+    caches: Iterable[KVCache] | None = None,
+) -> tuple[jax.Array, tuple[KVCache | None, ...] | None]:
+    """Embeddings through all blocks and the final norm: the one loop over layers, of training, decoding and checking.
+
+    Args:
+      x: [batch, length, hidden] in the compute dtype.
+      layers: the scanned blocks, a module that takes all layers at once, so that compilation does not grow with depth;
+        or single blocks, each `(carry, layer, *inputs) -> (carry, None)`, that are called one after the other. A
+        generator may read the weights of each when its turn comes.
+      final_norm: of the result of the last block.
+      positions, segment_ids, mask, extension: see `SelfAttention`.
+      caches: a KVCache for each of the single blocks, when decoding.
+
+    Returns:
+      (normed hidden states [batch, length, hidden], the caches of single blocks with the new positions; None for
+      scanned blocks).
+    """
+    x = constrain(x, "batch", "length", "activation_embed")
+    ntk_alpha = None if extension is None else extension.ntk_alpha
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta, ntk_alpha)
+    inputs = (angles, segment_ids, mask, positions, extension)
+    if isinstance(layers, nn.Module):
+        (x, _), _ = layers((x, None), jnp.arange(config.num_layers), *inputs)
+        return final_norm(x), None
+    written = []
+    for index, (block, cache) in enumerate(zip(layers, caches or itertools.repeat(None), strict=caches is not None)):
+        (x, cache), _ = block((x, cache), index, *inputs)
+        written.append(cache)
+    return final_norm(x), tuple(written)
 
 
 def _rematerialised(block: type[Block], policy: str) -> type[Block]:
@@ -91,13 +159,10 @@ class Qwen(nn.Module):
             )
 
     @nn.compact
-    def _hidden(self, tokens, positions, segment_ids, mask, deterministic, extension=None):
+    def _hidden(self, tokens, embeddings, positions, segment_ids, mask, deterministic, extension=None):
         c = self.config
-        x = embed(gather_weight(self.token_embedding, ("vocab", "embed"), c.compute_dtype), tokens)
+        x = embed_inputs(gather_weight(self.token_embedding, ("vocab", "embed"), c.compute_dtype), tokens, embeddings)
         x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
-        x = constrain(x, "batch", "length", "activation_embed")
-        ntk_alpha = None if extension is None else extension.ntk_alpha
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta, ntk_alpha)
         block = Block if self.is_initializing() else _rematerialised(Block, c.remat)
         blocks = nn.scan(
             block,
@@ -107,8 +172,10 @@ class Qwen(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, deterministic, name="layers")
-        (x, _), _ = blocks((x, None), jnp.arange(c.num_layers), angles, segment_ids, mask, positions, extension)
-        return self.final_norm(x)
+        hidden, _ = decoder_states(
+            c, x, blocks, self.final_norm, positions, segment_ids=segment_ids, mask=mask, extension=extension
+        )
+        return hidden
 
     def output_kernel(self) -> jax.Array:
         """The output projection, [hidden, vocab_size] in the compute dtype."""
@@ -117,19 +184,24 @@ class Qwen(nn.Module):
             return gather_weight(self.token_embedding, ("vocab", "embed"), dtype).T
         return gather_weight(self.output, ("embed", "vocab"), dtype)
 
-    def hidden_states(self, tokens, *, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
+    def hidden_states(
+        self, tokens, *, embeddings: InputEmbeddings | None = None, positions=None, segment_ids=None, deterministic=True
+    ) -> jax.Array:
         """Normed final hidden states [batch, length, hidden] in the compute dtype; arguments as in `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         # Parameters are made with a sequence of one token, whatever kernel trains them.
         mask = causal_mask(tokens.shape[1], segment_ids) if self.is_initializing() else None
-        return self._hidden(tokens, positions, segment_ids, mask, deterministic)
+        return self._hidden(tokens, embeddings, positions, segment_ids, mask, deterministic)
 
-    def __call__(self, tokens, *, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
+    def __call__(
+        self, tokens, *, embeddings: InputEmbeddings | None = None, positions=None, segment_ids=None, deterministic=True
+    ) -> jax.Array:
         """The training-mode forward pass.
 
         Args:
           tokens: int32 [batch, length]; an id outside the vocabulary gives NaN.
+          embeddings: vectors in the place of some of the tokens' embeddings.
           positions: int32 [batch, length], 0-based; by default 0, 1, 2, …
           segment_ids: int32 [batch, length]; tokens attend only within their segment. None: one segment.
           deterministic: False applies dropout and needs an rng named "dropout".
@@ -137,7 +209,13 @@ class Qwen(nn.Module):
         Returns:
           float32 [batch, length, vocab_size].
         """
-        hidden = self.hidden_states(tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic)
+        hidden = self.hidden_states(
+            tokens,
+            embeddings=embeddings,
+            positions=positions,
+            segment_ids=segment_ids,
+            deterministic=deterministic,
+        )
         return self.logits(hidden)
 
     def inference_hidden_states(self, tokens, lengths=None) -> jax.Array:
@@ -145,7 +223,7 @@ class Qwen(nn.Module):
 
         Args:
           tokens: int32 [batch, length].
-          lengths: int32 [batch], how many tokens of each row are no padding, which comes after them; None: all.
+          lengths: int32 [batch], the tokens of each row without its padding, which follows them; None: all.
 
         Returns:
           Normed final hidden states [batch, length, hidden]; `logits` makes logits of them.
@@ -155,7 +233,7 @@ class Qwen(nn.Module):
         alpha = dynamic_ntk_alpha(lengths, self.config.context_length)
         extension = ContextExtension.of(self.config, positions, alpha)
         mask = causal_mask(tokens.shape[1], None)
-        return self._hidden(tokens, positions, None, mask, True, extension)
+        return self._hidden(tokens, None, positions, None, mask, True, extension)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
