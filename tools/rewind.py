@@ -32,12 +32,15 @@ def main(argv: list[str] | None = None) -> None:
         metavar="N",
         help="examples to pass over, from where the run would go on (steps times BATCH_SIZE; default: %(default)s)",
     )
+    parser.add_argument(
+        "--stream", default="train", metavar="NAME", help="data stream that they belong to (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     if not arguments.run.is_dir():
         raise ValueError(f"--run {arguments.run}: no such folder")
     read_config(arguments.run)  # the lock is a file: none in a folder that is no run
     with locked(arguments.run):
-        made = rewind(arguments.run, arguments.to, arguments.skip_examples)
+        made = rewind(arguments.run, arguments.to, arguments.skip_examples, arguments.stream)
     start, stop = made.skipped
     passed = f"passes over examples {start:,} to {stop - 1:,}" if stop > start else f"goes on with example {start:,}"
     print(

@@ -1,6 +1,10 @@
-"""The Orbax checkpoints of a run: asynchronous, atomic, the last N kept, with the data position.
+"""The Orbax checkpoints of a run: asynchronous, atomic, the last N kept, with the position of each data stream.
 
-    checkpoints/STEP/    Orbax: `params`, `optimizer` (absent where only weights were written), and metadata
+    checkpoints/STEP/    Orbax: any named trees, and metadata; the trees of a run are `params`, `frozen`, `optimizer` and
+                         `extra`, of which the empty ones are absent (`params` alone where only weights were written)
+
+The metadata of a run is {"positions": {stream: index of the next example}, "fingerprints": {stream: of its data},
+"skipped_examples": {stream: [[start, stop], …]}}.
 
 Everything about Orbax's API stays in this file and in arrays.py, which reads and writes the weights alone.
 """
@@ -16,6 +20,10 @@ from qwen_jax.checkpoints.run_folder import CHECKPOINTS, CheckpointError
 from qwen_jax.distributed import hosts
 
 log = logging.getLogger(__name__)
+
+
+class OldFormatError(CheckpointError):
+    """A checkpoint that an earlier version wrote, from which a run cannot go on."""
 
 
 class Checkpoints:
@@ -58,8 +66,8 @@ class Checkpoints:
         Does nothing where this step was the last to be saved or restored.
 
         Args:
-          trees: name to pytree of arrays, such as "params" and "optimizer".
-          metadata: JSON-ready; where the data stands.
+          trees: name to pytree of arrays, such as "params" and "optimizer"; none may be empty.
+          metadata: JSON-ready; the positions of the data streams.
 
         Raises:
           whatever an earlier save in the background died of.
@@ -75,18 +83,24 @@ class Checkpoints:
 
     @staticmethod
     def metadata(folder: str | Path, step: int) -> dict:
-        """What was saved beside the arrays of a checkpoint: where the data stood.
+        """What was saved beside the arrays of a checkpoint: the positions of the data streams.
 
         Raises:
+          OldFormatError: an earlier version wrote it.
           CheckpointError: it cannot be read.
         """
         path = (Path(folder) / CHECKPOINTS / str(step)).absolute()
         try:
-            metadata = ocp.checkpointables_metadata(path).custom_metadata
-            if "next_example" not in (metadata or {}):
+            metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
+            if not {"positions", "next_example"} & metadata.keys():
                 raise ValueError("it says nothing of the data position")
         except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
             raise CheckpointError(f"checkpoint {path} cannot be read: {unreadable_reason(error)}") from error
+        if "positions" not in metadata:
+            raise OldFormatError(
+                f"checkpoint {path} has the format of an earlier version, without a position for each data stream: go "
+                f"on with the version that wrote it, or start a new OUTPUT_DIR with INITIAL_CHECKPOINT={folder}"
+            )
         return metadata
 
     def restore_latest(self, abstract: dict) -> tuple[int, dict, dict] | None:
@@ -102,6 +116,7 @@ class Checkpoints:
           (step, trees, metadata), or None if there is no checkpoint at all.
 
         Raises:
+          OldFormatError: an earlier version wrote the newest one.
           CheckpointError: there are checkpoints and none can be read.
           JaxRuntimeError: the devices have too little memory, which says nothing of the checkpoints.
         """
@@ -110,8 +125,10 @@ class Checkpoints:
             path = self.folder / str(step)
             loaded = metadata = problem = None
             try:
-                loaded = ocp.load_checkpointables(path, abstract)
                 metadata = self.metadata(self.folder.parent, step)
+                loaded = ocp.load_checkpointables(path, abstract)
+            except OldFormatError:
+                raise
             except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
                 problem = unreadable_reason(error)
             problems = hosts.agree(f"restored/{step}", f"the checkpoint of step {step} to be read", problem)

@@ -1,8 +1,8 @@
 """Going back to an earlier checkpoint of a run, and past the examples that harmed it.
 
-A run folder's `rewinds.json` lists what was done. The examples to pass over are spans of the global data order, so they
-hold whatever checkpoint the run goes on from and however many hosts it has. Nothing is deleted: later checkpoints and
-the metrics as they were lie in `rewound_N`, which is a run folder itself.
+A run folder's `rewinds.json` lists what was done. The examples to pass over are spans of the global order of one data
+stream, so they hold whatever checkpoint the run goes on from and however many hosts it has. Nothing is deleted: later
+checkpoints and the metrics as they were lie in `rewound_N`, which is a run folder itself.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ class Rewind:
       skipped: [start, stop) of the global example indices that are passed over; equal where none are.
       folder: name of the folder with what was set aside.
       time: of the command, as `time.time()` gives it.
+      stream: name of the data stream whose examples are passed over.
       done: False between the command's first and last write.
     """
 
@@ -45,6 +46,7 @@ class Rewind:
     skipped: tuple[int, int]
     folder: str
     time: float
+    stream: str
     done: bool = False
 
 
@@ -65,9 +67,10 @@ def read_rewinds(folder: str | Path) -> list[Rewind]:
         ) from error
 
 
-def skipped_spans(folder: str | Path) -> list[tuple[int, int]]:
-    """Spans [start, stop) of the global data order that the run passes over."""
-    return [rewind.skipped for rewind in read_rewinds(folder) if rewind.skipped[0] < rewind.skipped[1]]
+def skipped_spans(folder: str | Path, stream: str = "train") -> list[tuple[int, int]]:
+    """Spans [start, stop) of the global order of a data stream that the run passes over."""
+    spans = [rewind.skipped for rewind in read_rewinds(folder) if rewind.stream == stream]
+    return [span for span in spans if span[0] < span[1]]
 
 
 def after_skipped(position: int, skipped: Sequence[tuple[int, int]]) -> int:
@@ -85,15 +88,16 @@ def _write(folder: Path, rewinds: list[Rewind]) -> None:
     files.write_json(folder / REWINDS_FILE, [dataclasses.asdict(one) for one in rewinds], indent=1)
 
 
-def rewind(folder: str | Path, to_step: int, skip_examples: int = 0) -> Rewind:
+def rewind(folder: str | Path, to_step: int, skip_examples: int = 0, stream: str = "train") -> Rewind:
     """Makes the checkpoint of `to_step` the newest of a run that is not running.
 
     Args:
       skip_examples: how many examples to pass over, counted from where the run would go on, without those that it
         would pass over anyway.
+      stream: name of the data stream that they belong to; `train.py` has one, "train".
 
     Raises:
-      CheckpointError: no such checkpoint, or no run.
+      CheckpointError: no such checkpoint or data stream, or no run.
       ValueError: a negative number of examples.
     """
     folder = Path(folder)
@@ -105,12 +109,14 @@ def rewind(folder: str | Path, to_step: int, skip_examples: int = 0) -> Rewind:
         raise CheckpointError(f"{folder} has no checkpoint of step {to_step}; it has {there}")
     if skip_examples < 0:
         raise ValueError(f"expected a number of examples to skip of at least 0, found {skip_examples}")
-    earlier = skipped_spans(folder)
-    position = after_skipped(Checkpoints.metadata(folder, to_step)["next_example"], earlier)
+    positions = Checkpoints.metadata(folder, to_step)["positions"]
+    if stream not in positions:
+        raise CheckpointError(f"{folder} has no data stream {stream!r}; it has {', '.join(sorted(positions))}")
+    earlier = skipped_spans(folder, stream)
+    position = after_skipped(positions[stream], earlier)
     number = 1 + max((int(one.folder.rpartition("_")[2]) for one in before), default=0)
-    made = Rewind(
-        to_step, steps[-1], (position, _end_of_span(position, skip_examples, earlier)), f"rewound_{number}", time.time()
-    )
+    span = (position, _end_of_span(position, skip_examples, earlier))
+    made = Rewind(to_step, steps[-1], span, f"rewound_{number}", time.time(), stream)
     # From here on a kill is harmless: the next start of the run, or of this command, does the rest.
     _write(folder, [*before, made])
     finish_rewinds(folder)

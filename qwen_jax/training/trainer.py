@@ -134,13 +134,13 @@ class Trainer:
             step, trees, metadata = restored
             counter = jax.device_put(np.int32(step), self._abstract.step.sharding)
             state = state_from(counter, trees)
-            if metadata["data"] != self.train_set.fingerprint:
+            if metadata["fingerprints"] != {"train": self.train_set.fingerprint}:
                 raise CheckpointError(
                     f"{self.output_dir} was trained on other data (another corpus, vocabulary, mixture, seed or "
                     f"sequence length), so its data position means nothing here. Restore the data, or start a new "
                     f"OUTPUT_DIR with INITIAL_CHECKPOINT={self.output_dir}"
                 )
-            next_example = metadata["next_example"]
+            next_example = metadata["positions"]["train"]
             hosts.log_on_main("resuming %s after step %d, example %d", self.output_dir, int(state.step), next_example)
             return state, next_example
         groups = self._optimizer.groups
@@ -174,9 +174,9 @@ class Trainer:
             step,
             trees_of(self.state),
             {
-                "next_example": self.next_example,
-                "data": self.train_set.fingerprint,
-                "skipped_examples": [list(span) for span in self._skipped],
+                "positions": {"train": self.next_example},
+                "fingerprints": {"train": self.train_set.fingerprint},
+                "skipped_examples": {"train": [list(span) for span in self._skipped]},
             },
         )
 

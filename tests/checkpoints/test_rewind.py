@@ -74,7 +74,7 @@ def test_the_batches_after_a_rewind_are_those_expected(run):
     assert train(run) == [52 + 8 * index for index in range(8)]
     after = losses(run)
     assert [step for step in after if after[step] == before[step]] == [1, 2, 3, 4]
-    assert Checkpoints.metadata(run, 8)["skipped_examples"] == [[32, 52]]
+    assert Checkpoints.metadata(run, 8)["skipped_examples"] == {"train": [[32, 52]]}
     # What was set aside is a run folder itself, with the metrics as they were.
     assert losses(run / made.folder) == before
     load_params(run / made.folder, step=12)
@@ -114,6 +114,7 @@ def test_bad_input_changes_nothing(run, tmp_path):
     for arguments, kind, message in (
         ((run, 5), CheckpointError, "no checkpoint of step 5; it has 4, 8, 12"),
         ((run, 4, -1), ValueError, "at least 0, found -1"),
+        ((run, 4, 8, "prompts"), CheckpointError, "no data stream 'prompts'; it has train"),
         ((tmp_path, 4), CheckpointError, "not a run folder"),
     ):
         with pytest.raises(kind, match=message):
