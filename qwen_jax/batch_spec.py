@@ -47,10 +47,7 @@ def token_columns(length: int, packed: bool = False) -> tuple[Column, ...]:
 def row_length(columns: Sequence[Column]) -> int | None:
     """Tokens of the longest axis named `length`; None where no column has one."""
     sizes = [
-        size
-        for column in columns
-        for size, axis in zip(column.shape, column.axes, strict=True)
-        if axis == "length"
+        size for column in columns for size, axis in zip(column.shape, column.axes, strict=True) if axis == "length"
     ]
     return max(sizes, default=None)
 

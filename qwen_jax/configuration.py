@@ -20,7 +20,7 @@ from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.transformer import parameter_count
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.parameter_groups import ParameterGroup, ScheduleConfig
 from qwen_jax.training.resilience import SkipConfig
@@ -83,7 +83,7 @@ for _configurable in (
     ScheduleConfig,
     SkipConfig,
     TrainerConfig,
-    next_token_loss,
+    next_token_prediction,
 ):
     gin.external_configurable(_configurable, module="qwen_jax")
 

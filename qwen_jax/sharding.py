@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -184,7 +185,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names)))
 
 
-def sum_over_replicas(function):
+def sum_over_replicas(function, axes: Mapping[str, Sequence[str | None]]):
     """Wraps `function`: each replica of the parameters computes it on its own rows, and the results are summed.
 
     Gathers and reductions of `function` stay within one replica. The sum of sharded arrays is the only exchange between
@@ -194,6 +195,7 @@ def sum_over_replicas(function):
     Args:
       function: `(params, batch, rng) -> pytree` of sums over the rows, the first dimension of the arrays of the batch.
         The key, if any, differs between replicas.
+      axes: name of each array of the batch to the logical names of its other dimensions.
     """
     mesh = _mesh.get()
     if mesh is None or mesh.shape["data"] == 1:
@@ -201,15 +203,15 @@ def sum_over_replicas(function):
     replicas = mesh.shape["data"]
 
     def of_all_replicas(params, batch, rng):
-        def split(x):
-            placed = NamedSharding(mesh, PartitionSpec("data", *spec(("batch", "length"))))
+        def split(name, x):
+            placed = NamedSharding(mesh, PartitionSpec("data", *spec(("batch", *axes[name]))))
             return jax.lax.with_sharding_constraint(x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:]), placed)
 
         token = _one_replica.set(True)
         try:
             rngs = None if rng is None else jax.random.split(rng, replicas)
             sums = jax.vmap(function, in_axes=(None, 0, 0), spmd_axis_name="data")(
-                params, jax.tree.map(split, batch), rngs
+                params, {name: split(name, x) for name, x in batch.items()}, rngs
             )
         finally:
             _one_replica.reset(token)
@@ -248,9 +250,14 @@ def tree_shardings(boxed, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of [batch, length] arrays: rows over data and fsdp."""
-    return NamedSharding(mesh, spec(("batch", "length")))
+def batch_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """Sharding of [batch, …] arrays, rows over data and fsdp; `axes` are the logical names of the other dimensions."""
+    return NamedSharding(mesh, spec(("batch", *axes)))
+
+
+def axis_shards(name: str | None, mesh: Mesh) -> int:
+    """Into how many parts `mesh` splits an axis of this logical name."""
+    return _num_shards(spec((name,))[0], mesh)
 
 
 def num_batch_shards(mesh: Mesh) -> int:

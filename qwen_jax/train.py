@@ -6,25 +6,16 @@ On several hosts: the same command on each (`qwen_jax.distributed.hosts`).
 """
 
 import argparse
-import contextlib
 import logging
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import gin
 import jax
 
 from qwen_jax import files
-from qwen_jax.checkpoints.rewind import finish_rewinds
-from qwen_jax.checkpoints.run_folder import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    CheckpointError,
-    check_same_model,
-    saved_steps,
-    write_run_files,
-)
+from qwen_jax.batch_spec import token_columns
+from qwen_jax.checkpoints.arrays import RunFolderWeights
+from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps, write_run_files
 from qwen_jax.command_line import quiet, run
 from qwen_jax.configuration import parse_args
 from qwen_jax.data import task_configuration
@@ -33,22 +24,22 @@ from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.data.packing import is_packed
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, joined
-from qwen_jax.files import locked
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.goodput import Goodput, process_start_time
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.batches import Prefetcher
+from qwen_jax.training.goodput import process_start_time
+from qwen_jax.training.objective import Objective
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.profiling import MEMORY_PROFILE, CompilationCache
+from qwen_jax.training.profiling import CompilationCache
 from qwen_jax.training.program import check_run, device_memory
-from qwen_jax.training.trainer import Trainer
+from qwen_jax.training.run import COMPILED, Run, open_run
+from qwen_jax.training.step import batch_shapes
+from qwen_jax.training.trainer import Trainer, standard_callbacks
 from qwen_jax.training.trainer_config import TrainerConfig
 
 log = logging.getLogger(__name__)
-
-# Folder of a run that keeps compiled programs.
-COMPILED = "compiled"
 
 
 def train(
@@ -60,7 +51,7 @@ def train(
     output_dir: str,
     cache_dir: str,
     mesh: MeshConfig = MeshConfig(),
-    objective: Callable = next_token_loss,
+    objective: Objective = next_token_prediction(),
     initial_checkpoint: str | None = None,
     data_seed: int = 0,
     packing: str = "concat",
@@ -91,9 +82,6 @@ def train(
     Raises:
       ValueError, OSError: anything that cannot be run, with what to change.
     """
-    output, watchdog = Path(output_dir), watchdog or Watchdog()
-    first = hosts.process_index() == 0
-    hosts.run_on_main("output folder", "process 0 to look into OUTPUT_DIR", lambda: check_output_dir(output, model))
     check_length(loop, model)
     devices = make_mesh(mesh)
     check_run(
@@ -102,50 +90,41 @@ def train(
         loop.train_steps,
         devices,
         batch_size=loop.batch_size,
-        sequence_length=loop.sequence_length,
+        columns=token_columns(loop.sequence_length, packed=packing == "best_fit"),
         accumulation=loop.accumulation(devices),
         memory=device_memory(devices),
     )
-    goodput = Goodput(output, began)
-    goodput.count("starting")
-    where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
-    watchdog.activity.now("preparing data", limited=False)
-
-    def prepare_data():
-        # A run that goes on takes its data as they lie (their fingerprint is checked), whatever became of the corpus.
-        if not saved_steps(output):
-            prepare_task(mixture_or_task, where)
-
-    hosts.run_on_main("data", f"process 0 to cache and pack {mixture_or_task}", prepare_data)
-    goodput.count("preparing data")
-    watchdog.activity.now("opening the data")
-    train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
-    check_same_data(mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None])
-    with locked(output) if first else contextlib.nullcontext():
-        hosts.run_on_main("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(output))
-        watchdog.folder = output
+    with open_run(
+        output_dir, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began
+    ) as run_folder:
+        where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
+        prepare_data(mixture_or_task, where, run_folder)
+        train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
+        check_same_data(
+            mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None]
+        )
+        shapes = batch_shapes(devices, loop.batch_size, train_set.columns)
         trainer = Trainer(
+            run_folder,
             Qwen(model),
             objective,
             optimizer,
             loop,
             devices,
-            train_set,
-            eval_set,
-            output,
-            initial_checkpoint,
-            activity=watchdog.activity,
-            goodput=goodput,
-            cache=find_cache(compilation_cache, output),
+            Prefetcher(train_set, shapes, run_folder.skipped_examples("train")),
+            standard_callbacks(run_folder, loop, optimizer, eval_set),
+            initial_weights=None if initial_checkpoint is None else RunFolderWeights(initial_checkpoint, model),
+            cache=find_cache(compilation_cache, run_folder.folder),
             compiler_options=compiler_options,
         )
-        if first:
-            write_run_files(output, model, default_tokenizer().path)
-            files.write_text(output / "config.gin", gin.config_str())
+        trainer.prepare()
+        if hosts.process_index() == 0:
+            write_run_files(run_folder.folder, model, default_tokenizer().path)
+            files.write_text(run_folder.folder / "config.gin", gin.config_str())
             log.info(
                 "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
                 " per epoch",
-                output,
+                run_folder.folder,
                 f"{parameter_count(model):,}",
                 devices.size,
                 dict(devices.shape),
@@ -156,6 +135,20 @@ def train(
                 loop.sequence_length,
             )
         return trainer.run()
+
+
+def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
+    """Caches and packs a task in process 0; the other processes wait for it."""
+    run_folder.activity.now("preparing data", limited=False)
+
+    def cache_and_pack():
+        # A run that goes on takes its data as they lie (their fingerprint is checked), whatever became of the corpus.
+        if not saved_steps(run_folder.folder):
+            prepare_task(mixture_or_task, where)
+
+    hosts.run_on_main("data", f"process 0 to cache and pack {mixture_or_task}", cache_and_pack)
+    run_folder.goodput.count("preparing data")
+    run_folder.activity.now("opening the data")
 
 
 def check_length(loop: TrainerConfig, model: ModelConfig) -> None:
@@ -242,26 +235,6 @@ def find_cache(folder: str | None, output: Path) -> CompilationCache:
     if folder != "auto":
         return CompilationCache(None if folder is None else Path(folder).absolute())
     return CompilationCache(None if jax.default_backend() == "cpu" else (output / COMPILED).absolute())
-
-
-def check_output_dir(output: Path, model: ModelConfig) -> None:
-    """Refuses a folder that holds something else than a run of this model.
-
-    Raises:
-      CheckpointError: naming what is in the way.
-    """
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"OUTPUT_DIR {output} is a file: choose a folder")
-    if (output / CONFIG_FILE).exists():
-        check_same_model(output, model)
-        return
-    # What a start leaves that ended before its first step: killed, hung, or out of memory.
-    leftovers = re.compile(rf"\..*|{CHECKPOINTS}|{COMPILED}|{re.escape(MEMORY_PROFILE)}|stacks_\d+\.txt")
-    there = sorted(p.name for p in output.glob("*") if not leftovers.fullmatch(p.name))
-    if there:
-        raise CheckpointError(
-            f"OUTPUT_DIR {output} holds {there[0]!r} and is no run of ours: choose an empty or new folder"
-        )
 
 
 def main(argv=None) -> None:

@@ -1,17 +1,29 @@
 """Examples made by arithmetic and models made by chance, for tests that need no corpus and no training."""
 
+import dataclasses
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from qwen_jax.batch_spec import Column, token_columns
 from qwen_jax.checkpoints.arrays import save_params
 from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.data.tokenizer import write_ranks
+from qwen_jax.distributed.watchdog import Activity
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.training.batches import Prefetcher
+from qwen_jax.training.goodput import Goodput
+from qwen_jax.training.objective import Objective
+from qwen_jax.training.run import Run
+from qwen_jax.training.step import batch_shapes
+from qwen_jax.training.trainer import Trainer, standard_callbacks
 
 
 class FakeExamples:
@@ -19,7 +31,7 @@ class FakeExamples:
 
     def __init__(self, length=16, vocab_size=61, count=400, repeat=True, seed=0, packed=False):
         self.length, self.vocab_size, self.count, self.repeat, self.seed = length, vocab_size, count, repeat, seed
-        self.bytes_per_token, self.columns = 2.0, ("segment_ids", "positions") if packed else ()
+        self.bytes_per_token, self.columns, self.packed = 2.0, token_columns(length, packed), packed
         self.fingerprint = f"fake-{seed}-{length}-{vocab_size}"
         self.reads: list[tuple[int, int]] = []
 
@@ -37,7 +49,7 @@ class FakeExamples:
 
     def _segments(self, rows):
         """Two documents a row, the second of which begins elsewhere in each."""
-        if not self.columns:
+        if not self.packed:
             return {}
         begin, place = 1 + rows % (self.length - 1), np.arange(self.length)
         second = place >= begin
@@ -45,6 +57,73 @@ class FakeExamples:
             "segment_ids": (1 + second).astype(np.int32),
             "positions": (place - second * begin).astype(np.int32),
         }
+
+
+class ImageExamples:
+    """Rows without a length: two small images, and a label that is a function of them; `pairs` are filling."""
+
+    columns = (
+        Column("images", "float32", (2, 4, 4, 3), (None, None, None, None)),
+        Column("label", "float32", (), ()),
+        Column("pairs", "int32", (2, 8), (None, "length")),
+    )
+
+    def __init__(self, count=400, repeat=True):
+        self.count, self.repeat, self.fingerprint = count, repeat, "images"
+        self.weights = np.random.default_rng(1).standard_normal((2, 4, 4, 3))
+
+    def __len__(self):
+        return self.count
+
+    def read(self, start, stop):
+        images = [
+            np.random.default_rng(index % self.count).standard_normal((2, 4, 4, 3)) for index in range(start, stop)
+        ]
+        images = np.asarray(images, np.float32).reshape(-1, 2, 4, 4, 3)
+        label = np.tanh(np.einsum("bnhwc,nhwc->b", images, self.weights)).astype(np.float32)
+        rows = np.arange(start, stop, dtype=np.int32)
+        return {"images": images, "label": label, "pairs": rows[:, None, None] + np.zeros((2, 8), np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageModel:
+    """A linear model of two images: training knows it by `qwen_jax.training.model.Model` alone."""
+
+    has_dropout: bool = False
+
+    def init_params(self, rng):
+        """One kernel [96, 8] and one output [8], split as a decoder's are."""
+        kernel = 0.1 * jax.random.normal(rng, (96, 8))
+        return {
+            "kernel": nn.LogicallyPartitioned(kernel, ("embed", "mlp")),
+            "output": nn.LogicallyPartitioned(jnp.ones(8) / 8, ("mlp",)),
+        }
+
+    def attention(self, length, packed, mesh):
+        """It has none."""
+        return "none"
+
+    def apply(self, params, images):
+        """[rows] numbers of images [rows, 2, 4, 4, 3]."""
+        return jnp.tanh(images.reshape(-1, 96) @ params["kernel"]) @ params["output"]
+
+
+def squared_error(with_extra=False) -> Objective:
+    """The squared error of a label, with other sums than those of text, and perhaps the running sum of labels."""
+
+    def loss(model, params, batch, rng, extra=None):
+        error = model.apply(params, batch["images"]) - batch["label"]
+        weight = jnp.float32(error.shape[0])
+        sums = {"weight": weight, "absolute": jnp.abs(error).sum(), "index": batch["pairs"].mean(dtype=jnp.float32)}
+        return (error**2).sum(), sums | {"label": batch["label"].sum()}
+
+    return Objective(
+        loss,
+        summarize=lambda sums: {"absolute_error": sums["absolute"] / sums["weight"]},
+        evaluate=lambda sums, examples: {"absolute_error": sums["absolute"] / sums["weight"], "size": len(examples)},
+        initial_extra=(lambda: {"labels": jnp.zeros(())}) if with_extra else None,
+        update_extra=(lambda extra, sums: {"labels": extra["labels"] + sums["label"]}) if with_extra else None,
+    )
 
 
 def small_model(**changes) -> ModelConfig:
@@ -101,3 +180,26 @@ def text_corpus(folder: Path, documents: int = 60) -> Path:
         capture_output=True,
     )
     return folder
+
+
+def prepared_trainer(
+    model, objective, optimizer, loop, mesh, train_set, eval_set, folder, initial_weights=None, **options
+) -> Trainer:
+    """A trainer in `folder`, which nobody locks, that has compiled and restored."""
+    made = new_trainer(model, objective, optimizer, loop, mesh, train_set, eval_set, folder, initial_weights, **options)
+    made.prepare()
+    return made
+
+
+def new_trainer(
+    model, objective, optimizer, loop, mesh, train_set, eval_set, folder, initial_weights=None, **options
+) -> Trainer:
+    """As `prepared_trainer`, before it has compiled anything."""
+    run = Run(Path(folder), Activity(), Goodput(folder))
+    batches = Prefetcher(
+        train_set, batch_shapes(mesh, loop.batch_size, train_set.columns), run.skipped_examples("train")
+    )
+    callbacks = standard_callbacks(run, loop, optimizer, eval_set)
+    return Trainer(
+        run, model, objective, optimizer, loop, mesh, batches, callbacks, initial_weights=initial_weights, **options
+    )

@@ -14,6 +14,7 @@ TORCH = ("torch", "transformers")
 WALLS = {
     "qwen_jax/files.py": ("qwen_jax", "jax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/beam.py": ("qwen_jax", "jax", "flax", "gin", *TORCH),
+    "qwen_jax/batch_spec.py": ("qwen_jax", "jax", "flax", "optax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/sharding.py": ("qwen_jax", "optax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/models": (
         "qwen_jax.data",
@@ -135,6 +136,15 @@ def test_a_room_does_not_import_what_it_should_not_know(room, root):
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             for name in names:
                 assert not any(name == w or name.startswith(w + ".") for w in WALLS[room]), f"{file}: {name}"
+
+
+def test_training_knows_a_model_protocol_and_no_decoder_or_metric(root):
+    """Only the arithmetic of a decoder's program knows how one is built; only its objective knows what it reports."""
+    for file in (root / "qwen_jax/training").glob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+        texts = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        assert "Qwen" not in names, file
+        assert file.name == "objectives.py" or not texts & {"correct", "accuracy", "perplexity", "bits_per_byte"}, file
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax import files, train
+from qwen_jax.batch_spec import is_packed, row_length, token_columns
 from qwen_jax.command_line import run
 from qwen_jax.configuration import ROOT, ConfigurationError, parse_args
-from qwen_jax.data.packing import columns_for
 from qwen_jax.hardware import GIB, HardwareConfig
 from qwen_jax.inference import programs
 from qwen_jax.inference.sampling import RowSampling
 from qwen_jax.models.attention import KVCache
 from qwen_jax.models.decoding import DecodingCache
-from qwen_jax.models.kernels import resolve_kernel
 from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
 from qwen_jax.programs.report import Work, describe, make_report
 from qwen_jax.sharding import make_mesh, spec, tree_shardings
@@ -98,11 +97,10 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     train.check_length(loop, model)
     mesh = make_mesh(settings["mesh"], hardware.devices())
     accumulation = loop.accumulation(mesh)
-    shape = {"batch_size": loop.batch_size, "sequence_length": loop.sequence_length, "accumulation": accumulation}
+    columns = token_columns(loop.sequence_length, packed=settings.get("packing", "concat") == "best_fit")
+    shape = {"batch_size": loop.batch_size, "columns": columns, "accumulation": accumulation}
     state_bytes = check_run(Qwen(model), optimizer, loop.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
-    packed = columns_for(model.vocab_size, loop.sequence_length, settings.get("packing", "concat"))
-    columns = tuple(column.name for column in packed if column.name not in ("tokens", "loss_weights"))
-    attention = resolve_kernel(model, loop.sequence_length, mesh, packed="segment_ids" in columns)
+    attention = Qwen(model).attention(row_length(columns), is_packed(columns), mesh)
 
     def compile_step():
         return compile_run(
@@ -112,7 +110,6 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
             loop.train_steps,
             mesh,
             seed=loop.seed,
-            columns=columns,
             compiler_options=settings.get("compiler_options"),
             **shape,
         )
@@ -206,7 +203,7 @@ def _for_inference(hardware: HardwareConfig):
     settings = gin.get_bindings("train")
     config, loop = settings["model"], settings["loop"]
     mesh = make_mesh(settings["mesh"], hardware.devices())
-    batch_shapes(mesh, loop.batch_size, loop.sequence_length)
+    batch_shapes(mesh, loop.batch_size, token_columns(loop.sequence_length))
     boxed = abstract_params(Qwen(config))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, config.compute_dtype, sharding=sharding),

@@ -1,6 +1,6 @@
 """The Orbax checkpoints of a run: asynchronous, atomic, the last N kept, with the position of each data stream.
 
-    checkpoints/STEP/    Orbax: any named trees, and metadata; the trees of a run are `params`, `frozen`, `optimizer` and
+    checkpoints/STEP/    Orbax: any named trees, and metadata; those of a run are `params`, `frozen`, `optimizer` and
                          `extra`, of which the empty ones are absent (`params` alone where only weights were written)
 
 The metadata of a run is {"positions": {stream: index of the next example}, "fingerprints": {stream: of its data},

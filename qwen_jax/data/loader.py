@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.data import packing
 
 # Rates are turned into whole numbers; below this share of a mixture a source could not be told from rounding.
@@ -52,7 +53,7 @@ class ExampleLoader:
         bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token); in a repeated mixture weighted
             by the rates. Bits per byte = loss in nats per token / (ln 2 * bytes_per_token).
         vocab_size: number of ids of the vocabulary the data was made with.
-        columns: names of what `read` gives besides `tokens` and `loss_weights`, all of it int32.
+        columns: what `read` gives.
         vocabulary_fingerprint: of that vocabulary (`Tokenizer.fingerprint`).
         fingerprint: of data, order and rates: a run must not be resumed where it differs.
 
@@ -84,7 +85,7 @@ class ExampleLoader:
         _check_vocabularies(manifests)
         first = next(iter(manifests.values()))
         self.vocab_size, self.vocabulary_fingerprint = first.vocab_size, first.vocabulary_fingerprint
-        self.columns = tuple(column.name for column in first.columns if column.name not in ("tokens", "loss_weights"))
+        self.columns = token_columns(sequence_length, packed=first.packing == "best_fit")
         weights = _whole_weights(list(rates.values())) if repeat else [m.records for m in manifests.values()]
         self._sources = [
             _Source(manifest, _Records(folders[task], manifest), weight)
@@ -125,9 +126,7 @@ class ExampleLoader:
         if not 0 <= start <= stop or (not self.repeat and stop > len(self)):
             end = "" if self.repeat else f" within the {len(self)} examples of {self.name} {self.split}"
             raise IndexError(f"expected 0 <= start <= stop{end}, got start={start}, stop={stop}")
-        shape = (stop - start, self.sequence_length)
-        batch = {name: np.empty(shape, np.int32) for name in ("tokens", *self.columns)}
-        batch["loss_weights"] = np.empty(shape, np.float32)
+        batch = {column.name: np.empty((stop - start, *column.shape), column.dtype) for column in self.columns}
         indices = np.arange(start, stop, dtype=np.int64)
         chosen, within = split_by_weight(indices, [source.weight for source in self._sources])
         for number, (source, order) in enumerate(zip(self._sources, self._orders, strict=True)):

@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from qwen_jax.models.attention import KVCache, SelfAttention
 from qwen_jax.models.config import SAVED_NAMES, ModelConfig
-from qwen_jax.models.kernels import causal_mask
+from qwen_jax.models.kernels import causal_mask, resolve_kernel
 from qwen_jax.models.layers import RMSNorm, SwiGLU, weight_init
 from qwen_jax.models.log_probs import output_logits
 from qwen_jax.models.ops import embed, gather_weight
@@ -147,6 +148,25 @@ class Qwen(nn.Module):
 
     config: ModelConfig
 
+    @nn.nowrap
+    def init_params(self, rng: jax.Array) -> dict:
+        """Random float32 parameters, in boxes with the logical names of their axes."""
+        return self.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training pass needs random numbers."""
+        return self.config.embedding_dropout > 0 or self.config.attention_dropout > 0
+
+    @nn.nowrap
+    def attention(self, length: int | None, packed: bool, mesh: Mesh) -> str:
+        """Name of the attention kernel for rows of `length` tokens on `mesh`.
+
+        Raises:
+          ValueError: the configuration asks for a kernel that cannot run there.
+        """
+        return resolve_kernel(self.config, length, mesh, packed=packed)
+
     def setup(self):
         c = self.config
         self.token_embedding = self.param(
@@ -242,7 +262,7 @@ class Qwen(nn.Module):
 
 def abstract_params(model: Qwen):
     """Shapes and logical axis names of the parameters, nothing allocated: a pytree of boxed ShapeDtypeStructs."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    return jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -1,18 +1,16 @@
-"""What is minimised. An objective is `(model, params, batch, rng) -> (loss_sum, sums)`.
+"""What is minimized: next-token prediction and its loss. `qwen_jax.training.objective` says what an objective is."""
 
-`loss_sum` is a float32 sum over the batch and `sums` a dict of float32 sums with at least `"weight"`, the number that
-`loss_sum` is to be divided by. Sums, not means: gradient accumulation and several hosts then give exactly the mean over
-the whole batch, however unevenly the loss-carrying tokens are spread.
-"""
+import math
 
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.models.log_probs import cross_entropy_sums
-from qwen_jax.models.transformer import Qwen
+from qwen_jax.training.model import Model
+from qwen_jax.training.objective import Objective
 
 
-def next_token_loss(model: Qwen, params, batch: dict[str, jax.Array], rng: jax.Array | None):
+def next_token_loss(model: Model, params, batch: dict[str, jax.Array], rng: jax.Array | None):
     """Next-token prediction (report 2.4; with 0/1 weights, SFT of report 3.1).
 
     Position t predicts token t + 1 of the same row, if that token carries loss; the last position predicts nothing,
@@ -34,13 +32,41 @@ def next_token_loss(model: Qwen, params, batch: dict[str, jax.Array], rng: jax.A
         segment_ids=segment_ids,
         deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng},
-        method=Qwen.hidden_states,
+        method="hidden_states",
     )
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.roll(batch["loss_weights"].astype(jnp.float32), -1, axis=1).at[:, -1].set(0.0)
     if segment_ids is not None:
         weights = weights * (segment_ids == jnp.roll(segment_ids, -1, axis=1))
-    kernel = model.apply({"params": params}, method=Qwen.output_kernel)
+    kernel = model.apply({"params": params}, method="output_kernel")
     sums = cross_entropy_sums(hidden, kernel, targets, weights)
     loss = sums.pop("loss")
     return loss, sums
+
+
+def next_token_prediction() -> Objective:
+    """The objective of pretraining, and of SFT with loss weights: mean loss in nats per token that carries loss.
+
+    Held-out examples are reported with perplexity and bits per UTF-8 byte, so they must know their `bytes_per_token`.
+    """
+    return Objective(next_token_loss, _token_metrics, _held_out_metrics, _held_out_text)
+
+
+def _token_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {"accuracy": sums["correct"] / sums["weight"]}
+
+
+def _held_out_metrics(sums: dict[str, float], examples) -> dict[str, float]:
+    loss = sums["loss"] / sums["weight"]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / examples.bytes_per_token,
+    }
+
+
+def _held_out_text(metrics: dict[str, float]) -> str:
+    return (
+        f"held-out loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f}, "
+        f"{metrics['bits_per_byte']:.4f} bits per byte"
+    )

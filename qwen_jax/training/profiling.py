@@ -1,4 +1,4 @@
-"""Looking into a run: traces of chosen steps, compiled programs kept between starts, and what filled the memory."""
+"""Looking into a run: compiled programs kept between starts, and what filled the memory."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,6 @@ from qwen_jax.checkpoints.manager import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-TRACE_FOLDER = "trace"
 MEMORY_PROFILE = "memory.prof"
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _NEED = (
@@ -69,38 +68,6 @@ class CompilationCache:
             jax.config.update(name, value)
         # JAX decides once whether there is a cache; this makes it look again.
         compilation_cache.reset_cache()
-
-
-class Trace:
-    """An XProf trace of the steps `first` to `last`, both included, into `folder/trace/process_N`."""
-
-    def __init__(self, steps: tuple[int, int] | None, folder: Path, process: int):
-        self._steps, self._open = steps, False
-        self.folder = folder / TRACE_FOLDER / f"process_{process}"
-
-    def before(self, step: int) -> None:
-        """To be called before the step with this number (the first is 1) is started."""
-        if self._steps is not None and step == self._steps[0]:
-            jax.profiler.start_trace(self.folder)
-            self._open = True
-
-    def around(self, step: int):
-        """A context for the call of the step: the trace shows where it begins."""
-        return jax.profiler.StepTraceAnnotation("train", step_num=step) if self._open else contextlib.nullcontext()
-
-    def after(self, step: int, result) -> bool:
-        """To be called when the step has been started; ends the trace after the last one. True if it did."""
-        if not self._open or step < self._steps[1]:
-            return False
-        jax.block_until_ready(result)
-        self.close()
-        return True
-
-    def close(self) -> None:
-        """Ends a trace that is open, as when the run stops within the chosen steps."""
-        if self._open:
-            jax.profiler.stop_trace()
-            self._open = False
 
 
 def largest_arrays(tree, count: int = 3) -> list[tuple[str, int]]:

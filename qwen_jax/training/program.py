@@ -3,15 +3,18 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
 
+from qwen_jax.batch_spec import Column, is_packed, row_length
 from qwen_jax.hardware import GIB
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.kernels import resolve_kernel
-from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.models.transformer import parameter_count
 from qwen_jax.programs.account import CollectiveTotal
+from qwen_jax.training.model import Model
+from qwen_jax.training.objective import Objective
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from qwen_jax.training.state import TrainState, abstract_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
@@ -22,17 +25,16 @@ class TooLittleMemory(ValueError):
 
 
 def compile_run(
-    model: Qwen,
-    objective,
+    model: Model,
+    objective: Objective,
     optimizer: OptimizerConfig,
     train_steps: int,
     mesh: Mesh,
     *,
     batch_size: int,
-    sequence_length: int,
+    columns: Sequence[Column],
     accumulation: int = 1,
     seed: int = 0,
-    columns: tuple[str, ...] = (),
     compiler_options: dict | None = None,
 ) -> jax.stages.Compiled:
     """Compiles the train step of a run from shapes alone, for the devices of `mesh`, whether they exist here or not.
@@ -45,11 +47,11 @@ def compile_run(
     Raises:
       ValueError: batch, model or mesh do not divide, or the model asks for an attention kernel that cannot run.
     """
-    resolve_kernel(model.config, sequence_length, mesh, packed="segment_ids" in columns)
+    model.attention(row_length(columns), is_packed(columns), mesh)
     rates, transform = learning_rates(optimizer, train_steps), make_optimizer(optimizer, train_steps)
-    shapes = batch_shapes(mesh, batch_size, sequence_length, accumulation, columns)
-    step = make_train_step(model, transform, objective, rates, seed=seed, accumulation=accumulation)
-    state = abstract_state(model, transform, mesh, optimizer.groups)
+    shapes = batch_shapes(mesh, batch_size, columns, accumulation)
+    step = make_train_step(model, transform, objective, rates, columns, seed=seed, accumulation=accumulation)
+    state = abstract_state(model, transform, mesh, optimizer.groups, objective.initial_extra)
     return compile_train_step(step, state, shapes, mesh, compiler_options)
 
 
@@ -125,13 +127,13 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def check_run(
-    model: Qwen,
+    model: Model,
     optimizer: OptimizerConfig,
     train_steps: int,
     mesh: Mesh,
     *,
     batch_size: int,
-    sequence_length: int,
+    columns: Sequence[Column],
     accumulation: int = 1,
     memory: int | None = None,
 ) -> dict[str, int]:
@@ -147,7 +149,7 @@ def check_run(
       ValueError: batch, model or mesh do not divide.
       TooLittleMemory: they do, but the state does not fit.
     """
-    batch_shapes(mesh, batch_size, sequence_length, accumulation)
+    batch_shapes(mesh, batch_size, columns, accumulation)
     state = abstract_state(model, make_optimizer(optimizer, train_steps), mesh, optimizer.groups)
     needed = state_bytes_per_device(state)
     if memory is not None:

@@ -7,10 +7,8 @@ import time
 import jax
 
 from qwen_jax.distributed import hosts
-from qwen_jax.training.batches import Prefetcher
-from qwen_jax.training.goodput import Goodput
-from qwen_jax.training.metrics import MetricsWriter, NoMetrics
-from qwen_jax.training.trainer_config import TrainerConfig
+from qwen_jax.training.callbacks import Callback
+from qwen_jax.training.metrics import MetricsWriter
 
 
 class TrainingDiverged(FloatingPointError):
@@ -38,56 +36,93 @@ def host_statistics(paces: dict[int, dict[str, float]]) -> dict[str, float]:
     return found
 
 
-class Reporter:
-    """Turns the metrics of steps into rows, and keeps the pace between two of them."""
+class Reporter(Callback):
+    """Turns the metrics of steps into rows, keeps the pace between two of them, and ends a run that diverges."""
 
-    def __init__(
-        self,
-        writer: MetricsWriter | NoMetrics,
-        prefetcher: Prefetcher,
-        loop: TrainerConfig,
-        goodput: Goodput,
-        most_skipped: int,
-    ):
-        """Starts the clock.
+    def __init__(self, most_skipped: int):
+        """Opens nothing yet.
 
         Args:
           most_skipped: updates left out in a row that end the run.
         """
-        self._writer, self._prefetcher, self._loop, self._goodput = writer, prefetcher, loop, goodput
         self._most_skipped = most_skipped
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def begin(self, trainer):
+        """Opens the files in process 0, and says what the run computes with."""
+        self._trainer, self._goodput = trainer, trainer.run_folder.goodput
         self._process, self._processes = hosts.process_index(), hosts.process_count()
-        self.latest: dict[str, float] = {}
+        if self._process == 0:
+            trainer.writer = MetricsWriter(trainer.run_folder.folder, trainer.step, trainer.loop.train_steps)
+        trainer.writer.describe(
+            trainer.step,
+            {
+                "attention": trainer.kernel,
+                "mesh": dict(trainer.mesh.shape),
+                "processes": hosts.process_count(),
+                "device": trainer.mesh.devices.flat[0].device_kind,
+            },
+        )
         self._restart_clock()
 
     def _restart_clock(self):
-        self._since, self._steps, self._waited = time.perf_counter(), 0, self._prefetcher.waited
+        self._since, self._steps, self._waited = time.perf_counter(), 0, self._trainer.batches.waited
         self._device_wait = 0.0
 
-    def training(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def after_step(self, trainer, metrics):
+        """Reads the step before, while this one computes: the host never holds the devices up."""
+        if self._pending is not None:
+            self._report(*self._pending)
+        self._pending = (trainer.step, metrics)
+
+    def settle(self, trainer):
+        """Reads the last step, waiting for it."""
+        if self._pending is not None:
+            self._report(*self._pending)
+            self._pending = None
+
+    def resume(self, trainer):
+        """What callbacks did does not count for the pace."""
+        self._restart_clock()
+
+    def end(self, trainer):
+        """Saves the account of the run's time, and shows it."""
+        self._write_goodput(trainer.step)
+        if trainer.step < trainer.loop.train_steps:
+            trainer.writer.say(
+                f"stopped by SIGTERM after step {trainer.step}, saved in {trainer.run_folder.folder}; the same command "
+                f"goes on"
+            )
+        trainer.writer.say(str(self._goodput))
+
+    def close(self):
+        """Closes the files."""
+        self._trainer.writer.close()
+
+    def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the metrics of a step, waiting for it, and writes a row where one is due.
 
         Raises:
           TrainingDiverged: the loss or the gradient is not finite and the update was made, or too many were skipped.
         """
+        loop, writer = self._trainer.loop, self._trainer.writer
         began = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._device_wait += time.perf_counter() - began
         self._check(step, values)
         self._steps += 1
         shown = None
-        if step % self._loop.log_every == 0 or step == self._loop.train_steps:
+        if step % loop.log_every == 0 or step == loop.train_steps:
             self._add_pace(values)
-            self.end(step)
+            self._write_goodput(step)
             values["goodput"] = self._goodput.shares()["steps"]
-            self._writer.write(step, values)
+            writer.write(step, values)
             self._restart_clock()
-            self.latest.update(values)
+            self._trainer.latest.update(values)
             shown = {"loss": f"{values['loss']:.4f}", "tokens/s": f"{values['tokens_per_second']:,.0f}"}
-        self._writer.progress(step, shown)
+        writer.progress(step, shown)
 
-    def end(self, step: int) -> None:
-        """Saves the account of the run's time after `step`."""
+    def _write_goodput(self, step: int) -> None:
         if self._process == 0:
             self._goodput.write(step)
 
@@ -98,7 +133,7 @@ class Reporter:
         lost = wrong and not in_a_row
         if not lost and in_a_row < self._most_skipped:
             return
-        self._writer.write(step, values)
+        self._trainer.writer.write(step, values)
         what = (
             f"the {wrong[0].replace('_', ' ')} of step {step} is {values[wrong[0]]}"
             if lost
@@ -113,9 +148,10 @@ class Reporter:
         )
 
     def _add_pace(self, values: dict[str, float]) -> None:
+        loop = self._trainer.loop
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        waited = self._prefetcher.waited - self._waited
-        values["tokens_per_second"] = self._steps * self._loop.batch_size * self._loop.sequence_length / seconds
+        waited = self._trainer.batches.waited - self._waited
+        values["tokens_per_second"] = self._steps * loop.batch_size * loop.sequence_length / seconds
         values["data_wait"] = waited / seconds
         if self._processes == 1:
             return
@@ -124,13 +160,3 @@ class Reporter:
         if self._process == 0:
             # What the others last put there, which may be their row before: nobody waits for anybody here.
             values.update(host_statistics(hosts.peek_all("pace")))
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Writes a row of a held-out loss."""
-        self._writer.write(step, values)
-        self.latest.update(values)
-        self._writer.say(
-            f"step {step}: held-out loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, "
-            f"{values['eval/bits_per_byte']:.4f} bits per byte"
-        )
-        self._restart_clock()

@@ -1,6 +1,6 @@
 """The state of a run, created and restored sharded: no host or device ever holds the whole of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import tree_shardings, use_mesh
+from qwen_jax.training.model import Model
 from qwen_jax.training.parameter_groups import ParameterGroup, merge_params, split_params
 
 
@@ -53,26 +53,30 @@ def state_from(step: jax.Array, trees: dict) -> TrainState:
     return TrainState(step, **{field: trees.get(name, {}) for name, field in _TREES.items()})
 
 
-def _initialiser(model: Qwen, seed: int):
-    return lambda: model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def _state_of(params, optimizer: optax.GradientTransformation, groups: Sequence[ParameterGroup]) -> TrainState:
+def _state_of(params, optimizer, groups: Sequence[ParameterGroup], initial_extra: Callable[[], dict] | None):
     params, frozen = split_params(params, groups)
-    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), {})
+    extra = {} if initial_extra is None else initial_extra()
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), extra)
 
 
 def abstract_state(
-    model: Qwen, optimizer: optax.GradientTransformation, mesh: Mesh, groups: Sequence[ParameterGroup] = ()
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    groups: Sequence[ParameterGroup] = (),
+    initial_extra: Callable[[], dict] | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated.
+
+    Args:
+      initial_extra: makes the running statistics, as `Objective` says; they are not split over devices.
 
     Raises:
       ValueError: a parameter's dimension does not divide by its mesh axes, or the groups do not fit the parameters.
     """
-    params = jax.eval_shape(_initialiser(model, 0))
+    params = jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
     split_params(params, groups)  # here, because errors of what JAX traces are long
-    boxed = jax.eval_shape(lambda params: _state_of(params, optimizer, groups), params)
+    boxed = jax.eval_shape(lambda params: _state_of(params, optimizer, groups, initial_extra), params)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
@@ -81,17 +85,20 @@ def abstract_state(
 
 
 def initial_state(
-    model: Qwen,
+    model: Model,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     seed: int,
     groups: Sequence[ParameterGroup] = (),
+    initial_extra: Callable[[], dict] | None = None,
 ) -> TrainState:
     """Random parameters and a fresh optimizer state, each shard made where it lies; the same for every mesh."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, groups))
+    abstract = abstract_state(model, optimizer, mesh, groups, initial_extra)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def unboxed():
-        return nn.meta.unbox(_state_of(_initialiser(model, seed)(), optimizer, groups))
+        params = model.init_params(jax.random.key(seed))
+        return nn.meta.unbox(_state_of(params, optimizer, groups, initial_extra))
 
     with use_mesh(mesh):
         return jax.jit(unboxed, out_shardings=shardings)()

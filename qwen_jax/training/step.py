@@ -1,51 +1,50 @@
 """The train step and the evaluation step: pure functions, compiled ahead of time, once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen_jax.models.transformer import Qwen
-from qwen_jax.sharding import batch_sharding, constrain, num_batch_shards, sum_over_replicas, use_mesh
+from qwen_jax.batch_spec import Column, logical_axes
+from qwen_jax.sharding import axis_shards, batch_sharding, constrain, num_batch_shards, sum_over_replicas, use_mesh
+from qwen_jax.training.model import Model
+from qwen_jax.training.objective import Objective
 from qwen_jax.training.parameter_groups import merge_params
 from qwen_jax.training.resilience import skip_metrics, updates_made
 from qwen_jax.training.state import TrainState
 
 
-def _sum_over_parts(function: Callable, accumulation: int, batch, rng):
+def _sum_over_parts(function: Callable, accumulation: int, batch: dict, rng, columns: Sequence[Column]):
     """Sum of `function(part, rng)`, a pytree, over `accumulation` parts of the batch, of equal size."""
     if accumulation == 1:
         return function(batch, rng)
 
-    def split(x):
+    axes = logical_axes(columns)
+
+    def split(name, x):
         # Every part takes rows from every device, so that no row moves between devices.
         x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", "length", *[None] * (x.ndim - 3))
+        return constrain(x, None, "batch", *axes[name])
 
     def add_part(totals, xs):
         part, index = xs
         part_rng = None if rng is None else jax.random.fold_in(rng, index)
         return jax.tree.map(jnp.add, totals, function(part, part_rng)), None
 
-    parts = jax.tree.map(split, batch)
+    parts = {name: split(name, x) for name, x in batch.items()}
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add_part, zeros, (parts, jnp.arange(accumulation)))[0]
 
 
-def _sums(objective, model, params, batch, rng):
-    """The objective's sum and, in a dict with "loss" among them, all its sums."""
-    loss, sums = objective(model, params, batch, rng)
-    return loss, {"loss": loss, **sums}
-
-
 def make_train_step(
-    model: Qwen,
+    model: Model,
     optimizer: optax.GradientTransformation,
-    objective: Callable,
+    objective: Objective,
     rates: Callable[[jax.Array], dict[str, jax.Array]],
+    columns: Sequence[Column],
     *,
     seed: int,
     accumulation: int = 1,
@@ -57,47 +56,49 @@ def make_train_step(
 
     Args:
       rates: learning rates for the metrics, as a function of the updates made (`optimizer.learning_rates`).
+      columns: of the batch.
     """
-    dropout = model.config.embedding_dropout > 0 or model.config.attention_dropout > 0
 
-    def gradients(params_and_frozen, batch, rng):
-        params, frozen = params_and_frozen
+    def gradients(arguments, batch, rng):
+        params, frozen, extra = arguments
 
         def of_part(part, rng):
             (_, sums), gradient = jax.value_and_grad(
-                lambda params: _sums(objective, model, merge_params(params, frozen), part, rng), has_aux=True
+                lambda params: objective.sums(model, merge_params(params, frozen), part, rng, extra), has_aux=True
             )(params)
             return sums, gradient
 
-        return _sum_over_parts(of_part, accumulation, batch, rng)
+        return _sum_over_parts(of_part, accumulation, batch, rng, columns)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
-        rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-        sums, gradient = sum_over_replicas(gradients)((state.params, state.frozen), batch, rng)
+        rng = jax.random.fold_in(jax.random.key(seed), state.step) if model.has_dropout else None
+        arguments = (state.params, state.frozen, state.extra)
+        sums, gradient = sum_over_replicas(gradients, logical_axes(columns))(arguments, batch, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics = {
             "loss": sums["loss"] / weight,
-            "accuracy": sums["correct"] / weight,
+            **objective.summarize(sums | {"weight": weight}),
             "gradient_norm": optax.global_norm(gradient),
             **rates(updates_made(state.opt_state, state.step)),
             **skip_metrics(opt_state),
         }
         params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        extra = state.extra if objective.update_extra is None else objective.update_extra(state.extra, sums)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra), metrics
 
     return train_step
 
 
-def batch_shapes(mesh: Mesh, batch_size: int, length: int, accumulation: int = 1, columns=()) -> dict:
+def batch_shapes(mesh: Mesh, batch_size: int, columns: Sequence[Column], accumulation: int = 1) -> dict:
     """Shapes of a global batch, placed on the mesh.
 
-    Args:
-      columns: names of further int32 columns, such as "segment_ids".
+    Returns:
+      Name of each column to the ShapeDtypeStruct of [batch_size, *shape of a row].
 
     Raises:
-      ValueError: the batch does not divide by the accumulation steps and the mesh.
+      ValueError: the batch does not divide by the accumulation steps and the mesh, or a row by the mesh.
     """
     ways = num_batch_shards(mesh) * accumulation
     if batch_size % ways:
@@ -105,15 +106,24 @@ def batch_shapes(mesh: Mesh, batch_size: int, length: int, accumulation: int = 1
             f"a batch of {batch_size} sequences does not divide into {accumulation} accumulation step(s) on "
             f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}: set BATCH_SIZE to a multiple of {ways}"
         )
-    if length % mesh.shape["sequence"]:
-        raise ValueError(
-            f"rows of {length} tokens do not divide over sequence={mesh.shape['sequence']}: set SEQUENCE_LENGTH to a "
-            f"multiple of it"
-        )
-    sharding = batch_sharding(mesh)
-    dtypes = {"tokens": jnp.int32, "loss_weights": jnp.float32, **dict.fromkeys(columns, jnp.int32)}
+    for column in columns:
+        for size, axis in zip(column.shape, column.axes, strict=True):
+            if size % axis_shards(axis, mesh) == 0:
+                continue
+            if axis == "length":
+                raise ValueError(
+                    f"rows of {size} tokens do not divide over sequence={mesh.shape['sequence']}: set SEQUENCE_LENGTH "
+                    f"to a multiple of it"
+                )
+            raise ValueError(
+                f"column {column.name!r} has {size} along {axis!r}, which lies on {axis_shards(axis, mesh)} devices: "
+                f"choose MeshConfig axes that divide {size}"
+            )
     return {
-        name: jax.ShapeDtypeStruct((batch_size, length), dtype, sharding=sharding) for name, dtype in dtypes.items()
+        column.name: jax.ShapeDtypeStruct(
+            (batch_size, *column.shape), jnp.dtype(column.dtype), sharding=batch_sharding(mesh, column.axes)
+        )
+        for column in columns
     }
 
 
@@ -146,20 +156,30 @@ def compile_train_step(train_step: Callable, state, batch, mesh: Mesh, compiler_
         ) from error
 
 
-def compile_eval_step(model: Qwen, objective: Callable, params, batch, mesh: Mesh, accumulation: int = 1):
-    """Compiles `(params, batch) -> sums` of the objective without dropout, `"loss"` among them.
+def compile_eval_step(
+    model: Model,
+    objective: Objective,
+    state: TrainState,
+    batch,
+    columns: Sequence[Column],
+    mesh: Mesh,
+    accumulation: int = 1,
+):
+    """Compiles `(params, extra, batch) -> sums` of the objective without dropout, `"loss"` among them.
 
     Args:
+      state, batch: pytrees of arrays or of ShapeDtypeStructs with shardings.
       accumulation: parts that the batch is computed in, as in training: what fits there fits here.
     """
 
-    def eval_step(params, batch):
+    def eval_step(params, extra, batch):
         def of_part(part, _):
-            return _sums(objective, model, params, part, None)[1]
+            return objective.sums(model, params, part, None, extra)[1]
 
-        return _sum_over_parts(of_part, accumulation, batch, None)
+        return _sum_over_parts(of_part, accumulation, batch, None, columns)
 
-    shardings = jax.tree.map(lambda x: x.sharding, (params, batch))
+    arguments = (state.all_params, state.extra, batch)
+    shardings = jax.tree.map(lambda x: x.sharding, arguments)
     replicated = NamedSharding(mesh, PartitionSpec())
     with use_mesh(mesh):
-        return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated).lower(params, batch).compile()
+        return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated).lower(*arguments).compile()

@@ -20,11 +20,10 @@ from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.batches import after_skipped
 from qwen_jax.training.metrics import read_metrics
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.trainer_config import TrainerConfig
-from tests.fakes import FakeExamples, small_model
+from tests.fakes import FakeExamples, prepared_trainer, small_model
 
 LOOP = TrainerConfig(
     train_steps=12, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=4, keep_checkpoints=9
@@ -35,9 +34,9 @@ def train(folder):
     """Runs to the end; returns where the batches began that were read."""
     data = FakeExamples()
     write_run_files(folder, small_model(), None)
-    made = Trainer(
+    made = prepared_trainer(
         Qwen(small_model()),
-        next_token_loss,
+        next_token_prediction(),
         OptimizerConfig(1e-2, warmup_steps=2),
         LOOP,
         make_mesh(MeshConfig(), jax.devices()[:1]),

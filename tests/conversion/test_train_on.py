@@ -4,15 +4,15 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax.checkpoints.arrays import RunFolderWeights
 from qwen_jax.checkpoints.run_folder import write_run_files
 from qwen_jax.conversion import convert, load_pretrained
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.trainer_config import TrainerConfig
-from tests.fakes import FakeExamples
+from tests.fakes import FakeExamples, prepared_trainer
 
 STEPS, ROWS, LENGTH, RATE, DECAY = 3, 8, 16, 1e-3, 0.1
 
@@ -60,16 +60,16 @@ def test_a_newer_qwen_is_imported_trained_and_exported(tmp_path, tied):
 
     run = tmp_path / "run"
     write_run_files(run, config, None)
-    Trainer(
+    prepared_trainer(
         Qwen(config),
-        next_token_loss,
+        next_token_prediction(),
         OptimizerConfig(RATE, schedule="constant", weight_decay=DECAY, clip_norm=1.0),
         TrainerConfig(train_steps=STEPS, batch_size=ROWS, sequence_length=LENGTH),
         make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]),
         examples,
         None,
         run,
-        tmp_path / "imported",
+        RunFolderWeights(tmp_path / "imported", config),
     ).run()
     convert("orbax", run, "qwen2", tmp_path / "exported", progress=False)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import seqio
 
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.data import cache, packing
 from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.data.sources import Corpus, DocumentSource, documents, in_validation
@@ -227,7 +228,7 @@ def test_fitted_examples_keep_documents_apart(registry, cache_dir, tmp_path):
     assert _files(tmp_path / "test_a" / "packed-32") == _files(cache_dir / "test_a" / "packed-32")
     tokenizer = registry.vocabulary.tokenizer
     loader = ExampleLoader("test_a", cache_dir=tmp_path, sequence_length=LENGTH, packing="best_fit", repeat=False)
-    assert loader.columns == ("segment_ids", "positions")
+    assert loader.columns == token_columns(loader.sequence_length, packed=True)
     batch = loader.read(0, len(loader))
     assert {name: array.dtype.name for name, array in batch.items()} == {
         "tokens": "int32",

@@ -55,7 +55,11 @@ def test_every_device_calls_it_on_its_own_rows_and_heads(layout, packed, cudnn_l
     mesh = jax.make_mesh(layout, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
     def of_copies(*arrays):
-        return sum_over_replicas(lambda _, rows, __: gradients(packed)(*rows))(None, arrays, None)
+        rows = dict(enumerate(arrays))
+        of_copy = sum_over_replicas(
+            lambda _, rows, __: gradients(packed)(*rows.values()), dict.fromkeys(rows, ("length",))
+        )
+        return of_copy(None, rows, None)
 
     with use_mesh(mesh):
         text = jax.jit(of_copies).trace(*shapes()).lower(lowering_platforms=("cuda",)).as_text()

@@ -93,7 +93,8 @@ def test_the_tpu_kernel_on_the_rows_of_each_copy_equals_the_reference():
             query = batch["query"] * jnp.repeat(scale, 2)[:, None, None]
             return jnp.sum(attention(query, batch["key"], batch["value"], batch["segment_ids"]) * batch["cotangent"])
 
-        return lambda scale, batch: sum_over_replicas(jax.value_and_grad(loss))(scale, batch, None)
+        axes = dict.fromkeys(batch, ("length",))
+        return lambda scale, batch: sum_over_replicas(jax.value_and_grad(loss), axes)(scale, batch, None)
 
     def reference(query, key, value, ids):
         return kernels.dot_product_attention(query, key, value, kernels.causal_mask(512, ids))

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.programs.account import account
@@ -18,7 +19,7 @@ from qwen_jax.programs.estimate import estimate_time
 from qwen_jax.programs.hlo import Program
 from qwen_jax.programs.report import Work, make_report
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.program import compile_run
 from tests.fakes import small_model
@@ -165,7 +166,13 @@ def test_numbers_are_those_of_the_yardstick(text, yardstick):
     # Not data=2, fsdp=2, tensor=2: of groups over a mesh in another order of devices the yardstick takes all devices.
     mesh = make_mesh(MeshConfig(fsdp=8), jax.devices()[:8])
     compiled = compile_run(
-        Qwen(small_model()), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16
+        Qwen(small_model()),
+        next_token_prediction(),
+        OptimizerConfig(1e-3),
+        10,
+        mesh,
+        batch_size=8,
+        columns=token_columns(16),
     )
     assert compare(compiled.as_text(), 8, yardstick, V5E, "TPU v5 lite")
 

@@ -12,11 +12,12 @@ import math
 import jax
 import pytest
 
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.programs.account import account
 from qwen_jax.programs.hlo import COLLECTIVES, Program, array_shapes, group_size
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.program import compile_run, memory_per_device
 from tests.fakes import small_model
@@ -34,18 +35,17 @@ Exchange = collections.namedtuple("Exchange", "kind dtype shape group times")
 
 
 @functools.cache
-def compiled(accumulation=1, columns=(), remat="full", **layout):
+def compiled(accumulation=1, packed=False, remat="full", **layout):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **layout}), jax.devices()[: math.prod(layout.values())])
     return compile_run(
         Qwen(dataclasses.replace(MODEL, remat=remat)),
-        next_token_loss,
+        next_token_prediction(),
         OptimizerConfig(1e-3),
         10,
         mesh,
         batch_size=BATCH,
-        sequence_length=LENGTH,
+        columns=token_columns(LENGTH, packed),
         accumulation=accumulation,
-        columns=columns,
     )
 
 
@@ -143,7 +143,7 @@ def test_split_rows_gather_keys_and_values_and_shift_targets():
 
 
 def test_all_axes_together_gather_no_hidden_states_and_no_more_than_they_must():
-    found = large(compiled(data=2, tensor=2, sequence=2, columns=("segment_ids", "positions")))
+    found = large(compiled(data=2, tensor=2, sequence=2, packed=True))
     hidden = BATCH // 2 * LENGTH * 32
     gathered = [e for e in found if e.kind == "all-gather"]
     assert not any(e.kind == "all-to-all" for e in found)

@@ -12,12 +12,13 @@ import pytest
 PROGRAM = """
 import json, math, re
 from jax.experimental import topologies
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.programs.account import account
 from qwen_jax.programs.hlo import Program, array_shapes, group_size
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.program import compile_run
 
@@ -27,9 +28,9 @@ model = ModelConfig(
     attention_kernel="splash",
 )
 program = compile_run(
-    Qwen(model), next_token_loss, OptimizerConfig(1e-3), 10,
-    make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, sequence=2), devices), batch_size=8, sequence_length=512,
-    accumulation=2, columns=("segment_ids", "positions"),
+    Qwen(model), next_token_prediction(), OptimizerConfig(1e-3), 10,
+    make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, sequence=2), devices), batch_size=8,
+    columns=token_columns(512, packed=True), accumulation=2,
 )
 hlo = Program(program.as_text())
 between, groups = [], set()

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.checkpoints.arrays import StoredParams, load_params
 from qwen_jax.checkpoints.run_folder import write_run_files
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.metrics import read_metrics
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from qwen_jax.training.parameter_groups import (
     ParameterGroup,
@@ -26,9 +27,8 @@ from qwen_jax.training.parameter_groups import (
 )
 from qwen_jax.training.program import check_run
 from qwen_jax.training.state import initial_state
-from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.trainer_config import TrainerConfig
-from tests.fakes import FakeExamples, small_model
+from tests.fakes import FakeExamples, prepared_trainer, small_model
 
 STEPS = 10
 REST = ParameterGroup("rest", ".*", ScheduleConfig(1e-2))
@@ -166,7 +166,7 @@ def test_rates_of_groups_are_reported_as_they_are_used():
 def test_groups_that_do_not_fit_the_parameters_are_refused_by_name(groups, message):
     model, mesh = Qwen(small_model()), make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(ValueError, match=message):
-        check_run(model, OptimizerConfig(1e-3, groups=groups), STEPS, mesh, batch_size=8, sequence_length=16)
+        check_run(model, OptimizerConfig(1e-3, groups=groups), STEPS, mesh, batch_size=8, columns=token_columns(16))
 
 
 def test_settings_of_groups_that_make_no_sense_are_refused():
@@ -203,7 +203,7 @@ def test_a_split_tree_merges_to_what_it_was():
 
 def test_the_memory_check_counts_gradients_and_moments_of_what_is_trained_alone():
     model, mesh = Qwen(small_model()), make_mesh(MeshConfig(), jax.devices()[:1])
-    shape = {"batch_size": 8, "sequence_length": 16}
+    shape = {"batch_size": 8, "columns": token_columns(16)}
     needed = check_run(model, OptimizerConfig(1e-3, groups=(FROZEN_LAYERS, REST)), STEPS, mesh, **shape)
     state = initial_state(model, optax.identity(), mesh, 0)
     trained = sum(leaf.size for name, leaf in named(state.params).items() if not name.startswith("layers/"))
@@ -224,9 +224,9 @@ LOOP = TrainerConfig(
 
 def trained(folder, groups, layout=(1, 1, 1), clip_norm=1e-3):
     write_run_files(folder, small_model(), None)
-    made = Trainer(
+    made = prepared_trainer(
         Qwen(small_model()),
-        next_token_loss,
+        next_token_prediction(),
         OptimizerConfig(1e-2, clip_norm=clip_norm, groups=groups),
         LOOP,
         make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))]),
@@ -268,16 +268,16 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_moments(frozen_layers):
 def test_frozen_parameters_add_nothing_to_the_gradient_norm(frozen_layers):
     """The norm of the first step, in a model that computes the same, is that of the trained leaves."""
     _, before, made = frozen_layers
-    batch = made.train_set.read(0, 8)
+    batch = FakeExamples().read(0, 8)
 
     def loss(params):
-        total, sums = next_token_loss(made.model, params, batch, None)
+        total, sums = next_token_prediction().loss(made.model, params, batch, None)
         return total / sums["weight"]
 
     params = merge_params(before.params, jax.tree.map(lambda leaf: leaf.astype(np.float32), before.frozen))
     gradient = named(jax.jit(jax.grad(loss))(params))
     of_trained = np.sqrt(sum(float((gradient[name] ** 2).sum()) for name in named(before.params)))
-    rows = [row for row in read_metrics(made.output_dir) if "loss" in row]
+    rows = [row for row in read_metrics(made.run_folder.folder) if "loss" in row]
     np.testing.assert_allclose(rows[0]["gradient_norm"], of_trained, rtol=1e-5)
 
 

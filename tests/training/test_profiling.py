@@ -13,13 +13,12 @@ from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.goodput import Goodput, process_start_time, written_shares
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.profiling import CompilationCache, OutOfMemory, explain_out_of_memory, largest_arrays
 from qwen_jax.training.reporting import host_statistics
-from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.trainer_config import TrainerConfig
-from tests.fakes import FakeExamples, small_model
+from tests.fakes import FakeExamples, prepared_trainer, small_model
 
 TPU_MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used \
 22.31G of 15.75G hbm. Exceeded hbm capacity by 6.56G.
@@ -78,9 +77,9 @@ GPU_MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 171798
 def trainer(folder, cache=CompilationCache(None), **loop):
     config = small_model()
     write_run_files(folder, config, None)
-    return Trainer(
+    return prepared_trainer(
         Qwen(config),
-        next_token_loss,
+        next_token_prediction(),
         OptimizerConfig(1e-2, warmup_steps=2),
         TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=100, **loop),
         make_mesh(MeshConfig(), jax.devices()[:1]),

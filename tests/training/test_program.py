@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, parameter_count
 from qwen_jax.programs.account import collectives_per_device
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.program import (
     TooLittleMemory,
@@ -25,7 +26,13 @@ from tests.fakes import small_model
 def compiled(layout, **changes):
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     return compile_run(
-        Qwen(small_model(**changes)), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16
+        Qwen(small_model(**changes)),
+        next_token_prediction(),
+        OptimizerConfig(1e-3),
+        10,
+        mesh,
+        batch_size=8,
+        columns=token_columns(16),
     )
 
 
@@ -77,12 +84,12 @@ def test_options_that_the_compiler_does_not_take_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         compile_run(
             Qwen(small_model()),
-            next_token_loss,
+            next_token_prediction(),
             OptimizerConfig(1e-3),
             10,
             mesh,
             batch_size=8,
-            sequence_length=16,
+            columns=token_columns(16),
             compiler_options=options,
         )
 
@@ -90,7 +97,7 @@ def test_options_that_the_compiler_does_not_take_are_refused(options, message):
 def test_a_state_that_cannot_fit_is_refused_before_compiling():
     """14 bytes a parameter, split over fsdp; a byte too little is too little."""
     mesh = make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8])
-    model, shape = Qwen(small_model()), {"batch_size": 8, "sequence_length": 16}
+    model, shape = Qwen(small_model()), {"batch_size": 8, "columns": token_columns(16)}
     needed = check_run(model, OptimizerConfig(1e-3), 10, mesh, **shape)
     parameters = parameter_count(model.config)
     assert 14 * parameters / 8 <= sum(needed.values()) <= 1.2 * 14 * parameters / 8
@@ -115,7 +122,7 @@ def test_no_program_moves_less_than_its_layout_needs(layout, kinds):
     least = least_collectives(config, mesh, tokens=8 * 16)
     assert set(least) == kinds
     program = compile_run(
-        Qwen(config), next_token_loss, OptimizerConfig(1e-3), 10, mesh, batch_size=8, sequence_length=16
+        Qwen(config), next_token_prediction(), OptimizerConfig(1e-3), 10, mesh, batch_size=8, columns=token_columns(16)
     )
     moved = sum(total.wire_bytes for total in collectives_per_device(program.as_text()).values())
     needed = sum(total.wire_bytes for total in least.values())

@@ -17,13 +17,13 @@ from qwen_jax.checkpoints.run_folder import write_run_files
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.metrics import read_metrics
+from qwen_jax.training.objective import Objective
 from qwen_jax.training.objectives import next_token_loss
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from qwen_jax.training.reporting import TrainingDiverged
 from qwen_jax.training.resilience import WINDOW, SkipConfig, skip_updates
-from qwen_jax.training.trainer import Trainer
 from qwen_jax.training.trainer_config import TrainerConfig
-from tests.fakes import FakeExamples, small_model
+from tests.fakes import FakeExamples, prepared_trainer, small_model
 
 BAD = float("nan")
 
@@ -149,9 +149,9 @@ LOOP = TrainerConfig(
 def trainer(folder, skip, layout=(1, 1, 1), data=None, loop=LOOP, objective=poisoned_loss):
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     write_run_files(folder, small_model(), None)
-    return Trainer(
+    return prepared_trainer(
         Qwen(small_model()),
-        objective,
+        Objective(objective),
         OptimizerConfig(1e-2, warmup_steps=2, skip=skip),
         loop,
         mesh,
@@ -174,7 +174,7 @@ def test_a_run_passes_over_a_bad_batch_and_counts_it(skipping, tmp_path):
     rows = [row for row in read_metrics(folder) if "loss" in row]
     assert [row["skipped_updates"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert rows[3]["loss"] is None and all(row["loss"] for row in rows[4:])
-    assert run.next_example == 64 and int(run.state.step) == 8
+    assert run.positions == {"train": 64} and int(run.state.step) == 8
     # The schedule counts updates made, and so does what is said of it.
     schedule = learning_rate_schedule(OptimizerConfig(1e-2, warmup_steps=2), 8)
     expected = [float(schedule(made)) for made in (0, 1, 2, 3, 3, 4, 5, 6)]

@@ -9,15 +9,17 @@ import numpy as np
 import optax
 import pytest
 
+from qwen_jax.batch_spec import token_columns
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.batches import global_batch
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from qwen_jax.training.state import abstract_state, initial_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 from tests.fakes import FakeExamples, small_model
 
+COLUMNS = token_columns(16)
 OPTIMIZER = OptimizerConfig(1e-2, warmup_steps=2)
 # (data, fsdp, tensor, sequence): each axis alone, and with each other.
 LAYOUTS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 4, 1), (1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 2, 2)]
@@ -50,10 +52,15 @@ def run_steps(
     model = Qwen(small_model(**(model_changes or {})))
     state = initial_state(model, transform, mesh, seed=3)
     step = make_train_step(
-        model, transform, next_token_loss, learning_rates(OPTIMIZER, 10), seed=seed, accumulation=accumulation
+        model,
+        transform,
+        next_token_prediction(),
+        learning_rates(OPTIMIZER, 10),
+        (examples := FakeExamples(packed=packed)).columns,
+        seed=seed,
+        accumulation=accumulation,
     )
-    examples = FakeExamples(packed=packed)
-    shapes = batch_shapes(mesh, batch_size, 16, accumulation, examples.columns)
+    shapes = batch_shapes(mesh, batch_size, examples.columns, accumulation)
     compiled = compile_train_step(step, state, shapes, mesh)
     losses = []
     for index in range(steps):
@@ -129,14 +136,14 @@ def test_the_initial_state_is_made_sharded_and_is_the_same_on_every_mesh():
 def test_each_device_reads_only_its_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
     examples = FakeExamples()
-    batch = global_batch(examples, 32, batch_shapes(mesh, 16, 16))
+    batch = global_batch(examples, 32, batch_shapes(mesh, 16, COLUMNS))
     assert sorted(examples.reads) == [(32, 36), (36, 40), (40, 44), (44, 48)]
     np.testing.assert_array_equal(batch["tokens"], FakeExamples().read(32, 48)["tokens"])
 
 
 def test_rows_past_the_end_carry_no_loss():
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    batch = global_batch(FakeExamples(count=5, repeat=False), 0, batch_shapes(mesh, 8, 16))
+    batch = global_batch(FakeExamples(count=5, repeat=False), 0, batch_shapes(mesh, 8, COLUMNS))
     assert float(batch["loss_weights"][5:].sum()) == 0 and float(batch["loss_weights"][1:5].min()) == 1
 
 
@@ -152,18 +159,18 @@ def test_a_compiled_step_refuses_other_shapes_instead_of_compiling_again():
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     model, transform = Qwen(small_model()), make_optimizer(OPTIMIZER, 10)
     state = initial_state(model, transform, mesh, seed=3)
-    step = make_train_step(model, transform, next_token_loss, learning_rates(OPTIMIZER, 10), seed=0)
-    compiled = compile_train_step(step, state, batch_shapes(mesh, 8, 16), mesh)
+    step = make_train_step(model, transform, next_token_prediction(), learning_rates(OPTIMIZER, 10), COLUMNS, seed=0)
+    compiled = compile_train_step(step, state, batch_shapes(mesh, 8, COLUMNS), mesh)
     with pytest.raises(TypeError):
-        compiled(state, global_batch(FakeExamples(), 0, batch_shapes(mesh, 4, 16)))
+        compiled(state, global_batch(FakeExamples(), 0, batch_shapes(mesh, 4, COLUMNS)))
 
 
 def test_the_state_is_donated():
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     model, transform = Qwen(small_model()), make_optimizer(OPTIMIZER, 10)
-    step = make_train_step(model, transform, next_token_loss, learning_rates(OPTIMIZER, 10), seed=0)
+    step = make_train_step(model, transform, next_token_prediction(), learning_rates(OPTIMIZER, 10), COLUMNS, seed=0)
     state = abstract_state(model, transform, mesh)
-    compiled = compile_train_step(step, state, batch_shapes(mesh, 8, 16), mesh)
+    compiled = compile_train_step(step, state, batch_shapes(mesh, 8, COLUMNS), mesh)
     memory = compiled.memory_analysis()
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= state_bytes
@@ -175,12 +182,12 @@ def test_the_state_is_donated():
 )
 def test_a_batch_that_does_not_divide_is_refused(mesh, batch, accumulation, message):
     with pytest.raises(ValueError, match=message):
-        batch_shapes(make_mesh(MeshConfig(*mesh)), batch, 16, accumulation)
+        batch_shapes(make_mesh(MeshConfig(*mesh)), batch, COLUMNS, accumulation)
 
 
 def test_rows_that_do_not_divide_over_the_sequence_axis_are_refused():
     with pytest.raises(ValueError, match="sequence=8.*SEQUENCE_LENGTH"):
-        batch_shapes(make_mesh(MeshConfig(fsdp=1, sequence=8)), 8, 20)
+        batch_shapes(make_mesh(MeshConfig(fsdp=1, sequence=8)), 8, token_columns(20))
 
 
 def test_a_mesh_that_does_not_divide_devices_or_model_is_refused():

@@ -10,38 +10,68 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax.checkpoints.arrays import load_params, save_params
+from qwen_jax.batch_spec import token_columns
+from qwen_jax.checkpoints.arrays import RunFolderWeights, load_params, save_params
 from qwen_jax.checkpoints.manager import Checkpoints
 from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
+from qwen_jax.distributed.watchdog import Activity
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training import trainer as trainer_module
+from qwen_jax.training.callbacks import Callback
+from qwen_jax.training.goodput import Goodput
 from qwen_jax.training.metrics import read_metrics
-from qwen_jax.training.objectives import next_token_loss
+from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.profiling import OutOfMemory
 from qwen_jax.training.reporting import TrainingDiverged
-from qwen_jax.training.trainer import Trainer
+from qwen_jax.training.run import Run
+from qwen_jax.training.step import batch_shapes
+from qwen_jax.training.trainer import Trainer, standard_callbacks
 from qwen_jax.training.trainer_config import TrainerConfig
-from tests.fakes import FakeExamples, small_model
+from tests.fakes import (
+    FakeExamples,
+    ImageExamples,
+    ImageModel,
+    new_trainer,
+    prepared_trainer,
+    small_model,
+    squared_error,
+)
 
 LOOP = TrainerConfig(
-    train_steps=12, batch_size=8, sequence_length=16, log_every=1, eval_every=5, checkpoint_every=4, keep_checkpoints=2
+    train_steps=12,
+    batch_size=8,
+    sequence_length=16,
+    log_every=1,
+    eval_every=5,
+    checkpoint_every=4,
+    keep_checkpoints=2,
 )
 
 
-def trainer(folder, loop=LOOP, layout=(1, 1, 1), model=None, data=None, initial=None, learning_rate=1e-2):
+def trainer(
+    folder,
+    loop=LOOP,
+    layout=(1, 1, 1),
+    model=None,
+    data=None,
+    initial=None,
+    learning_rate=1e-2,
+    make=prepared_trainer,
+):
     config = model or small_model()
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
-    made = Trainer(
+    made = make(
         Qwen(config),
-        next_token_loss,
+        next_token_prediction(),
         OptimizerConfig(learning_rate, warmup_steps=2),
         loop,
         mesh,
         data or FakeExamples(),
         FakeExamples(count=13, repeat=False),
         folder,
-        initial,
+        None if initial is None else RunFolderWeights(initial, config),
     )
     write_run_files(folder, config, None)
     return made
@@ -92,7 +122,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(unbroken, tmp_path):
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "lo')
     resumed = trainer(copy)
-    assert resumed.start_step == 8 and resumed.next_example == 64
+    assert resumed.start_step == 8 and resumed.positions == {"train": 64}
     resumed.run()
     assert losses(copy) == losses(folder)
     for one, other in zip(jax.tree.leaves(load_params(copy)[1]), jax.tree.leaves(load_params(folder)[1]), strict=True):
@@ -121,17 +151,97 @@ def test_a_run_goes_on_on_another_mesh(unbroken, tmp_path):
         assert losses(copy)[step] == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_step_compiles_once(tmp_path):
+def test_a_trainer_costs_nothing_until_it_is_prepared_and_then_compiles_once(tmp_path):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-
-    run = trainer(tmp_path / "run")
+    before = len(jax.live_arrays())
+    run = trainer(tmp_path / "run", make=new_trainer)
+    assert not compiled and len(jax.live_arrays()) == before and not (tmp_path / "run" / "checkpoints").exists()
+    run.prepare()
     assert compiled, "the listener hears compilations"
     compiled.clear()
     run.run()
     assert not compiled
+
+
+class TwoStreams:
+    """Batches that are made, not read, from two streams; what they hold depends on the weights of the run."""
+
+    columns, fingerprints, waited = token_columns(16), {"prompts": "a", "train": "b"}, 0.0
+
+    def __init__(self, mesh):
+        self.shapes, self.started, self.closed = batch_shapes(mesh, 8, self.columns), [], 0
+        self.seen, self.positions = None, dict.fromkeys(self.fingerprints, 0)
+
+    def start(self, positions):
+        self.positions = dict(positions)
+        self.started.append(self.positions)
+
+    def next(self):
+        rows = FakeExamples().read(self.positions["train"], self.positions["train"] + 8)
+        rows["tokens"] = (rows["tokens"] + (self.seen > 0)) % 61
+        self.positions = {"prompts": self.positions["prompts"] + 3, "train": self.positions["train"] + 8}
+        return {name: jax.device_put(rows[name], shape.sharding) for name, shape in self.shapes.items()}
+
+    def close(self):
+        self.closed += 1
+
+
+class HandOver(Callback):
+    """Gives the producer what it needs of the newest weights, before each batch is made."""
+
+    def before_step(self, trainer):
+        trainer.batches.seen = float(trainer.state.params["output"][0, 0])
+
+
+def test_batches_may_come_from_any_producer_with_several_streams(tmp_path):
+    def run(steps):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        loop, config = dataclasses.replace(LOOP, train_steps=steps), OptimizerConfig(1e-2, schedule="constant")
+        held = Run(tmp_path / "run", Activity(), Goodput(tmp_path / "run"))
+        batches = TwoStreams(mesh)
+        callbacks = [*standard_callbacks(held, loop, config, None), HandOver()]
+        made = Trainer(held, Qwen(small_model()), next_token_prediction(), config, loop, mesh, batches, callbacks)
+        made.run()
+        return made, batches
+
+    (tmp_path / "run").mkdir()
+    _, batches = run(4)
+    assert batches.started == [{"prompts": 0, "train": 0}] and batches.closed == 1
+    made, batches = run(6)
+    assert batches.started == [{"prompts": 12, "train": 32}]
+    assert made.positions == {"prompts": 18, "train": 48} == Checkpoints.metadata(tmp_path / "run", 6)["positions"]
+    assert losses(tmp_path / "run").keys() == set(range(1, 7))
+
+
+class HalfOfTheWeights:
+    """The blocks alone, made of ones; what does not fit is found in `check`."""
+
+    def __init__(self, problem=None):
+        self.problem = problem
+
+    def check(self, abstract):
+        assert abstract["layers"]["mlp"]["up"]["kernel"].sharding.mesh.size == 2
+        if self.problem:
+            raise CheckpointError(self.problem)
+
+    def load(self, abstract):
+        return {
+            "layers": jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape), leaf.sharding), abstract["layers"])
+        }
+
+
+def test_a_part_of_the_weights_may_come_from_elsewhere_and_is_checked_before_compiling(tmp_path, monkeypatch):
+    mesh, data = make_mesh(MeshConfig(), jax.devices()[:2]), FakeExamples()
+    arguments = (Qwen(small_model()), next_token_prediction(), OptimizerConfig(1e-2), LOOP, mesh, data, None)
+    begun, plain = (prepared_trainer(*arguments, tmp_path / "a", weights) for weights in (HalfOfTheWeights(), None))
+    assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(begun.state.params["layers"]))
+    np.testing.assert_array_equal(begun.state.params["output"], plain.state.params["output"])
+    monkeypatch.setattr(trainer_module, "compile_run", None)
+    with pytest.raises(CheckpointError, match="another number of layers"):
+        prepared_trainer(*arguments, tmp_path / "b", HalfOfTheWeights("another number of layers"))
 
 
 def newest_file(folder):
@@ -232,3 +342,27 @@ def test_weights_alone_are_saved_whole_or_not_at_all(tmp_path):
     (tmp_path / "w" / "model_config.json").write_text(json.dumps({"vocab_size": 3}))
     with pytest.raises(CheckpointError, match="model_config.json"):
         load_params(tmp_path / "w")
+
+
+def test_an_objective_without_correct_predictions_trains_evaluates_and_reports(tmp_path, capsys):
+    """Another model, columns without tokens, metrics of its own, running statistics that resume."""
+
+    def made(folder, layout=(1, 1, 1), **changes):
+        mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+        loop = dataclasses.replace(LOOP, train_steps=6, eval_every=3, **changes)
+        held_out = ImageExamples(count=13, repeat=False)
+        arguments = (ImageModel(), squared_error(True), OptimizerConfig(1e-2), loop, mesh, ImageExamples(), held_out)
+        return prepared_trainer(*arguments, folder)
+
+    result = made(tmp_path / "run").run()
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "eval/absolute_error" in row] == [0, 3, 6]
+    trained = [row for row in rows if "loss" in row]
+    assert trained[-1]["absolute_error"] < trained[0]["absolute_error"] and "accuracy" not in trained[0]
+    assert result["eval/size"] == 13 and "held-out absolute error 0." in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    labels = ImageExamples().read(0, 48)["label"].sum()
+    resumed = made(tmp_path / "run", layout=(2, 2, 2))
+    assert resumed.start_step == 4
+    resumed.run()
+    np.testing.assert_allclose(resumed.state.extra["labels"], labels, rtol=1e-5)

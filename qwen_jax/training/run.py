@@ -1,0 +1,102 @@
+"""A run folder in use: checked, locked, rewound, its time accounted for, its process watched. What runs in it is open:
+pretraining, SFT and RLHF are all `open_run` and a `Trainer`."""
+
+import contextlib
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qwen_jax import files
+from qwen_jax.checkpoints.rewind import finish_rewinds, skipped_spans
+from qwen_jax.checkpoints.run_folder import CHECKPOINTS, CONFIG_FILE, CheckpointError
+from qwen_jax.distributed import hosts
+from qwen_jax.distributed.preemption import PreemptionHandler
+from qwen_jax.distributed.watchdog import Activity, Watchdog
+from qwen_jax.training.goodput import Goodput
+from qwen_jax.training.profiling import MEMORY_PROFILE
+
+# Folder of a run that keeps compiled programs.
+COMPILED = "compiled"
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder that this job holds; made by `open_run`.
+
+    Attributes:
+      folder: OUTPUT_DIR.
+      activity: what the process does now, for the watchdog and for errors.
+      goodput: the account of the run's time.
+    """
+
+    folder: Path
+    activity: Activity
+    goodput: Goodput
+
+    def skipped_examples(self, stream: str) -> list[tuple[int, int]]:
+        """Spans [start, stop) of the order of a data stream that rewinds pass over."""
+        return skipped_spans(self.folder, stream)
+
+    def preemption(self) -> PreemptionHandler:
+        """A context in which SIGTERM asks for a save and a clean end."""
+        return PreemptionHandler()
+
+
+@contextlib.contextmanager
+def open_run(
+    folder: str | Path,
+    check_same_run: Callable[[Path], None],
+    *,
+    watchdog: Watchdog | None = None,
+    began: float | None = None,
+) -> Iterator[Run]:
+    """Holds a run folder, new or old, while open. In a job, process 0 holds it for all.
+
+    Args:
+      check_same_run: raises if a run folder holds another run than the one that starts; called in process 0.
+      watchdog: gets the folder, and is told of the activity.
+      began: `time.time()` when the process started.
+
+    Raises:
+      CheckpointError: the folder is a file, holds something else than a run, or another run.
+      ValueError: another process holds it.
+    """
+    folder, watchdog = Path(folder), watchdog or Watchdog()
+    hosts.run_on_main(
+        "output folder", "process 0 to look into OUTPUT_DIR", lambda: _check_folder(folder, check_same_run)
+    )
+    goodput = Goodput(folder, began)
+    goodput.count("starting")
+    with _held(folder) if hosts.process_index() == 0 else contextlib.nullcontext():
+        hosts.run_on_main("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(folder))
+        watchdog.folder = folder
+        yield Run(folder, watchdog.activity, goodput)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Locks the folder; one that was made for the lock and got nothing else is removed."""
+    new = not folder.exists()
+    try:
+        with files.locked(folder):
+            yield
+    finally:
+        if new and [path.name for path in folder.iterdir()] == [files.LOCK_FILE]:
+            shutil.rmtree(folder)
+
+
+def _check_folder(folder: Path, check_same_run: Callable[[Path], None]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"OUTPUT_DIR {folder} is a file: choose a folder")
+    if (folder / CONFIG_FILE).exists():
+        check_same_run(folder)
+        return
+    # What a start leaves that ended before its first step: killed, hung, or out of memory.
+    leftovers = re.compile(rf"\..*|{CHECKPOINTS}|{COMPILED}|{re.escape(MEMORY_PROFILE)}|stacks_\d+\.txt")
+    there = sorted(path.name for path in folder.glob("*") if not leftovers.fullmatch(path.name))
+    if there:
+        raise CheckpointError(
+            f"OUTPUT_DIR {folder} holds {there[0]!r} and is no run of ours: choose an empty or new folder"
+        )
