@@ -5,17 +5,20 @@ Only entry points and tools import this; models and training are plain functions
 
 import argparse
 import contextvars
+import dataclasses
 import difflib
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import gin
 
 from qwen_jax import gin_internals
 from qwen_jax.data import task_configuration
+from qwen_jax.files import PathLike, as_path, is_path_type
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.transformer import parameter_count
@@ -71,6 +74,21 @@ def _configured_model() -> ModelConfig:
     if "hidden_size" not in gin.get_bindings(ModelConfig, resolve_references=False):
         raise ConfigurationError("no model is configured: add --gin_file=FILE with a file of gin/models or gin/runs")
     return gin.get_configurable(ModelConfig)()
+
+
+@gin.configurable
+def checkpoint_config(path: PathLike) -> ModelConfig:
+    """The configuration of a model that exists, in any known format, with what gin sets of `ModelConfig` changed.
+
+    So `train.model = @checkpoint_config()` trains it without a gin file of its sizes, and
+    `--gin.ModelConfig.context_length=8192` means the same as for a model of gin/models.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and the field that is wrong.
+    """
+    from qwen_jax.conversion.load import read_model_config  # most runs do not need it
+
+    return dataclasses.replace(read_model_config(path), **gin.get_bindings(ModelConfig))
 
 
 for _configurable in (
@@ -130,7 +148,9 @@ def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     Each file is read once. `include` looks beside the file that it stands in, then in the repository, then in the
     working directory.
 
-    A value of `bindings` that is no Python literal and no gin reference is taken as a string, so paths need no quotes.
+    A value of `bindings` that is no Python literal and no gin reference is taken as a string. One for a parameter that
+    is a path by its annotation (`files.PathLike`), or for a macro that such a parameter is set to, is that path, also
+    where it looks like a number. So paths need no quotes.
 
     Raises:
       ConfigurationError: as `parse_args`.
@@ -139,7 +159,7 @@ def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     reader = _FileReader()
     task_configuration.declare_configurables()
     for file in files:
-        path = _existing(Path(file).expanduser(), ROOT / file)
+        path = _existing(as_path(file, "--gin_file"), ROOT / file)
         if path is None:
             known = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "gin").glob("*/*.gin"))]
             raise ConfigurationError(f"--gin_file={file}: no such file, here or in {ROOT}.{_suggestion(file, known)}")
@@ -159,7 +179,7 @@ def files_read(files: Sequence[str]) -> list[Path]:
     """The gin files that `load_gin(files)` reads, each after those that it includes; absent files are left out."""
     reader = _FileReader()
     for file in files:
-        if (path := _existing(Path(file).expanduser(), ROOT / file)) is not None:
+        if (path := _existing(as_path(file, "--gin_file"), ROOT / file)) is not None:
             reader.scan(path)
     return list(reader.included)
 
@@ -252,12 +272,44 @@ def _shown(key: gin_internals.Key) -> str:
 
 
 def _bind(name: str, value: str) -> gin_internals.Key:
+    key = _parse(lambda: gin_internals.key_of(*gin_internals.split_name(name)), f"--gin.{name}")
     try:
-        gin.config.parse_value(value)
+        parsed = gin.config.parse_value(value)
+        as_written = not _is_path(value, parsed, _annotations(key))
     except Exception:  # gin has no one class for a value that does not parse
-        value = repr(value)
-    _parse(lambda: gin.parse_config(f"{name} = {value}"), f"--gin.{name}")
-    return gin_internals.key_of(*gin_internals.split_name(name))
+        as_written = False
+    text = value if as_written else repr(value)
+    _parse(lambda: gin.parse_config(f"{name} = {text}"), f"--gin.{name}")
+    return key
+
+
+def _is_path(text: str, parsed: Any, annotations: list) -> bool:
+    """Whether the text of a value that could be read as `parsed` is a path all the same: 2024_11_29, 1e5, None."""
+    if isinstance(parsed, str) or text.startswith(("@", "%")) or not any(map(is_path_type, annotations)):
+        return False
+    if parsed is None:
+        return not all(types.NoneType in get_args(one) for one in annotations)
+    several = isinstance(parsed, list | tuple | dict) and any(map(_takes_several, annotations))
+    return not several
+
+
+def _takes_several(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    return isinstance(origin, type) and issubclass(origin, Sequence) or any(map(_takes_several, get_args(annotation)))
+
+
+def _annotations(key: gin_internals.Key) -> list:
+    """Types of the parameter that a key sets, or of all that are set to a macro, directly or through others."""
+    scope, selector, parameter = key
+    if selector != gin_internals.MACRO:
+        return [gin_internals.annotation(selector, parameter)]
+    users = [
+        (user_scope, user, name)
+        for (user_scope, user), values in gin_internals.bindings().items()
+        for name, value in values.items()
+        if scope in gin_internals.macros_in(value) and (user_scope, user) != (scope, selector)
+    ]
+    return [one for user in users for one in _annotations(user)]
 
 
 def _parse(parse: Callable[[], Any], where: str) -> Any:

@@ -15,10 +15,45 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, get_args
 
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+# Types of parameters that people set to a path, or to a folder or glob: on the command line, their values are never
+# read as numbers. The mark is for `is_path_type`.
+_PATH_MARK = "qwen_jax path"
+PathLike = Annotated[str | os.PathLike, _PATH_MARK]
+Pattern = Annotated[str | os.PathLike, _PATH_MARK]
+
+
+def is_path_type(hint) -> bool:
+    """Whether a type annotation is `PathLike` or `Pattern`, or has one of them in it, as `PathLike | None`."""
+    return _PATH_MARK in getattr(hint, "__metadata__", ()) or any(map(is_path_type, get_args(hint)))
+
+
+def as_path(given: PathLike, name: str = "path") -> Path:
+    """The path that a person gave, with `~` and `~user` for home folders.
+
+    Args:
+      name: of the flag, macro or parameter, for the message.
+
+    Raises:
+      ValueError: it is no path (a number of a gin file without quotes, nothing), or there is no such user.
+    """
+    return Path(as_pattern(given, name))
+
+
+def as_pattern(given: Pattern, name: str = "path") -> str:
+    """As `as_path`, for a folder or glob, which stays as it was written otherwise."""
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        shown = "nothing" if given == "" else f"{given!r} ({type(given).__name__})"
+        raise ValueError(f"{name}: expected a path, found {shown}; in gin files and Python, a path stands in quotes")
+    text = os.path.expanduser(os.fspath(given))
+    if text.startswith("~"):
+        user = text.partition("/")[0]
+        raise ValueError(f"{name}: {text}: there is no home folder {user}; write ./{text} for a folder of that name")
+    return text
 
 
 def _temporary(final: Path) -> Path:

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import io
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,6 +128,14 @@ def configurable_names() -> list[str]:
 def wrapped(selector: str) -> Any:
     """The function or class behind a name, as it was before gin wrapped it."""
     return gin.config._REGISTRY.get_match(selector).wrapped
+
+
+def annotation(selector: str, parameter: str) -> Any:
+    """The type annotation of a parameter of a configurable function or class; None: it has none."""
+    try:
+        return typing.get_type_hints(wrapped(selector), include_extras=True).get(parameter)
+    except (NameError, TypeError):  # names that are not imported where the function is
+        return None
 
 
 def parameters(selector: str) -> list[str]:

@@ -7,25 +7,28 @@ On several hosts: the same command on each (`qwen_jax.distributed.hosts`).
 
 import argparse
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import flax.linen as nn
 import gin
 import jax
 
 from qwen_jax import files
 from qwen_jax.batch_spec import token_columns
-from qwen_jax.checkpoints.arrays import RunFolderWeights
 from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps, write_run_files
 from qwen_jax.command_line import quiet, run
 from qwen_jax.configuration import parse_args
+from qwen_jax.conversion.initial_weights import InitialWeights
 from qwen_jax.data import task_configuration
 from qwen_jax.data.default_tokenizer import default_tokenizer
 from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.data.packing import is_packed
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, joined
+from qwen_jax.files import PathLike
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.batches import Prefetcher
 from qwen_jax.training.goodput import process_start_time
@@ -48,15 +51,16 @@ def train(
     optimizer: OptimizerConfig,
     loop: TrainerConfig,
     mixture_or_task: str,
-    output_dir: str,
-    cache_dir: str,
+    output_dir: PathLike,
+    cache_dir: PathLike,
     mesh: MeshConfig = MeshConfig(),
     objective: Objective = next_token_prediction(),
-    initial_checkpoint: str | None = None,
+    initial_checkpoint: PathLike | None = None,
+    initial_subtree: str | Sequence[str] | Mapping[str, str] | None = None,
     data_seed: int = 0,
     packing: str = "concat",
     compiler_options: dict | None = None,
-    compilation_cache: str | None = "auto",
+    compilation_cache: PathLike | None = "auto",
     watchdog: Watchdog | None = None,
     began: float | None = None,
 ) -> dict[str, float]:
@@ -66,7 +70,8 @@ def train(
 
     Args:
       mixture_or_task: name of a SeqIO task or mixture of `tasks/`; cached in `cache_dir` first if it is not yet.
-      initial_checkpoint: run folder whose weights a new run starts from.
+      initial_checkpoint: run folder, or model in an external format, whose weights a new run starts from.
+      initial_subtree: which of them; see `InitialWeights`. None: all.
       data_seed: of the order of the examples.
       packing: "concat" merges documents and cuts them to the sequence length, as the report does; "best_fit" puts whole
         documents into sequences, and attention and positions keep to each.
@@ -82,7 +87,13 @@ def train(
     Raises:
       ValueError, OSError: anything that cannot be run, with what to change.
     """
+    output, cache_dir = files.as_path(output_dir, "OUTPUT_DIR"), files.as_path(cache_dir, "CACHE_DIR")
     check_length(loop, model)
+    initial_weights = None
+    if initial_checkpoint is not None:
+        initial_weights = InitialWeights(initial_checkpoint, initial_subtree, model)
+        if not saved_steps(output):  # before the minutes of preparing data and compiling
+            initial_weights.check(nn.meta.unbox(abstract_params(Qwen(model))))
     devices = make_mesh(mesh)
     check_run(
         Qwen(model),
@@ -94,9 +105,7 @@ def train(
         accumulation=loop.accumulation(devices),
         memory=device_memory(devices),
     )
-    with open_run(
-        output_dir, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began
-    ) as run_folder:
+    with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
         where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
         prepare_data(mixture_or_task, where, run_folder)
         train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
@@ -113,7 +122,7 @@ def train(
             devices,
             Prefetcher(train_set, shapes, run_folder.skipped_examples("train")),
             standard_callbacks(run_folder, loop, optimizer, eval_set),
-            initial_weights=None if initial_checkpoint is None else RunFolderWeights(initial_checkpoint, model),
+            initial_weights=initial_weights,
             cache=find_cache(compilation_cache, run_folder.folder),
             compiler_options=compiler_options,
         )
@@ -217,7 +226,7 @@ def load_data(
     return train_set, eval_set
 
 
-def check_same_data(name: str, cache_dir: str, fingerprints: list[str]) -> None:
+def check_same_data(name: str, cache_dir: PathLike, fingerprints: list[str]) -> None:
     """Compares the data of this process with those of process 0.
 
     Raises:
@@ -230,10 +239,10 @@ def check_same_data(name: str, cache_dir: str, fingerprints: list[str]) -> None:
         )
 
 
-def find_cache(folder: str | None, output: Path) -> CompilationCache:
+def find_cache(folder: PathLike | None, output: Path) -> CompilationCache:
     """Where compiled programs are kept, as `train` says."""
     if folder != "auto":
-        return CompilationCache(None if folder is None else Path(folder).absolute())
+        return CompilationCache(None if folder is None else files.as_path(folder, "COMPILATION_CACHE").absolute())
     return CompilationCache(None if jax.default_backend() == "cpu" else (output / COMPILED).absolute())
 
 

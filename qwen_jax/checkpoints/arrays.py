@@ -5,7 +5,6 @@ one tree.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ from qwen_jax.checkpoints.run_folder import (
     CHECKPOINTS,
     TOKENIZER_FILE,
     CheckpointError,
-    check_same_model,
     read_config,
     saved_steps,
     write_run_files,
@@ -263,36 +261,3 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[ModelConfig,
         nn.meta.unbox(abstract_params(Qwen(config))),
     )
     return config, jax.tree.map(np.asarray, restore_params(path, abstract, step))
-
-
-@dataclasses.dataclass(frozen=True)
-class RunFolderWeights:
-    """The weights of a run folder, for a run of the same model to start from.
-
-    Attributes:
-      path: a run folder (its newest checkpoint), or the folder of one step.
-      config: of the model that is to be trained.
-    """
-
-    path: str | Path
-    config: ModelConfig
-
-    def check(self, abstract) -> None:
-        """Finds what is wrong, without reading arrays.
-
-        Raises:
-          CheckpointError: no such checkpoint, or another model.
-        """
-        check_same_model(_run_folder(Path(self.path))[0], self.config)
-        _step_folder(self.path, None)
-
-    def load(self, abstract) -> dict:
-        """The weights, placed as `abstract` says.
-
-        Raises:
-          CheckpointError: they cannot be read as these shapes.
-        """
-        return restore_params(self.path, abstract)
-
-    def __str__(self) -> str:
-        return str(self.path)

@@ -5,6 +5,7 @@ tokenizer; `convert` writes one as the other (`tools/convert_checkpoint.py` on t
 """
 
 from qwen_jax.conversion.converter import convert
-from qwen_jax.conversion.load import detect_format, load_pretrained, load_tokenizer
+from qwen_jax.conversion.initial_weights import InitialWeights
+from qwen_jax.conversion.load import detect_format, load_pretrained, load_tokenizer, read_model_config
 
-__all__ = ["convert", "detect_format", "load_pretrained", "load_tokenizer"]
+__all__ = ["InitialWeights", "convert", "detect_format", "load_pretrained", "load_tokenizer", "read_model_config"]

@@ -17,6 +17,7 @@ from qwen_jax.conversion.padding import repadded
 from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED
 from qwen_jax.conversion.tokenizer import write_tokenizer
 from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.files import as_path
 from qwen_jax.models.config import ModelConfig
 
 TABLES = {**FORMATS, gguf_file.NAME: gguf_file.GGUF}
@@ -64,7 +65,8 @@ def convert(
       FileNotFoundError, ValueError: naming what is wrong in the arguments, the source or the target; OSError: from
         the file system; ChecksumError: `verify` found a difference. Nothing is written then.
     """
-    target = Path(target).absolute()
+    source, target = as_path(source), as_path(target).absolute()
+    tokenizer = None if tokenizer is None else as_path(tokenizer)
     shard_size = huggingface.parse_size(max_shard_size)
     _check_arguments(source_format, target_format, dtype, target, layout)
     weights = open_weights(source, source_format)

@@ -21,6 +21,8 @@ from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.files import as_path
+from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import tree_shardings
 
@@ -35,7 +37,7 @@ def detect_format(path: str | os.PathLike) -> str:
       FileNotFoundError: no such folder.
       ValueError: it is none of these.
     """
-    path = Path(path)
+    path = as_path(path)
     if gguf_file.is_gguf(path):
         return gguf_file.NAME
     if not path.is_dir():
@@ -59,11 +61,29 @@ def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
     Raises:
       FileNotFoundError, ValueError: naming the file, field or tensor that is wrong.
     """
+    path = as_path(path)
     if (found := detect_format(path)) != (name or found):
         raise ValueError(f"{path} is a folder of format {found}, not {name}")
     if found == gguf_file.NAME:
         return gguf_file.GgufFile(path)
     return RunFolder(path) if found == ORBAX else huggingface.SafetensorsFolder(path, FORMATS[found])
+
+
+def read_model_config(path: str | os.PathLike) -> ModelConfig:
+    """The ModelConfig of a model in any known format; reads no weights.
+
+    What an outside format does not say (compute dtype, remat policy, attention kernel) is the default.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and the field that is wrong.
+    """
+    path, found = as_path(path), detect_format(path)
+    if found == gguf_file.NAME:
+        return gguf_file.GgufFile(path).config
+    if found != ORBAX:
+        return huggingface.read_config(path, FORMATS[found])
+    in_step = path.absolute().parent.name == run_folder.CHECKPOINTS
+    return run_folder.read_config(path.absolute().parent.parent if in_step else path)
 
 
 def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Qwen, dict]:
@@ -82,6 +102,7 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
     Raises:
       FileNotFoundError, ValueError: naming the file, field or tensor that is wrong, or that the mesh does not divide.
     """
+    path = as_path(path)
     weights = open_weights(path)
     model = Qwen(dataclasses.replace(weights.config, dtype=dtype))
     boxed = abstract_params(model)
@@ -95,24 +116,28 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
         return model, restore_params(path, placed)
     # On a terminal only: this is a library call.
     named = tqdm(flatten_dict(shardings, sep="/").items(), desc="parameters", disable=None)
-    return model, unflatten_dict({name: _placed(weights, name, sharding) for name, sharding in named}, sep="/")
+    return model, unflatten_dict({name: place_parameter(weights, name, sharding) for name, sharding in named}, sep="/")
 
 
-def _placed(weights: Weights, path: str, sharding: Sharding) -> jax.Array:
-    """A parameter in float32 on the devices; a large stacked one goes there layer by layer."""
+def place_parameter(weights: Weights, path: str, sharding: Sharding, dtype=jnp.float32) -> jax.Array:
+    """A parameter in `dtype` on the devices; a large stacked one goes there layer by layer.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
     shape = parameter_shapes(weights.config)[path]
     if not is_stacked(path) or 4 * math.prod(shape) <= PIECE_BYTES:
-        return jax.device_put(read_parameter(weights, path), sharding)
+        return jax.device_put(read_parameter(weights, path).astype(dtype, copy=False), sharding)
     of_layer = sharding
     if isinstance(sharding, NamedSharding):
         # The axis of layers lies on no mesh axis.
         of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    stacked = jnp.zeros(shape, jnp.float32, device=sharding)
+    stacked = jnp.zeros(shape, dtype, device=sharding)
     put = jax.jit(lambda all, one, layer: all.at[layer].set(one), donate_argnums=0, out_shardings=sharding)
     for layer in range(shape[0]):
         one = np.empty(shape[1:], np.float32)
         copy_moved(weights.read(path, layer), one)
-        stacked = put(stacked, jax.device_put(one, of_layer), layer)
+        stacked = put(stacked, jax.device_put(one.astype(dtype, copy=False), of_layer), layer)
     return stacked
 
 
@@ -122,6 +147,7 @@ def find_ranks(path: str | os.PathLike, scratch: Path) -> Path | None:
     Raises:
       FileNotFoundError, ValueError: it is no model, or its tokenizer is not Qwen's.
     """
+    path = as_path(path)
     found = detect_format(path)
     if found == ORBAX:
         return tokenizer_path(path)

@@ -54,7 +54,8 @@ def test_the_page_on_converting(folder):
     assert "verified: 15 tensors read back" in said
     assert re.search(r"check: logits differ by 0 at most .* the same at 32 of 32 positions", said)
     assert names["logits"].shape == (1, 3, 480) and names["prompt"].endswith("<|im_start|>assistant\n")
-    assert sorted(os.listdir(folder / "runs")) == ["qwen_7b", "tiny", "unscanned"]
+    assert sorted(os.listdir(folder / "runs")) == ["continued", "continued_cache", "qwen_7b", "tiny", "unscanned"]
+    assert "starting from the weights of exports/tiny" in said and "step 2" in said
     assert sorted(os.listdir(folder / "exports")) == ["padded", "tiny", "tiny_qwen"]
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from qwen_jax.batch_spec import token_columns
-from qwen_jax.checkpoints.arrays import RunFolderWeights, load_params, save_params
+from qwen_jax.checkpoints.arrays import load_params, save_params
 from qwen_jax.checkpoints.manager import Checkpoints
 from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
+from qwen_jax.conversion.initial_weights import InitialWeights
 from qwen_jax.distributed.watchdog import Activity
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import MeshConfig, make_mesh
@@ -71,7 +72,7 @@ def trainer(
         data or FakeExamples(),
         FakeExamples(count=13, repeat=False),
         folder,
-        None if initial is None else RunFolderWeights(initial, config),
+        None if initial is None else InitialWeights(initial),
     )
     write_run_files(folder, config, None)
     return made

@@ -1,0 +1,131 @@
+"""Weights that a new run starts from: any known format, whole or in part, compared by shapes, not by configuration.
+
+So a run may have another context length than the model it starts from (Code-Qwen-14B, with 8,192 tokens, from Qwen-14B
+with 2,048; report 4), other dropout, or parts that the other model lacks.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
+
+from qwen_jax.checkpoints.arrays import restore_params
+from qwen_jax.checkpoints.run_folder import CheckpointError
+from qwen_jax.conversion.load import open_weights, place_parameter
+from qwen_jax.conversion.mapping import Weights, parameter_shapes
+from qwen_jax.conversion.run_folder import SCANNED, RunFolder
+from qwen_jax.files import as_path
+from qwen_jax.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+# Fields of the configuration that change what the same parameters compute.
+ARITHMETIC_FIELDS = ("rope_theta", "norm_epsilon")
+
+
+class InitialWeights:
+    """Parameters of a checkpoint as the start of a run; nothing is read before `check` or `load`."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        subtree: str | Sequence[str] | Mapping[str, str] | None = None,
+        model: ModelConfig | None = None,
+    ):
+        """Names the weights.
+
+        Args:
+          path: a run folder (or the folder of one of its steps), a folder in format qwen or qwen2, or a GGUF file.
+          subtree: which parameters to take. None: all, and the two models must have the same. One or more paths, such
+            as "layers" or "layers/mlp": these and what is below them. A mapping: path in the model to be trained to
+            path in the checkpoint, where "" is its root, so that {"decoder": ""} starts the decoder of a larger model.
+          model: the configuration that will be trained; where it computes something else with the same parameters
+            (another rotary base), `check` logs a warning.
+        """
+        self.path, self._model = as_path(path, "INITIAL_CHECKPOINT"), model
+        if subtree is None or isinstance(subtree, Mapping):
+            self._subtree = {"": ""} if subtree is None else dict(subtree)
+        else:
+            self._subtree = {name: name for name in ([subtree] if isinstance(subtree, str) else subtree)}
+
+    def __str__(self) -> str:
+        whole = self._subtree == {"": ""}
+        return str(self.path) if whole else f"{self.path} ({', '.join(name or 'all' for name in self._subtree)})"
+
+    def check(self, abstract: dict) -> None:
+        """Compares paths and shapes; reads no parameter.
+
+        Args:
+          abstract: all parameters of the model to be trained: nested dict of leaves with a `shape`.
+
+        Raises:
+          FileNotFoundError, ValueError: it is no checkpoint, or one that is damaged.
+          CheckpointError: it does not fit; every parameter that does not is named, with both shapes.
+        """
+        weights = open_weights(self.path)
+        self._sources(weights, abstract)
+        for field in ARITHMETIC_FIELDS if self._model is not None else ():
+            here, there = getattr(self._model, field), getattr(weights.config, field)
+            if here != there:
+                log.warning(
+                    "%s was trained with %s %s, and this run computes with %s: set --gin.ModelConfig.%s=%s to keep it",
+                    *(self.path, field, there, here, field, there),
+                )
+
+    def load(self, abstract: dict) -> dict:
+        """Reads the parameters onto their devices; this host holds one layer of one parameter besides.
+
+        Args:
+          abstract: as for `check`, of ShapeDtypeStructs with shardings.
+
+        Returns:
+          Nested dict of jax arrays with the dtypes and shardings of `abstract`, of the parameters that are taken.
+
+        Raises:
+          FileNotFoundError, ValueError, CheckpointError: as `check`.
+        """
+        weights, flat = open_weights(self.path), flatten_dict(abstract, sep="/")
+        sources = self._sources(weights, abstract)
+        same = all(target == source for target, source in sources.items()) and len(sources) == len(flat)
+        if same and isinstance(weights, RunFolder) and weights.layout == SCANNED:
+            return restore_params(self.path, abstract)  # each device reads its shard
+        named = tqdm(sources.items(), desc="initial weights", disable=None)
+        placed = {
+            target: place_parameter(weights, source, flat[target].sharding, flat[target].dtype)
+            for target, source in named
+        }
+        return unflatten_dict(placed, sep="/")
+
+    def _sources(self, weights: Weights, abstract: dict) -> dict[str, str]:
+        """Path in the model to be trained to path in the checkpoint, of every parameter that is taken."""
+        expected = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract, sep="/").items()}
+        found, sources, problems = parameter_shapes(weights.config), {}, []
+        for ours, theirs in self._subtree.items():
+            below = [path for path in expected if _is_below(path, ours)]
+            if not below:
+                problems.append(f"the model has no parameter {ours}")
+            sources |= {path: _moved(path, ours, theirs) for path in below}
+            unused = sorted({path for path in found if _is_below(path, theirs)} - set(sources.values()))
+            problems += [f"{path} {list(found[path])} is there and not in the model" for path in unused]
+        for target, source in sources.items():
+            name = target if target == source else f"{target} (there {source})"
+            if source not in found:
+                problems.append(f"{name} {list(expected[target])} is not there")
+            elif found[source] != expected[target]:
+                problems.append(f"{name} is {list(found[source])} there and {list(expected[target])} in the model")
+        if problems:
+            raise CheckpointError(
+                f"the weights of {self.path} do not fit the model: {'; '.join(problems)}. Choose a model of the same "
+                f"shapes, or take a part of the weights (subtree)"
+            )
+        return sources
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return not prefix or path == prefix or path.startswith(f"{prefix}/")
+
+
+def _moved(path: str, prefix: str, other: str) -> str:
+    return "/".join(part for part in (other, path[len(prefix) :].strip("/")) if part)
