@@ -274,7 +274,7 @@ def _shown(key: gin_internals.Key) -> str:
 def _bind(name: str, value: str) -> gin_internals.Key:
     key = _parse(lambda: gin_internals.key_of(*gin_internals.split_name(name)), f"--gin.{name}")
     try:
-        parsed = gin.config.parse_value(value)
+        parsed = gin_internals.parse_value(value)
         as_written = not _is_path(value, parsed, _annotations(key))
     except Exception:  # gin has no one class for a value that does not parse
         as_written = False

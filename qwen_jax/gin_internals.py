@@ -94,6 +94,15 @@ def key_of(scope: str, selector: str, parameter: str) -> Key:
     return gin.config.ParsedBindingKey.parse((scope, selector, parameter)).scope_selector_arg
 
 
+def parse_value(text: str) -> Any:
+    """The value of the right side of a binding.
+
+    Raises:
+      Exception: gin has no one class for a text that is none.
+    """
+    return gin.config.parse_value(text)
+
+
 def split_name(name: str) -> tuple[str, str, str]:
     """(scope, selector, parameter) of a name as written; `parameter` is empty for a macro."""
     return config_parser.parse_binding_key(name)
