@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from qwen_jax.command_line import run
+from qwen_jax.command_line import path_argument, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = {"trace": "tracing", "lower": "lowering", "xla": "XLA"}
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", default="1_8b,7b,14b", help="sizes of gin/runs/pretrain_SIZE.gin, smallest first (1_8b,7b,14b)"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/compile_time"), help="folder of the reports")
+    parser.add_argument("--output", type=path_argument, default=Path("runs/compile_time"), help="folder of the reports")
     arguments, flags = parser.parse_known_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = {}

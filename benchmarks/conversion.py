@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
-from qwen_jax.command_line import run  # noqa: E402
+from qwen_jax.command_line import path_argument, run  # noqa: E402
 from qwen_jax.conversion import huggingface  # noqa: E402
 from qwen_jax.conversion.checksums import Checksums, flush  # noqa: E402
 from qwen_jax.conversion.load import open_weights  # noqa: E402
@@ -134,7 +134,7 @@ def weight_bytes(config: ModelConfig) -> int:
 def main() -> None:
     """Runs the steps and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are made")
+    parser.add_argument("--folder", type=path_argument, required=True, help="where the checkpoints are made")
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--step", choices=STEPS, help="one of them alone; default: all, one after the other")
     arguments = parser.parse_args()

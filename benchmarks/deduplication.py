@@ -36,6 +36,7 @@ import make_crawl  # noqa: E402
 import numpy as np  # noqa: E402
 from datasketch import MinHash, MinHashLSH  # noqa: E402
 
+from qwen_jax.command_line import path_argument  # noqa: E402
 from qwen_jax.curation import dedup  # noqa: E402
 
 _CONFIG = dedup.FuzzyConfig()
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--signatures", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--memory_of", choices=("ours", "datasketch"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=path_argument, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.memory_of == "ours":
         return memory_of_ours(arguments.documents, arguments.folder)

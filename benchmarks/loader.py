@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qwen_jax.command_line import quiet, run  # noqa: E402
+from qwen_jax.command_line import path_argument, quiet, run  # noqa: E402
 
 TASK = "python_corpus"
 
@@ -96,7 +96,9 @@ def first_pass(cache_dir: Path, length: int, batch: int, num_batches: int) -> fl
 def main(argv: list[str] | None = None) -> None:
     """Makes the cache if it is not there, measures, prints a table with the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache_dir", type=Path, help="where to cache the task (default: a folder that goes again)")
+    parser.add_argument(
+        "--cache_dir", type=path_argument, help="where to cache the task (default: a folder that goes again)"
+    )
     parser.add_argument("--sequence_length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=16, help="sequences of a batch")
     parser.add_argument("--seconds", type=float, default=5, help="of each measurement")

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from qwen_jax.command_line import path_argument
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path("runs/start")
 
@@ -92,7 +94,7 @@ def first_token(tree: Path, python: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Prints seconds of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tree", type=Path, default=ROOT, help="checkout to measure (default: this one)")
+    parser.add_argument("--tree", type=path_argument, default=ROOT, help="checkout to measure (default: this one)")
     parser.add_argument("--runs", type=int, default=5, help="of each (default: %(default)s)")
     arguments = parser.parse_args(argv)
     tree = arguments.tree.resolve()

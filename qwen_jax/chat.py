@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_jax import files
-from qwen_jax.command_line import run
+from qwen_jax.command_line import path_argument, run
 from qwen_jax.conversion.huggingface import GENERATION_FILE, read_json
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_prompt, stop_ids
 from qwen_jax.generate import load_engine
@@ -134,7 +134,7 @@ class Chat:
           OSError: it cannot be written.
         """
         content = {"messages": [{"role": "system", "content": self.system}, *self.messages]}
-        files.write_json(Path(path).expanduser(), content)
+        files.write_json(files.as_path(path, "/save"), content)
 
 
 def defaults(checkpoint: str | Path) -> dict[str, float | int]:
@@ -143,7 +143,7 @@ def defaults(checkpoint: str | Path) -> dict[str, float | int]:
     Raises:
       ValueError: the file is there, and one of its settings is no number.
     """
-    path = Path(checkpoint) / GENERATION_FILE
+    path = files.as_path(checkpoint) / GENERATION_FILE
     found = read_json(path) if path.is_file() else {}
     settings = {name: found[name] for name in RELEASED if found.get(name) is not None}
     if wrong := [name for name, value in settings.items() if type(value) not in (int, float)]:
@@ -249,7 +249,9 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m qwen_jax.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="run folder, or converted folder (qwen or qwen2)")
+    parser.add_argument(
+        "--checkpoint", type=path_argument, required=True, help="run folder, or converted folder (qwen or qwen2)"
+    )
     parser.add_argument("--system", default=DEFAULT_SYSTEM, help=f"system message; default: {DEFAULT_SYSTEM!r}")
     for name, kind in (
         ("temperature", float),

@@ -1,5 +1,6 @@
 """What every command shares: logging, short errors in place of tracebacks, imports that keep quiet."""
 
+import argparse
 import contextlib
 import logging
 import os
@@ -7,7 +8,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from qwen_jax import files
 from qwen_jax.extras import missing_extra
 
 # What gin adds to the TypeError of a call that lacks arguments.
@@ -48,6 +51,19 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, TypeError) and _UNSET in message:
         message = f"{message.split(_UNSET)[0].strip()}: name the gin file that sets them with --gin_file"
     return " ".join(message.split()) or type(error).__name__
+
+
+def path_argument(text: str) -> Path:
+    """`type` of an argparse flag that names a file or folder: see `files.as_path`."""
+    return Path(pattern_argument(text))
+
+
+def pattern_argument(text: str) -> str:
+    """`type` of an argparse flag that names a folder or glob: see `files.as_pattern`."""
+    try:
+        return files.as_pattern(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
 
 
 def _in_a_job() -> bool:

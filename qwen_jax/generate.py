@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwen_jax.command_line import run
+from qwen_jax.command_line import path_argument, run
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.inference import Engine, Request, Result, SamplingConfig
 
@@ -110,11 +110,16 @@ def main(argv=None) -> None:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="run folder, or converted folder (qwen or qwen2)")
+    parser.add_argument(
+        "--checkpoint", type=path_argument, required=True, help="run folder, or converted folder (qwen or qwen2)"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument(
-        "--prompts", metavar="FILE", help='JSON lines with a "prompt" each; results are JSON lines as they finish'
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help='JSON lines with a "prompt" each; results are JSON lines as they finish',
     )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="at most so many")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import gin
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.conversion import load_pretrained, load_tokenizer
+from qwen_jax.files import PathLike
 
 # Texts are padded to one of these lengths, so that there are few programs to compile.
 _LENGTHS = (64, 256, 1024)
@@ -29,7 +29,7 @@ class CheckpointPerplexity:
         dtype: compute dtype, "float32" or "bfloat16".
     """
 
-    path: str
+    path: PathLike
     max_tokens: int = 256
     dtype: str = "float32"
 
@@ -54,9 +54,9 @@ class CheckpointPerplexity:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: str, dtype: str):
-    tokenizer = load_tokenizer(Path(path))
-    model, params = load_pretrained(Path(path), dtype=dtype)
+def _load(path: PathLike, dtype: str):
+    tokenizer = load_tokenizer(path)
+    model, params = load_pretrained(path, dtype=dtype)
 
     @jax.jit
     def score(params, tokens, count):

@@ -13,6 +13,7 @@ books and code are mixed, mostly English and Chinese, and that better sources ar
 
 import functools
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import gin
@@ -21,6 +22,7 @@ import tensorflow as tf
 
 from qwen_jax.data.sources import Corpus, DocumentSource, TfdsSource, list_files
 from qwen_jax.data.vocabulary import QwenVocabulary
+from qwen_jax.files import Pattern
 
 OUTPUT_FEATURES = {"targets": seqio.Feature(QwenVocabulary(), add_eos=True, dtype=tf.int32)}
 
@@ -63,7 +65,7 @@ def _python_files(max_bytes: int) -> tuple[Path, ...]:
 
 @gin.configurable
 def local_files(
-    pattern: str | list[str] | None = None, text_field: str = "text", validation_share: float = 0.01
+    pattern: Pattern | Sequence[Pattern] | None = None, text_field: str = "text", validation_share: float = 0.01
 ) -> Corpus:
     """Files that the user names.
 

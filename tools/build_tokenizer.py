@@ -25,6 +25,7 @@ from pathlib import Path
 import task_arguments
 
 from qwen_jax import command_line
+from qwen_jax.files import as_pattern
 
 RELEASED = "released"
 _SAMPLE_BYTES = 2_000_000
@@ -66,6 +67,7 @@ def parse_input(text: str, text_field: str = "text") -> Input:
     Raises:
         ValueError: it is none of them, or the weight is 0.
     """
+    text = as_pattern(text, "--input")
     if os.path.exists(text):
         return Input(pattern=text, text_field=text_field)
     match = _INPUT.fullmatch(text)
@@ -189,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", help=f"start from this .tiktoken file, or from {RELEASED!r} (default: single bytes)")
     parser.add_argument("--base_ranks", type=int, metavar="N", help="take only the first N ranks of the base")
     parser.add_argument("--size", type=int, required=True, help="number of ids, control tokens included")
-    parser.add_argument("--output", type=Path, required=True, help="the .tiktoken file to write")
+    parser.add_argument("--output", type=command_line.path_argument, required=True, help="the .tiktoken file to write")
     arguments = task_arguments.parse(parser, argv)
     inputs = [parse_input(text, arguments.text_field) for text in arguments.input] or [Input()]
     _run(arguments, inputs)

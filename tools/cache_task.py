@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     """Runs `qwen_jax.data.cache.prepare` with arguments from the command line, and prints what there is then."""
     parser = task_arguments.parser(__doc__)
     parser.add_argument("name", help="task or mixture")
-    parser.add_argument("--cache_dir", required=True, help="where to; all Beam workers must see it")
+    parser.add_argument(
+        "--cache_dir", type=command_line.path_argument, required=True, help="where to; all Beam workers must see it"
+    )
     parser.add_argument("--sequence_length", required=True, type=int, help="tokens of an example")
     parser.add_argument("--splits", default="train,validation", help="separated by commas (default: %(default)s)")
     parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")

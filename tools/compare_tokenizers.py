@@ -21,7 +21,8 @@ from pathlib import Path
 import task_arguments  # noqa: F401  makes the repository importable
 
 from qwen_jax import command_line, files
-from qwen_jax.command_line import quiet
+from qwen_jax.command_line import path_argument, quiet
+from qwen_jax.files import as_pattern
 
 # The languages of Figure 3, in its order; others come before them.
 FIGURE_3 = (
@@ -62,6 +63,7 @@ def load_tokenizer(file: str) -> CountTokens:
         ValueError: it is not what its suffix says.
     """
     path, _, pattern = file.partition("@")
+    path = as_pattern(path, "--tokenizers")
     if pattern not in ("", "cl100k"):
         raise ValueError(f"{file}: no split pattern is called {pattern!r}; there is cl100k, or none for Qwen's")
     if file != "released" and not Path(path).is_file():
@@ -115,6 +117,7 @@ def find_texts(named: list[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for text in named:
+        text = as_pattern(text, "--texts")
         match = None if Path(text).is_dir() else _NAMED_TEXT.fullmatch(text)
         pairs = [match.groups()] if match else [(p.name, str(p)) for p in sorted(Path(text).glob("*")) if p.is_dir()]
         if not pairs:
@@ -212,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizers", nargs="+", required=True, metavar="NAME=FILE", help="see above")
     parser.add_argument("--relative_to", metavar="NAME", help="the tokenizer that is 1 (default: the first)")
     parser.add_argument("--max_bytes", type=int, default=2_000_000, help="of each language (default: %(default)s)")
-    parser.add_argument("--chart", type=Path, help="PNG to write")
+    parser.add_argument("--chart", type=path_argument, help="PNG to write")
     arguments = parser.parse_args(argv)
     named = dict(one.partition("=")[::2] for one in arguments.tokenizers)
     if len(named) < len(arguments.tokenizers) or not all(named.values()) or len(named) > _MOST_TOKENIZERS:

@@ -43,7 +43,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax import files, train
 from qwen_jax.batch_spec import is_packed, row_length, token_columns
-from qwen_jax.command_line import run
+from qwen_jax.command_line import path_argument, run
 from qwen_jax.configuration import ROOT, ConfigurationError, parse_args
 from qwen_jax.hardware import GIB, HardwareConfig
 from qwen_jax.inference import programs
@@ -327,9 +327,13 @@ def main(argv: list[str] | None = None) -> int:
         description=f"{__doc__}\n{estimate.__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--program", choices=PROGRAMS, default="train", help="which program of the run (default train)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
-    parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the text of the compiled program there")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="keep what the compiler wrote on standard error there")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the report there, too")
+    parser.add_argument(
+        "--hlo", type=path_argument, metavar="FILE", help="write the text of the compiled program there"
+    )
+    parser.add_argument(
+        "--log", type=path_argument, metavar="FILE", help="keep what the compiler wrote on standard error there"
+    )
     gin.configurable(train.train)
     # A run must say where it goes; a compilation goes nowhere. The long name of the macro needs no file that uses it.
     given = sys.argv[1:] if argv is None else argv

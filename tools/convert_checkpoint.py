@@ -58,12 +58,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
-def located(text: str) -> tuple[str, str]:
+def located(text: str) -> tuple[str, Path]:
     """FORMAT and PATH of `FORMAT:PATH`."""
     name, colon, path = text.partition(":")
     if not colon or not path or name not in FORMAT_NAMES:
         raise argparse.ArgumentTypeError(f"{text!r} is not FORMAT:PATH with FORMAT one of {', '.join(FORMAT_NAMES)}")
-    return name, path
+    return name, command_line.path_argument(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="of the written weights (default: that of the source; float32 from orbax, and always to orbax)",
     )
     parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (default: %(default)s)")
-    parser.add_argument("--tokenizer", metavar="FILE.tiktoken", help="default: the tokenizer that the source has")
+    parser.add_argument(
+        "--tokenizer",
+        type=command_line.path_argument,
+        metavar="FILE.tiktoken",
+        help="default: the tokenizer that the source has",
+    )
     parser.add_argument(
         "--vocab_size",
         type=int,

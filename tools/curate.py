@@ -24,14 +24,17 @@ _BEAM = "--beam."
 
 def _source(text: str) -> tuple[str, str]:
     name, equals, pattern = text.partition("=")
-    return (name, pattern) if equals and "/" not in name and "*" not in name else ("web", text)
+    name, pattern = (name, pattern) if equals and "/" not in name and "*" not in name else ("web", text)
+    return name, command_line.pattern_argument(pattern)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `qwen_jax.curation.pipeline.curate` with arguments from the command line, and prints what became of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, action="append", type=_source, metavar="[NAME=]FOLDER_OR_GLOB")
-    parser.add_argument("--output", required=True, help="where to; all Beam workers must see it")
+    parser.add_argument(
+        "--output", type=command_line.path_argument, required=True, help="where to; all Beam workers must see it"
+    )
     parser.add_argument("--config", dest="gin_file_of_config", metavar="FILE", help="another name for --gin_file")
     parser.add_argument("--keep_work", action="store_true", help="leave the intermediate files, in OUTPUT/work")
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_examples", type=int, default=2, help="how many to print (default: %(default)s)")
     parser.add_argument("--num_documents", type=int, default=200, help="how many to count (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, default=400, help="tokens printed of each (default: %(default)s)")
-    parser.add_argument("--cache_dir", help="read packed examples from here")
+    parser.add_argument("--cache_dir", type=command_line.path_argument, help="read packed examples from here")
     parser.add_argument("--sequence_length", type=int, help="which packed examples")
     parser.add_argument("--packing", choices=("concat", "best_fit"), default="concat", help="how they were packed")
     parser.add_argument("--seed", type=int, default=0, help="of the order of packed examples")

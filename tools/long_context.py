@@ -214,7 +214,12 @@ def _documents(arguments, tokenizer) -> Iterator:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = task_arguments.parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="run folder, or converted folder (qwen or qwen2)")
+    parser.add_argument(
+        "--checkpoint",
+        type=command_line.path_argument,
+        required=True,
+        help="run folder, or converted folder (qwen or qwen2)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", help="registered task; its held-out documents")
     source.add_argument("--text", help="file, folder or glob")
@@ -224,7 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="predicted at each length (default: %(default)s)")
     parser.add_argument("--shortest_window", type=int, help="of the lowest layer (default: the training length)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    parser.add_argument("--output", type=Path, default=Path("long_context.png"), help="PNG (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=command_line.path_argument, default=Path("long_context.png"), help="PNG (default: %(default)s)"
+    )
     arguments = task_arguments.parse(parser, argv)
 
     from qwen_jax.conversion import load_pretrained, load_tokenizer

@@ -178,7 +178,7 @@ def _line(row: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Runs `make` with arguments from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="folder of the crawl")
+    parser.add_argument("--output", required=True, type=command_line.path_argument, help="folder of the crawl")
     parser.add_argument("--pages", type=int, default=400, help="number of articles (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all choices")
     arguments = parser.parse_args(argv)

@@ -13,7 +13,6 @@ import argparse
 import gzip
 import re
 from collections import Counter
-from pathlib import Path
 
 import task_arguments  # noqa: F401  makes the repository importable
 
@@ -56,8 +55,10 @@ def _character(match: re.Match) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Converts all pages below a folder, and prints how many there are of each language."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", type=Path, help="folder with unpacked packages: …/man/LANGUAGE/man1/ls.1.gz")
-    parser.add_argument("output", type=Path, help="folder to write into")
+    parser.add_argument(
+        "pages", type=command_line.path_argument, help="folder with unpacked packages: …/man/LANGUAGE/man1/ls.1.gz"
+    )
+    parser.add_argument("output", type=command_line.path_argument, help="folder to write into")
     parser.add_argument("--sections", nargs="+", metavar="N", help="sections of the manual (default: all)")
     arguments = parser.parse_args(argv)
     written: Counter[str] = Counter()

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from qwen_jax.command_line import run
+from qwen_jax.command_line import path_argument, run
 from qwen_jax.training.goodput import written_shares
 from qwen_jax.training.metrics import METRICS_FILE, read_metrics
 
@@ -118,8 +118,10 @@ def draw(runs: list[Path], output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="OUTPUT_DIR of each run")
-    parser.add_argument("--output", type=Path, help="PNG to write (default: loss.png in the first run's folder)")
+    parser.add_argument("runs", nargs="+", type=path_argument, help="OUTPUT_DIR of each run")
+    parser.add_argument(
+        "--output", type=path_argument, help="PNG to write (default: loss.png in the first run's folder)"
+    )
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.runs[0] / "loss.png"
     draw(arguments.runs, output)

@@ -16,14 +16,14 @@ if str(ROOT) not in sys.path:
 
 from qwen_jax.checkpoints.rewind import rewind
 from qwen_jax.checkpoints.run_folder import read_config
-from qwen_jax.command_line import run
+from qwen_jax.command_line import path_argument, run
 from qwen_jax.files import locked
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, help="OUTPUT_DIR of a run that is stopped")
+    parser.add_argument("--run", required=True, type=path_argument, help="OUTPUT_DIR of a run that is stopped")
     parser.add_argument("--to", required=True, type=int, metavar="STEP", help="a step that it has a checkpoint of")
     parser.add_argument(
         "--skip_examples",

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwen_jax import files
-from qwen_jax.command_line import run
+from qwen_jax.command_line import path_argument, run
 from qwen_jax.configuration import files_read
 from qwen_jax.hardware import GIB
 from qwen_jax.models.config import REMAT_POLICIES
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--gin_file=FILE and --gin.NAME=VALUE, in one word each, as for tools/compile_for_tpu.py",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--output", type=path_argument, required=True, help="folder of the results")
     parser.add_argument("--remat", help="policies separated by commas; default all: " + ", ".join(REMAT_POLICIES))
     parser.add_argument("--accumulation", help="ACCUMULATION_STEPS, separated by commas")
     parser.add_argument("--blocks", help="of TPU attention: QUERY, QUERYxKEY or QUERYxKEYxSTEP, separated by commas")

@@ -113,10 +113,10 @@ def train(texts: list[str], labels: list, *, positive=None, bits: int = 18, stre
 def main(argv: list[str] | None = None) -> None:
     """Trains, writes the file and prints the measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", required=True, help="glob of .jsonl files")
+    parser.add_argument("--examples", type=command_line.pattern_argument, required=True, help="glob of .jsonl files")
     parser.add_argument("--label", required=True, help="field with the label")
     parser.add_argument("--positive", help="the label whose probability is the score")
-    parser.add_argument("--output", required=True, type=Path, help=".npz file")
+    parser.add_argument("--output", required=True, type=command_line.path_argument, help=".npz file")
     parser.add_argument("--bits", type=int, default=18, help="2**bits features (default: %(default)s)")
     parser.add_argument("--strength", type=float, default=10.0, help="C: less is smoother (default: %(default)s)")
     arguments = parser.parse_args(argv)

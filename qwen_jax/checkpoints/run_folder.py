@@ -50,7 +50,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     Raises:
       CheckpointError: there is none, or it cannot be read.
     """
-    file = Path(folder) / CONFIG_FILE
+    file = files.as_path(folder) / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder} is not a run folder: it has no {CONFIG_FILE}; name the OUTPUT_DIR of a run")
     try:

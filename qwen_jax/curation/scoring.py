@@ -66,7 +66,7 @@ class NgramPerplexity:
     the model does not grow with its training text.
     """
 
-    path: str
+    path: files.PathLike
 
     def __call__(self, text: str) -> float:
         """exp of the mean negative log probability of a character; infinite for a text without characters.
@@ -157,7 +157,7 @@ def _load_ngram(path: str):
 class LinearClassifier:
     """Probability of the positive class by logistic regression, in a file that `save_linear` wrote."""
 
-    path: str
+    path: files.PathLike
 
     def __call__(self, text: str) -> float:
         """Probability in [0, 1].
@@ -207,7 +207,7 @@ def _save(path: str | os.PathLike, settings: dict, **arrays: np.ndarray) -> None
 
 def _load(path: str, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(files.as_path(path), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         settings = json.loads(arrays.pop("settings").tobytes())
         found = settings["format"]

@@ -93,7 +93,7 @@ def prepare(
     check_packing(packing)
     for module in task_modules:
         importlib.import_module(module)
-    prepared = []
+    cache_dir, prepared = files.as_path(cache_dir, "cache_dir"), []
     for task in _tasks(mixture_or_task):
         vocabulary = _check_task(task, splits)
         folder = Path(cache_dir, *task.name.split(":"))

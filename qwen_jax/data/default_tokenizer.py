@@ -3,12 +3,13 @@
 import gin
 
 from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.files import PathLike, as_path
 
 
 @gin.configurable
-def vocabulary_path(path: str | None = None) -> str | None:
+def vocabulary_path(path: PathLike | None = None) -> str | None:
     """The `.tiktoken` file of runs and of tasks that name none themselves; None is the released vocabulary."""
-    return path
+    return None if path is None else str(as_path(path, "VOCABULARY"))
 
 
 def default_tokenizer() -> Tokenizer:

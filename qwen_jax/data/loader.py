@@ -17,6 +17,7 @@ import numpy as np
 
 from qwen_jax.batch_spec import token_columns
 from qwen_jax.data import packing
+from qwen_jax.files import as_path
 
 # Rates are turned into whole numbers; below this share of a mixture a source could not be told from rounding.
 _SMALLEST_RATE = Fraction(1, 100_000)
@@ -78,7 +79,7 @@ class ExampleLoader:
             raise ValueError(f"seed is {seed}: it must be in [0, 2**32)")
         self.name, self.split, self.sequence_length = mixture_or_task, split, sequence_length
         self.seed, self.shuffle, self.repeat, self.packing = seed, shuffle, repeat, packing
-        where = _Where(cache_dir, sequence_length, split, packing)
+        where = _Where(as_path(cache_dir, "cache_dir"), sequence_length, split, packing)
         rates = _rates(mixture_or_task, where)
         folders = {task: where.folder(task) for task in rates}
         manifests = {task: _load_manifest(mixture_or_task, folder, where) for task, folder in folders.items()}
@@ -237,7 +238,7 @@ class _Records:
 class _Where:
     """Which packed examples are meant."""
 
-    cache_dir: str | os.PathLike
+    cache_dir: Path
     sequence_length: int
     split: str
     packing: str

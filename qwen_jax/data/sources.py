@@ -20,6 +20,8 @@ import seqio
 import tensorflow as tf
 import zstandard
 
+from qwen_jax.files import as_pattern
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".parquet")
@@ -37,7 +39,7 @@ def list_files(pattern: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     """
     found: set[Path] = set()
     for one in [pattern] if isinstance(pattern, str | os.PathLike) else pattern:
-        one = os.path.expanduser(os.fspath(one))
+        one = as_pattern(one, "corpus")
         if os.path.isdir(one):
             matches = glob.glob(os.path.join(glob.escape(one), "**", "*"), recursive=True)
             files = [path for path in matches if path.endswith(SUFFIXES) and os.path.isfile(path)]

@@ -8,10 +8,12 @@ are kept under the name: the functions themselves find them when `tasks` is impo
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gin
+
+from qwen_jax.files import PathLike, Pattern
 
 PACKAGE = "tasks"
 
@@ -66,13 +68,23 @@ def _is_gin_configurable(decorator: ast.expr) -> bool:
     return isinstance(decorator, ast.Attribute) and ast.unparse(decorator) == "gin.configurable"
 
 
+# Names of annotations that say how gin reads a value of the command line.
+_PATH_NAMES = {"PathLike": PathLike, "Pattern": Pattern, "Sequence": Sequence}
+
+
+def _path_annotation(annotation: ast.expr | None) -> str:
+    """The annotation of a parameter that is a path, with its colon; others may need names that are not known here."""
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} if annotation else set()
+    return f": {ast.unparse(annotation)}" if names and names <= set(_PATH_NAMES) else ""
+
+
 def _stand_in(function: ast.FunctionDef):
     """A function of the same name and parameters that does nothing."""
     given = function.args
     every = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-    parameters = ", ".join(f"{one.arg}=None" for one in every)
+    parameters = ", ".join(f"{one.arg}{_path_annotation(one.annotation)}=None" for one in every)
     keywords = f", **{given.kwarg.arg}" if given.kwarg else ""
     source = f"def {function.name}({parameters}{keywords}): pass".replace("(, ", "(")
-    namespace: dict = {}
+    namespace: dict = dict(_PATH_NAMES)
     exec(source, namespace)  # names come from the syntax tree of a module that is importable anyway
     return namespace[function.name]

@@ -71,7 +71,7 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
         FileNotFoundError: no such file.
         ValueError: the file breaks one of these rules; the message names file, line and rule.
     """
-    path = Path(path)
+    path = files.as_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no vocabulary at {path}: name a .tiktoken file (tools/build_tokenizer.py makes one)")
     ranks: dict[bytes, int] = {}
@@ -153,7 +153,7 @@ class Tokenizer:
     PATTERN = PATTERN
 
     def __init__(self, path: str | os.PathLike | None = None):
-        self.path = Path(path).absolute() if path is not None else released_ranks_path()
+        self.path = files.as_path(path).absolute() if path is not None else released_ranks_path()
         if not self.path.is_file():
             read_ranks(self.path)
         status = self.path.stat()
