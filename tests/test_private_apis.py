@@ -16,7 +16,7 @@ from qwen_jax.models.config import ModelConfig
 
 # Prefix of a private or experimental module, to the files that may use it.
 PRIVATE = {
-    "gin.config": ("qwen_jax/gin_internals.py",),
+    "gin.config": ("qwen_jax/gin_internals.py", "tasks/__init__.py"),
     "gin.config_parser": ("qwen_jax/gin_internals.py",),
     "jax._src": ("qwen_jax/distributed/hosts.py",),
     "jax.experimental.multihost_utils": ("qwen_jax/distributed/preemption.py",),
