@@ -15,6 +15,7 @@ from qwen_jax.extras import missing_extra
 
 # What gin adds to the TypeError of a call that lacks arguments.
 _UNSET = "No values supplied by Gin"
+_TENSORFLOW_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -83,6 +84,10 @@ def quiet() -> Iterator[None]:
     sys.stderr.flush()
     screen = os.dup(2)
     logging.disable(logging.WARNING)
+    # TensorFlow reads this once, when imported. As a warning it writes the traceback of each error that Python code in
+    # a dataset raises, which reaches the user anyway. The compiler of JAX, which reads it too, keeps its warnings.
+    level = os.environ.get(_TENSORFLOW_LEVEL)
+    os.environ[_TENSORFLOW_LEVEL] = level if level in ("0", "3") else "2"  # importing JAX sets 1
     with tempfile.TemporaryFile() as written:
         os.dup2(written.fileno(), 2)
         try:
@@ -95,3 +100,7 @@ def quiet() -> Iterator[None]:
             os.dup2(screen, 2)
             os.close(screen)
             logging.disable(logging.NOTSET)
+            if level is None:
+                del os.environ[_TENSORFLOW_LEVEL]
+            else:
+                os.environ[_TENSORFLOW_LEVEL] = level

@@ -1,4 +1,4 @@
-"""Shows what a task or mixture yields: decoded documents with the tokens that carry loss marked, and statistics.
+"""Shows decoded documents of a task or mixture, with a mark on tokens that carry loss, and statistics.
 
     python tools/inspect_task.py python_corpus
     python tools/inspect_task.py python_corpus --cache_dir=cache --sequence_length=2048
@@ -35,16 +35,16 @@ def escape(text: str) -> str:
     )
 
 
-def render(ids, loss_weights, tokenizer, *, colour: bool) -> str:
+def render(ids, loss_weights, tokenizer, *, color: bool) -> str:
     """Decoded text with marks.
 
     Args:
         ids: int array [length].
         loss_weights: array [length]; not 0 where the token carries loss.
         tokenizer: a `qwen_jax.data.tokenizer.Tokenizer`.
-        colour: ANSI colours, or brackets.
+        color: ANSI colors, or brackets.
     """
-    loss, control = (_LOSS, _CONTROL) if colour else (_PLAIN_LOSS, _PLAIN_CONTROL)
+    loss, control = (_LOSS, _CONTROL) if color else (_PLAIN_LOSS, _PLAIN_CONTROL)
     parts = []
     for carries, run in itertools.groupby(zip(ids, loss_weights, strict=True), lambda pair: bool(pair[1])):
         text = ""
@@ -53,7 +53,7 @@ def render(ids, loss_weights, tokenizer, *, colour: bool) -> str:
             if is_control:
                 names = (tokenizer.decode([token]) for token in tokens)
                 # Inside green text the end of an inversion would end the green too.
-                again = loss[0] if colour and carries else ""
+                again = loss[0] if color and carries else ""
                 text += "".join(f"{control[0]}{name}{control[1]}{again}" for name in names)
             else:
                 text += escape(tokenizer.decode(tokens))
@@ -94,21 +94,25 @@ def _uncached(task, split: str, count: int) -> Iterator[tuple]:
     """(ids, loss weights) of the first `count` documents of a task, through its whole SeqIO pipeline."""
     if split not in task.splits:
         raise ValueError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
-    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, use_cached=False)
-    for example in dataset.take(count).as_numpy_iterator():
-        ids = example["targets"]
-        yield ids, example.get("loss_weights", [1] * len(ids))
+    with command_line.quiet():
+        from qwen_jax.beam import short_errors
+
+    with short_errors():
+        dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, use_cached=False)
+        for example in dataset.take(count).as_numpy_iterator():
+            ids = example["targets"]
+            yield ids, example.get("loss_weights", [1] * len(ids))
 
 
 def _show(sequences, tokenizer, arguments, noun: str) -> None:
-    colour = {"always": True, "never": False, "auto": sys.stdout.isatty()}[arguments.color]
+    color = {"always": True, "never": False, "auto": sys.stdout.isatty()}[arguments.color]
     statistics = Statistics()
     for number, (ids, weights) in enumerate(sequences):
         statistics.add(ids, weights, tokenizer)
         if number < arguments.num_examples:
             shown = slice(arguments.max_tokens)
             print(f"--- {noun} {number}: {len(ids):,} tokens")
-            print(render(ids[shown], weights[shown], tokenizer, colour=colour))
+            print(render(ids[shown], weights[shown], tokenizer, color=color))
             if len(ids) > arguments.max_tokens:
                 print(f"… {len(ids) - arguments.max_tokens:,} more tokens (--max_tokens)")
     if not statistics.lengths:

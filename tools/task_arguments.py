@@ -30,6 +30,7 @@ def parse(result: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
     Raises:
         ConfigurationError: see `qwen_jax.configuration.parse_args`.
+        ValueError: see `qwen_jax.beam.check_options`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
@@ -39,4 +40,9 @@ def parse(result: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         from qwen_jax.configuration import parse_args
     arguments = parse_args(result, [one for one in argv if not one.startswith(_BEAM)])
     arguments.beam_options = ["--" + one.removeprefix(_BEAM) for one in argv if one.startswith(_BEAM)]
+    if arguments.beam_options:
+        with quiet():
+            from qwen_jax.beam import check_options
+        # Now, not when a pipeline starts: there may be nothing left to do, and a misspelt option would go unseen.
+        check_options(arguments.beam_options)
     return arguments
