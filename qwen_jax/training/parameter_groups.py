@@ -209,8 +209,15 @@ def merge_params(params: dict, frozen: dict) -> dict:
 
 
 def overlay_params(params: dict, replacement: dict) -> dict:
-    """`params` with the leaves that `replacement`, which may be a sub-tree, has."""
-    return unflatten_dict({**flatten_dict(params), **flatten_dict(replacement)})
+    """`params` with the leaves that `replacement`, which may be a sub-tree, has.
+
+    Raises:
+      ValueError: `replacement` has a leaf that `params` lacks.
+    """
+    whole, part = flatten_dict(params, sep="/"), flatten_dict(replacement, sep="/")
+    if unknown := sorted(part.keys() - whole.keys()):
+        raise ValueError(f"the model has no parameter {unknown[0]}; it has {', '.join(sorted(whole)[:5])}, …")
+    return unflatten_dict(whole | part, sep="/")
 
 
 def has_layers(path: str) -> bool:

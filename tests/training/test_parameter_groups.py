@@ -22,6 +22,7 @@ from qwen_jax.training.parameter_groups import (
     ScheduleConfig,
     assign_groups,
     merge_params,
+    overlay_params,
     path_name,
     split_params,
 )
@@ -198,6 +199,9 @@ def test_a_split_tree_merges_to_what_it_was():
     assert list(trained["layers"]) == ["b"] and list(frozen["layers"]) == ["a"]
     assert jax.tree.structure(merge_params(trained, frozen)) == jax.tree.structure(params)
     assert split_params(params, ()) == (params, {})
+    assert overlay_params(params, {"layers": {"a": 7}}) == {**params, "layers": {**params["layers"], "a": 7}}
+    with pytest.raises(ValueError, match="the model has no parameter layers/c; it has layers/a, layers/b, output"):
+        overlay_params(params, {"layers": {"c": 7}})
     assert assign_groups(["layers/a"], (REST,))["layers/a"] is REST
 
 
