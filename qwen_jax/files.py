@@ -1,21 +1,25 @@
-"""Files and folders that appear whole or not at all, locks on folders, and JSON.
+"""Files and folders that appear whole or not at all, locks on folders, JSON and JSON lines.
 
 Every file that qwen_jax writes goes through this module, so that a reader never sees half of one and a killed process
 leaves nothing but hidden temporary names, which `remove_unfinished` clears.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
+import gzip
+import io
 import json
 import logging
 import os
 import shutil
 import socket
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, BinaryIO, get_args
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +120,93 @@ def write_json(path: str | Path, value: object, indent: int | None = 2, sort_key
 
 
 def read_json(path: str | Path):
-    """The value of a JSON file in UTF-8."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value of a JSON file in UTF-8; a byte order mark is ignored."""
+    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of each line of a file of JSON lines; the place is `FILE:LINE`, and lines count from 1.
+
+    The line feed alone ends a line: U+2028, U+0085 and carriage returns may stand in a value or around it. Blank lines
+    and a byte order mark at the start are ignored. Files named `.gz` or `.zst` are decompressed.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: a line is not JSON in UTF-8, or the file is damaged. The message names file and line.
+    """
+    number = 0
+    with open_decompressed(path) as lines:
+        while True:
+            try:
+                line = lines.readline()
+            except (EOFError, OSError, zlib.error) as error:
+                raise ValueError(f"{path}: cannot be read past line {number}: {error}") from error
+            if not line:
+                return
+            number += 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield f"{path}:{number}", _json_value(line, f"{path}:{number}")
+
+
+def _json_value(line: bytes, where: str):
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+
+
+def open_decompressed(path: str | Path) -> BinaryIO:
+    """The bytes of a file, decompressed if its name ends in `.gz` or `.zst` in any case.
+
+    A compressed file that is cut off raises EOFError when its end is read.
+    """
+    name = str(path).lower()
+    if name.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if name.endswith(".zst"):
+        return io.BufferedReader(_Zstandard(path), 1 << 20)
+    return open(path, "rb")
+
+
+class _Zstandard(io.RawIOBase):
+    """The frames of a Zstandard file, one after the other; the library's own reader takes a cut for the end."""
+
+    _LARGEST_WINDOW = 1 << 31  # what `zstd --ultra --long=31` writes
+
+    def __init__(self, path: str | Path):
+        import zstandard  # here, because a machine that only trains may lack it
+
+        self._library, self._frame, self._rest, self._ready = zstandard, None, b"", b""
+        self._file = open(path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            while not self._ready:
+                data = self._rest or self._file.read(1 << 16)
+                if not data:
+                    if self._frame is not None:
+                        raise EOFError("cut off within a frame")
+                    return 0
+                if self._frame is None:
+                    decompressor = self._library.ZstdDecompressor(max_window_size=self._LARGEST_WINDOW)
+                    self._frame = decompressor.decompressobj()
+                self._ready, self._rest = self._frame.decompress(data), b""
+                if self._frame.eof:
+                    self._rest, self._frame = self._frame.unused_data, None
+        except self._library.ZstdError as error:
+            raise OSError(f"not readable as Zstandard: {error}") from error
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def copy_file(source: str | Path, final: str | Path) -> None:

@@ -32,21 +32,18 @@ def read_examples(pattern: str, label: str) -> tuple[list[str], list]:
         ValueError: a row without text or label; the file and line are named.
     """
     import glob
-    import json
+
+    from qwen_jax.files import read_json_lines
 
     texts, labels = [], []
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
         raise FileNotFoundError(f"no file matches {pattern!r}")
     for path in files:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                text, value = row["text"], row[label]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: expected an object with text and {label!r}: {error}") from error
+        for where, row in read_json_lines(path):
+            if not isinstance(row, dict) or not {"text", label} <= row.keys():
+                raise ValueError(f"{where}: expected an object with text and {label!r}")
+            text, value = row["text"], row[label]
             texts.append(str(text))
             labels.append(value)
     return texts, labels
