@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qwen_jax import files
 from qwen_jax.command_line import path_argument, run
-from qwen_jax.conversion import load_pretrained, load_tokenizer
+from qwen_jax.conversion import check_rows, load_pretrained, load_tokenizer
 from qwen_jax.inference import Engine, Request, Result, SamplingConfig
 
 
@@ -24,11 +25,7 @@ def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16)
     """
     tokenizer = load_tokenizer(checkpoint)
     model, params = load_pretrained(checkpoint, dtype=dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {checkpoint} has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}: they "
-            "do not belong together"
-        )
+    check_rows(tokenizer, model.config)
     return Engine(model, params, tokenizer, slots=slots)
 
 
@@ -82,13 +79,9 @@ def read_prompts(path: str | Path) -> list[str]:
       OSError: no such file; ValueError: naming the line that is no object with a text `prompt`.
     """
     prompts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    for where, content in files.read_json_lines(path):
         if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-            raise ValueError(f'{path}:{number}: expected an object with a text "prompt"')
+            raise ValueError(f'{where}: expected an object with a text "prompt"')
         prompts.append(content["prompt"])
     return prompts
 

@@ -6,7 +6,7 @@
 
 The second is how the released vocabulary was made (report 2.2): the tokens of several digits leave the base, the
 others keep their order, and the commonest merges of the corpora follow. An input is PATTERN, LANGUAGE:PATTERN or
-LANGUAGE:PATTERN:WEIGHT; whatever occurs in it counts WEIGHT times.
+LANGUAGE:PATTERN:WEIGHT; each occurrence in it counts WEIGHT times.
 
 `--size` counts all ids, the 208 control tokens included, so a model with `vocab_size = SIZE` fits. NAME.tiktoken is for
 this project (`vocabulary_path.path = "NAME.tiktoken"` in a gin file), NAME.tokenizer.json beside it for others; both
@@ -62,7 +62,7 @@ class Input:
 
 
 def parse_input(text: str, text_field: str = "text") -> Input:
-    """`PATTERN`, `LANGUAGE:PATTERN` or `LANGUAGE:PATTERN:WEIGHT`; what is a path already is a pattern.
+    """`PATTERN`, `LANGUAGE:PATTERN` or `LANGUAGE:PATTERN:WEIGHT`; an existing path is a pattern.
 
     Raises:
         ValueError: it is none of them, or the weight is 0.
@@ -138,8 +138,8 @@ def read_base(path: str, num_ranks: int | None = None) -> dict[bytes, int]:
     Raises:
         FileNotFoundError, ValueError: no such file, or not a byte-level vocabulary made by byte-pair encoding.
     """
-    from qwen_jax.conversion.tokenizer import derive_merges
     from qwen_jax.data.byte_pairs import without_numbers
+    from qwen_jax.data.merges import derive_merges
     from qwen_jax.data.tokenizer import read_ranks, released_ranks_path
 
     file = released_ranks_path() if path == RELEASED else Path(path)
@@ -152,10 +152,7 @@ def read_base(path: str, num_ranks: int | None = None) -> dict[bytes, int]:
         if missing:
             raise ValueError(f"--base_ranks is {num_ranks}: {missing} single bytes of {file} have higher ranks")
     ranks = without_numbers(ranks)
-    try:
-        derive_merges(ranks)
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be built upon: {error}") from error
+    derive_merges(ranks, file)
     return ranks
 
 

@@ -6,6 +6,14 @@ tokenizer; `convert` writes one as the other (`tools/convert_checkpoint.py` on t
 
 from qwen_jax.conversion.converter import convert
 from qwen_jax.conversion.initial_weights import InitialWeights
-from qwen_jax.conversion.load import detect_format, load_pretrained, load_tokenizer, read_model_config
+from qwen_jax.conversion.load import check_rows, detect_format, load_pretrained, load_tokenizer, read_model_config
 
-__all__ = ["InitialWeights", "convert", "detect_format", "load_pretrained", "load_tokenizer", "read_model_config"]
+__all__ = [
+    "InitialWeights",
+    "check_rows",
+    "convert",
+    "detect_format",
+    "load_pretrained",
+    "load_tokenizer",
+    "read_model_config",
+]

@@ -11,7 +11,7 @@ from pathlib import Path
 from qwen_jax import files
 from qwen_jax.conversion import gguf_file, huggingface, run_folder
 from qwen_jax.conversion.checksums import Checksums, flush
-from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, find_ranks, open_weights
+from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, check_rows, find_tokenizer, open_weights
 from qwen_jax.conversion.mapping import FORMATS, Format, Weights, external_tensors, gather
 from qwen_jax.conversion.padding import repadded
 from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED
@@ -41,8 +41,8 @@ def convert(
 ) -> Path:
     """Writes the model of one folder as a new folder, with its tokenizer.
 
-    The numbers are unchanged unless `dtype` rounds them. A log warning says what the target format cannot express.
-    Memory holds one tensor at a time, never the model.
+    The numbers are unchanged unless `dtype` rounds them. A log warning names features that the target
+    format cannot express. Memory holds one tensor at a time, never the model.
 
     Args:
       source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel), "qwen2" (Qwen2ForCausalLM) or
@@ -56,13 +56,13 @@ def convert(
       progress: whether to show bars.
       vocab_size: rows of the vocabulary in the target. None: as many as the source has.
       layout: of a run folder that is written, "scanned" (blocks stacked, as training wants them) or "unscanned".
-      verify: whether to read back from disk what was written, and compare its hashes, before `target` appears.
+      verify: whether to read the files back from disk and compare hashes before `target` appears.
 
     Returns:
       The absolute path of `target`.
 
     Raises:
-      FileNotFoundError, ValueError: naming what is wrong in the arguments, the source or the target; OSError: from
+      FileNotFoundError, ValueError: naming the error in the arguments, the source or the target; OSError: from
         the file system; ChecksumError: `verify` found a difference. Nothing is written then.
     """
     source, target = as_path(source), as_path(target).absolute()
@@ -113,17 +113,11 @@ def _check_arguments(source_format: str, target_format: str, dtype: str | None, 
 
 
 def _tokenizer(source, given, scratch: Path, config: ModelConfig) -> Tokenizer | None:
-    if given is None:
-        given = find_ranks(source, scratch)
-    if given is None:
+    tokenizer = find_tokenizer(source, scratch) if given is None else Tokenizer(given)
+    if tokenizer is None:
         log.warning("warning: %s has no tokenizer, so none is written: name a .tiktoken file to add one", source)
-        return None
-    tokenizer = Tokenizer(given)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{given} has {tokenizer.vocab_size} ids, but the model's vocab_size is {config.vocab_size}: this is the "
-            "tokenizer of another model; name the right .tiktoken file"
-        )
+    else:
+        check_rows(tokenizer, config)
     return tokenizer
 
 
@@ -173,7 +167,7 @@ def _write_external(
     if tokenizer:
         generation = huggingface.generation_config(table, config, endoftext, tokenizer.im_end_id)
         files.write_json(folder / huggingface.GENERATION_FILE, generation)
-        write_tokenizer(folder, tokenizer, config.context_length)
+        write_tokenizer(folder, tokenizer, config.context_length, config.vocab_size)
     tensors = external_tensors(table, config)
     huggingface.write_safetensors(
         folder, tensors, lambda tensor, kind: gather(weights, tensor, kind), dtype, max_shard_size, checksums, progress
@@ -182,7 +176,7 @@ def _write_external(
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[tuple[Path, Path]]:
-    """A hidden folder beside `target`, and in it the name of what becomes `target` when the block ends well.
+    """A hidden folder beside `target`, and a path in it that becomes `target` when the block ends without an error.
 
     A killed conversion leaves the hidden folder, which the next one to the same target clears. The lock tells that
     from a conversion that is still running.

@@ -57,9 +57,9 @@ class ExternalWeights:
     Once it is made, every tensor that the configuration asks for is known to be there, with its shape.
 
     Attributes:
-      config: what the checkpoint says of its model.
+      config: of the model, as the checkpoint describes it.
       dtype: "bfloat16" if all tensors are, else "float32", which holds all that is read.
-      position_limit: what a qwen config.json says of max_position_embeddings; None in other formats.
+      position_limit: max_position_embeddings of a qwen config.json; None in other formats.
 
     Raises:
       ValueError: tensors are missing, unexpected, of the wrong shape or of a dtype that is not understood; all of them

@@ -1,4 +1,4 @@
-"""GGUF, the single file that llama.cpp and what builds on it load, as architecture "qwen2" with its tokenizer.
+"""GGUF, the single file that llama.cpp and software on top of it load, as architecture "qwen2" with its tokenizer.
 
 Needs the package `gguf`, which llama.cpp publishes; nothing else of the project does.
 """
@@ -90,7 +90,7 @@ def write_gguf(
     if tokenizer is None:
         raise ValueError("a GGUF file holds the tokenizer: name the .tiktoken file of the model")
     if tokenizer.num_ranks <= 256:
-        raise ValueError(f"{tokenizer.path} has single bytes only: llama.cpp loads no vocabulary without merges")
+        raise ValueError(f"{tokenizer.origin} has single bytes only: llama.cpp loads no vocabulary without merges")
     gguf, config = _library(), weights.config
     tensors = external_tensors(GGUF, config)
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
@@ -133,9 +133,11 @@ def _add_config(writer, config: ModelConfig, file_type) -> None:
 
 
 def _add_tokenizer(writer, kinds, tokenizer: Tokenizer, rows: int) -> None:
-    content = tokenizer_json(tokenizer)["model"]
+    content = tokenizer_json(tokenizer, rows)
+    control = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+    content = content["model"]
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [kinds.UNUSED] * rows
-    for named, kind in ((content["vocab"], kinds.NORMAL), (tokenizer.control_tokens, kinds.CONTROL)):
+    for named, kind in ((content["vocab"], kinds.NORMAL), (control, kinds.CONTROL)):
         for text, i in named.items():
             tokens[i], types[i] = text, kind
     writer.add_tokenizer_model("gpt2")
@@ -175,9 +177,22 @@ class GgufFile(ExternalWeights):
 def _open(file: Path):
     library = _library()
     try:
-        return library.GGUFReader(file)
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # what it meets in damaged files
+        reader = library.GGUFReader(file)
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # raised on damaged files
         raise ValueError(f"{file} is damaged or was not downloaded whole ({error}): download it again") from error
+    _refuse_part(file, reader)
+    return reader
+
+
+def _refuse_part(file: Path, reader) -> None:
+    """Refuses one of several parts of a model."""
+    count = _field(file, reader, "split.count", 1)
+    if count > 1:
+        number = _field(file, reader, "split.no", 0) + 1
+        raise ValueError(
+            f"{file} is part {number} of {count} of a model: join the parts first, with `llama-gguf-split --merge "
+            "FIRST-PART JOINED.gguf` of llama.cpp"
+        )
 
 
 def _field(file: Path, reader, key: str, default=None):
@@ -191,7 +206,7 @@ def _field(file: Path, reader, key: str, default=None):
 
 def _read_config(file: Path, reader, stored: dict[str, StoredTensor]) -> ModelConfig:
     if (found := _field(file, reader, "general.architecture")) != ARCHITECTURE:
-        raise ValueError(f"{file} is a model of architecture {found!r}: {ARCHITECTURE!r} is what can be read")
+        raise ValueError(f"{file} is a model of architecture {found!r}: expected {ARCHITECTURE!r}")
     if (scaling := _field(file, reader, f"{ARCHITECTURE}.rope.scaling.type", "none")) != "none":
         raise ValueError(f"{file} has rotary positions scaled by {scaling!r}, which this model does not compute")
     if "token_embd.weight" not in stored:
@@ -230,7 +245,7 @@ def recover_gguf_ranks(file: Path, scratch: Path) -> Path | None:
     reader = _open(file)
     if reader.get_field("tokenizer.ggml.tokens") is None:
         return None
-    normal = _library().TokenType.NORMAL
+    normal, control = _library().TokenType.NORMAL, _library().TokenType.CONTROL
     tokens = _field(file, reader, "tokenizer.ggml.tokens")
     types = _field(file, reader, "tokenizer.ggml.token_type")
     known = _field(file, reader, "tokenizer.ggml.pre", "") == PRE_TOKENIZER
@@ -240,6 +255,11 @@ def recover_gguf_ranks(file: Path, scratch: Path) -> Path | None:
             "vocab": {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == normal},
             "merges": _field(file, reader, "tokenizer.ggml.merges"),
         },
+        "added_tokens": [
+            {"content": token, "id": i}
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind == control
+        ],
         "normalizer": "NFC",
         "pre_tokenizer": Tokenizer.PATTERN if known else "",
     }

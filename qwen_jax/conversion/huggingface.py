@@ -24,6 +24,7 @@ from qwen_jax.models.config import ModelConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+ADAPTER_FILE = "adapter_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WRITE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -62,6 +63,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def adapter_base(folder: Path) -> str:
+    """The model that the LoRA adapter of a folder was made for."""
+    base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else "its base model"
+
+
 def format_of(folder: Path) -> Format:
     """The format that a folder's config.json names.
 
@@ -88,7 +95,7 @@ def read_config(folder: Path, table: Format) -> ModelConfig:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: it is of another format, a field is missing, or it asks for what our model does not compute.
+      ValueError: it is of another format, a field is missing, or it asks for a model that ours does not compute.
     """
     path = folder / CONFIG_FILE
     if (found := format_of(folder)) is not table:
@@ -135,7 +142,7 @@ def _read_rope(path: Path, content: dict) -> float:
     if kind != "default":
         raise ValueError(
             f"{path}: rope type {kind!r} (rope_parameters or rope_scaling) is not supported: only 'default', the "
-            "unscaled rotation, is what this model computes; use a model, or a configuration, without scaling"
+            "unscaled rotation, is computed here; use a model, or a configuration, without scaling"
         )
     theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
     if type(theta) not in (int, float) or theta <= 0:
@@ -152,7 +159,7 @@ def _refuse_unsupported(path: Path, content: dict, table: Format) -> None:
     if windowed := sorted(set(content.get("layer_types") or ()) - {"full_attention"}):
         wrong.append(f"layer_types has {', '.join(windowed)}, supported is 'full_attention'")
     if content.get("quantization_config"):
-        wrong.append("quantization_config is set, supported are unquantised weights")
+        wrong.append("quantization_config is set, supported are unquantized weights")
     if wrong:
         raise ValueError(f"{path} asks for what this model does not compute: {'; '.join(wrong)}")
 
@@ -165,8 +172,8 @@ def external_config(
     Args:
       dtype: of the weights, "float32" or "bfloat16".
       endoftext_id: id of the token that ends a document, or None if the tokenizer is not known.
-      position_limit: what format qwen is to say of max_position_embeddings, apart from the training length. None: what
-        the released model of this size says, and for other sizes how far our own generation goes.
+      position_limit: max_position_embeddings of format qwen, where it is not the training length. None: that of the
+        released model of this size, and for other sizes the limit of our own generation.
     """
     content = {"architectures": [table.architecture], "model_type": table.model_type}
     for field in table.fields:
@@ -281,7 +288,7 @@ def write_safetensors(
 
     Args:
       folder: an existing folder.
-      tensors: what to write, in this order.
+      tensors: to write, in this order.
       produce: makes one of them, contiguous and in this dtype; called once for each, when it is written.
       dtype: "float32" or "bfloat16".
       max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.

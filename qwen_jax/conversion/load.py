@@ -19,7 +19,7 @@ from qwen_jax.checkpoints.arrays import PIECE_BYTES, restore_params, tokenizer_p
 from qwen_jax.conversion import gguf_file, huggingface
 from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked, parameter_shapes, read_parameter
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
-from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, recover_ranks
+from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.files import as_path
 from qwen_jax.models.config import ModelConfig
@@ -42,6 +42,11 @@ def detect_format(path: str | os.PathLike) -> str:
         return gguf_file.NAME
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder: name a run folder, or one with a {huggingface.CONFIG_FILE}")
+    if (path / huggingface.ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{path} holds a LoRA adapter, not a model: merge it into {huggingface.adapter_base(path)} first "
+            "(`merge_and_unload` of peft), and save the result"
+        )
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.format_of(path).name
     if (path / run_folder.CONFIG_FILE).is_file() or path.absolute().parent.name == run_folder.CHECKPOINTS:
@@ -156,6 +161,27 @@ def find_ranks(path: str | os.PathLike, scratch: Path) -> Path | None:
     return recover_ranks(path, scratch)
 
 
+def find_tokenizer(path: str | os.PathLike, scratch: Path) -> Tokenizer | None:
+    """The tokenizer of a model in any format, or None; arguments and errors as in `find_ranks`."""
+    ranks = find_ranks(path, scratch)
+    if ranks is None:
+        return None
+    return Tokenizer(ranks, path if ranks.parent == scratch else None)
+
+
+def check_rows(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Refuses a tokenizer whose ids of text and ChatML are more than the rows of a model.
+
+    Raises:
+      ValueError: with both numbers.
+    """
+    if tokenizer.required_rows > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.origin} has {tokenizer.required_rows} ids for text and chat, but the model's "
+            f"vocab_size is {config.vocab_size}: this is the tokenizer of another model; name the right .tiktoken file"
+        )
+
+
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer that a folder in any known format carries.
 
@@ -163,9 +189,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
       FileNotFoundError, ValueError: the folder is no model, has no tokenizer, or not Qwen's.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        ranks = find_ranks(path, Path(scratch))
-        if ranks is None:
+        tokenizer = find_tokenizer(path, Path(scratch))
+        if tokenizer is None:
             in_run = detect_format(path) == ORBAX
-            wanted = run_folder.TOKENIZER_FILE if in_run else f"{RANKS_FILE} or {TOKENIZER_FILE}"
+            wanted = run_folder.TOKENIZER_FILE if in_run else f"{RANKS_FILE}, {TOKENIZER_FILE} or {VOCABULARY_FILE}"
             raise FileNotFoundError(f"{path} has no tokenizer: put the one it was trained with there as {wanted}")
-        return Tokenizer(ranks)
+        return tokenizer

@@ -57,7 +57,7 @@ class Field:
     Attributes:
       ours: field of `ModelConfig`.
       name: the external name that is written.
-      default: what a file without the field means; REQUIRED if it must be there.
+      default: value of a file without the field; REQUIRED if the field must exist.
       earlier: names that older files use; one of them wins over `name` where both are there.
       factor: their value is ours times this.
     """
@@ -74,13 +74,13 @@ class Format:
     """One external format.
 
     Attributes:
-      name: what the user calls it.
-      architecture, model_type: what config.json calls it.
+      name: of the format, for users.
+      architecture, model_type: names of the format in config.json.
       rows: the tensors.
       fields: fields of config.json that `ModelConfig` has.
       fixed: fields that must have this value for our model to be the same function; absent means this value.
       constants: further fields to write.
-      refuse: says what of a `ModelConfig` the format cannot express, as a list of sentences.
+      refuse: lists the features of a `ModelConfig` that the format cannot express, a sentence each.
       redundant: pattern of tensor names that hold nothing of their own (buffers), so that they may be there.
       tied_output: name of the output projection, which tied checkpoints may hold as a copy of the embedding.
       rope_parameters: whether the rotary base is in `rope_parameters` and `rope_theta` rather than in a Field.
@@ -235,7 +235,7 @@ FORMATS: dict[str, Format] = {table.name: table for table in (QWEN, QWEN2)}
 class Weights(Protocol):
     """Where parameters come from: read one at a time, so that no second copy of a model is ever needed.
 
-    config: what they are the parameters of.
+    config: of the model that has these parameters.
     dtype: "bfloat16" if that holds all of them exactly, else "float32".
     position_limit: how many positions the source says that context extension reaches, or None.
     """

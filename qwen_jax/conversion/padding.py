@@ -23,7 +23,7 @@ class Repadded:
     """
 
     def __init__(self, source: Weights, vocab_size: int, used: int):
-        """`used` is how many ids the tokenizer has, at most `vocab_size`."""
+        """`used` is how many ids the tokenizer has."""
         self._source, self._used = source, used
         self.config = dataclasses.replace(source.config, vocab_size=vocab_size)
         self.dtype, self.position_limit = source.dtype, source.position_limit
@@ -37,7 +37,7 @@ class Repadded:
         if rows <= array.shape[axis]:
             return array[:rows] if axis == 0 else array[:, :rows]
         last = np.take(array, [-1], axis)
-        if self._used == array.shape[axis]:
+        if self._used >= array.shape[axis]:
             last = np.zeros_like(last)
         return np.concatenate([array, np.repeat(last, rows - array.shape[axis], axis)], axis)
 
@@ -59,9 +59,10 @@ def repadded(source: Weights, vocab_size: int | None, tokenizer: Tokenizer | Non
             f"{where} has no tokenizer, so which of its {present} vocabulary rows are padding is not known: name its "
             ".tiktoken file to change their number"
         )
-    if vocab_size < tokenizer.vocab_size:
+    used = min(tokenizer.vocab_size, present)
+    if vocab_size < used:
         raise ValueError(
-            f"a vocabulary of {vocab_size} rows would cut ids in use: the tokenizer of {where} has "
-            f"{tokenizer.vocab_size}, so choose at least that many (the model has {present})"
+            f"a vocabulary of {vocab_size} rows would cut ids in use: the tokenizer of {where} has {used}, so choose "
+            f"at least that many (the model has {present})"
         )
     return Repadded(source, vocab_size, tokenizer.vocab_size)

@@ -1,24 +1,22 @@
-"""Tokenizer files of Hugging Face's layout from a `.tiktoken` file, and back, with the same ids.
-
-tiktoken joins whichever neighbours make the token of lowest rank; `tokenizers` follows an explicit list of merges. In
-a vocabulary that byte-pair encoding produced, each token has one last merge: the two parts that are left when its
-bytes are encoded with lower ranks only. These merges in the order of rank give the same ids for every text.
-"""
+"""Tokenizer files of Hugging Face's layout from a `.tiktoken` file, and back, with the same ids."""
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_jax import files
-from qwen_jax.conversion.external import listing
-from qwen_jax.conversion.huggingface import read_json
+from qwen_jax.conversion.huggingface import CONFIG_FILE, read_json
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
-from qwen_jax.data.tokenizer import Tokenizer, write_ranks
+from qwen_jax.data.merges import derive_merges
+from qwen_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer, check_ranks, write_ranks
 
 RANKS_FILE = "qwen.tiktoken"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# The same tokenizer in the two files of the class that is not compiled, which tells how text is split by its name.
+VOCABULARY_FILE, MERGES_FILE, ADDED_FILE = "vocab.json", "merges.txt", "added_tokens.json"
+TOKENIZER_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_ADVICE = "pass the .tiktoken file of the model instead"
 
 CHAT_TEMPLATE = (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
@@ -51,45 +49,11 @@ def _written(token: bytes) -> str:
     return "".join(_CHARACTERS[byte] for byte in token)
 
 
-def derive_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The last merge of every token of more than one byte, in the order of rank.
-
-    Raises:
-      ValueError: byte-pair encoding with these ranks never makes some token, so no merge can; they are named.
-    """
-    merges, unreachable = [], []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        parts = _encode_below(token, rank, ranks)
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-        else:
-            unreachable.append(f"{token!r} (rank {rank}, stays {' + '.join(map(repr, parts))})")
-    if unreachable:
-        raise ValueError(
-            f"{len(unreachable)} tokens cannot be written as merges, because no sequence of merges of lower rank makes "
-            f"them: {listing(unreachable)}. Build the vocabulary by byte-pair encoding"
-        )
-    return merges
-
-
-def _encode_below(token: bytes, limit: int, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """`token` encoded with the ranks below `limit`: the lowest first, the leftmost of equals."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    joined = [ranks.get(token[i : i + 2], limit) for i in range(len(token) - 1)]
-    while joined and (lowest := min(joined)) < limit:
-        i = joined.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del joined[i]
-        for j in (i - 1, i):
-            if 0 <= j < len(joined):
-                joined[j] = ranks.get(parts[j] + parts[j + 1], limit)
-    return parts
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict:
+def tokenizer_json(tokenizer: Tokenizer, rows: int | None = None) -> dict:
     """The content of tokenizer.json: NFC, Qwen's pattern, byte-level BPE, control tokens.
+
+    Args:
+      rows: of the model's vocabulary; control tokens without a row are left out. None: all control tokens.
 
     Raises:
       ValueError: see `derive_merges`.
@@ -101,7 +65,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in tokenizer.control_tokens.items()],
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in _control(tokenizer, rows).items()],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
@@ -128,7 +92,11 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict:
+def _control(tokenizer: Tokenizer, rows: int | None) -> dict[str, int]:
+    return {name: i for name, i in tokenizer.control_tokens.items() if rows is None or i < rows}
+
+
+def tokenizer_config(tokenizer: Tokenizer, context_length: int, rows: int | None = None) -> dict:
     """The content of tokenizer_config.json: a class of transformers itself, and the ChatML template."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
@@ -139,21 +107,24 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict:
         "unk_token": None,
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
-        "added_tokens_decoder": {str(i): {"content": name, **flags} for name, i in tokenizer.control_tokens.items()},
+        "added_tokens_decoder": {str(i): {"content": name, **flags} for name, i in _control(tokenizer, rows).items()},
         "chat_template": CHAT_TEMPLATE,
     }
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int, rows: int | None = None) -> None:
     """Writes tokenizer.json, tokenizer_config.json and a copy of the `.tiktoken` file into an existing folder.
+
+    Args:
+      rows: see `tokenizer_json`.
 
     Raises:
       ValueError: see `derive_merges`.
     """
-    content = tokenizer_json(tokenizer)
+    content = tokenizer_json(tokenizer, rows)
     # Without line breaks: the file has 300,000 entries.
     files.write_json(folder / TOKENIZER_FILE, content, indent=None)
-    files.write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, context_length))
+    files.write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, context_length, rows))
     shutil.copyfile(tokenizer.path, folder / RANKS_FILE)
 
 
@@ -161,30 +132,64 @@ def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path
     """The `.tiktoken` file of a folder in an external format.
 
     Args:
-      folder: holds qwen.tiktoken or tokenizer.json, or neither.
-      scratch: existing folder into which the file is written if it has to be made from tokenizer.json.
+      folder: holds qwen.tiktoken, tokenizer.json, vocab.json with merges.txt, or none of them.
+      scratch: existing folder into which the file is written if it has to be made.
 
     Returns:
       Its path, or None if the folder has no tokenizer.
 
     Raises:
-      ValueError: tokenizer.json is not Qwen's tokenizer: the ids would differ.
+      ValueError: the tokenizer is not Qwen's: the ids would differ. The message names the file of `folder`.
     """
     folder = Path(folder)
     if (folder / RANKS_FILE).is_file():
         return folder / RANKS_FILE
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
+    if (path := folder / TOKENIZER_FILE).is_file():
+        content = read_json(path)
+    elif (path := folder / VOCABULARY_FILE).is_file():
+        content = _content_of_two_files(folder)
+    else:
         return None
-    ranks = ranks_of(path, read_json(path))
-    written = Path(scratch) / RANKS_FILE
-    write_ranks(ranks, written)
-    named = {entry["content"]: entry["id"] for entry in read_json(path).get("added_tokens") or ()}
-    for name, i in Tokenizer(written).control_tokens.items():
+    ranks = ranks_of(path, content)
+    named = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
+    for i, name in enumerate(CONTROL_TOKENS, start=len(ranks)):
         # Later models of the family give other names to the ids after the first three, so only a clash is an error.
         if named.get(name, i) != i:
             raise ValueError(f"{path}: {name} has id {named[name]}, expected {i}: its control tokens are not Qwen's")
+    written = Path(scratch) / RANKS_FILE
+    write_ranks(ranks, written)
     return written
+
+
+def _content_of_two_files(folder: Path) -> dict:
+    """What tokenizer.json would say of a folder with vocab.json and merges.txt."""
+    merges = folder / MERGES_FILE
+    if not merges.is_file():
+        raise FileNotFoundError(f"{folder} has a {VOCABULARY_FILE} without {MERGES_FILE}: download it, or {_ADVICE}")
+    settings = _optional(folder / TOKENIZER_CONFIG_FILE)
+    kind = settings.get("tokenizer_class")
+    if kind is None and _optional(folder / CONFIG_FILE).get("model_type") == "qwen2":
+        kind = TOKENIZER_CLASSES[0]  # which transformers takes for this model
+    known = kind in TOKENIZER_CLASSES
+    added = {name: i for name, i in _optional(folder / ADDED_FILE).items() if isinstance(i, int)}
+    for i, entry in (settings.get("added_tokens_decoder") or {}).items():
+        added[entry["content"]] = int(i)
+    # The first line of a file that transformers writes is `#version: 0.2`; the pair `# version…` is no such line.
+    lines = merges.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return {
+        "model": {
+            "type": "BPE",
+            "vocab": read_json(folder / VOCABULARY_FILE),
+            "merges": lines[lines[0].startswith("#version") :],
+        },
+        "added_tokens": [{"content": name, "id": i} for name, i in added.items()],
+        "normalizer": "NFC" if known else kind,
+        "pre_tokenizer": Tokenizer.PATTERN if known else kind,
+    }
+
+
+def _optional(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
 
 
 def ranks_of(path: Path, content: dict) -> dict[bytes, int]:
@@ -194,13 +199,12 @@ def ranks_of(path: Path, content: dict) -> dict[bytes, int]:
       ValueError: it is not Qwen's tokenizer: the ids would differ.
     """
     model = content.get("model") or {}
-    advice = "pass the .tiktoken file of the model instead"
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise ValueError(f"{path}: the model is {model.get('type')!r}, expected byte-level BPE: {advice}")
+        raise ValueError(f"{path}: the model is {model.get('type')!r}, expected byte-level BPE: {_ADVICE}")
     splits, normalizers = _strings(content.get("pre_tokenizer")), _strings(content.get("normalizer"))
     if Tokenizer.PATTERN not in splits or "NFC" not in normalizers:
-        raise ValueError(f"{path}: text is not normalised and split as Qwen does it (NFC, its pattern): {advice}")
-    control = {entry["content"] for entry in content.get("added_tokens") or ()}
+        raise ValueError(f"{path}: text is not normalized and split as Qwen does it (NFC, its pattern): {_ADVICE}")
+    control = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
     ranks = {}
     for written, rank in model["vocab"].items():
         if written in control:
@@ -208,10 +212,16 @@ def ranks_of(path: Path, content: dict) -> dict[bytes, int]:
         try:
             ranks[bytes(_BYTES[character] for character in written)] = rank
         except KeyError as error:
-            raise ValueError(f"{path}: token {written!r} is not written in byte-level characters: {advice}") from error
+            raise ValueError(f"{path}: token {written!r} is not written in byte-level characters: {_ADVICE}") from error
+    if first := sorted((i, name) for name, i in control.items() if i < len(ranks)):
+        raise ValueError(
+            f"{path}: its control tokens come before those of text ({first[0][1]} has id {first[0][0]}, text has "
+            f"{len(ranks)} tokens): Qwen's come after them, and so the ids would differ"
+        )
+    check_ranks(ranks, path)
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges") or ()]
-    if merges != [(_written(left), _written(right)) for left, right in derive_merges(ranks)]:
-        raise ValueError(f"{path}: its merges are not those of its ranks, so tiktoken would give other ids: {advice}")
+    if merges != [(_written(left), _written(right)) for left, right in derive_merges(ranks, path)]:
+        raise ValueError(f"{path}: its merges are not those of its ranks, so tiktoken would give other ids: {_ADVICE}")
     return ranks
 
 

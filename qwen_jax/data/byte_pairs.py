@@ -3,7 +3,7 @@
 The report starts from cl100k_base, splits numbers into digits and adds tokens of further languages. So does this:
 `without_numbers` takes the tokens of several digits out of a base, `PieceCounts` counts the pieces that the pattern
 cuts text into, with a weight for each language, and `learn_merges` encodes the pieces with the base and goes on with
-byte-pair encoding over its tokens. Base ranks stay what they are; new tokens follow.
+byte-pair encoding over its tokens. Base ranks do not change; new tokens follow them.
 
 The algorithm is that of `tokenizers.trainers.BpeTrainer` (Sennrich et al. 2016, arXiv 1508.07909: join the commonest
 pair, again and again), ties included, and gives the same merges where that trainer can be asked, which is without base
@@ -35,7 +35,7 @@ _END, _GONE = -1, -2  # between two pieces; a place whose token went into the on
 def byte_ranks() -> dict[bytes, int]:
     """The 256 single bytes in the order of GPT-2 and of the released vocabulary: visible Latin-1 first.
 
-    It is the base of a vocabulary that is learnt from nothing.
+    It is the base of a vocabulary that is learned from text alone.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted({*range(256)} - {*visible})
@@ -55,7 +55,7 @@ def without_numbers(ranks: Mapping[bytes, int]) -> dict[bytes, int]:
 class PieceCounts:
     """How often each piece of text occurs, over sources of different weight.
 
-    Pieces are what the pattern of the tokenizer cuts NFC-normalised text into: no token reaches over two of them.
+    The pattern of the tokenizer cuts NFC-normalized text into pieces; no token reaches over two of them.
 
     Attributes:
         characters: characters of text added.
@@ -87,7 +87,7 @@ class PieceCounts:
         self._weighted.append((counter, Fraction(weight)))
 
     def merged(self) -> tuple[dict[str, int], int]:
-        """({piece: weighted count times scale}, scale), where scale is what makes all of them whole numbers."""
+        """({piece: weighted count times scale}, scale), where scale makes all counts whole numbers."""
         scale = int(np.lcm.reduce([weight.denominator for _, weight in self._weighted] or [1], dtype=object))
         total: dict[str, int] = {}
         for counter, weight in self._weighted:
@@ -105,7 +105,7 @@ def learn_merges(
     Args:
         counts: the text to learn from.
         base: token bytes to rank, 0 to n-1; all 256 single bytes are among the tokens.
-        num_merges: at most so many tokens are added.
+        num_merges: largest number of tokens to add.
         min_count: a pair that occurs less often (by weighted count) is not merged.
 
     Returns:

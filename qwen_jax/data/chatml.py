@@ -22,7 +22,7 @@ class Turn:
     Attributes:
       role: one of `ROLES`.
       header: `<|im_start|>`, the role's name, a line end.
-      content: what the message says; holds no control token.
+      content: the text of the message; holds no control token.
       footer: `<|im_end|>`, a line end.
     """
 
@@ -41,9 +41,9 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], system: s
     """The turns of a conversation.
 
     Args:
-      messages: each with `role` and `content`, oldest first. Content is untrusted text: what looks like a control token
-        in it is encoded as the characters it is made of.
-      system: what a conversation that does not begin with a system message begins with.
+      messages: each with `role` and `content`, oldest first. Content is untrusted text: the name of a control
+        token in it is encoded as ordinary characters.
+      system: system message of a conversation that has none.
 
     Raises:
       ValueError: a message has another role or a content that is no text; its index is named.
@@ -77,5 +77,5 @@ def encode_prompt(
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The ids that end what the assistant says: `<|im_end|>` and `<|endoftext|>`."""
+    """The ids that end a message of the assistant: `<|im_end|>` and `<|endoftext|>`."""
     return tokenizer.im_end_id, tokenizer.endoftext_id

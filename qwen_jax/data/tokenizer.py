@@ -1,7 +1,7 @@
 """Byte-level BPE of Qwen on `tiktoken`, without TensorFlow (report section 2.2).
 
 The ids are those of the released tokenizer: first the BPE ranks, then 208 control tokens in the released order. Text
-is NFC-normalised first, digits stand alone, and every string can be encoded, so there is no unknown token.
+is NFC-normalized first, digits stand alone, and every string can be encoded, so there is no unknown token.
 """
 
 import base64
@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tiktoken
@@ -31,6 +31,7 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}
 
 _RELEASED_DISTRIBUTION = "dashscope"
 _RELEASED_FILE = "dashscope/resources/qwen.tiktoken"
+RELEASED_FINGERPRINT = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 # The regular-expression engine of tiktoken backtracks over a run of blanks and panics on a million of them.
 _LONGEST_BLANK_RUN = 900_000
 _INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
@@ -92,10 +93,24 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
         if token in ranks:
             raise ValueError(f"{path}:{number}: token {token!r} has already rank {ranks[token]}")
         ranks[token] = int(fields[1])
+    check_ranks(ranks, path)
+    return ranks
+
+
+def check_ranks(ranks: Mapping[bytes, int], where: object) -> None:
+    """Refuses ranks that are no byte-level vocabulary.
+
+    Args:
+        ranks: token bytes to rank.
+        where: names the vocabulary in errors.
+
+    Raises:
+        ValueError: a single byte has no rank, or the ranks are not 0 to n-1, each once.
+    """
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
-            f"{path}: {len(missing)} of the 256 single bytes have no rank (the first is 0x{missing[0]:02x}): a "
+            f"{where}: {len(missing)} of the 256 single bytes have no rank (the first is 0x{missing[0]:02x}): a "
             "byte-level vocabulary must hold them all, or some text could not be encoded"
         )
     found = sorted(ranks.values())
@@ -103,8 +118,7 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
         if rank != expected:
             what = "appears twice" if rank < expected else "is missing"
             rule = f"ranks must be 0 to {len(found) - 1}, each once"
-            raise ValueError(f"{path}: rank {min(rank, expected)} {what}: {rule}")
-    return ranks
+            raise ValueError(f"{where}: rank {min(rank, expected)} {what}: {rule}")
 
 
 def write_ranks(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
@@ -144,6 +158,7 @@ class Tokenizer:
 
     Args:
         path: a `.tiktoken` file; None is the released one (`released_ranks_path`).
+        origin: file or folder that `path` was made from; errors name it instead of `path`.
 
     Raises:
         FileNotFoundError: no such file, or the released file is not installed.
@@ -152,8 +167,9 @@ class Tokenizer:
 
     PATTERN = PATTERN
 
-    def __init__(self, path: str | os.PathLike | None = None):
+    def __init__(self, path: str | os.PathLike | None = None, origin: str | os.PathLike | None = None):
         self.path = files.as_path(path).absolute() if path is not None else released_ranks_path()
+        self.origin = files.as_path(origin) if origin is not None else self.path
         if not self.path.is_file():
             read_ranks(self.path)
         status = self.path.stat()
@@ -161,10 +177,10 @@ class Tokenizer:
         self._encoding = self._vocabulary.encoding
 
     def __reduce__(self):
-        return (Tokenizer, (str(self.path),))
+        return (Tokenizer, (str(self.path), str(self.origin)))
 
     def __repr__(self) -> str:
-        return f"Tokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
+        return f"Tokenizer({str(self.origin)!r}, vocab_size={self.vocab_size})"
 
     @property
     def mergeable_ranks(self) -> dict[bytes, int]:
@@ -192,6 +208,15 @@ class Tokenizer:
         return self.num_ranks + len(CONTROL_TOKENS)
 
     @property
+    def required_rows(self) -> int:
+        """Rows that a model needs: one for each id of text, of ChatML and of `<|endoftext|>` (released: 151,646).
+
+        Models whose vocabulary was cut to the ids of another tokenizer of the family have no rows for the other 205
+        control tokens, which nothing here produces.
+        """
+        return self.num_ranks + len(CONTROL_TOKENS) - NUM_EXTRA
+
+    @property
     def endoftext_id(self) -> int:
         """Id of `<|endoftext|>`: it ends each document and pads."""
         return self.control_tokens["<|endoftext|>"]
@@ -207,10 +232,10 @@ class Tokenizer:
         return self.control_tokens["<|im_end|>"]
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Ids of untrusted text: what looks like a control token is encoded as the characters it is made of.
+        """Ids of untrusted text: the name of a control token is encoded as ordinary characters.
 
         Args:
-            text: bytes are decoded as UTF-8; what is not valid (lone surrogates in a `str` too) becomes U+FFFD. A run
+            text: bytes are decoded as UTF-8; invalid bytes, and lone surrogates in a `str`, become U+FFFD. A run
                 of more than 900,000 blanks, on which tiktoken panics, is encoded in pieces of that length.
         """
         ids: list[int] = []
@@ -221,8 +246,8 @@ class Tokenizer:
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes, which `decode_bytes` gives back exactly.
 
-        Unlike `encode`, nothing is normalised or replaced: what is valid UTF-8 is encoded as it stands, and each byte
-        that is not becomes the id of that byte.
+        Unlike `encode`, nothing is normalized or replaced: valid UTF-8 is encoded as it stands, and each other byte
+        becomes the id of that byte.
         """
         ids: list[int] = []
         # Bytes that are not UTF-8 become the surrogates U+DC80 to U+DCFF, which no valid UTF-8 holds.
@@ -266,18 +291,18 @@ class Tokenizer:
         if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
             position = next(i for i, token in enumerate(ids) if not 0 <= token < self.vocab_size)
             raise ValueError(
-                f"id {ids[position]} at position {position} is outside [0, {self.vocab_size}) of {self.path}: were "
+                f"id {ids[position]} at position {position} is outside [0, {self.vocab_size}) of {self.origin}: were "
                 "these ids made with another vocabulary, or taken from padded embedding rows?"
             )
         return self._encoding.decode_bytes(ids)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """Text of ids; `errors` says what happens to bytes that are not UTF-8 (as in `bytes.decode`)."""
+        """Text of ids; `errors` is the treatment of bytes that are not UTF-8, as in `bytes.decode`."""
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
 
 def normalize(text: str | bytes) -> str:
-    """Text as `Tokenizer.encode` sees it: NFC, and U+FFFD for what is not valid Unicode."""
+    """Text as `Tokenizer.encode` sees it: NFC, and U+FFFD for invalid Unicode."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if unicodedata.is_normalized("NFC", text):

@@ -111,6 +111,26 @@ def test_a_file_needs_a_tokenizer_and_is_never_overwritten(tmp_path, config, ran
         convert("orbax", tmp_path / "run", "gguf", file, tokenizer=tokenizer_file, progress=False)
 
 
+def test_one_of_several_parts_says_how_to_join_them(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2", split_max_tensors=1)
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 2
+    for number, part in enumerate(parts, start=1):
+        for load in (load_pretrained, load_tokenizer):
+            with pytest.raises(
+                ValueError, match=rf"{part.name} is part {number} of 2 of a model: join the parts first"
+            ):
+                load(part)
+
+
 def test_damaged_and_quantised_files_are_named(tmp_path, run_folder):
     import gguf
 

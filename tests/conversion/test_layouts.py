@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from qwen_jax.checkpoints import arrays
 from qwen_jax.checkpoints.arrays import load_params, save_params
 from qwen_jax.conversion import convert, load, load_pretrained, load_tokenizer
+from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.generate import generate
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
 
@@ -110,3 +112,48 @@ def test_a_vocabulary_is_padded_and_cut_past_the_ids_in_use(tmp_path, run_folder
     with pytest.raises(ValueError, match="has no tokenizer, so which of its 600 vocabulary rows are padding"):
         convert("orbax", run_folder, "qwen", tmp_path / "cut", vocab_size=599, progress=False)
     assert not (tmp_path / "cut").exists()
+
+
+def test_a_model_with_no_more_rows_than_its_tokenizer_has_ids(tmp_path, config, random_params, tokenizer_file):
+    """As mergekit and `resize_token_embeddings` make them: 151,665 rows for Qwen2.5, whose control tokens are 22."""
+    rows = Tokenizer(tokenizer_file).num_ranks + 22
+    config = dataclasses.replace(config, vocab_size=rows, num_kv_heads=3, use_dynamic_ntk=False, use_logn=False)
+    save_params(tmp_path / "run", config, random_params(config), tokenizer_file)
+    folder = convert("orbax", tmp_path / "run", "qwen2", tmp_path / "qwen2", progress=False)
+    assert [entry["id"] for entry in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]][
+        -1
+    ] == rows - 1
+    (folder / "qwen.tiktoken").unlink()
+    back = convert("qwen2", folder, "orbax", tmp_path / "back", progress=False)
+    assert_equal(load_params(back)[1], load_params(tmp_path / "run")[1])
+    spoken = {
+        "".join(generate(checkpoint=one, prompt="the dog", max_new_tokens=12)) for one in (tmp_path / "run", folder)
+    }
+    assert len(spoken) == 1
+    wide = convert("qwen2", folder, "orbax", tmp_path / "wide", vocab_size=640, progress=False)
+    assert not flat(load_params(wide)[1])["output"][:, rows:].any()
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    file = convert("qwen2", folder, "gguf", tmp_path / "model.gguf", progress=False)
+    assert load_tokenizer(file).mergeable_ranks == Tokenizer(tokenizer_file).mergeable_ranks
+    config = dataclasses.replace(config, vocab_size=rows - 20)
+    save_params(tmp_path / "small", config, random_params(config), tokenizer_file)
+    with pytest.raises(
+        ValueError, match=f"has {rows - 19} ids for text and chat, but the model's vocab_size is {rows - 20}"
+    ):
+        convert("orbax", tmp_path / "small", "qwen2", tmp_path / "out", progress=False)
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen-7B", "peft_type": "LORA"}')
+    for read in (load_pretrained, load_tokenizer):
+        with pytest.raises(ValueError, match="holds a LoRA adapter, not a model: merge it into Qwen/Qwen-7B first"):
+            read(tmp_path)
+
+
+def test_a_step_that_was_not_saved_whole_is_refused(run_folder):
+    (run_folder / "checkpoints" / "50").mkdir()
+    with pytest.raises(
+        ValueError, match=r"checkpoints/50 holds no parameters: .*or name another step: .*checkpoints/0"
+    ):
+        load_pretrained(run_folder)
+    assert load_pretrained(run_folder / "checkpoints" / "0")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -9,12 +10,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.conversion.tokenizer import (
-    derive_merges,
     recover_ranks,
     tokenizer_json,
     write_tokenizer,
 )
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
+from qwen_jax.data.merges import derive_merges
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
 MULTILINGUAL = [
@@ -148,13 +149,60 @@ def test_recovers_the_ranks_from_tokenizer_json(tmp_path, tokenizer_file):
     assert recover_ranks(tmp_path / "run", tmp_path) is None
 
 
+def in_two_files(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes vocab.json and merges.txt as transformers' class in Python does, and no tokenizer.json."""
+    content = tokenizer_json(tokenizer)["model"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(content["merges"]) + "\n", encoding="utf-8")
+    added = {str(i): {"content": name} for name, i in list(tokenizer.control_tokens.items())[:3]}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_reads_vocab_json_with_merges_txt(tmp_path, tokenizer_file):
+    folder = tmp_path / "two"
+    in_two_files(folder, Tokenizer(tokenizer_file))
+    assert recover_ranks(folder, tmp_path).read_bytes() == tokenizer_file.read_bytes()
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    assert recover_ranks(folder, tmp_path).read_bytes() == tokenizer_file.read_bytes()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(ValueError, match=r"vocab\.json: text is not normalized and split as Qwen does it"):
+        recover_ranks(folder, tmp_path)
+    (folder / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has a vocab\.json without merges\.txt"):
+        recover_ranks(folder, tmp_path)
+
+
+def control_first(content):
+    for token, i in content["model"]["vocab"].items():
+        content["model"]["vocab"][token] = i + 208
+    for i, entry in enumerate(content["added_tokens"]):
+        entry["id"] = i
+
+
+def hole(content):
+    vocabulary = content["model"]["vocab"]
+    vocabulary[next(token for token, i in vocabulary.items() if i == 300)] = 9999
+
+
+def appended(content):
+    content["model"]["vocab"]["zqx"] = len(content["model"]["vocab"])
+    for entry in content["added_tokens"]:
+        entry["id"] += 1
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
         (lambda content: content["model"]["merges"].reverse(), "merges are not those of its ranks"),
-        (lambda content: content.update(normalizer=None), "normalised"),
+        (lambda content: content.update(normalizer=None), "normalized"),
         (lambda content: content["model"].update(type="WordPiece"), "WordPiece"),
         (lambda content: content["added_tokens"][2].update(id=7), "<|im_end|> has id 7"),
+        (control_first, "control tokens come before those of text (<|endoftext|> has id 0"),
+        (hole, "rank 300 is missing"),
+        (appended, "b'zqx' (rank"),
     ],
 )
 def test_refuses_a_tokenizer_that_would_give_other_ids(tmp_path, tokenizer_file, damage, words):
@@ -163,4 +211,6 @@ def test_refuses_a_tokenizer_that_would_give_other_ids(tmp_path, tokenizer_file,
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError) as caught:
         recover_ranks(tmp_path, tmp_path)
-    assert words in str(caught.value) and "tokenizer.json" in str(caught.value)
+    # The file that was given, never one that was made from it.
+    assert words in str(caught.value) and str(tmp_path / "tokenizer.json") in str(caught.value)
+    assert "qwen.tiktoken" not in str(caught.value)
