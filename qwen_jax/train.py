@@ -109,6 +109,8 @@ def train(
         where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
         prepare_data(mixture_or_task, where, run_folder)
         train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
+        if eval_set is not None and not loop.eval_batches:
+            log.warning("EVAL_BATCHES is 0: no held-out loss is measured")
         check_same_data(
             mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None]
         )
@@ -190,7 +192,7 @@ def prepare_task(mixture_or_task: str, where: dict) -> None:
         with quiet():  # what TensorFlow and Beam write when imported
             from qwen_jax.data.cache import prepare
     except ModuleNotFoundError as error:
-        if not packed:
+        if not is_packed(mixture_or_task, **where, splits=("train",)):
             raise
         log.warning(
             "%s is used as it is cached: its corpus is not looked at, as %s is missing", mixture_or_task, error.name
@@ -211,7 +213,7 @@ def load_data(
     try:
         eval_set = ExampleLoader(mixture_or_task, split="validation", shuffle=False, repeat=False, **where)
     except FileNotFoundError:
-        log.warning("%s has no held-out split: no held-out loss will be reported", mixture_or_task)
+        log.warning("%s has no held-out examples: no held-out loss is measured", mixture_or_task)
         eval_set = None
     if train_set.vocabulary_fingerprint != default_tokenizer().fingerprint:
         raise ValueError(

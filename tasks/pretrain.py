@@ -28,13 +28,13 @@ OUTPUT_FEATURES = {"targets": seqio.Feature(QwenVocabulary(), add_eos=True, dtyp
 
 PREPROCESSORS = [
     functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
-    # The text can be had back from the tokens, so it is not cached beside them.
+    # The tokens hold the text, so it is not cached beside them.
     functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
     seqio.CacheDatasetPlaceholder(),
     seqio.preprocessors.append_eos,
 ]
 
-# Folders with tests, licences that are the same everywhere, or tables of numbers rather than text.
+# Folders with tests, licenses that are the same everywhere, or tables of numbers rather than text.
 _LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "licenses", "site-packages"}
 
 

@@ -6,8 +6,7 @@
 
 `--gin.NAME=VALUE` and `--gin_file=FILE` configure the task, `--beam.OPTION=VALUE` is handed to Beam as
 `--OPTION=VALUE` (https://beam.apache.org/documentation/runners). Without a runner it works in this process:
-`python_corpus`, 10 MB, takes about 20 seconds. What is complete already is used as it is; an interrupted run goes on
-where it stopped.
+`python_corpus`, 10 MB, takes about 20 seconds. Complete splits are used as they are; an interrupted run continues.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from qwen_jax import command_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs `qwen_jax.data.cache.prepare` with arguments from the command line, and prints what there is then."""
+    """Runs `qwen_jax.data.cache.prepare` with arguments of the command line, and prints a table of packed splits."""
     parser = task_arguments.parser(__doc__)
     parser.add_argument("name", help="task or mixture")
     parser.add_argument(

@@ -60,7 +60,7 @@ def load_tokenizer(file: str) -> CountTokens:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not what its suffix says.
+        ValueError: its content does not fit its suffix.
     """
     path, _, pattern = file.partition("@")
     path = as_pattern(path, "--tokenizers")

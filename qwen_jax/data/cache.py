@@ -6,7 +6,7 @@ document names the shard and its place in it, so the bytes written depend neithe
 order in which Beam delivers.
 
     cache_dir/<task>/{train,validation}.tfrecord-*  info.*.json  stats.*.json  COMPLETED    SeqIO's cache
-    cache_dir/<task>/description.json                                                       what it was made from
+    cache_dir/<task>/description.json                                                       vocabulary and corpus
     cache_dir/<task>/packed-<length>/<split>/*.array_record  manifest.json                  packed examples
     cache_dir/<task>/packed-<length>-best_fit/<split>/…                               the same, packed by `best_fit`
 """
@@ -31,10 +31,12 @@ import tensorflow as tf
 from seqio import beam_utils
 
 from qwen_jax import files
-from qwen_jax.beam import pipeline_of
-from qwen_jax.data import packing
+from qwen_jax.beam import check_options, pipeline_of
+from qwen_jax.data import mixing, packing
 from qwen_jax.data.default_tokenizer import vocabulary_path
+from qwen_jax.data.merges import derive_merges
 from qwen_jax.data.packing import check_packing
+from qwen_jax.data.tokenizer import RELEASED_FINGERPRINT, Tokenizer
 from qwen_jax.data.vocabulary import QwenVocabulary
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ _THIS_PROCESS = uuid.uuid4().hex
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """One packed split: its folder, and what `manifest.json` there says."""
+    """One packed split: its folder, and the content of its `manifest.json`."""
 
     folder: Path
     manifest: packing.Manifest
@@ -68,15 +70,15 @@ def prepare(
     packing: str = "concat",
     task_modules: Sequence[str] = ("tasks",),
 ) -> list[Prepared]:
-    """Caches and packs a task, or each task of a mixture. What is complete already is used as it is.
+    """Caches and packs a task, or each task of a mixture; uses complete splits as they are.
 
-    An interrupted call goes on where it stopped: with the next split when caching, the next shard when packing.
+    A call after an interrupted one continues with the next split when caching, with the next shard when packing.
 
     Args:
         mixture_or_task: a registered name (`tasks` is imported first).
         cache_dir: a folder that all Beam workers see.
         sequence_length: tokens of one example.
-        splits: those that a task lacks are left out, with a warning.
+        splits: those that a task lacks are left out, with a warning; so is `validation` where it has no document.
         beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
         num_shards: shards of the packed data; None takes one for every 32M tokens.
         seed: of the order in which documents are merged.
@@ -87,10 +89,12 @@ def prepare(
         One `Prepared` for each task and split.
 
     Raises:
-        ValueError: unknown name or packing; no documents; or `cache_dir` holds this task made from another vocabulary,
+        ValueError: unknown name, packing or Beam option; no documents; a malformed row (the message names file and
+            row); a mixing rate that cannot be used; or `cache_dir` holds this task made from another vocabulary,
             corpus, seed or number of shards (the message says which, and how to mend it).
     """
     check_packing(packing)
+    check_options(beam_options)
     for module in task_modules:
         importlib.import_module(module)
     cache_dir, prepared = files.as_path(cache_dir, "cache_dir"), []
@@ -102,7 +106,7 @@ def prepare(
         )
         wanted = [split for split in splits if split in task.splits]
         description = _cache_task(task, wanted, folder, beam_options, setup)
-        for split in wanted:
+        for split in _with_documents(task.name, wanted, description["splits"], folder):
             packer = _Packer(
                 task=task.name,
                 split=split,
@@ -124,8 +128,20 @@ def _tasks(name: str) -> list[seqio.Task]:
         raise ValueError(f"{name!r} is neither a task nor a mixture; there are {', '.join(known)}")
     provider = seqio.get_mixture_or_task(name)
     if isinstance(provider, seqio.Mixture):
-        return sorted(provider.tasks, key=lambda task: task.name)
+        return sorted(mixing.used_tasks(provider), key=lambda task: task.name)
     return [provider]
+
+
+def _with_documents(task: str, wanted: Sequence[str], cached: Sequence[str], folder: Path) -> list[str]:
+    """Those of `wanted` that are cached and not empty."""
+    found = [split for split in wanted if split in cached and _stats(folder, split)["examples"]]
+    if "validation" in wanted and "validation" not in found:
+        logger.warning(
+            "%s holds out no document: validation_share is 0, the corpus has one document, or the cache was made "
+            "without this split",
+            task,
+        )
+    return found
 
 
 def _check_task(task: seqio.Task, splits: Sequence[str]) -> QwenVocabulary:
@@ -146,14 +162,35 @@ def _check_task(task: seqio.Task, splits: Sequence[str]) -> QwenVocabulary:
     return vocabulary
 
 
+def _check_merges(tokenizer: Tokenizer) -> None:
+    """Refuses a vocabulary that no other format can express, before a model is trained with it."""
+    if tokenizer.fingerprint != RELEASED_FINGERPRINT:  # known to be good, and large: 6 s
+        derive_merges(tokenizer.mergeable_ranks, tokenizer.path)
+
+
 def _describe(task: seqio.Task, vocabulary: QwenVocabulary) -> dict:
     source = task.source
     return {
         "format_version": packing.FORMAT_VERSION,
         "task": task.name,
-        "vocabulary": {"size": vocabulary.vocab_size, "fingerprint": vocabulary.fingerprint},
+        "vocabulary": _identity(vocabulary),
         "source": source.describe() if hasattr(source, "describe") else {"source": repr(source)},
     }
+
+
+def _identity(vocabulary: QwenVocabulary) -> dict:
+    return {"size": vocabulary.vocab_size, "fingerprint": vocabulary.fingerprint}
+
+
+def _that_can_be_made(task: seqio.Task, missing: list[str], done: Sequence[str]) -> list[str]:
+    """`missing`, without `validation` if the documents of a task that is cached for training are not there."""
+    if done and missing == ["validation"]:
+        try:
+            task.source.list_shards("validation")
+        except FileNotFoundError as error:
+            logger.warning("%s: its cache is used as it is, without validation (%s)", task.name, error)
+            return []
+    return missing
 
 
 def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup") -> dict:
@@ -165,21 +202,24 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup")
     missing = [split for split in splits if split not in done]
     try:
         description = _describe(task, vocabulary)
+        missing = _that_can_be_made(task, missing, done)
     except ValueError as error:
-        # The user names no corpus, so the cache is what is meant. A corpus that is named must be there.
-        if found is None or missing:
+        # Without a named corpus, the user means the cache. A named corpus must exist.
+        if found is None or set(missing) - {"validation"}:
             raise
         logger.warning("%s: no corpus is named, so the cache is used unchecked (%s)", task.name, error)
-        description = found | {"vocabulary": {"size": vocabulary.vocab_size, "fingerprint": vocabulary.fingerprint}}
+        description, missing = found | {"vocabulary": _identity(vocabulary)}, []
     if found is not None:
         _check_same(folder, found, description)
     if not missing:
         logger.info("%s: cached already in %s", task.name, folder)
         return found
+    _check_merges(vocabulary.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     for split in missing:
         try:
-            _cache_split(task, split, folder, beam_options, setup)
+            # A few documents may all be for training.
+            _cache_split(task, split, folder, beam_options, setup, may_be_empty=split == "validation" and bool(done))
         except BaseException:
             if not done:
                 # Only empty folders go: other splits, or data of a user, stay.
@@ -187,12 +227,15 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup")
                     folder.rmdir()
             raise
         done = [*done, split]
-        files.write_json(path, description | {"splits": done}, sort_keys=True)
+        description = description | {"splits": done}
+        files.write_json(path, description, sort_keys=True)
     (folder / "COMPLETED").touch()
     return description
 
 
-def _cache_split(task, split: str, folder: Path, beam_options, setup: "_WorkerSetup") -> None:
+def _cache_split(
+    task, split: str, folder: Path, beam_options, setup: "_WorkerSetup", *, may_be_empty: bool = False
+) -> None:
     logger.info("%s %s: tokenizing", task.name, split)
     started = time.monotonic()
     temporary = folder / f".{split}.tmp"
@@ -215,14 +258,19 @@ def _cache_split(task, split: str, folder: Path, beam_options, setup: "_WorkerSe
             for name, transform, destination in (
                 ("info", beam_utils.GetInfo(num_files), seqio.get_cached_info_path(target, split)),
                 ("stats", beam_utils.GetStats(task.output_features), seqio.get_cached_stats_path(target, split)),
+                ("characters", _CountCharacters(task.output_features[TOKENS].vocabulary), temporary / "characters"),
             ):
-                _ = examples | name >> transform | f"write_{name}" >> beam_utils.WriteJson(destination)
-        stats = files.read_json(Path(seqio.get_cached_stats_path(target, split)))
-        if not stats["examples"]:
+                _ = examples | name >> transform | f"write_{name}" >> beam_utils.WriteJson(str(destination))
+        stats = _stats(temporary, split)
+        if not stats["examples"] and not may_be_empty:
             raise ValueError(
                 f"task {task.name} yields no document in split {split!r}: check its corpus; if only this split is "
-                "empty, hold out a larger share of the documents or leave the split out (--splits)"
+                "empty, hold out another share of the documents or leave the split out (--splits)"
             )
+        # Where SeqIO's mixing rate by characters looks; SeqIO itself counts them with SentencePiece vocabularies only.
+        stats["text_chars"] = files.read_json(temporary / "characters")
+        (temporary / "characters").unlink()
+        files.write_json(seqio.get_cached_stats_path(target, split), stats)
         for file in temporary.iterdir():
             file.replace(folder / file.name)
     finally:
@@ -234,7 +282,7 @@ def _cache_split(task, split: str, folder: Path, beam_options, setup: "_WorkerSe
 
 
 def _check_same(folder: Path, found: dict, expected: dict) -> None:
-    """Raises unless the cache in `folder` was made from what is asked for now."""
+    """Raises ValueError if the cache in `folder` was made from another vocabulary or corpus."""
     differences = []
     if found["vocabulary"] != expected["vocabulary"]:
         old, new = (f"{v['size']} ids, {v['fingerprint'][:12]}" for v in (found["vocabulary"], expected["vocabulary"]))
@@ -250,9 +298,12 @@ def _check_same(folder: Path, found: dict, expected: dict) -> None:
         )
 
 
+def _stats(folder: Path, split: str) -> dict:
+    return files.read_json(seqio.get_cached_stats_path(str(folder), split))
+
+
 def _default_shards(folder: Path, split: str) -> int:
-    stats = files.read_json(Path(seqio.get_cached_stats_path(str(folder), split)))
-    return max(1, math.ceil(stats.get(f"{TOKENS}_tokens", 0) / TOKENS_PER_SHARD))
+    return max(1, math.ceil(_stats(folder, split).get(f"{TOKENS}_tokens", 0) / TOKENS_PER_SHARD))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +336,22 @@ class _WorkerSetup:
                 f"{vocabulary.fingerprint[:12]}), the job was started with {self.fingerprint[:12]}: put the same file "
                 "on every worker"
             )
+
+
+class _CountCharacters(beam.PTransform):
+    """The number of characters in all documents, control tokens left out."""
+
+    def __init__(self, vocabulary: QwenVocabulary):
+        super().__init__()
+        self._vocabulary = vocabulary
+
+    def expand(self, examples):
+        return examples | "count" >> beam.Map(self._count) | "sum" >> beam.CombineGlobally(sum)
+
+    def _count(self, example) -> int:
+        tokenizer = self._vocabulary.tokenizer
+        ids = example[TOKENS]
+        return len(tokenizer.decode(ids[ids < tokenizer.num_ranks]))
 
 
 class _Progress(beam.DoFn):
@@ -365,7 +432,7 @@ class _Packer:
         vocabulary = task.output_features[TOKENS].vocabulary
         eos_id, vocab_size = vocabulary.eos_id, vocabulary.vocab_size
         dataset = task.preprocess_postcache(_read_cache(self.cache_folder, self.split, file), sequence_length=None)
-        for example in dataset.as_numpy_iterator():
+        for example in _undamaged(dataset, file):
             tokens = example[TOKENS].astype("<i4")
             if not len(tokens) or (len(tokens) == 1 and tokens[0] == eos_id):
                 continue  # a document without text
@@ -378,7 +445,7 @@ class _Packer:
             yield packing.shard_of(key, self.num_shards), (key, tokens.tobytes(), weights.tobytes())
 
     def write(self, item: tuple[int, Iterable[tuple[bytes, bytes, bytes]]]) -> int:
-        """Writes one shard, and beside it what the manifest will say of it."""
+        """Writes one shard, and beside it its entry of the manifest."""
         self.setup()
         index, raw = item
         vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
@@ -449,6 +516,15 @@ class _Packer:
                 f"{self.folder} was packed with {' and '.join(differences)}: delete that folder to pack anew, or give "
                 "another cache_dir"
             )
+
+
+def _undamaged(dataset: tf.data.Dataset, file: str) -> Iterator[dict[str, np.ndarray]]:
+    """The examples of a dataset that reads `file`."""
+    try:
+        yield from dataset.as_numpy_iterator()
+    except tf.errors.DataLossError as error:
+        folder = Path(file).parent
+        raise ValueError(f"{file} is damaged: delete {folder} and cache the task again ({error.message})") from error
 
 
 def _whole_weights(task: str, weights: np.ndarray | None, length: int) -> np.ndarray:

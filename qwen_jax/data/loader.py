@@ -1,13 +1,14 @@
 """Training examples by global index (report section 2.4; order and mixing on grain).
 
-Which example has index i depends on the data, the seed and i only: not on hosts, processes, batch size or what was
-read before. The state of the input pipeline is therefore one integer, and a run may go on with another number of
-hosts and see the same examples.
+The example at index i depends on the data, the seed and i alone: not on hosts, processes, batch size or earlier reads.
+The state of the input pipeline is therefore one integer, and a run may continue on another number of hosts and see the
+same examples.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import threading
 from fractions import Fraction
@@ -19,8 +20,7 @@ from qwen_jax.batch_spec import token_columns
 from qwen_jax.data import packing
 from qwen_jax.files import as_path
 
-# Rates are turned into whole numbers; below this share of a mixture a source could not be told from rounding.
-_SMALLEST_RATE = Fraction(1, 100_000)
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,11 @@ class _Source:
 class ExampleLoader:
     """Random access to the packed examples of a task or mixture.
 
-    With `repeat`, examples go on for ever: each source is gone through epoch after epoch, in a new order each time,
-    and sources take turns. With rates in the ratio of whole numbers w, every window of sum(w) examples holds exactly
+    With `repeat`, examples never end: the loader reads each source epoch after epoch, in a new order each time, and
+    sources take turns. With rates in the ratio of whole numbers w, every window of sum(w) examples holds exactly
     w of each source. Without `repeat` (evaluation), indices [0, len) hold every example of every source once, sources
-    interleaved evenly, rates disregarded.
+    interleaved evenly, rates disregarded; tasks of a mixture without examples in this split are left out. A task of
+    rate 0 contributes nothing.
 
     Args:
         mixture_or_task: name of a cached task, or of a SeqIO mixture of cached tasks (only then `tasks` is imported).
@@ -81,13 +82,15 @@ class ExampleLoader:
         self.seed, self.shuffle, self.repeat, self.packing = seed, shuffle, repeat, packing
         where = _Where(as_path(cache_dir, "cache_dir"), sequence_length, split, packing)
         rates = _rates(mixture_or_task, where)
+        if not repeat:
+            rates = _with_examples(mixture_or_task, rates, where)
         folders = {task: where.folder(task) for task in rates}
         manifests = {task: _load_manifest(mixture_or_task, folder, where) for task, folder in folders.items()}
         _check_vocabularies(manifests)
         first = next(iter(manifests.values()))
         self.vocab_size, self.vocabulary_fingerprint = first.vocab_size, first.vocabulary_fingerprint
         self.columns = token_columns(sequence_length, packed=first.packing == "best_fit")
-        weights = _whole_weights(list(rates.values())) if repeat else [m.records for m in manifests.values()]
+        weights = _weights(rates) if repeat else [m.records for m in manifests.values()]
         self._sources = [
             _Source(manifest, _Records(folders[task], manifest), weight)
             for (task, manifest), weight in zip(manifests.items(), weights, strict=True)
@@ -160,7 +163,7 @@ class ExampleLoader:
 def split_by_weight(indices: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Deals positions of an endless sequence to sources in proportion to whole-number weights.
 
-    Source 0 takes its share of all positions, evenly spread; the others are dealt what is left in the same way. After
+    Source 0 takes its share of all positions, evenly spread; the others share the rest in the same way. After
     every multiple of `sum(weights)` positions each source has had exactly its share.
 
     Args:
@@ -274,15 +277,29 @@ def _rates(name: str, where: _Where) -> dict[str, Fraction]:
             f"{where.missing(name)}; nor can it be looked up as a mixture here ({error})"
         ) from error
     if name in seqio.MixtureRegistry.names():
-        # Rates by size read the stats of cached tasks.
-        seqio.add_global_cache_dirs([str(where.cache_dir)])
-        mixture = seqio.MixtureRegistry.get(name)
-        rates = {task.name: Fraction(mixture.get_rate(task)) for task in mixture.tasks}
-        return dict(sorted(rates.items()))
+        from qwen_jax.data import mixing  # here, because it imports TensorFlow
+
+        return mixing.rates_of(seqio.MixtureRegistry.get(name), where.cache_dir)
     if name in seqio.TaskRegistry.names():
         raise FileNotFoundError(where.missing(name))
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     raise ValueError(f"{name!r} is neither a task nor a mixture; there are {', '.join(known)}")
+
+
+def _weights(rates: dict[str, Fraction]) -> list[int]:
+    if len(rates) == 1:
+        return [1]
+    from qwen_jax.data import mixing  # only for mixtures, because it imports TensorFlow
+
+    return mixing.whole_weights(list(rates.values()))
+
+
+def _with_examples(name: str, rates: dict[str, Fraction], where: _Where) -> dict[str, Fraction]:
+    """`rates` without the tasks of a mixture that have no examples in this split; at least one must have some."""
+    there = {task: rate for task, rate in rates.items() if where.folder(task).is_dir()}
+    if there and len(there) < len(rates):
+        logger.warning("%s %s has no examples of %s", name, where.split, ", ".join(sorted(rates.keys() - there.keys())))
+    return there or rates
 
 
 def _load_manifest(name: str, folder: Path, where: _Where) -> packing.Manifest:
@@ -300,21 +317,3 @@ def _check_vocabularies(manifests: dict[str, packing.Manifest]) -> None:
     if len(seen) > 1:
         listed = "; ".join(f"{task} with {fingerprint[:12]}" for fingerprint, task in sorted(seen.items()))
         raise ValueError(f"the sources of a mixture must share one vocabulary, found {listed}: cache anew with one")
-
-
-def _whole_weights(rates: list[Fraction]) -> list[int]:
-    """The smallest whole numbers in (nearly) the ratio of `rates`; exact unless a rate needs a large denominator."""
-    total = sum(rates)
-    if min(rates) <= 0 or min(rates) / total < _SMALLEST_RATE:
-        raise ValueError(
-            f"mixing rates {[float(rate) for rate in rates]}: each must be positive and at least "
-            f"{float(_SMALLEST_RATE)} of their sum"
-        )
-    # Written rates such as 0.7 are binary fractions; the nearest fraction with a small denominator is what was meant.
-    shares = [(rate / total).limit_denominator(1_000_000) for rate in rates]
-    scale = np.lcm.reduce([share.denominator for share in shares], dtype=object)
-    whole = [int(share * scale) for share in shares]
-    if sum(whole) > 1 << 24:  # keeps index * weight within 64 bits for 2**39 examples
-        whole = [max(1, round(share * (1 << 24))) for share in shares]
-    divisor = int(np.gcd.reduce(whole))
-    return [weight // divisor for weight in whole]

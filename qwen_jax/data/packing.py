@@ -6,7 +6,7 @@ ways, the keys of `PACKINGS`:
     concat    all are concatenated and cut into pieces of `sequence_length` tokens (report section 2.4)
     best_fit  whole documents are fitted into sequences, each keeps to itself: `segment_ids`, `positions` say where
 
-No token is lost or repeated: what stays free at the end of an example is filled with end-of-text of loss weight 0.
+No token is lost or repeated: end-of-text of loss weight 0 fills the free end of an example.
 
 On disk a split is a folder of ArrayRecord shards and one `manifest.json`. A record is one example: its columns one
 after the other, little-endian, without header, so that an example is read with one seek and no parsing. The manifest
@@ -239,7 +239,7 @@ def decode_records(records: Sequence[bytes], columns: Sequence[Column], sequence
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard file and what is in it.
+    """One shard file and its contents.
 
     `tokens` counts documents and their end-of-text, not the filling of the last example; `loss_tokens` those with loss
     weight 1; `text_bytes` is the UTF-8 size of the documents' text after NFC; `file_bytes` the size of the file.

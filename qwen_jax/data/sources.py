@@ -1,37 +1,43 @@
 """Corpora in files: how documents are read, and how SeqIO sees them.
 
-A corpus is a folder, a glob (`**` goes into sub-folders) or several of them. Order is that of sorted paths, then of
-lines. Nothing is skipped silently: a malformed row stops the reading and is named.
+A corpus is a folder, a glob (`**` goes into sub-folders), a file, or several of them. Order is that of sorted paths,
+then of lines. Nothing is skipped silently: a malformed row stops the reading and is named.
 """
 
 import dataclasses
+import functools
 import glob
-import gzip
 import hashlib
 import io
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import seqio
 import tensorflow as tf
-import zstandard
 
-from qwen_jax.files import as_pattern
+from qwen_jax import files
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".parquet")
+# More NUL characters than this share: the file is binary, or UTF-16 without a byte order mark.
+_MAX_NUL = 0.01
 
 
 def list_files(pattern: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
     """Files of a corpus, sorted, each once.
 
     Args:
-        pattern: a folder (all its files with one of `SUFFIXES`, hidden ones left out), a glob, or a list of these.
+        pattern: a folder (all its files with one of `SUFFIXES` in any case, hidden ones left out), a file, a glob, or a
+            list of these. A log line names files of a folder that have another suffix.
 
     Raises:
         FileNotFoundError: nothing matches.
@@ -39,22 +45,34 @@ def list_files(pattern: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     """
     found: set[Path] = set()
     for one in [pattern] if isinstance(pattern, str | os.PathLike) else pattern:
-        one = as_pattern(one, "corpus")
+        one = files.as_pattern(one, "corpus")
         if os.path.isdir(one):
             matches = glob.glob(os.path.join(glob.escape(one), "**", "*"), recursive=True)
-            files = [path for path in matches if path.endswith(SUFFIXES) and os.path.isfile(path)]
+            matches = [path for path in matches if os.path.isfile(path)]
+            chosen = [path for path in matches if path.lower().endswith(SUFFIXES)]
+            if chosen and len(chosen) < len(matches):
+                _say_left_out(one, tuple(sorted(set(matches) - set(chosen))))
         else:
-            files = [path for path in glob.glob(one, recursive=True) if os.path.isfile(path)]
-            unknown = sorted(path for path in files if not path.endswith(SUFFIXES))
+            # A name such as `part[1].jsonl` is itself before it is a pattern.
+            matches = [one] if os.path.isfile(one) else glob.glob(one, recursive=True)
+            chosen = [path for path in matches if os.path.isfile(path)]
+            unknown = sorted(path for path in chosen if not path.lower().endswith(SUFFIXES))
             if unknown:
                 raise ValueError(f"{unknown[0]}: unknown suffix; a corpus has files of {', '.join(SUFFIXES)}")
-        if not files:
+        if not chosen:
             raise FileNotFoundError(
                 f"no file of a corpus matches {one!r} (seen from {os.getcwd()}): expected a folder or glob with files "
                 f"of {', '.join(SUFFIXES)}"
             )
-        found.update(Path(path) for path in files)
+        found.update(Path(path) for path in chosen)
     return sorted(found)
+
+
+@functools.lru_cache(maxsize=64)  # a task lists its files several times; once is enough to say it
+def _say_left_out(folder: str, left_out: tuple[str, ...]) -> None:
+    shown = ", ".join(os.path.relpath(path, folder) for path in left_out[:5])
+    more = f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
+    logger.warning("%s: not read, because their suffix is none of a corpus: %s%s", folder, shown, more)
 
 
 def documents(
@@ -68,7 +86,7 @@ def documents(
 
     Raises:
         FileNotFoundError: nothing matches.
-        ValueError: unknown suffix, malformed row (file and line are named), or no document with text at all.
+        ValueError: unknown suffix, malformed row (the message names file and line), or no document with text at all.
     """
     empty = True
     for path in list_files(pattern):
@@ -80,42 +98,66 @@ def documents(
 
 
 def read_file(path: Path, *, text_field: str = "text") -> Iterator[str]:
-    """Texts of one file; a text file is one document, and documents without text are left out."""
-    name = str(path)
+    """Texts of one file; a text file is one document, and documents without text are left out.
+
+    Text files that are not UTF-8 are decoded as `qwen_jax.curation` decodes pages: by byte order mark, else by
+    statistics of the bytes. Python sources may declare their encoding (PEP 263).
+
+    Raises:
+        ValueError: the file is damaged, binary, or has a malformed row. The message names file and row in one line.
+    """
+    name = str(path).lower()
     if name.endswith(TEXT_SUFFIXES):
-        texts: Iterator[str] = iter([path.read_bytes().decode("utf-8", errors="replace")])
+        texts: Iterable[str] = iter([_decode(path, path.read_bytes())])
     elif name.endswith(".parquet"):
         texts = _parquet(path, text_field)
     else:
-        texts = _json_lines(path, text_field)
+        texts = (_text_of(row, where, text_field) for where, row in files.read_json_lines(path))
     return (text for text in texts if text)
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    number = 0
+def _decode(path: Path, data: bytes) -> str:
     try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _json_text(line, f"{path}:{number}", text_field)
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read past line {number}: {error}") from error
+        encoding = "utf-8-sig"
+        if path.suffix.lower() == ".py":
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        text = data.decode(encoding)
+    except (UnicodeDecodeError, SyntaxError) as error:  # SyntaxError: a Python source declares a wrong encoding
+        text = _decode_other(path, data, error)
+    if text.count("\0") > _MAX_NUL * len(text):
+        raise ValueError(
+            f"{path}: {text.count(chr(0)):,} of its {len(text):,} characters are NUL: convert it to UTF-8, or leave it "
+            "out if it is binary"
+        )
+    return text
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.name.endswith(".zst"):
-        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader)
-    return path.open("rb")
-
-
-def _json_text(line: bytes, where: str, text_field: str) -> str:
+def _decode_other(path: Path, data: bytes, error: Exception) -> str:
+    """Text of a file that is not UTF-8."""
+    advice = "convert it to UTF-8 (`iconv -t UTF-8`), or leave it out if it is binary"
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+        # Here, because only curation needs what it imports.
+        from qwen_jax.curation.html import Unreadable, decode
+    except ImportError as missing:
+        raise ValueError(
+            f"{path}: not UTF-8 ({error}), and its encoding cannot be found without {missing.name}: {advice}"
+        ) from error
+    try:
+        text, encoding = decode(data)
+    except Unreadable as unreadable:
+        raise ValueError(
+            f"{path}: not UTF-8 ({error}), nor text in any encoding that is known: {advice}"
+        ) from unreadable
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as stray:
+        logger.warning("%s: read as %s; bytes that do not fit become U+FFFD: %s", path, encoding, stray)
+    else:
+        logger.info("%s: read as %s", path, encoding)
+    return text
+
+
+def _text_of(row: object, where: str, text_field: str) -> str:
     if not isinstance(row, dict) or text_field not in row:
         fields = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where}: expected an object with a field {text_field!r}, found {fields or 'no field'}")
@@ -125,12 +167,12 @@ def _json_text(line: bytes, where: str, text_field: str) -> str:
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[str]:
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if text_field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
                 raise ValueError(f"{path}: expected a column {text_field!r}, found {columns}")
-            row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
@@ -138,14 +180,48 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
                         raise ValueError(f"{path}: row {row}: {text_field!r} is {kind}, expected a string")
                     yield text
                     row += 1
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable Parquet file past row {row}: {detail}") from error
 
 
 def in_validation(text: str, share: float) -> bool:
-    """Whether a document belongs to the validation split: by a hash of its text, so for ever and everywhere."""
-    digest = hashlib.blake2b(_utf8(text), digest_size=8, key=b"validation").digest()
-    return int.from_bytes(digest, "little") < share * 2**64
+    """Whether a document is held out where `share` of a large corpus is: a function of its text alone."""
+    return _hash(text) < share * 2**64
+
+
+def _hash(text: str) -> int:
+    """A number in [0, 2**64)."""
+    return int.from_bytes(hashlib.blake2b(_utf8(text), digest_size=8, key=b"validation").digest(), "little")
+
+
+def validation_limit(corpus: "Corpus") -> float | int:
+    """Documents whose hash is below this number are held out.
+
+    It is `validation_share * 2**64`, unless no document of a small corpus has such a hash: then the one with the lowest
+    hash is held out, so that a share always holds out something. A corpus of one document (or of copies of one) holds
+    out nothing. The corpus is read only as far as its first document that is held out.
+    """
+    if not corpus.validation_share:
+        return 0
+    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in corpus.files)
+    return _validation_limit(tuple(corpus.files), state, corpus.text_field, corpus.validation_share)
+
+
+@functools.lru_cache(maxsize=8)
+def _validation_limit(paths: tuple[Path, ...], state: tuple, text_field: str, share: float) -> float | int:
+    del state  # part of the cache key only: files that changed are read again
+    limit, lowest, several = share * 2**64, None, False
+    for path in paths:
+        for text in read_file(path, text_field=text_field):
+            number = _hash(text)
+            if number < limit:
+                return limit
+            several = several or (lowest is not None and number != lowest)
+            lowest = number if lowest is None else min(lowest, number)
+    return lowest + 1 if several else 0
 
 
 def _utf8(text: str) -> bytes:
@@ -158,7 +234,11 @@ def _utf8(text: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Files and how to read them. `validation_share`, in [0, 1), is the share of documents held out by hash."""
+    """Files and how to read them.
+
+    `validation_share`, in [0, 1), is the share of documents held out by hash: at least one document of a corpus that
+    has several, and none where it is 0.
+    """
 
     files: Sequence[Path]
     text_field: str = "text"
@@ -175,7 +255,7 @@ class DocumentSource(seqio.DataSource):
     Files are dealt to at most `num_shards` input shards, which Beam workers read in parallel.
 
     Args:
-        corpus: called when the source is used, not when the task is registered: what it reads may come from gin.
+        corpus: called when the source is used, not when the task is registered, so that gin may configure it.
         num_shards: upper bound on input shards.
     """
 
@@ -205,16 +285,17 @@ class DocumentSource(seqio.DataSource):
         use_cached: bool = False,
         num_epochs: int | None = 1,
     ) -> tf.data.Dataset:
-        """Documents as `{"text": string, "source": string}` scalars; the order is fixed, whatever `shuffle` says."""
+        """Documents as `{"text": string, "source": string}` scalars; `shuffle` does not change the order."""
         del shuffle, seed, sequence_length, use_cached, num_epochs
         self._check(split)
         corpus = self._corpus()
         count, index = (shard_info.num_shards, shard_info.index) if shard_info else (1, 0)
+        limit = validation_limit(corpus)
 
         def generate():
             for path in corpus.files[index::count]:
                 for text in read_file(path, text_field=corpus.text_field):
-                    if in_validation(text, corpus.validation_share) == (split == "validation"):
+                    if (_hash(text) < limit) == (split == "validation"):
                         yield {"text": _utf8(text), "source": str(path)}
 
         signature = {name: tf.TensorSpec([], tf.string) for name in ("text", "source")}
@@ -239,7 +320,7 @@ class DocumentSource(seqio.DataSource):
 
 
 class TfdsSource(seqio.TfdsDataSource):
-    """A TFDS dataset that is on disk already. SeqIO's own source would start to download and prepare what is missing.
+    """A TFDS dataset that is on disk already. SeqIO's own source would download and prepare a missing one.
 
     Args:
         name: name, configuration and version, such as `wikipedia/20230601.en:1.0.0`.

@@ -19,11 +19,20 @@ from qwen_jax.data.tokenizer import Tokenizer
 tf.config.set_visible_devices([], "GPU")
 
 
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written again; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 class QwenVocabulary(seqio.Vocabulary):
     """`Tokenizer` under SeqIO's interface. Text never becomes a control token.
 
     End-of-text ends a document (`eos_id`) and pads; there is no unknown token, as every byte has an id. A pickled
-    vocabulary remembers which one it was, so Beam workers use that one or stop.
+    vocabulary keeps its fingerprint, so Beam workers use the same one or stop.
 
     Args:
         path: a `.tiktoken` file; None asks `vocabulary_path` at each use.
@@ -33,6 +42,7 @@ class QwenVocabulary(seqio.Vocabulary):
         super().__init__(extra_ids=0)
         self._path = None if path is None else str(path)
         self._pinned: str | None = None
+        self._kept: tuple | None = None  # path, state of the file and the tokenizer made from them
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -40,14 +50,18 @@ class QwenVocabulary(seqio.Vocabulary):
 
         Raises:
             FileNotFoundError, ValueError: see `Tokenizer`.
-            RuntimeError: this is an unpickled vocabulary, and the file is not what it was.
+            RuntimeError: the file of an unpickled vocabulary has changed.
         """
-        tokenizer = Tokenizer(self._path if self._path is not None or self._pinned else vocabulary_path())
+        path = self._path if self._path is not None or self._pinned else vocabulary_path()
+        if self._kept and self._kept[0] == path and _state(self._kept[2].path) == self._kept[1]:
+            return self._kept[2]
+        tokenizer = Tokenizer(path)
         if self._pinned and tokenizer.fingerprint != self._pinned:
             raise RuntimeError(
                 f"the vocabulary at {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that "
                 f"this job was started with ({self._pinned[:12]}): put the same file on every worker"
             )
+        self._kept = (path, _state(tokenizer.path), tokenizer)
         return tokenizer
 
     @property

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -113,7 +114,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(registry, cache_dir, tmp_p
 
 
 def test_complete_data_is_used_again(registry, cache_dir, monkeypatch, caplog):
-    monkeypatch.setattr(cache, "_pipeline", None)
+    monkeypatch.setattr(cache, "pipeline_of", None)
     before = _files(cache_dir)
     with caplog.at_level(logging.INFO, "qwen_jax"):
         prepared = cache.prepare("test_a", cache_dir=cache_dir, sequence_length=LENGTH)
@@ -334,19 +335,79 @@ def test_a_malformed_corpus_is_named_and_leaves_nothing(tmp_path, add_task):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "fine"}\n{"text": \n')
     add_task("malformed", [path])
-    with pytest.raises(Exception, match=r"corpus\.jsonl:2: not JSON"):
-        cache.prepare("malformed", cache_dir=tmp_path / "cache", sequence_length=LENGTH)
-    assert not (tmp_path / "cache" / "malformed").exists()
+    for options in ((), THREADS):
+        with pytest.raises(ValueError) as error:
+            cache.prepare("malformed", cache_dir=tmp_path / "cache", sequence_length=LENGTH, beam_options=options)
+        assert re.fullmatch(rf"{path}:2: not JSON: [^\n]*", str(error.value))
+        assert not (tmp_path / "cache" / "malformed").exists()
 
 
-def test_a_split_without_documents_keeps_the_other(registry, tmp_path, add_task):
+def test_damaged_caches_are_named(registry, cache_dir, tmp_path):
+    shutil.copytree(cache_dir / "test_b", tmp_path / "test_b", ignore=shutil.ignore_patterns("packed-*"))
+    (file,) = (tmp_path / "test_b").glob("train.tfrecord-*")
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=rf"{file} is damaged: delete {tmp_path / 'test_b'} and cache the task again"):
+        cache.prepare("test_b", cache_dir=tmp_path, sequence_length=LENGTH)
+
+
+def test_a_split_without_documents_keeps_the_other(registry, tmp_path, add_task, caplog):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "only"}\n')
-    add_task("one_document", [path])
+    add_task("one_document", [path], share=0.1)
     prepare = functools.partial(cache.prepare, "one_document", cache_dir=tmp_path, sequence_length=LENGTH)
     with pytest.raises(ValueError, match=r"split 'validation': .*leave the split out \(--splits\)"):
-        prepare()
-    assert prepare(splits=("train",))[0].manifest.documents == 1
+        prepare(splits=("validation",))
+    for _ in range(2):
+        caplog.clear()
+        (prepared,) = prepare()
+        assert (prepared.manifest.split, prepared.manifest.documents) == ("train", 1)
+        assert "one_document holds out no document" in caplog.text
+
+
+def test_a_few_documents_hold_out_one_whatever_the_workers(registry, tmp_path, add_task):
+    """A share of a thousandth of five documents is one document, and the same one however many workers there are."""
+    paths = [tmp_path / f"{number}.txt" for number in range(5)]
+    for path in paths:
+        path.write_text(f"document {path.name}")
+    add_task("five", paths, share=0.001)
+    manifests = [
+        [
+            one.manifest
+            for one in cache.prepare("five", cache_dir=tmp_path / name, sequence_length=8, beam_options=options)
+        ]
+        for name, options in (("one", ()), ("three", THREADS))
+    ]
+    assert [manifest.documents for manifest in manifests[0]] == [4, 1] and manifests[0] == manifests[1]
+
+
+def test_a_cache_for_training_alone_is_used_without_its_corpus(registry, tmp_path, add_task, caplog):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "a"}\n')
+    named = [path]
+
+    def corpus() -> Corpus:
+        if not named:
+            raise ValueError("no corpus is named")
+        return Corpus(named)
+
+    add_task("train_alone", DocumentSource(corpus))
+    cache.prepare("train_alone", cache_dir=tmp_path / "cache", sequence_length=LENGTH, splits=("train",))
+    named.clear()
+    prepared = cache.prepare("train_alone", cache_dir=tmp_path / "cache", sequence_length=LENGTH)
+    assert [one.manifest.split for one in prepared] == ["train"]
+    assert "train_alone holds out no document" in caplog.text
+
+
+def test_misspelt_beam_options_are_refused_even_if_nothing_is_left_to_do(registry, cache_dir):
+    prepare = functools.partial(cache.prepare, "test_a", cache_dir=cache_dir, sequence_length=LENGTH)
+    with pytest.raises(ValueError, match=r"Beam has no option --runer\. Did you mean --runner\?"):
+        prepare(beam_options=["--runer=FlinkRunner"])
+    with pytest.raises(ValueError, match=r"Did you mean --flink_master\?"):
+        prepare(beam_options=["--runner=FlinkRunner", "--flink-master=localhost:8081"])
+    with pytest.raises(ValueError, match="Beam: argument --direct_num_workers: invalid int value: 'many'"):
+        prepare(beam_options=["--direct_num_workers=many"])
+    with pytest.raises(ValueError, match="Unexpected pipeline runner: FlinkRuner"):
+        prepare(beam_options=["--runner=FlinkRuner"], packing="best_fit")
 
 
 def test_a_split_that_a_task_lacks(registry, tmp_path, add_task, caplog):

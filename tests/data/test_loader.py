@@ -311,7 +311,7 @@ def test_a_mixture_has_one_vocabulary(folder, mixture, tmp_path):
 
 def test_a_rate_too_small_to_keep(folder, mixture):
     mixture("mixed", [("one", 1), ("two", 1e-9)])
-    with pytest.raises(ValueError, match="each must be positive and at least"):
+    with pytest.raises(ValueError, match="the rate of two is 1e-09: each must be 0 or at least"):
         _loader(folder, "mixed")
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -80,6 +82,100 @@ def test_malformed_input_is_named(tmp_path, name, content, message):
         list(documents(tmp_path))
 
 
+CHINESE = "从前有一座山，山里有一座庙，庙里有一个老和尚给小和尚讲故事。\n" * 40
+JAPANESE = "むかしむかし、あるところに、おじいさんとおばあさんが住んでいました。\n" * 40
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [(CHINESE, e) for e in ("gbk", "gb18030", "utf-16", "utf-8-sig")]
+    + [(JAPANESE, "shift_jis"), ("café été\n" * 40, "cp1252")],
+)
+def test_text_files_in_other_encodings_are_decoded(tmp_path, text, encoding):
+    pytest.importorskip("resiliparse", reason="finding encodings needs resiliparse")
+    (tmp_path / "a.TXT").write_bytes(text.encode(encoding))
+    assert [document["text"] for document in documents(tmp_path)] == [text]
+
+
+def test_python_sources_are_read_in_the_encoding_that_they_declare(tmp_path):
+    text = "# -*- coding: cp1251 -*-\nname = 'Чехов'\n"
+    (tmp_path / "a.py").write_bytes(text.encode("cp1251"))
+    assert [document["text"] for document in documents(tmp_path)] == [text]
+
+
+def test_stray_bytes_become_replacement_characters_and_are_said(tmp_path, caplog):
+    pytest.importorskip("resiliparse", reason="finding encodings needs resiliparse")
+    (tmp_path / "a.txt").write_bytes(CHINESE.encode() + b"\xff")
+    assert [document["text"] for document in documents(tmp_path)] == [CHINESE + "\ufffd"]
+    assert re.search(r"a\.txt: read as utf-8; bytes that do not fit become U\+FFFD: .* position \d+", caplog.text)
+
+
+@pytest.mark.parametrize(
+    "content", [bytes(range(256)) * 9, "only ASCII\n".encode("utf-16-le") * 9], ids=["bytes", "utf-16"]
+)
+def test_what_is_no_text_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.txt: .*leave it out if it is binary") as error:
+        list(documents(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_without_resiliparse_other_encodings_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwen_jax.curation.html", None)
+    (tmp_path / "a.txt").write_bytes(CHINESE.encode("gbk"))
+    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 .*encoding cannot be found.*iconv"):
+        list(documents(tmp_path))
+
+
+# Whatever JSON allows in a string, between tokens and around them; a line feed alone ends a line.
+VALUES = st.text(
+    st.characters(codec="utf-8") | st.sampled_from("\u2028\u2029\x85\x0b\x0c\x1c\r\n\ufeff"), min_size=1, max_size=8
+)
+
+
+@given(
+    texts=st.lists(VALUES, min_size=1, max_size=5),
+    mark=st.booleans(),
+    ascii_only=st.booleans(),
+    ends=st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\r\n"]),
+    separator=st.sampled_from([" ", "\r", "\t", ""]),
+)
+def test_json_lines_are_read_as_their_format_says(tmp_path_factory, texts, mark, ascii_only, ends, separator):
+    from qwen_jax.curation.contamination import benchmark_texts
+    from qwen_jax.generate import read_prompts
+
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    rows = [{"text": text, "prompt": text} for text in texts]
+    lines = [json.dumps(row, ensure_ascii=ascii_only, separators=("," + separator, ":" + separator)) for row in rows]
+    path.write_bytes(b"\xef\xbb\xbf" * mark + ends.join(lines).encode())
+    assert [document["text"] for document in documents(path)] == texts == read_prompts(path)
+    assert list(benchmark_texts(str(path))) == [text for text in texts for _ in range(2)]
+
+
+def test_names_in_capitals_and_with_brackets_and_files_that_are_left_out(tmp_path, caplog):
+    (tmp_path / "part[1].jsonl").write_bytes(LINES)
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(LINES))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "d.json.zst").write_bytes(zstandard.compress(LINES))
+    (tmp_path / "e.pdf").touch()
+    assert [path.name for path in list_files(tmp_path / "part[1].jsonl")] == ["part[1].jsonl"]
+    assert len(list(documents(tmp_path))) == 4 * len(ROWS)
+    assert "not read, because their suffix is none of a corpus: e.pdf" in caplog.text
+
+
+def test_long_windows_are_read_and_a_cut_is_not_taken_for_the_end(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    # Unknown size, or the window would be made smaller than asked for; a flush ends a block at a line.
+    stream = compressor.compressobj()
+    first = stream.compress(LINES) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    (tmp_path / "a.jsonl.zst").write_bytes(first + stream.compress(LINES) + stream.flush())
+    assert len(list(documents(tmp_path))) == 2 * len(ROWS)
+    (tmp_path / "a.jsonl.zst").write_bytes(first)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: cannot be read past line 2: cut off within a frame"):
+        list(documents(tmp_path))
+
+
 def test_malformed_parquet_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), path)
@@ -112,6 +208,16 @@ def test_validation_grows_with_its_share_and_only_grows(texts, share):
 
 def test_validation_has_its_share():
     assert 800 < sum(in_validation(f"document {i}", 0.1) for i in range(10_000)) < 1200
+
+
+@given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=6), share=st.sampled_from([1e-9, 0.01, 0.3]))
+def test_a_share_of_several_documents_holds_out_at_least_one(tmp_path_factory, texts, share):
+    path = tmp_path_factory.mktemp("few") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = DocumentSource(lambda: Corpus([path], validation_share=share))
+    held_out = [example["text"] for example in source.get_dataset("validation").as_numpy_iterator()]
+    assert bool(held_out) or len(set(texts)) == 1
+    assert not list(DocumentSource(lambda: Corpus([path], validation_share=0)).get_dataset("validation"))
 
 
 def test_impossible_share():

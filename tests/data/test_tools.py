@@ -189,8 +189,8 @@ def test_marks_of_loss_and_control(tool, vocabulary_file):
     ids = tokenizer.encode_with_control_tokens("<|im_start|>a<|im_end|>")
     ids += tokenizer.encode("<|im_end|>")
     weights = [1, 0, 1] + [0] * (len(ids) - 3)
-    assert render(ids, weights, tokenizer, colour=False) == "⟦⟪<|im_start|>⟫⟧a⟦⟪<|im_end|>⟫⟧<|im_end|>"
-    coloured = render(ids, weights, tokenizer, colour=True)
+    assert render(ids, weights, tokenizer, color=False) == "⟦⟪<|im_start|>⟫⟧a⟦⟪<|im_end|>⟫⟧<|im_end|>"
+    coloured = render(ids, weights, tokenizer, color=True)
     assert coloured.count("\x1b[32m") == 4 and re.sub(r"\x1b\[\d+m", "", coloured) == tokenizer.decode(ids)
 
 
