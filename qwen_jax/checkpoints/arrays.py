@@ -218,7 +218,12 @@ def _step_folder(path: str | Path, step: int | None) -> Path:
         raise CheckpointError(f"{run} has no checkpoint under {CHECKPOINTS}/: was it stopped before its first save?")
     if wanted is not None and wanted not in steps:
         raise CheckpointError(f"{run} has no checkpoint of step {wanted}; it has {', '.join(map(str, steps))}")
-    return run / CHECKPOINTS / str(steps[-1] if wanted is None else wanted)
+    found = run / CHECKPOINTS / str(steps[-1] if wanted is None else wanted)
+    if not (found / "params").is_dir():
+        others = [str(run / CHECKPOINTS / str(one)) for one in steps if str(one) != found.name]
+        instead = f", or name another step: {', '.join(others[-3:])}" if others else ""
+        raise CheckpointError(f"checkpoint {found} holds no parameters: it was not saved whole; remove it{instead}")
+    return found
 
 
 def restore_params(path: str | Path, abstract, step: int | None = None):
