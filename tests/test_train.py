@@ -100,61 +100,91 @@ def test_a_finished_run_started_again_changes_nothing(corpus, unbroken, plain_en
     assert_same_run(output, unbroken[0])
 
 
-def kill_when(process, output, due) -> bool:
-    """Kills with SIGKILL as soon as `due()`; False if the process ended before."""
-    while process.poll() is None:
-        if due():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.002)
-    return False
+# Runs at each read of examples, without which no step goes on. Examples that follow a save are not read before it has
+# begun and `due` was asked, so that no load of the machine can make a moment pass unseen.
+KILLING = """
+import os, pathlib, signal, time
+from qwen_jax import command_line, train
+from qwen_jax.data import loader
+from qwen_jax.training.metrics import read_metrics
+output = pathlib.Path({output!r})
+checkpoints = output / "checkpoints"
+def steps():
+    return [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
+def saving():
+    return any("tmp" in p.name for p in checkpoints.glob("*"))
+def logged():
+    return len([row for row in read_metrics(output) if "loss" in row])
+read = loader.ExampleLoader.read
+def reading(self, start, stop):
+    step = start // 4
+    while self.repeat:
+        if {due}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 0 or step % 4 or step in steps():
+            break
+        time.sleep(0.001)
+    return read(self, start, stop)
+loader.ExampleLoader.read = reading
+command_line.run(train.main)
+"""
+MOMENTS = [
+    "output.exists()",  # before the first step
+    "logged() >= 2",  # before the first save
+    "saving()",  # inside the first save
+    "len(steps()) >= 2 and saving()",  # inside a later save
+    "steps() and logged() >= max(steps()) + 2",  # between two saves
+    "steps() and max(steps()) >= 28 and saving()",
+]
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(corpus, unbroken, plain_environment, tmp_path):
     """Killed while starting, between saves, and inside saves; each time started again by the same command."""
     output = tmp_path / "run"
-    checkpoints = output / "checkpoints"
-
-    def steps():
-        return [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()] if checkpoints.exists() else []
-
-    def saving():
-        return any("tmp" in p.name for p in checkpoints.glob("*"))
-
-    def logged():
-        return len(losses(output))
-
-    moments = [
-        lambda: output.exists(),  # before the first step
-        lambda: logged() >= 2,  # before the first save
-        lambda: saving(),  # inside the first save
-        lambda: len(steps()) >= 2 and saving(),  # inside a later save
-        lambda: steps() and logged() >= max(steps()) + 2,  # between two saves
-        lambda: steps() and max(steps()) >= 28 and saving(),
-    ]
     killed = 0
-    for due in moments:
+    for due in MOMENTS:
+        program = [sys.executable, "-c", KILLING.format(output=str(output), due=due), *command(corpus, output)[3:]]
         with open(tmp_path / "log", "a") as log:
-            process = subprocess.Popen(command(corpus, output), env=plain_environment, stdout=log, stderr=log)
-            killed += kill_when(process, output, due)
+            ended = subprocess.run(program, env=plain_environment, stdout=log, stderr=log)
+        assert ended.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
+        killed += ended.returncode != 0
     assert killed >= 5, (tmp_path / "log").read_text()[-2000:]
     done = subprocess.run(command(corpus, output), env=plain_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(output, unbroken[0])
-    assert not saving(), "what the killed saves left is gone"
+    assert not [p for p in (output / "checkpoints").glob("*") if "tmp" in p.name], "what the killed saves left is gone"
+
+
+# Step 10 begins only after the signal was sent.
+HOLDING = """
+import os, time
+from qwen_jax import command_line, train
+from qwen_jax.data import loader
+read = loader.ExampleLoader.read
+def held(self, start, stop):
+    while self.repeat and start >= 40 and not os.path.exists({told!r}):
+        time.sleep(0.01)
+    return read(self, start, stop)
+loader.ExampleLoader.read = held
+command_line.run(train.main)
+"""
 
 
 def test_sigterm_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp_path):
-    output = tmp_path / "run"
-    process = subprocess.Popen(
-        command(corpus, output, CHECKPOINT_EVERY=1000), env=plain_environment, stderr=subprocess.PIPE, text=True
-    )
-    while not losses(output) if output.exists() else True:
+    output, told = tmp_path / "run", tmp_path / "told"
+    program = [
+        sys.executable,
+        "-c",
+        HOLDING.format(told=str(told)),
+        *command(corpus, output, CHECKPOINT_EVERY=1000)[3:],
+    ]
+    process = subprocess.Popen(program, env=plain_environment, stderr=subprocess.PIPE, text=True)
+    while not losses(output):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    told.touch()
+    _, stderr = process.communicate()
     assert process.returncode == 0 and "stopped by SIGTERM after step" in stderr
     stopped = losses(output)[-1][0]
     assert stopped < 40 and [p.name for p in (output / "checkpoints").iterdir()] == [str(stopped)]
