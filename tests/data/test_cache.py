@@ -18,7 +18,7 @@ from qwen_jax.batch_spec import token_columns
 from qwen_jax.data import cache, packing
 from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.data.sources import Corpus, DocumentSource, documents, in_validation
-from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 from qwen_jax.data.vocabulary import QwenVocabulary
 
 LENGTH = 32
@@ -396,6 +396,15 @@ def test_a_cache_for_training_alone_is_used_without_its_corpus(registry, tmp_pat
     prepared = cache.prepare("train_alone", cache_dir=tmp_path / "cache", sequence_length=LENGTH)
     assert [one.manifest.split for one in prepared] == ["train"]
     assert "train_alone holds out no document" in caplog.text
+
+
+def test_appended_words_are_refused_before_training(registry, tmp_path, add_task):
+    ranks = dict(registry.vocabulary.tokenizer.mergeable_ranks)
+    write_ranks(ranks | {b"zqx": len(ranks)}, tmp_path / "appended.tiktoken")
+    add_task("appended", registry.files["test_a"], vocabulary=QwenVocabulary(tmp_path / "appended.tiktoken"))
+    with pytest.raises(ValueError, match=r"appended\.tiktoken: 1 tokens cannot be written as merges, .*b'zqx' \(rank"):
+        cache.prepare("appended", cache_dir=tmp_path / "cache", sequence_length=LENGTH)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_misspelt_beam_options_are_refused_even_if_nothing_is_left_to_do(registry, cache_dir):

@@ -170,11 +170,27 @@ def test_cache_task_from_the_command_line(tool, vocabulary_file, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [(["--gin.nonsense.path=1"], "nonsense"), (["--gin_file=absent.gin"], "absent.gin")],
+    [
+        (["--gin.nonsense.path=1"], "nonsense"),
+        (["--gin_file=absent.gin"], "absent.gin"),
+        (["--beam.runer=FlinkRunner"], "Beam has no option --runer. Did you mean --runner?"),
+    ],
 )
 def test_misspelt_configuration(tool, tmp_path, extra, message):
     with pytest.raises(ValueError, match=message):
         tool("cache_task").main(["python_corpus", f"--cache_dir={tmp_path}", "--sequence_length=32", *extra])
+
+
+def test_a_bad_row_is_named_in_one_line(tool, vocabulary_file, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    arguments = [
+        "local_files",
+        f"--gin.local_files.pattern={tmp_path}",
+        f"--gin.vocabulary_path.path={vocabulary_file}",
+    ]
+    with pytest.raises(ValueError) as error:
+        tool("inspect_task").main(arguments)
+    assert str(error.value) == f"{tmp_path / 'a.jsonl'}:2: expected an object with a field 'text', found body"
 
 
 def test_errors_are_one_line(tmp_path):
