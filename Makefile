@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow lint types identical findings lock clean
 
 demo: $(VENV)/installed
 	$(PY) tools/demo.py
@@ -22,6 +22,22 @@ test-slow: $(VENV)/installed-test
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# Types of qwen_jax/, by ty; configuration in pyproject.toml.
+types: $(VENV)/installed
+	$(VENV)/bin/ty check --python $(VENV) qwen_jax
+
+# A change of structure changes no number: the working tree against BASE, about two minutes a side.
+BASE ?= HEAD
+identical: $(VENV)/installed
+	$(PY) tools/identical.py --base=$(BASE)
+
+# Surprises of other software, each in an environment of its own (findings/README.md). The output of one that has changed is shown.
+findings:
+	@changed=0; for script in findings/*.sh; do \
+		if output=$$(bash $$script 2>&1); then echo "as described  $$script"; \
+		else changed=1; echo "changed       $$script"; echo "$$output" | sed 's/^/    /'; fi; \
+	done; exit $$changed
 
 # --no-deps: the lock is complete, and t5 asks for nightlies that would overwrite seqio and tensorflow-datasets.
 $(VENV)/installed: requirements.txt pyproject.toml
