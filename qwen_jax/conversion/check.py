@@ -1,7 +1,7 @@
-"""What `--check` compares: the logits of two checkpoints on the same tokens, computed one layer at a time.
+"""Comparison of two checkpoints, for `--check`: their logits on the same tokens, computed one layer at a time.
 
-Both sides run through our decoder in float32, so this says whether two folders hold the same function, however they
-are stored. That other software computes the same from a folder is for the tests and for docs/how_to/serving.md.
+Both sides run through our decoder in float32, so the comparison shows whether two folders hold the same function,
+however they are stored. The tests and docs/how_to/serving.md show that other software computes the same from a folder.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far the logits of two checkpoints are apart.
+    """Differences between the logits of two checkpoints.
 
     Attributes:
       largest: largest absolute difference.
       scale: largest magnitude of the first's logits.
-      positions, agreeing: how many positions were compared, and at how many the most likely token is the same.
+      positions, agreeing: number of compared positions, and of those at which the most likely token is the same.
     """
 
     largest: float

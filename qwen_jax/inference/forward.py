@@ -9,16 +9,16 @@ from qwen_jax.models.transformer import Qwen
 
 
 def logits(model: Qwen, params, tokens, lengths=None) -> jax.Array:
-    """Inference-mode logits: those of `model.apply` with the dynamic NTK, LogN and windows that its config switches on.
+    """Inference-mode logits: `model.apply` with the dynamic NTK, LogN and windows that its configuration switches on.
 
-    Compiled once for each shape of `tokens`. Any length is computed; `ModelConfig.inference_length` is how far the
-    extension is known to hold.
+    Compiles once for each shape of `tokens`. Computes any length; the extension is known to hold up to
+    `ModelConfig.inference_length`.
 
     Args:
       model, params: as `load_pretrained` returns them.
       tokens: integers [batch, length]; an id outside the vocabulary gives NaN.
-      lengths: integers [batch], how many tokens of each row are no padding, which comes after them; None: all. Dynamic
-        NTK goes by them.
+      lengths: integers [batch], the tokens of each row without its padding, which follows them; None: all. Dynamic NTK
+        goes by them.
 
     Returns:
       float32 [batch, length, vocabulary]; logits at position t are for token t + 1.

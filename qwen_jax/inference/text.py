@@ -1,18 +1,18 @@
-"""Text of token ids as they come: whole characters only, and nothing of a stop string."""
+"""Text of token ids as they come: in whole characters, without stop strings."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class TextStream:
-    """Turns the bytes of one continuation, token by token, into text that will not change any more.
+    """Turns the bytes of one continuation, token by token, into text that is final.
 
     A character that is split over tokens comes with the last of them; bytes that are not UTF-8 become U+FFFD. Text that
     may be the beginning of a stop string is held back until it is known whether it is one.
 
     Attributes:
-      text: all that has been given out.
-      stopped: whether a stop string has come. It is not part of the text.
+      text: all text so far.
+      stopped: whether a stop string came. It is not part of the text.
     """
 
     def __init__(self, stop_strings: Sequence[str] = ()):
@@ -34,14 +34,14 @@ class TextStream:
         return self._give(len(self._held) - self._beginning())
 
     def finish(self) -> str:
-        """The rest, when no token follows."""
+        """The rest of the text, after the last token."""
         if self.stopped:
             return ""
         self._held += self._decoder.decode(b"", final=True)
         return self._give(len(self._held))
 
     def _beginning(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+        """Number of characters at the end that may begin a stop string."""
         longest = 0
         for stop in self._stop_strings:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
@@ -58,5 +58,5 @@ class TextStream:
 
 
 def token_bytes(tokenizer, token: int) -> bytes:
-    """Bytes of a token; U+FFFD for an id that the tokenizer does not have, as padded vocabularies may give."""
+    """Bytes of a token; those of U+FFFD for an id that only a padded vocabulary has."""
     return tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else "\ufffd".encode()

@@ -1,1 +1,1 @@
-"""The decoder of report 2.3.1 in Flax Linen. Knows no data, no optimizer and no outside weight format."""
+"""The decoder of report 2.3.1 in Flax Linen. It imports no data, no optimizer and no external weight format."""

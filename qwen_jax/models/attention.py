@@ -14,7 +14,7 @@ from qwen_jax.sharding import constrain
 
 @flax.struct.dataclass
 class KVCache:
-    """Rotated keys and values of one layer; slot j of a row holds position j of that row.
+    """Rotated keys and values of one layer. Slot j of a row holds position j of that row.
 
     key, value: [batch, kv_heads, slots, head_dim] in the compute dtype.
     """
@@ -32,7 +32,7 @@ class KVCache:
     def write(self, starts: jax.Array, key: jax.Array, value: jax.Array) -> "KVCache":
         """Puts key and value [batch, kv_heads, length, head_dim] at each row's positions from `starts` [batch] on.
 
-        The caller sees to it that the last of them is a slot: otherwise all of them move back.
+        The last of them must be a slot: otherwise XLA moves all of them back.
         """
 
         def put(cache, new):
@@ -48,7 +48,7 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """How many positions of a row it holds."""
+        """Number of positions of a row."""
         return self.key.shape[2]
 
 
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
         positions=None,
         extension: ContextExtension | None = None,
     ):
-        """Attends within `x`, or, given a cache, to all that the cache holds up to each position.
+        """Attends within `x`, or, given a cache, to all positions of the cache up to each one.
 
         Without a mask it is a training pass, and the configuration's kernel runs.
 
@@ -89,7 +89,8 @@ class SelfAttention(nn.Module):
         """
         c = self.config
 
-        # Heads before length turns the kernel around on CPUs: nothing beside a training step, half of a decoding step.
+        # b batch, l length, d hidden, h heads, k head_dim. Heads before length transposes the kernel on CPUs: that is
+        # negligible in a training step, and half of a decoding step.
         equation, bias_shape = ("bld,dhk->blhk", None) if cache is not None else ("bld,dhk->bhlk", (-1, 1, c.head_dim))
 
         def project(name, heads, axis):

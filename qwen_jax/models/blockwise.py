@@ -2,6 +2,8 @@
 
 As in FlashAttention-2 (Dao 2023), the backward pass computes the weights again from the saved log-normalisers, so no
 [length, length] array outlives its block; blocks of keys that no query of a block may see are left out.
+
+Einsum letters: b batch, k kv_heads, g query heads of each, l queries, m keys, d head_dim.
 """
 
 import jax
@@ -53,7 +55,7 @@ def _grouped(x, kv_heads: int):
 
 def _forward(query, key, value, segment_ids):
     grouped = _grouped(query, key.shape[1])
-    outputs, log_normalisers = [], []
+    outputs, log_normalizers = [], []
     for start, stop in _blocks(query.shape[2]):
         scores = _scores(grouped[:, :, :, start:stop], key[:, :, :stop], start, segment_ids)
         highest = jnp.max(scores, axis=-1, keepdims=True)
@@ -61,14 +63,14 @@ def _forward(query, key, value, segment_ids):
         normaliser = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = product("bkglm,bkmd->bkgld", weights.astype(value.dtype), value[:, :, :stop], jnp.float32)
         outputs.append((mixed / normaliser).astype(query.dtype))
-        log_normalisers.append(highest + jnp.log(normaliser))
+        log_normalizers.append(highest + jnp.log(normaliser))
     output = checkpoint_name(jnp.concatenate(outputs, axis=3).reshape(query.shape), "attention")
-    log_normaliser = checkpoint_name(jnp.concatenate(log_normalisers, axis=3), "attention")
-    return output, (query, key, value, segment_ids, output, log_normaliser)
+    log_normalizer = checkpoint_name(jnp.concatenate(log_normalizers, axis=3), "attention")
+    return output, (query, key, value, segment_ids, output, log_normalizer)
 
 
 def _backward(residuals, gradient):
-    query, key, value, segment_ids, output, log_normaliser = residuals
+    query, key, value, segment_ids, output, log_normalizer = residuals
     dtype = query.dtype
     query, output, gradient = (_grouped(x, key.shape[1]) for x in (query, output, gradient))
     # What the softmax's own backward pass subtracts: the sum of weight times its gradient, over keys.
@@ -78,7 +80,7 @@ def _backward(residuals, gradient):
     for start, stop in _blocks(query.shape[3]):
         block, block_gradient = (x[:, :, :, start:stop] for x in (query, gradient))
         scores = _scores(block, key[:, :, :stop], start, segment_ids)
-        weights = jnp.exp(scores - log_normaliser[:, :, :, start:stop])
+        weights = jnp.exp(scores - log_normalizer[:, :, :, start:stop])
         error = product("bkgld,bkmd->bkglm", block_gradient, value[:, :, :stop], jnp.float32)
         error = (weights * (error - mean[:, :, :, start:stop]) * (query.shape[-1] ** -0.5)).astype(dtype)
         query_gradients.append(product("bkglm,bkmd->bkgld", error, key[:, :, :stop]))

@@ -155,7 +155,7 @@ class ModelConfig:
 
     @property
     def inference_length(self) -> int:
-        """How many tokens generation may reach: `context_length`, and with dynamic NTK eight times that (Table 3)."""
+        """Number of tokens that generation may reach: `context_length`, with dynamic NTK eight times that (Table 3)."""
         return self.context_length * (NTK_EXTENSION if self.use_dynamic_ntk else 1)
 
     @property

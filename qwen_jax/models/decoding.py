@@ -59,7 +59,7 @@ class DecodingCache:
 
     @property
     def slots(self) -> int:
-        """How many positions of a row it holds."""
+        """Number of positions of a row."""
         return self.layers[0].slots
 
 

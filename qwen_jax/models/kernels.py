@@ -31,6 +31,7 @@ def dot_product_attention(query, key, value, mask, *, dropout_rate=0.0, dropout_
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     precision = matmul_precision(query.dtype)
+    # b batch, k kv_heads, g query heads of each, l length, m keys, d head_dim.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
     logits = jnp.einsum("bkgld,bkmd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32) * (
         head_dim**-0.5
@@ -53,7 +54,7 @@ def causal_mask(length: int, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def _splash_blocks(blocks: AttentionBlocks, queries: int, keys: int) -> splash_attention.BlockSizes:
-    """The kernel's own sizes: the largest blocks up to the configured ones that divide queries and keys."""
+    """Block sizes for the kernel: the largest up to the configured ones that divide queries and keys."""
 
     def fit(size, whole):
         return max(part for part in range(TPU_LANES, min(size, whole) + 1, TPU_LANES) if whole % part == 0)
@@ -155,7 +156,7 @@ def cudnn(query, key, value, segment_ids=None) -> jax.Array:
 
 
 def _splash_refusal(config: ModelConfig, platform: str, length: int, mesh_shape: dict[str, int]) -> str | None:
-    """Why splash attention cannot run, or None."""
+    """The reason for which splash attention cannot run, or None."""
     if platform != "tpu":
         return f"it runs on TPUs, and the devices are {platform}s"
     if config.attention_dropout > 0:
@@ -171,7 +172,7 @@ def _splash_refusal(config: ModelConfig, platform: str, length: int, mesh_shape:
 
 
 def _cudnn_refusal(config: ModelConfig, platform: str, packed: bool, mesh_shape: dict[str, int]) -> str | None:
-    """Why cuDNN's attention cannot run, or None."""
+    """The reason for which cuDNN's attention cannot run, or None."""
     if platform != "gpu":
         return f"it runs on NVIDIA GPUs, and the devices are {platform}s"
     if config.dtype != "bfloat16":
@@ -188,7 +189,7 @@ def _cudnn_refusal(config: ModelConfig, platform: str, packed: bool, mesh_shape:
 
 
 def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None, packed: bool = False) -> str:
-    """Which kernel a training pass of `config` over sequences of `length` tokens runs on the devices of `mesh`.
+    """The kernel of a training pass of `config` over sequences of `length` tokens on the devices of `mesh`.
 
     "auto" is the platform's own kernel where it can run, and XLA otherwise.
 
@@ -218,7 +219,7 @@ def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None, p
 
 
 def causal_attention(query, key, value, segment_ids, config: ModelConfig, *, dropout_rng=None) -> jax.Array:
-    """Attention of a training pass: each position to those at or before it, within its segment if there are any.
+    """Attention of a training pass: of each position to itself and those before it, within its segment.
 
     Args:
       query: [batch, heads, length, head_dim], not scaled.

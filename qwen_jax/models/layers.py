@@ -11,7 +11,7 @@ from qwen_jax.sharding import constrain, num_shards
 
 
 def weight_init(std: float, names: tuple[str, ...]):
-    """Initialiser N(0, std) whose result carries logical axis names."""
+    """Initializer N(0, std) whose result carries logical axis names."""
     return nn.with_logical_partitioning(nn.initializers.normal(std), names)
 
 
@@ -39,7 +39,7 @@ class Projection(nn.Module):
       names: logical names of the kernel's axes.
       std: standard deviation of the initial kernel.
       bias_names: logical names of the bias's axes (the kernel's last ones), or None for no bias.
-      bias_shape: how the bias is shaped to be added to the result; by default as it is.
+      bias_shape: shape that makes the bias broadcast to the result; by default its own.
     """
 
     equation: str
@@ -56,7 +56,7 @@ class Projection(nn.Module):
         kernel = self.param("kernel", weight_init(self.std, self.names), self.shape)
         equation, names = self.equation, self.names
         if num_shards("embed") > 1:
-            # The axis that is gathered first: the whole then lies in memory as it is read, and needs no copy.
+            # The gathered axis comes first: the gathered weight then needs no copy into another layout.
             order = sorted(range(len(names)), key=lambda axis: names[axis] != "embed")
             kernel, names = kernel.transpose(order), tuple(names[axis] for axis in order)
             operands, result = equation.split("->")
@@ -71,7 +71,7 @@ class Projection(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), no biases."""
+    """down(silu(gate(x)) * up(x)), no biases. Einsum letters: b batch, l length, d hidden, f FFN width."""
 
     config: ModelConfig
 

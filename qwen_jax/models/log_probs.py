@@ -21,7 +21,7 @@ LOGITS_AT_A_TIME = 1024 * 152064
 
 
 class TokenStatistics(NamedTuple):
-    """What a model says of given tokens, each [batch, length].
+    """Statistics of given tokens under a model, each [batch, length].
 
     Attributes:
       log_probs: float32, logarithm of the probability of the token, in nats.
@@ -49,7 +49,7 @@ def token_log_probs(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *,
 def token_statistics(
     hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, temperature=1.0, with_entropy: bool = False
 ) -> TokenStatistics:
-    """Log-probability of each target under the softmax of logits / temperature, and what costs little beside it.
+    """Log-probability of each target under the softmax of logits / temperature, with further statistics.
 
     The backward pass takes any cotangent, computes the logits of a chunk again, and keeps of the forward pass two
     numbers for each token. Gradients go to `hidden` and `kernel`.

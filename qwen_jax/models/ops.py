@@ -1,6 +1,6 @@
 """Primitives whose gradients are placed by hand: products, weights gathered for use, rows of the embedding.
 
-What XLA derives by itself is right, but sums between devices in float32, or gathers before it casts.
+XLA's own gradients are right, but they sum between devices in float32, or gather before they cast.
 """
 
 import functools
@@ -12,12 +12,12 @@ from qwen_jax.sharding import apart, constrain, platform, sum_shards
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """Float32 compute means float32 products: TPUs and GPUs would otherwise round the factors."""
+    """Full precision for float32: TPUs and GPUs would otherwise round the factors."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def product(equation: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
-    """Einsum of two arrays of the compute dtype, in `dtype` (by default theirs), added up in float32."""
+    """Einsum of two arrays of the compute dtype, in `dtype` (by default theirs), summed in float32."""
     dtype = a.dtype if dtype is None else dtype
     # XLA's CPU backend has fast bfloat16 products only with float32 results. Elsewhere they are what is added up
     # anyway, and asking for them would let sums between devices take twice the bytes.
@@ -27,7 +27,7 @@ def product(equation: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`product` of an activation and a weight of its dtype, whose backward pass is made of `product`s, too."""
+    """`product` of an activation and a weight of its dtype, with a backward pass of `product`s."""
     return product(equation, x, weight)
 
 
@@ -94,7 +94,7 @@ def _embed_forward(table, tokens):
 
 
 def _embed_backward(residuals, gradient):
-    """Added up in float32 on each device, and in the compute dtype between devices, as any weight's gradient."""
+    """The gradient of the table: summed in float32 on each device, in the compute dtype between devices."""
     tokens, shape = residuals
 
     def of_shard(tokens, gradient):

@@ -1,4 +1,4 @@
-"""Rotary positions (report 2.3.1; Su et al. 2021), and what lets inference go past the training length (2.3.2)."""
+"""Rotary positions (report 2.3.1; Su et al. 2021), and context extension at inference (2.3.2)."""
 
 import math
 
@@ -13,12 +13,12 @@ from qwen_jax.sharding import platform
 
 @flax.struct.dataclass
 class ContextExtension:
-    """What an inference pass changes in attention (report 2.3.2); a training pass has none of it.
+    """Changes of attention in an inference pass (report 2.3.2); a training pass has none.
 
     Attributes:
       ntk_alpha: float32 [batch], see `dynamic_ntk_alpha`; None: rotary frequencies as in training.
       query_scale: float32 [batch, length], see `logn_scale`; None: queries as in training.
-      windows: int32 [layers], how many positions, its own included, a query of each block may see; None: all.
+      windows: int32 [layers], number of positions, its own included, that a query of each block sees; None: all.
     """
 
     ntk_alpha: jax.Array | None
@@ -27,7 +27,7 @@ class ContextExtension:
 
     @classmethod
     def of(cls, config: ModelConfig, positions: jax.Array, ntk_alpha: jax.Array) -> "ContextExtension":
-        """What `config` switches on, for queries at `positions` [batch, length], 0-based."""
+        """The extension that `config` switches on, for queries at `positions` [batch, length], 0-based."""
         windows = None
         if config.window_sizes is not None:
             all_positions = jnp.iinfo(jnp.int32).max
@@ -40,7 +40,7 @@ class ContextExtension:
 
 
 def dynamic_ntk_alpha(lengths: jax.Array, context_length: int) -> jax.Array:
-    """How far NTK-aware interpolation stretches the rotary base, in chunks: 1, 3, 7, 15, … as the length doubles.
+    """Factor by which NTK-aware interpolation stretches the rotary base: 1, 3, 7, 15, … as the length doubles.
 
     max(2^ceil(log2(length / context_length) + 1) - 1, 1), as the released code computes it at prefill.
 
@@ -60,8 +60,8 @@ def dynamic_ntk_alpha(lengths: jax.Array, context_length: int) -> jax.Array:
 def logn_scale(positions: jax.Array, context_length: int) -> jax.Array:
     """LogN scaling of queries: log(p) / log(context_length) at 1-based position p past the training length, 1 before.
 
-    A query past the training length always has more keys than that, so the released code's question for the number of
-    keys needs no answer here, in decoding neither.
+    The released code scales only if there are more keys than that. A query past the training length always has them, in
+    decoding too, so that test is not needed here.
 
     Args:
       positions: int32 [batch, length], 0-based.
@@ -111,7 +111,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     cos, sin = cos[:, None], sin[:, None]
     if platform() == "tpu":
         # Halves of a head fill half of the vector unit's lanes each, and to join them costs more than a product with a
-        # permutation on the matrix unit, which is exact.
+        # permutation on the matrix unit, which is exact. b batch, h heads, l length, d and e head_dim.
         turned = jnp.einsum(
             "bhld,de->bhle",
             x,

@@ -1,4 +1,4 @@
-"""Which queries a device computes when rows are split over the `sequence` axis, so that all have the same work.
+"""Balanced queries for rows that are split over the `sequence` axis: every device gets the same work.
 
 Of N devices in a row, device d holds chunks 2d and 2d + 1 of the 2N equal chunks of each row. A causal kernel that
 skips what lies above the diagonal would leave the first device almost idle and give the last one nearly twice the mean.
@@ -39,7 +39,7 @@ def _exchange(x, axis: int, moves) -> jax.Array:
 
 
 def balance(x: jax.Array, axis: int, shards: int) -> jax.Array:
-    """One device's part of a row, along `axis`, exchanged for the two chunks whose queries it computes.
+    """Exchanges one device's part of a row, along `axis`, for the two chunks whose queries it computes.
 
     For use where AXIS is a manual mesh axis of `shards` devices.
     """
@@ -52,5 +52,5 @@ def unbalance(x: jax.Array, axis: int, shards: int) -> jax.Array:
 
 
 def whole_rows(x: jax.Array, axis: int) -> jax.Array:
-    """All positions of what each device holds a part of along `axis`; its gradient is summed back to the parts."""
+    """Gathers the positions along `axis` from all devices; the gradient is summed back to the parts."""
     return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)

@@ -113,11 +113,11 @@ def decoder_states(
     return final_norm(x), tuple(written)
 
 
-def _rematerialised(block: type[Block], policy: str) -> type[Block]:
+def _rematerialized(block: type[Block], policy: str) -> type[Block]:
     """The block with `policy` of REMAT_POLICIES.
 
     Raises:
-      ValueError: there is no other memory to offload to.
+      ValueError: the platform has no other memory to offload to.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
@@ -183,7 +183,7 @@ class Qwen(nn.Module):
         c = self.config
         x = embed_inputs(gather_weight(self.token_embedding, ("vocab", "embed"), c.compute_dtype), tokens, embeddings)
         x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
-        block = Block if self.is_initializing() else _rematerialised(Block, c.remat)
+        block = Block if self.is_initializing() else _rematerialized(Block, c.remat)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -261,7 +261,7 @@ class Qwen(nn.Module):
 
 
 def abstract_params(model: Qwen):
-    """Shapes and logical axis names of the parameters, nothing allocated: a pytree of boxed ShapeDtypeStructs."""
+    """Shapes and logical axis names of the parameters: a pytree of boxed ShapeDtypeStructs. Allocates nothing."""
     return jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
 
 
