@@ -2,7 +2,7 @@
 
 from qwen_jax.inference.engine import Engine
 from qwen_jax.inference.forward import logits
-from qwen_jax.inference.requests import Request, Result, StreamChunk
+from qwen_jax.inference.requests import Handle, Request, Result, Score, StreamChunk
 from qwen_jax.inference.sampling import SamplingConfig
 
-__all__ = ["Engine", "StreamChunk", "Request", "Result", "SamplingConfig", "logits"]
+__all__ = ["Engine", "Handle", "Request", "Result", "SamplingConfig", "Score", "StreamChunk", "logits"]

@@ -4,49 +4,37 @@ Prompts are computed in buckets of lengths; then all rows decode together, many 
 has its own length, rules and random numbers, so what is generated for a prompt does not depend on the rows beside it.
 """
 
+import contextlib
 import itertools
-import logging
-import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from qwen_jax.inference import programs
-from qwen_jax.inference.programs import MAX_STEPS, RowRules
-from qwen_jax.inference.requests import LENGTH, STOP_ID, STOP_STRING, Request, Result, StreamChunk, check_request
-from qwen_jax.inference.sampling import RowSampling, SamplingConfig
-from qwen_jax.inference.text import TextStream, token_bytes
-from qwen_jax.models.transformer import Qwen, abstract_params
-from qwen_jax.sharding import num_batch_shards, tree_shardings
-
-log = logging.getLogger(__name__)
-
-SMALLEST_PROMPT, SMALLEST_CACHE = 16, 64
-# Prompts that are computed at once, and how many tokens they may have together with their padding.
-PREFILL_ROWS, PREFILL_TOKENS = (1, 4, 16), 8192
-STEPS_BEFORE_STOP_STRINGS = 8
-STREAM_SECONDS = 0.1
-
-
-def bucket(length: int, smallest: int) -> int:
-    """The size that `length` is computed with: a power of two, so that few programs are compiled."""
-    return max(smallest, 1 << (length - 1).bit_length())
+from qwen_jax.inference import scoring, weights
+from qwen_jax.inference.batch import Batch, Row, bucket
+from qwen_jax.inference.programs import Programs
+from qwen_jax.inference.requests import Handle, Request, Result, Score, StreamChunk, check_request
+from qwen_jax.inference.sources import END, ReadAhead, ReadInStep
+from qwen_jax.models.transformer import Qwen
+from qwen_jax.sharding import num_batch_shards
 
 
 class Engine:
-    """Generates continuations of prompts.
+    """Generates continuations of prompts, and scores given ones.
 
-    Programs are compiled for powers of two: of prompt lengths, of how many positions the cache has, and of rows if a
-    call has fewer requests than `slots`. Each is compiled once and logged. A cache grows with its longest row.
+    `submit` takes a request, `step` goes on with all of them and returns their new tokens, `cancel` ends one. Requests
+    may come at any time. `generate` and `stream` stand on these. An engine belongs to one thread.
+
+    Programs are compiled for powers of two: of prompt lengths, of the positions of the cache, and of rows, up to
+    `slots`. Each is compiled once and logged. The cache grows with its longest row, and is freed with the last request.
+
+    Where the mesh spans several processes, every process makes the same calls with the same requests in the same order,
+    and each gets every result.
 
     Attributes:
       params: the weights as `unstack_layers` gives them, in the compute dtype.
-      context_length: how many tokens a prompt and its continuation may have together.
+      context_length: the largest number of tokens of a prompt and its continuation together.
     """
 
     def __init__(
@@ -58,14 +46,14 @@ class Engine:
         slots: int = 16,
         context_length: int | None = None,
     ):
-        """Takes a copy of the weights in the compute dtype, block by block: decoding is bound by reading them.
+        """Prepares the weights, see `set_params`.
 
         Args:
           model, params: as `load_pretrained` returns them, or as a training state holds them.
           tokenizer: with `decode_bytes` and `vocab_size`; without one there is no text and are no stop strings.
           mesh: the devices, from `qwen_jax.sharding.make_mesh`: weights lie on them as in training, rows over `data`
             and `fsdp`, heads over `tensor`. None: one device.
-          slots: how many requests are generated together, at most.
+          slots: the largest number of requests that are generated together.
           context_length: see above; by default the model's `inference_length`.
 
         Raises:
@@ -88,327 +76,236 @@ class Engine:
         self.context_length = context_length or config.inference_length
         self.ways = num_batch_shards(mesh) if mesh is not None else 1
         self.slots = -(-slots // self.ways) * self.ways
-        self._compiled: set[tuple] = set()
+        self._several = mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+        self._call = Programs(mesh)
+        self._batch: Batch | None = None
+        self._rows: dict[Handle, Row] = {}  # of every request that has not ended
+        self._waiting: deque[Row] = deque()
+        self._sources = 0  # iterables that requests may still come from
+        self._outbox: deque[StreamChunk] = deque()
+        self._numbers = itertools.count()
         self.set_params(params)
 
     def set_params(self, params) -> None:
         """Goes on with other weights of the same model; no program is compiled anew.
 
+        An array that has the compute dtype and lies where the engine needs it is shared with the caller, not copied;
+        stacked layers are copied, block by block. A caller that donates shared arrays to another program, as a train
+        step does, sets the new ones before it uses the engine again. Requests under way keep their cache.
+
+        Args:
+          params: as in `Engine`, or those of an engine.
+
         Raises:
           ValueError: they are not of this model.
         """
-        boxed = abstract_params(self.model)
-        _check_params(params, nn.meta.unbox(boxed))
-        # Said in either case: JAX compiles anew for arrays that could lie elsewhere, such as NumPy's.
-        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = jax.device_put(params, one_device if self.mesh is None else tree_shardings(boxed, self.mesh))
-        self.params = self.call(programs.prepare, ("prepare weights",), self.model.config, params)
+        self.params = weights.prepare(self.model, params, self._call)
 
     @property
     def compilations(self) -> int:
-        """How many programs have been compiled so far."""
-        return len(self._compiled)
+        """Number of programs that have been compiled."""
+        return self._call.compilations
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Results in the order in which they finish; `Result.index` says which request one belongs to.
+    @property
+    def live(self) -> int:
+        """Number of submitted requests that have not ended."""
+        return len(self._rows)
+
+    def submit(self, request: Request, *, streaming: bool = False) -> Handle:
+        """Takes a request, which the next `step` begins if there is room, else a later one.
 
         Args:
-          requests: a sequence is checked as a whole before anything is computed; anything else is read as rows become
-            free.
-
-        Raises:
-          ValueError: see `check_request`; the message has the index of the request.
-        """
-        many = None
-        if isinstance(requests, Sequence):
-            requests = [self._checked(request, index) for index, request in enumerate(requests)]
-            many = len(requests)
-        return (item for item in self._run(requests, self._rows(many), False) if isinstance(item, Result))
-
-    def stream(self, request: Request) -> Iterator[StreamChunk]:
-        """One continuation in pieces, as it comes.
+          streaming: whether somebody watches: while such a request is under way, `step` returns about every tenth of a
+            second instead of every 32 tokens.
 
         Raises:
           ValueError: see `check_request`.
         """
-        requests = [self._checked(request, None)]
-        return (item for item in self._run(requests, self._rows(1), True) if isinstance(item, StreamChunk))
+        handle = Handle(next(self._numbers), self._checked(request, None))
+        self._admit(handle, streaming, self._outbox)
+        return handle
+
+    def step(self) -> list[StreamChunk]:
+        """Goes on with all requests and returns their new tokens; an empty list if there is no request.
+
+        The last chunk of a request has its `finish_reason` and its `result`. Chunks of `generate` and `stream` are not
+        among them. An error, KeyboardInterrupt too, ends all requests.
+        """
+        self._advance()
+        chunks = list(self._outbox)
+        self._outbox.clear()
+        return chunks
+
+    def cancel(self, handle: Handle) -> bool:
+        """Ends a request: its row is free for the next step, and no further chunk of it comes.
+
+        Returns:
+          Whether it was still under way.
+        """
+        row = self._rows.pop(handle, None)
+        if row is None:
+            return False
+        if row.place is None:
+            self._waiting.remove(row)
+        else:
+            self._batch.release(row)
+        kept = [chunk for chunk in row.inbox if chunk.handle is not handle]
+        row.inbox.clear()
+        row.inbox.extend(kept)
+        self._free_idle()
+        return True
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """Results in the order in which they finish; `Result.index` is the place of a request.
+
+        Closing the iterator cancels what has not finished.
+
+        Args:
+          requests: a sequence is checked as a whole before anything is computed. Anything else is read, in a thread of
+            its own, as rows become free: it may go on for ever, and wait between two requests, while those that it has
+            given are generated. (Where the mesh spans several processes, it is read in step with the rows.)
+
+        Raises:
+          ValueError: see `check_request`; the message has the index of the request.
+        """
+        if not isinstance(requests, Sequence):
+            return self._results_of_any(requests)
+        handles = [Handle(index, self._checked(request, index)) for index, request in enumerate(requests)]
+        return self._results(handles)
+
+    def stream(self, request: Request) -> Iterator[StreamChunk]:
+        """One continuation in chunks, as it comes. Closing the iterator cancels it.
+
+        Raises:
+          ValueError: see `check_request`.
+        """
+        return self._chunks([Handle(next(self._numbers), self._checked(request, None))], streaming=True)
+
+    def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[Score]:
+        """Log-probabilities of given continuations, in the order given.
+
+        Those of the softmax of the logits, without temperature: up to the training length equal to a training-mode
+        forward pass. Dynamic NTK goes by the length of prompt and continuation together.
+
+        Args:
+          prompts: token ids of each, at least one.
+          continuations: token ids of the continuation of each, at least one.
+
+        Raises:
+          ValueError: naming the pair that is empty, too long, or not of the model's ids.
+        """
+        config = self.model.config
+        pairs = scoring.checked_pairs(prompts, continuations, config, self.context_length, self._length_rule)
+        return scoring.score(self._call, config, self.params, self.ways, pairs)
 
     def _checked(self, request: Request, index: int | None) -> Request:
         try:
-            return check_request(
-                request, self.model.config.vocab_size, self.context_length, self._length_rule, self.tokenizer
-            )
+            return check_request(request, self.model.config, self.context_length, self._length_rule, self.tokenizer)
         except ValueError as error:
             raise ValueError(f"request {index}: {error}" if index is not None else str(error)) from error
 
-    def _rows(self, many: int | None) -> int:
-        rows = self.slots if many is None else min(self.slots, bucket(max(many, 1), 1))
-        return -(-rows // self.ways) * self.ways
+    def _admit(self, handle: Handle, streaming: bool, inbox: deque) -> None:
+        row = Row(handle, self.tokenizer, streaming, inbox)
+        self._rows[handle] = row
+        self._waiting.append(row)
 
-    def _run(self, requests: Iterable[Request], rows: int, streaming: bool) -> Iterator[StreamChunk | Result]:
-        queue = enumerate(requests)
-        if not isinstance(requests, list):
-            queue = ((index, self._checked(request, index)) for index, request in queue)
-        batch = _Batch(self, rows, streaming)
-        waiting = True
-        while True:
-            fresh = list(itertools.islice(queue, batch.free)) if waiting else []
-            waiting = waiting and batch.free == len(fresh)
+    def _advance(self) -> None:
+        """One round: begins waiting requests where rows are free, then generates for all; delivers the chunks."""
+        if not self._rows:
+            return
+        try:
+            batch = self._batch_for(len(self._rows))
+            fresh = [self._waiting.popleft() for _ in range(min(batch.free, len(self._waiting)))]
             if fresh:
-                yield from batch.start(fresh)
-            elif not batch.busy:
-                return
+                self._deliver(batch.start(self.params, fresh))
             if batch.busy:
-                yield from batch.proceed(waiting)
+                self._deliver(batch.proceed(self.params, bool(self._waiting)))
+        except BaseException:
+            # What the devices held may be half updated.
+            self._batch = None
+            self._rows.clear()
+            self._waiting.clear()
+            raise
+        self._free_idle()
 
-    def call(self, program, key: tuple, *arguments) -> Any:
-        """Runs one of `programs` on the mesh. `key` has what its shapes depend on."""
-        begun = time.perf_counter()
-        result = program(self.mesh, *arguments)
-        if key not in self._compiled:
-            self._compiled.add(key)
-            log.info(
-                "compiled %s in %.1f s; %d programs so far",
-                " ".join(str(part) for part in key),
-                time.perf_counter() - begun,
-                len(self._compiled),
-            )
-        return result
+    def _batch_for(self, requests: int) -> Batch:
+        """The batch with enough rows for so many requests, as far as `slots` go."""
+        wanted = self.slots if self._sources else min(self.slots, bucket(requests, 1))
+        wanted = -(-wanted // self.ways) * self.ways
+        if self._batch is None:
+            self._batch = Batch(self._call, self.model.config, self.ways, wanted, self._several)
+        self._batch.widen(wanted)
+        return self._batch
 
+    def _deliver(self, chunks: Iterable[StreamChunk]) -> None:
+        for chunk in chunks:
+            self._rows[chunk.handle].inbox.append(chunk)
+            if chunk.finish_reason:
+                del self._rows[chunk.handle]
 
-class _Row:
-    """One request while it is generated."""
+    def _free_idle(self) -> None:
+        if not self._rows:
+            self._batch = None
 
-    def __init__(self, index: int, request: Request, tokenizer):
-        self.index, self.request, self.tokenizer = index, request, tokenizer
-        self.tokens: list[int] = []
-        self.log_probs: list[float] = []
-        self.text = TextStream(request.stop_strings) if tokenizer is not None else None
-        self.finish_reason: str | None = None
+    def _chunks(self, handles: Sequence[Handle], streaming: bool = False) -> Iterator[StreamChunk]:
+        """Submits requests and yields their chunks, whoever steps meanwhile."""
+        inbox: deque[StreamChunk] = deque()
+        unfinished = dict.fromkeys(handles)
+        for handle in handles:
+            self._admit(handle, streaming, inbox)
+        try:
+            while unfinished:
+                self._fill(inbox, unfinished)
+                chunk = inbox.popleft()
+                if chunk.finish_reason:
+                    del unfinished[chunk.handle]
+                yield chunk
+        finally:
+            for handle in unfinished:
+                self.cancel(handle)
 
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.tokens)
+    def _fill(self, inbox: deque, unfinished: dict[Handle, None]) -> None:
+        """Steps until there is a chunk of one of these requests."""
+        while not inbox:
+            if next(iter(unfinished)) not in self._rows:
+                raise RuntimeError("an error in another call of this engine ended the requests of this one")
+            self._advance()
 
-    @property
-    def end(self) -> int:
-        """How many tokens it may have."""
-        return len(self.request.prompt) + self.request.max_new_tokens
+    def _results(self, handles: Sequence[Handle]) -> Iterator[Result]:
+        with contextlib.closing(self._chunks(handles)) as chunks:
+            for chunk in chunks:
+                if chunk.result is not None:
+                    yield chunk.result
 
-    def take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> StreamChunk:
-        """Adds new tokens, up to the one that ends it."""
-        before, text = len(self.tokens), ""
-        for token, log_prob in zip(tokens, log_probs, strict=True):
-            self.tokens.append(token)
-            self.log_probs.append(log_prob)
-            if token in self.request.stop_ids:
-                self.finish_reason = STOP_ID
-            elif self.text is not None:
-                text += self.text.feed(token_bytes(self.tokenizer, token))
-                if self.text.stopped:
-                    self.finish_reason = STOP_STRING
-            if self.finish_reason is None and len(self.tokens) == self.request.max_new_tokens:
-                self.finish_reason = LENGTH
-            if self.finish_reason:
-                text += self.text.finish() if self.text is not None else ""
-                break
-        return StreamChunk(
-            tuple(self.tokens[before:]),
-            tuple(self.log_probs[before:]),
-            text if self.text is not None else None,
-            self.finish_reason,
-        )
-
-    def result(self) -> Result:
-        return Result(
-            self.index,
-            self.request,
-            tuple(self.tokens),
-            np.asarray(self.log_probs, np.float32),
-            self.text.text if self.text is not None else None,
-            self.finish_reason,
-        )
-
-
-def sampling_of(requests: Sequence[Request | None]) -> RowSampling:
-    """How the rows of these requests draw; a row without one takes the most probable token."""
-    return RowSampling.of(
-        [request.sampling if request else SamplingConfig() for request in requests],
-        [request.seed if request else 0 for request in requests],
-    )
-
-
-def rules_of(requests: Sequence[Request | None]) -> RowRules:
-    """The requests of rows as arrays; a row without one gets rules that do nothing."""
-    width = bucket(max([8, *(len(request.stop_ids) for request in requests if request)]), 8)
-    stop_ids = np.full((len(requests), width), -1, np.int32)
-    for row, request in enumerate(requests):
-        if request:
-            stop_ids[row, : len(request.stop_ids)] = request.stop_ids
-    ends = [len(request.prompt) + request.max_new_tokens if request else 1 for request in requests]
-    return RowRules(sampling_of(requests), stop_ids, np.asarray(ends, np.int32))
-
-
-def _kind(greedy: bool) -> str:
-    return "greedy" if greedy else "sampling"
-
-
-class _Batch:
-    """The rows of one call."""
-
-    def __init__(self, engine: Engine, rows: int, streaming: bool):
-        self.engine, self.streaming = engine, streaming
-        self.rows: list[_Row | None] = [None] * rows
-        self.slots = SMALLEST_CACHE
-        self.state = None
-        self.rules = None  # made anew when a row changes
-        self.step_seconds = STREAM_SECONDS
-
-    @property
-    def free(self) -> int:
-        return self.rows.count(None)
-
-    @property
-    def busy(self) -> int:
-        return len(self.rows) - self.free
-
-    def start(self, fresh: list[tuple[int, Request]]) -> Iterator[StreamChunk | Result]:
-        """Computes the prompts of new requests and puts them into free rows."""
-        by_bucket: dict[int, list[_Row]] = {}
-        for index, request in fresh:
-            row = _Row(index, request, self.engine.tokenizer)
-            by_bucket.setdefault(bucket(len(request.prompt), SMALLEST_PROMPT), []).append(row)
-        for size, rows in sorted(by_bucket.items()):
-            most = max(count for count in PREFILL_ROWS if count == 1 or count * size <= PREFILL_TOKENS)
-            for start in range(0, len(rows), most * self.engine.ways):
-                yield from self._prefill(size, rows[start : start + most * self.engine.ways])
-
-    def _prefill(self, size: int, rows: list[_Row]) -> Iterator[StreamChunk | Result]:
-        engine, ways = self.engine, self.engine.ways
-        count = next(count * ways for count in PREFILL_ROWS if count * ways >= len(rows))
-        # Filled up with copies of the last one, which are written to the same place.
-        filled = rows + [rows[-1]] * (count - len(rows))
-        tokens = np.zeros((count, size), np.int32)
-        for place, row in enumerate(filled):
-            tokens[place, : row.length] = row.request.prompt
-        lengths = np.asarray([row.length for row in filled], np.int32)
-        sampling = sampling_of([row.request for row in filled])
-        cache, logits, seen = engine.call(
-            programs.prefill,
-            ("prefill", f"{count} x {size} tokens"),
-            engine.model.config,
-            engine.params,
-            tokens,
-            lengths,
-        )
-        greedy = not sampling.temperature.any()
-        first, log_probs, seen = engine.call(
-            programs.first_tokens,
-            ("first tokens", f"{count} rows", _kind(greedy)),
-            logits,
-            seen,
-            lengths,
-            sampling,
-            greedy,
-        )
-        free = [place for place, row in enumerate(self.rows) if row is None]
-        places = dict(zip(rows, free, strict=False))
-        self._reserve(size)
-        self.state = engine.call(
-            programs.insert,
-            ("insert", *self._shape(), f"{count} x {size} tokens"),
-            self.state,
-            cache,
-            first,
-            lengths,
-            seen,
-            np.asarray([places[row] for row in filled], np.int32),
-        )
-        first, log_probs = jax.device_get((first, log_probs))
-        for place, row in enumerate(rows):
-            self.rows[places[row]] = row
-            yield from self._take(places[row], first[place : place + 1], log_probs[place : place + 1])
-        self.rules = None
-
-    def proceed(self, waiting: bool) -> Iterator[StreamChunk | Result]:
-        """Generates tokens for all rows; stops early when some have finished and others wait for room."""
-        engine = self.engine
-        steps = self._steps()
-        self._reserve(max(min(row.length + steps, row.end) for row in self.rows if row))
-        if self.rules is None:
-            self.rules = rules_of([row.request if row else None for row in self.rows])
-        active = np.asarray([row is not None for row in self.rows])
-        floor = max(self.busy - max(1, len(self.rows) // 8), 0) if waiting else 0
-        greedy = not self.rules.sampling.temperature.any()
-        width = self.rules.stop_ids.shape[1]
-        begun = time.perf_counter()
-        known = engine.compilations
-        self.state, tokens, log_probs, counts = engine.call(
-            programs.generate,
-            ("generate", *self._shape(), _kind(greedy), f"{width} stop ids"),
-            engine.model.config,
-            engine.params,
-            self.state,
-            active,
-            self.rules,
-            np.int32(steps),
-            np.int32(floor),
-            greedy,
-        )
-        tokens, log_probs, counts = jax.device_get((tokens, log_probs, counts))
-        if engine.compilations == known:
-            self.step_seconds = (time.perf_counter() - begun) / max(counts.max(), 1)
-        for place, row in enumerate(self.rows):
-            if row is not None:
-                count = counts[place]
-                yield from self._take(place, tokens[place, :count], log_probs[place, :count])
-
-    def _take(self, place: int, tokens: np.ndarray, log_probs: np.ndarray) -> Iterator[StreamChunk | Result]:
-        row = self.rows[place]
-        yield row.take(tokens.tolist(), log_probs.tolist())
-        if row.finish_reason:
-            self.rows[place] = None
-            self.rules = None
-            yield row.result()
-
-    def _steps(self) -> int:
-        """How many tokens to generate before the host looks: few if somebody watches, or text may end a row."""
-        if self.streaming:
-            return int(np.clip(STREAM_SECONDS / self.step_seconds, 1, MAX_STEPS))
-        stopping = any(row.request.stop_strings for row in self.rows if row)
-        return STEPS_BEFORE_STOP_STRINGS if stopping else MAX_STEPS
-
-    def _reserve(self, length: int) -> None:
-        """Makes the cache long enough for rows of `length` tokens."""
-        needed = bucket(length, SMALLEST_CACHE)
-        if self.state is None:
-            self.slots = max(self.slots, needed)
-            self.state = self.engine.call(
-                programs.empty_state, ("empty", *self._shape()), self.engine.model.config, len(self.rows), self.slots
-            )
-        elif needed > self.slots:
-            before, self.slots = self.slots, needed
-            self.state = self.engine.call(
-                programs.grow, ("grow", *self._shape(), f"from {before}"), self.state, self.slots
-            )
-
-    def _shape(self) -> tuple[str, str]:
-        return f"{len(self.rows)} rows", f"{self.slots} slots"
-
-
-def _check_params(params, expected) -> None:
-    """Raises ValueError where `params` is not a tree of floating-point arrays of these shapes."""
-    found = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
-    if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"the parameters have no {missing[0]} ({len(missing)} are missing): are they of this model?")
-    if extra := [name for name in found if name not in wanted]:
-        raise ValueError(f"the parameters have {extra[0]}, which the model has not: are they of this model?")
-    for name, leaf in found.items():
-        if tuple(leaf.shape) != wanted[name].shape:
-            raise ValueError(
-                f"parameter {name} is {list(leaf.shape)}, the model's configuration makes it {list(wanted[name].shape)}"
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"parameter {name} is {leaf.dtype}, expected floating-point weights")
+    def _results_of_any(self, requests: Iterable[Request]) -> Iterator[Result]:
+        ahead = max(self.slots // 8, 1)
+        source = ReadInStep(requests) if self._several else ReadAhead(requests, ahead)
+        inbox: deque[StreamChunk] = deque()
+        unfinished: dict[Handle, None] = {}
+        self._sources += 1
+        ended, numbers = False, itertools.count()
+        try:
+            while True:
+                # Some more than there are rows, so that a row is refilled as soon as it is free.
+                while not ended and len(unfinished) < self.slots + ahead:
+                    request = source.take(wait=not unfinished)
+                    if request is None:
+                        break
+                    ended = request is END
+                    if not ended:
+                        index = next(numbers)
+                        handle = Handle(index, self._checked(request, index))
+                        unfinished[handle] = None
+                        self._admit(handle, False, inbox)
+                if not unfinished:
+                    return
+                self._fill(inbox, unfinished)
+                chunk = inbox.popleft()
+                if chunk.result is not None:
+                    del unfinished[chunk.handle]
+                    yield chunk.result
+        finally:
+            source.close()
+            self._sources -= 1
+            for handle in unfinished:
+                self.cancel(handle)

@@ -1,22 +1,29 @@
-"""What runs on the devices: prompts into a cache, a cache into its rows of the batch, and many tokens at a time.
+"""Programs for the devices: prompts into a cache, a cache into its rows of the batch, and many tokens at a time.
 
-The host chooses between these programs and looks at the result of each; nothing here waits for it.
+The host chooses between these programs and reads the result of each. What it reads lies whole on every device, so that
+every process of a job can.
 """
 
 import inspect
+import logging
+import time
 from collections.abc import Callable
+from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qwen_jax.inference.sampling import RowSampling, next_tokens
 from qwen_jax.models.attention import KVCache
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, unstack_layers
-from qwen_jax.models.transformer import Qwen, abstract_params
+from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, output_kernel, unstack_layers
+from qwen_jax.models.log_probs import token_statistics
+from qwen_jax.models.transformer import InputEmbeddings
 from qwen_jax.sharding import constrain, use_mesh
+
+log = logging.getLogger(__name__)
 
 # Tokens of a prompt that are computed at once: attention over all of a long one would be its length squared.
 PREFILL_CHUNK = 1024
@@ -26,9 +33,9 @@ MAX_STEPS = 32
 
 @flax.struct.dataclass
 class BatchState:
-    """What the devices keep of a batch between two programs.
+    """State of a batch on the devices between two programs.
 
-    cache: of the tokens so far, but for the last of each row.
+    cache: of the tokens so far, except the last of each row.
     token: int32 [rows], the last token of each row.
     position: int32 [rows], its position.
     seen: bool [rows, vocabulary], which tokens a row has.
@@ -40,7 +47,7 @@ class BatchState:
     seen: jax.Array
 
     def placed(self) -> "BatchState":
-        """Itself, rows lying where the mesh in use has them."""
+        """The same state with its rows split over the mesh in use."""
         return self.replace(
             cache=self.cache.replace(ntk_alpha=constrain(self.cache.ntk_alpha, "batch")),
             token=constrain(self.token, "batch"),
@@ -51,7 +58,7 @@ class BatchState:
 
 @flax.struct.dataclass
 class RowRules:
-    """What the host tells a program about each row.
+    """How each row goes on, and where it ends.
 
     sampling: `RowSampling` of the rows.
     stop_ids: int32 [rows, width], filled up with -1.
@@ -61,6 +68,37 @@ class RowRules:
     sampling: RowSampling
     stop_ids: jax.Array
     end: jax.Array
+
+
+class Programs:
+    """Runs the programs below on a mesh, and logs each one that is compiled.
+
+    Attributes:
+      mesh: the devices; None: the first one of this process.
+    """
+
+    def __init__(self, mesh: Mesh | None):
+        self.mesh = mesh
+        self._compiled: set[tuple] = set()
+
+    @property
+    def compilations(self) -> int:
+        """Number of programs that have been compiled."""
+        return len(self._compiled)
+
+    def __call__(self, program: Callable, key: tuple, *arguments) -> Any:
+        """The result of `program`. `key` has what the shapes of `arguments` depend on."""
+        begun = time.perf_counter()
+        result = program(self.mesh, *arguments)
+        if key not in self._compiled:
+            self._compiled.add(key)
+            log.info(
+                "compiled %s in %.1f s; %d programs so far",
+                " ".join(str(part) for part in key),
+                time.perf_counter() - begun,
+                len(self._compiled),
+            )
+        return result
 
 
 def _on_mesh(static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Callable:
@@ -83,23 +121,21 @@ def _on_mesh(static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Cal
     return decorate
 
 
-@_on_mesh(static=("config",))
-def prepare(config: ModelConfig, params):
-    """Parameters of `Qwen` as `unstack_layers` gives them, in the compute dtype, lying as in training."""
-    boxed = abstract_params(Qwen(config))
-    names = {
-        **boxed,
-        "layers": tuple(
-            jax.tree.map(lambda box: box.replace(names=box.names[1:]), boxed["layers"], is_leaf=_is_box)
-            for _ in range(config.num_layers)
-        ),
-    }
-    apart = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params), config.num_layers)
-    return jax.tree.map(lambda box, leaf: constrain(leaf, *box.names), names, apart, is_leaf=_is_box)
+@_on_mesh(static=("config", "names"))
+def prepare(config: ModelConfig, names, params):
+    """Parameters in the compute dtype, each block's as arrays of their own.
 
-
-def _is_box(node) -> bool:
-    return isinstance(node, nn.LogicallyPartitioned)
+    Args:
+      names: logical axis names of each result, by its path in the unstacked tree (a tuple of pairs, to be hashable).
+      params: some of the top-level parameters of `Qwen`; `layers` stacked, or a tuple of blocks.
+    """
+    params = jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
+    if not isinstance(params.get("layers", ()), tuple):
+        params = unstack_layers(params, config.num_layers)
+    axes = dict(names)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: constrain(leaf, *axes[jax.tree_util.keystr(path)]), params
+    )
 
 
 @_on_mesh(static=("config", "rows", "slots"))
@@ -110,42 +146,91 @@ def empty_state(config: ModelConfig, rows: int, slots: int) -> BatchState:
     return BatchState(cache, zeros, zeros, jnp.zeros((rows, config.vocab_size), bool)).placed()
 
 
-@_on_mesh(static=("config",))
-def prefill(config: ModelConfig, params, tokens: jax.Array, lengths: jax.Array) -> tuple:
-    """Computes prompts.
+def _prompt_states(config: ModelConfig, params, tokens, lengths, at, embeddings: InputEmbeddings | None):
+    """Hidden states of some positions, after a pass over whole rows in chunks.
 
-    Padding writes into slots after the prompt; each is overwritten before a position can see it.
+    Padding writes into slots after the row's tokens; each is overwritten before a position can see it.
 
     Args:
-      params: as `unstack_layers` gives them.
-      tokens: int32 [rows, bucket], prompts filled up at the end; above `PREFILL_CHUNK`, bucket is a multiple of it.
-      lengths: int32 [rows], of the prompts.
+      tokens: int32 [rows, bucket], filled up at the end; above `PREFILL_CHUNK`, bucket is a multiple of it.
+      lengths: int32 [rows], of the tokens without the padding.
+      at: int32 [rows, n], the positions. What lies outside [0, bucket) gives zeros.
+      embeddings: vectors in the place of some of the tokens' embeddings, or None.
 
     Returns:
-      (cache of `bucket` slots, float32 logits [rows, vocabulary] for the token after each prompt, bool of that shape:
-      which tokens the prompt has).
+      (cache of `bucket` slots, [rows, n, hidden] in the compute dtype).
     """
     rows, bucket = tokens.shape
     chunk = min(bucket, PREFILL_CHUNK)
 
     def step(carry, start):
-        cache, last = carry
-        part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
-        hidden, cache = decode(config, params, part, jnp.full(rows, start), cache)
-        at = lengths - 1 - start
-        here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
-        return (cache, jnp.where(((at >= 0) & (at < chunk))[:, None, None], here, last)), None
+        cache, found = carry
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1), (tokens, embeddings))
+        hidden, cache = decode(config, params, part[0], jnp.full(rows, start), cache, part[1])
+        inside = at - start
+        here = jnp.take_along_axis(hidden, jnp.clip(inside, 0, chunk - 1)[..., None], axis=1)
+        return (cache, jnp.where(((inside >= 0) & (inside < chunk))[..., None], here, found)), None
 
     cache = DecodingCache.empty(config, rows, bucket, lengths)
-    carry = (cache, jnp.zeros((rows, 1, config.hidden_size), config.compute_dtype))
+    carry = (cache, jnp.zeros((rows, at.shape[1], config.hidden_size), config.compute_dtype))
     if chunk == bucket:
         carry, _ = step(carry, 0)
     else:
         carry, _ = jax.lax.scan(step, carry, jnp.arange(0, bucket, chunk))
-    cache, last = carry
+    return carry
+
+
+@_on_mesh(static=("config",))
+def prefill(
+    config: ModelConfig,
+    params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    embeddings: InputEmbeddings | None = None,
+) -> tuple:
+    """Computes prompts.
+
+    Args:
+      params: as `unstack_layers` gives them.
+      tokens: int32 [rows, bucket], prompts filled up at the end; above `PREFILL_CHUNK`, bucket is a multiple of it. An
+        id outside the vocabulary stands for none.
+      lengths: int32 [rows], of the prompts.
+      embeddings: vectors in the place of some of the tokens' embeddings, or None.
+
+    Returns:
+      (cache of `bucket` slots, float32 logits [rows, vocabulary] for the token after each prompt, bool of that shape:
+      whether the prompt has the token).
+    """
+    rows, bucket = tokens.shape
+    cache, last = _prompt_states(config, params, tokens, lengths, lengths[:, None] - 1, embeddings)
     prompt = jnp.where(jnp.arange(bucket) < lengths[:, None], tokens, config.vocab_size)
     seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], prompt].set(True, mode="drop")
     return cache, decoding_logits(config, params, last)[:, 0], constrain(seen, "batch", None)
+
+
+@_on_mesh(static=("config",))
+def score(
+    config: ModelConfig,
+    params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of given continuations.
+
+    Args:
+      tokens, lengths: prompts with their continuations, as in `prefill`; the last token may be left out.
+      starts: int32 [rows], the position that predicts the first token of each continuation.
+      targets: int32 [rows, width], the continuations, filled up at the end.
+
+    Returns:
+      (log-probabilities, whether each target is the most likely token), both float32 [rows, width].
+    """
+    at = starts[:, None] + jnp.arange(targets.shape[1])
+    _, hidden = _prompt_states(config, params, tokens, lengths, at, None)
+    found = token_statistics(hidden, output_kernel(config, params), targets)
+    return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None)
 
 
 @_on_mesh(static=("greedy",), donated=("seen",))
@@ -160,7 +245,8 @@ def first_tokens(logits: jax.Array, seen: jax.Array, lengths: jax.Array, samplin
       (token int32 [rows], log-probability float32 [rows], `seen` with these tokens).
     """
     token, log_probs = next_tokens(logits, seen, sampling, lengths, greedy)
-    return token, log_probs, seen.at[jnp.arange(len(token)), token].set(True)
+    seen = seen.at[jnp.arange(len(token)), token].set(True)
+    return constrain(token, None), constrain(log_probs, None), seen
 
 
 @_on_mesh(donated=("state",))
@@ -188,16 +274,26 @@ def insert(
     ).placed()
 
 
-@_on_mesh(static=("slots",))
-def grow(state: BatchState, slots: int) -> BatchState:
-    """The batch with a cache of `slots` positions a row, more than it has."""
+@_on_mesh(static=("rows", "slots"))
+def grow(state: BatchState, rows: int, slots: int) -> BatchState:
+    """The batch with at least as many rows, and as many slots in each, as before; new rows are without requests."""
 
-    def widen(array):
-        wider = jnp.pad(array, ((0, 0), (0, 0), (0, slots - array.shape[2]), (0, 0)))
-        return constrain(wider, "batch", "kv_heads", None, None)
+    def widen(array, fill=0):
+        new = [(0, rows - array.shape[0]), *[(0, 0)] * (array.ndim - 1)]
+        if array.ndim == 4:
+            new[2] = (0, slots - array.shape[2])
+        return jnp.pad(array, new, constant_values=fill)
 
-    layers = tuple(KVCache(widen(layer.key), widen(layer.value)) for layer in state.cache.layers)
-    return state.replace(cache=state.cache.replace(layers=layers)).placed()
+    layers = tuple(
+        KVCache(*(constrain(widen(x), "batch", "kv_heads", None, None) for x in (layer.key, layer.value)))
+        for layer in state.cache.layers
+    )
+    return BatchState(
+        DecodingCache(layers, widen(state.cache.ntk_alpha, 1)),
+        widen(state.token),
+        widen(state.position),
+        widen(state.seen, False),
+    ).placed()
 
 
 @_on_mesh(static=("config", "greedy"), donated=("state",))
@@ -216,7 +312,7 @@ def generate(
     A row that finishes stays as it is. It ends early when no more than `floor` rows are active.
 
     Args:
-      active: bool [rows]; the others are computed along, and nobody looks at them.
+      active: bool [rows]; the other rows are computed, too, and their results are ignored.
       greedy: whether no row draws.
 
     Returns:
@@ -254,4 +350,4 @@ def generate(
     empty = (jnp.zeros((rows, MAX_STEPS), jnp.int32), jnp.zeros((rows, MAX_STEPS), jnp.float32))
     carry = (jnp.int32(0), state, active, *empty, jnp.zeros(rows, jnp.int32))
     _, state, _, tokens, log_probs, counts = jax.lax.while_loop(going_on, step, carry)
-    return state, tokens, log_probs, counts
+    return state, constrain(tokens, None, None), constrain(log_probs, None, None), constrain(counts, None)

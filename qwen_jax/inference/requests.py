@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers."""
+"""Request and result types of the engine, and the check of a request."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen_jax.inference.sampling import SamplingConfig
+from qwen_jax.models.config import ModelConfig
 
 STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"
 
@@ -15,38 +16,76 @@ class Request:
     """One prompt and how to continue it.
 
     Attributes:
-      prompt: token ids, at least one: integers in a sequence or an array.
-      max_new_tokens: at most so many tokens, the one that ends it included.
-      sampling: how each is drawn; greedy by default.
+      prompt: token ids, integers in a sequence or an array. At least one, unless `embeddings` are the whole prompt.
+      max_new_tokens: the largest number of tokens to generate, with the one that ends the continuation.
+      sampling: how each token is drawn; greedy by default.
       stop_ids: a token among them ends the continuation. It is counted and reported, but is no part of the text.
       stop_strings: the continuation ends as soon as its text (without the prompt) has one of them. The text ends before
         it; the tokens end with the one that completed it. Needs a tokenizer.
-      seed: 0 to 2^32 - 1. The draws are a function of it and of the position: the same prompt with the same seed gives
-        the same tokens, whatever is generated beside it, so samples of one prompt need different seeds.
+      seed: seed for sampling, 0 to 2^32 - 1. The random numbers are a function of it and of the position, not of the
+        requests beside it: several samples of one prompt need different seeds.
+      embeddings: floats [n, hidden] that the model reads in place of token embeddings, such as features of an image.
+        Without `embedding_positions` they are the whole prompt, and `prompt` is empty.
+      embedding_positions: the n positions of `prompt` whose tokens the embeddings replace. The repetition penalty
+        counts the ids that stand there like others.
     """
 
-    prompt: Sequence[int]
+    prompt: Sequence[int] = ()
     max_new_tokens: int = 128
     sampling: SamplingConfig = SamplingConfig()
     stop_ids: Sequence[int] = ()
     stop_strings: Sequence[str] = ()
     seed: int = 0
+    embeddings: np.ndarray | None = None
+    embedding_positions: Sequence[int] | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of positions that the prompt takes."""
+        return len(self.prompt) or len(self.embeddings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Handle:
+    """A submitted request.
+
+    Attributes:
+      index: number of the submission, or the place in the `requests` of `generate`.
+      request: with plain integers in its fields.
+    """
+
+    index: int
+    request: Request
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamChunk:
-    """What a streamed continuation has grown by.
+    """New tokens of one continuation.
 
     Attributes:
+      handle: of the request.
       tokens, log_probs: as in `Result`, the new ones.
-      text: what can be said of the text by now; it may lag behind the tokens. None without a tokenizer.
-      finish_reason: in the last piece, else None.
+      text: the text that is certain by now; it may lag behind the tokens. None without a tokenizer.
+      finish_reason: in the last chunk, else None.
+      result: the whole continuation, in the last chunk, else None.
     """
 
+    handle: Handle
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
     text: str | None
     finish_reason: str | None = None
+    result: "Result | None" = None
+
+    @property
+    def index(self) -> int:
+        """That of the handle."""
+        return self.handle.index
+
+    @property
+    def request(self) -> Request:
+        """That of the handle."""
+        return self.handle.request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +93,12 @@ class Result:
     """A finished continuation.
 
     Attributes:
-      index: place of its request among those of the call.
+      index: that of the handle.
       request: the request.
-      tokens: the new ids, with the one that ended it.
+      tokens: the generated ids, with the one that ended the continuation.
       log_probs: float32 [len(tokens)], logarithm of the probability that the model gives each token after those before
         it: of the unmodified logits, before penalty, temperature, top-k and top-p.
-      text: of the tokens, without what ended it; None without a tokenizer.
+      text: text of the tokens, without the stop id or stop string that ended it; None without a tokenizer.
       finish_reason: "stop_id", "stop_string", or "length": max_new_tokens were reached.
     """
 
@@ -71,23 +110,36 @@ class Result:
     finish_reason: str
 
 
-def check_request(request: Request, vocab_size: int, context_length: int, length_rule: str, tokenizer) -> Request:
-    """The request with plain integers in its fields, if it can be answered.
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Score of a given continuation under the model.
+
+    Attributes:
+      log_probs: float32 [tokens], logarithm of the probability of each token after all before it, in nats.
+      most_likely: bool [tokens], whether no other token had a larger logit there: a greedy continuation is all True.
+    """
+
+    log_probs: np.ndarray
+    most_likely: np.ndarray
+
+
+def check_request(request: Request, config: ModelConfig, context_length: int, length_rule: str, tokenizer) -> Request:
+    """The request with plain integers in its fields.
 
     Args:
-      context_length: how many tokens prompt and continuation may have together; `length_rule` says where that is from.
+      config: of the model.
+      context_length: the largest number of tokens of prompt and continuation together; `length_rule` says what sets it.
       tokenizer: the engine's, or None.
 
     Raises:
       ValueError: an empty or too long prompt, ids outside the vocabulary or that are no integers, nothing to generate,
-        a seed out of range, an empty stop string, or stop strings without a tokenizer.
+        a seed out of range, an empty stop string, stop strings without a tokenizer, or embeddings of another shape.
     """
     if not isinstance(request, Request):
         raise ValueError(f"expected a Request, found {type(request).__name__}: Request(prompt=[…], max_new_tokens=…)")
-    prompt = _ids(request.prompt, "the prompt", vocab_size)
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one token")
-    stop_ids = _ids(request.stop_ids, "stop_ids", vocab_size)
+    prompt = check_ids(request.prompt, "the prompt", config.vocab_size)
+    request = dataclasses.replace(request, prompt=prompt, **_checked_embeddings(request, prompt, config.hidden_size))
+    stop_ids = check_ids(request.stop_ids, "stop_ids", config.vocab_size)
     for name, lowest, limit in (("max_new_tokens", 1, None), ("seed", 0, 2**32)):
         value = getattr(request, name)
         if not isinstance(value, int | np.integer) or value < lowest or (limit and value >= limit):
@@ -98,14 +150,13 @@ def check_request(request: Request, vocab_size: int, context_length: int, length
         raise ValueError(f"stop_strings must be a sequence of strings that are not empty: {request.stop_strings!r}")
     if request.stop_strings and tokenizer is None:
         raise ValueError("stop_strings are found in the text, so the engine needs a tokenizer: Engine(…, tokenizer=…)")
-    if len(prompt) + request.max_new_tokens > context_length:
+    if request.prompt_length + request.max_new_tokens > context_length:
         raise ValueError(
-            f"prompt of {len(prompt)} tokens + {request.max_new_tokens} new ones: both together may have at most "
-            f"{context_length} tokens, {length_rule}; shorten the prompt or lower max_new_tokens"
+            f"prompt of {request.prompt_length} tokens + {request.max_new_tokens} new ones: both together may have at "
+            f"most {context_length} tokens, {length_rule}; shorten the prompt or lower max_new_tokens"
         )
     return dataclasses.replace(
         request,
-        prompt=prompt,
         stop_ids=stop_ids,
         stop_strings=tuple(request.stop_strings),
         max_new_tokens=int(request.max_new_tokens),
@@ -113,7 +164,45 @@ def check_request(request: Request, vocab_size: int, context_length: int, length
     )
 
 
-def _ids(ids: Sequence[int], name: str, vocab_size: int) -> tuple[int, ...]:
+def _checked_embeddings(request: Request, prompt: tuple[int, ...], hidden_size: int) -> dict:
+    """The fields `embeddings` and `embedding_positions`: float32 [n, hidden] and n integers, or None and None."""
+    if request.embeddings is None:
+        if request.embedding_positions is not None:
+            raise ValueError("embedding_positions say where embeddings go: give embeddings, too")
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one token")
+        return {}
+    values = np.asarray(request.embeddings)
+    if values.ndim != 2 or not len(values) or values.shape[1] != hidden_size:
+        raise ValueError(
+            f"embeddings must be [n, {hidden_size}] with n of at least 1, {hidden_size} being the model's hidden size; "
+            f"found {list(values.shape)}"
+        )
+    values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("embeddings have numbers that are not finite")
+    if request.embedding_positions is None:
+        if prompt:
+            raise ValueError(
+                "a prompt of tokens and of embeddings needs embedding_positions: where the embeddings go; leave the "
+                "prompt empty if they are the whole of it"
+            )
+        return {"embeddings": values, "embedding_positions": tuple(range(len(values)))}
+    positions = check_ids(request.embedding_positions, "embedding_positions", len(prompt), "a position of the prompt")
+    if len(set(positions)) != len(positions) or len(positions) != len(values):
+        raise ValueError(
+            f"embedding_positions must be one position for each of the {len(values)} embeddings, all different; found "
+            f"{len(positions)}, {len(set(positions))} of them different"
+        )
+    return {"embeddings": values, "embedding_positions": positions}
+
+
+def check_ids(ids: Sequence[int], name: str, limit: int, what: str = "an id of the model") -> tuple[int, ...]:
+    """Integers in [0, limit) as a tuple.
+
+    Raises:
+      ValueError: they are none; `name` says where they were found, `what` they must be.
+    """
     if isinstance(ids, str | bytes):
         raise ValueError(f"{name} must be token ids, found text: encode it with the model's tokenizer first")
     array = np.asarray(ids)
@@ -121,7 +210,9 @@ def _ids(ids: Sequence[int], name: str, vocab_size: int) -> tuple[int, ...]:
         raise ValueError(f"{name} must be token ids of one row, found an array of shape {list(array.shape)}")
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must be integers, found {array.dtype}")
-    if array.size and not 0 <= array.min() <= array.max() < vocab_size:
-        wrong = int(array[(array < 0) | (array >= vocab_size)][0])
-        raise ValueError(f"{name} has the id {wrong}, outside [0, {vocab_size}) of the model: another tokenizer's?")
+    if array.size and not 0 <= array.min() <= array.max() < limit:
+        wrong = int(array[(array < 0) | (array >= limit)][0])
+        if what == "an id of the model":
+            raise ValueError(f"{name} has the id {wrong}, outside [0, {limit}) of the model: another tokenizer's?")
+        raise ValueError(f"{name} has {wrong}, which is not {what}: expected [0, {limit})")
     return tuple(array.tolist())

@@ -1,4 +1,4 @@
-"""Choosing the next token of each row, every row by its own rules and its own random numbers.
+"""The next token of each row, by the rules and the random numbers of that row.
 
 Repetition penalty, temperature, top-k and top-p mean what transformers' `generate` gives them, and act in its order.
 """
@@ -19,10 +19,10 @@ _BLOCK = 512
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn.
+    """Rules for drawing the next token.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most probable token (greedy).
+      temperature: divides the logits; 0 takes the most probable token (greedy decoding).
       top_k: only the k most probable tokens; 0 keeps all.
       top_p: only the smallest set of most probable tokens whose probabilities sum to at least this; 1 keeps all.
       repetition_penalty: logits of tokens that the prompt or the continuation has are divided by it if positive, else
@@ -40,7 +40,11 @@ class SamplingConfig:
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k must be 0 (all) or a positive integer, found {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], found {self.top_p}")
+            greedy = "temperature 0 takes the most probable token, whatever top_p: leave it at 1"
+            raise ValueError(
+                f"top_p must be above 0 and at most 1, found {self.top_p}: "
+                + (greedy if self.temperature == 0 else "for the most probable token alone, set temperature to 0")
+            )
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive (1: none), found {self.repetition_penalty}")
 
@@ -67,7 +71,7 @@ class RowSampling:
         )
 
 
-def penalised_logits(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+def penalized_logits(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """Repetition penalty (Keskar et al. 2019): logits [rows, vocabulary] of tokens that `seen` (bool) has, lowered."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -173,22 +177,22 @@ def next_tokens(
 
     Args:
       logits: float32 [rows, vocabulary], as the model gives them.
-      seen: bool [rows, vocabulary], which tokens each row has so far.
+      seen: bool [rows, vocabulary], whether each row has the token so far.
       sampling: of the rows.
-      positions: int32 [rows], where the new tokens come. The random numbers are a function of seed and position.
-      greedy: whether it is known that all temperatures are 0: what draws is then not compiled.
+      positions: int32 [rows], of the new tokens. The random numbers are a function of seed and position.
+      greedy: whether all temperatures are known to be 0: sampling is then not compiled.
 
     Returns:
-      (token int32 [rows], log-probability float32 [rows]). The latter is that of the softmax of `logits`: before
+      (token int32 [rows], log-probability float32 [rows]). The latter is of the softmax of `logits`, before
       penalty, temperature and filters.
     """
-    penalised = jax.lax.cond(
+    penalized = jax.lax.cond(
         jnp.any(sampling.repetition_penalty != 1),
-        lambda: penalised_logits(logits, seen, sampling.repetition_penalty),
+        lambda: penalized_logits(logits, seen, sampling.repetition_penalty),
         lambda: logits,
     )
-    tokens = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
+    tokens = jnp.argmax(penalized, axis=-1).astype(jnp.int32)
     if not greedy:
-        tokens = jnp.where(sampling.temperature > 0, _sampled(penalised, sampling, positions), tokens)
+        tokens = jnp.where(sampling.temperature > 0, _sampled(penalized, sampling, positions), tokens)
     taken = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, taken - jax.nn.logsumexp(logits, axis=-1)

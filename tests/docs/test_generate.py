@@ -15,4 +15,5 @@ def test_commands_of_the_page(tmp_path):
             done = shell(command, tmp_path, ROOT, XLA_FLAGS="--xla_backend_optimization_level=0")
             shown.append(done.stdout)
     assert len(shown) == 4 and all(shown[index] for index in (0, 2, 3))
+    assert shown[3].splitlines()[-1].startswith("[-")
     assert (tmp_path / "out.jsonl").read_text().count("finish_reason") == 2

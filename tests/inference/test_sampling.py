@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.inference.sampling import RowSampling, SamplingConfig, filtered_logits, next_tokens, penalised_logits
+from qwen_jax.inference.sampling import RowSampling, SamplingConfig, filtered_logits, next_tokens, penalized_logits
 
 VALUES = [(t, k, p) for t in (0.3, 1.0, 2.5) for k in (0, 1, 7, 500) for p in (0.05, 0.6, 0.95, 1.0)]
 
@@ -66,7 +66,7 @@ def test_repetition_penalty_means_what_transformers_means():
     np.put_along_axis(seen, ids, True, axis=1)
     for penalty in (0.7, 1.0, 1.5):
         wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(logits))
-        ours = penalised_logits(jnp.asarray(logits), seen, jnp.full(3, penalty))
+        ours = penalized_logits(jnp.asarray(logits), seen, jnp.full(3, penalty))
         np.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-6)
 
 

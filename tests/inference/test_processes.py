@@ -1,0 +1,77 @@
+"""Two processes that share a mesh give the tokens and scores of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+from qwen_jax.conversion import load_pretrained, load_tokenizer
+from qwen_jax.distributed.hosts import JobConfig, connect
+from qwen_jax.inference import Engine, Request, SamplingConfig
+from qwen_jax.sharding import MeshConfig, make_mesh
+from tests.fakes import random_run
+
+
+def answers(engine: Engine) -> dict:
+    """What an engine says to a list, to an iterable, to requests that come and go, and to given continuations."""
+    requests = [
+        Request([i, 200 - i, 7] * (1 + i % 3), 8 + i, SamplingConfig(temperature=float(i % 2)), seed=i, stop_ids=[300])
+        for i in range(6)
+    ]
+    listed = sorted(engine.generate(requests), key=lambda result: result.index)
+    iterated = sorted(engine.generate(iter(requests[:5])), key=lambda result: result.index)
+    kept, cancelled = (engine.submit(request, streaming=True) for request in requests[:2])
+    chunks = engine.step()
+    engine.cancel(cancelled)
+    while engine.live:
+        chunks += engine.step()
+    scores = engine.score([request.prompt for request in requests], [result.tokens for result in listed])
+    return {
+        "listed": [result.tokens for result in listed],
+        "iterated": [result.tokens for result in iterated],
+        "text": "".join(chunk.text for chunk in chunks if chunk.handle is kept),
+        "scores": [score.log_probs.tolist() for score in scores],
+    }
+
+
+def main(address: str, index: str, folder: str, output: str) -> None:
+    """One of two processes with two devices each."""
+    connect(JobConfig(address, 2, int(index)))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    engine = Engine(*load_pretrained(folder, mesh=mesh), load_tokenizer(folder), mesh, slots=4)
+    with open(output, "w") as file:
+        json.dump(answers(engine), file)
+
+
+def test_two_processes_give_what_one_gives(tmp_path, root):
+    folder = random_run(tmp_path, hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=128)
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="2", XLA_FLAGS="--xla_backend_optimization_level=0")
+    program = "import sys; from tests.inference.test_processes import main; main(*sys.argv[1:])"
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        address = f"localhost:{one.getsockname()[1]}"
+    outputs = [tmp_path / f"{index}.json" for index in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, str(index), folder, output],
+            cwd=root,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, output in enumerate(outputs)
+    ]
+    expected = answers(Engine(*load_pretrained(folder), load_tokenizer(folder), slots=4))
+    for process in processes:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    for output in outputs:
+        found = json.loads(output.read_text())
+        assert found["text"] == expected["text"]
+        for name in ("listed", "iterated"):
+            assert list(map(tuple, found[name])) == expected[name]
+        for one, other in zip(found["scores"], expected["scores"], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
