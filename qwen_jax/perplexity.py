@@ -7,15 +7,14 @@ import dataclasses
 import functools
 
 import gin
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.files import PathLike
+from qwen_jax.inference import Engine
 
-# Texts are padded to one of these lengths, so that there are few programs to compile.
-_LENGTHS = (64, 256, 1024)
+# Scores say enough of a text at this length.
+_LONGEST = 1024
 
 
 @gin.configurable
@@ -39,31 +38,19 @@ class CheckpointPerplexity:
         Raises:
             ValueError, OSError: the checkpoint cannot be read, or `max_tokens` is out of range.
         """
-        tokenizer, score, longest = _load(self.path, self.dtype)
-        limit = min(longest, _LENGTHS[-1])
+        engine = _load(self.path, self.dtype)
+        limit = min(engine.model.config.context_length, _LONGEST)
         if not 2 <= self.max_tokens <= limit:
             raise ValueError(f"CheckpointPerplexity.max_tokens is {self.max_tokens}, expected 2…{limit}")
         # Four bytes a token on average: the tokenizer need not read the whole of a book.
-        ids = tokenizer.encode(text[: 16 * self.max_tokens])[: self.max_tokens]
+        ids = engine.tokenizer.encode(text[: 16 * self.max_tokens])[: self.max_tokens]
         if len(ids) < 2:
             return float("inf")
-        length = min(next(one for one in _LENGTHS if one >= len(ids)), longest)
-        padded = np.zeros((1, length), np.int32)
-        padded[0, : len(ids)] = ids
-        return float(np.exp(score(padded, len(ids))))
+        (score,) = engine.score([ids[:1]], [ids[1:]])
+        return float(np.exp(-score.log_probs.mean()))
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: PathLike, dtype: str):
+def _load(path: PathLike, dtype: str) -> Engine:
     tokenizer = load_tokenizer(path)
-    model, params = load_pretrained(path, dtype=dtype)
-
-    @jax.jit
-    def score(params, tokens, count):
-        logits = model.apply({"params": params}, tokens)[0, :-1].astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, tokens[0, 1:, None], axis=-1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-        counted = jnp.arange(losses.shape[0]) < count - 1
-        return jnp.where(counted, losses, 0).sum() / (count - 1)
-
-    return tokenizer, functools.partial(score, params), model.config.context_length
+    return Engine(*load_pretrained(path, dtype=dtype), tokenizer, slots=1)
