@@ -4,18 +4,25 @@
     python benchmarks/generate.py --dtypes float32 bfloat16
     python benchmarks/generate.py --preset 1.8b --dtypes bfloat16 --batches 1 64 --prompt 256 --new 256    # one GPU
     python benchmarks/generate.py --preset tiny --rounds 1 --new 8 --prompt 16     # does it run?
+    python benchmarks/generate.py --base ../before         # the engine of another checkout instead of transformers
 
 Random weights are written as a `qwen2` folder, which both load. Both first continue the same prompts greedily: the
 tokens must be equal (in bfloat16, where rounding decides between near-equal logits, the share that is equal is
 printed). Then they take turns; medians are printed. Prefill is the time to the first token; decoding is what the other
 tokens take. With --bandwidth (or on a GPU whose figure is known), decoding is also put beside the least time that
 reading the weights and the cache from memory takes.
+
+With --base the engines of two checkouts take turns, each in a process of its own, on the same weights and prompts.
+Their tokens must be equal. CPU seconds, summed over the threads of a process, suffer less from other work on the
+machine.
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -131,6 +138,68 @@ def measure(contest: Contest, dtype: str, new: int, rounds: int, bandwidth: floa
     print(f"{'':15} equal tokens: {np.mean(ours == theirs):.1%} of {ours.size}", flush=True)
 
 
+# One engine: reads a line of prompts and number of new tokens, answers with wall seconds, CPU seconds and the tokens.
+ENGINE = """
+import json, sys, time
+from qwen_jax.conversion import load_pretrained
+from qwen_jax.inference import Engine, Request
+engine = Engine(*load_pretrained(sys.argv[1], dtype=sys.argv[2]), slots=int(sys.argv[3]))
+for line in sys.stdin:
+    prompts, new = json.loads(line)
+    wall, cpu = time.perf_counter(), time.process_time()
+    results = sorted(engine.generate([Request(prompt, new) for prompt in prompts]), key=lambda result: result.index)
+    seconds = time.perf_counter() - wall, time.process_time() - cpu
+    print(json.dumps([*seconds, [result.tokens for result in results]]), flush=True)
+"""
+
+
+def take_turns(base: Path, folder: Path, dtype: str, all_prompts: list[np.ndarray], new: int, rounds: int) -> None:
+    """Compares the tokens and the times of the engines of two checkouts, and prints a line for each batch."""
+    here = Path(__file__).resolve().parents[1]
+    slots = max(map(len, all_prompts))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENGINE, folder, dtype, str(slots)],
+            cwd=tree,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for tree in (base, here)
+    ]
+
+    def ask(process, prompts, new):
+        process.stdin.write(json.dumps([prompts.tolist(), new]) + "\n")
+        process.stdin.flush()
+        wall, cpu, tokens = json.loads(process.stdout.readline())
+        return np.asarray([wall, cpu]), tokens
+
+    print(f"{'dtype':9} {'batch':>5} {'':8} {'before, s':>10} {'after, s':>10} {'ratio':>6} {'CPU ratio':>10}")
+    for prompts in all_prompts:
+        times = {"prefill": ([], []), "decoding": ([], [])}
+        for turn in range(rounds + 1):
+            tokens = []
+            for place in (0, 1) if turn % 2 else (1, 0):
+                first, _ = ask(processes[place], prompts, 1)
+                whole, found = ask(processes[place], prompts, new)
+                tokens.append(found)
+                if turn:  # the first compiles
+                    times["prefill"][place].append(first)
+                    times["decoding"][place].append((whole - first) / (new - 1))
+            if tokens[0] != tokens[1]:
+                raise ValueError(f"the tokens of {base} and of this checkout differ")
+        for name, sides in times.items():
+            before, after = (np.median(side, axis=0) for side in sides)
+            print(
+                f"{dtype:9} {len(prompts):>5} {name:8} {before[0]:>10.4f} {after[0]:>10.4f} "
+                f"{before[0] / after[0]:>6.3f} {before[1] / after[1]:>10.3f}",
+                flush=True,
+            )
+    for process in processes:
+        process.stdin.close()
+        process.wait()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Writes the model, measures, prints a table with the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that are generated after each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bandwidth", type=float, help="of the memory, in GB/s")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="another checkout, to compare the engines")
     arguments = parser.parse_args(argv)
     device = jax.devices()[0].device_kind
     gpu = jax.default_backend() == "gpu"
@@ -149,6 +219,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         # Of a spread that makes greedy continuations wander.
         folder = write_model(PRESETS[arguments.preset], Path(temporary), spread=0.5)
+        if arguments.base is not None:
+            vocabulary = PRESETS[arguments.preset].vocab_size
+            prompts = [random.integers(0, vocabulary, (batch, arguments.prompt)) for batch in arguments.batches]
+            for dtype in arguments.dtypes:
+                take_turns(arguments.base, folder, dtype, prompts, arguments.new, arguments.rounds)
+            return
         print(
             f"{arguments.preset} on {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
             f"transformers {transformers.__version__}, jax {jax.__version__}; prompts of {arguments.prompt} tokens, "
