@@ -8,7 +8,10 @@ JSON, /help, /exit. A line that ends in a backslash goes on in the next; // at t
 """
 
 import argparse
+import errno
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +34,21 @@ A line that ends in \\ goes on in the next one. // at the beginning is a / of th
 FULL_AT = 0.8  # of the context: from here on, it is said how much is left
 
 
+def valid_text(text: str) -> str:
+    """The text with U+FFFD in the place of lone surrogates, which no file in UTF-8 can hold.
+
+    Python reads a byte that is not UTF-8, of a terminal or an argument, as such a character.
+    """
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 class Chat:
-    """A conversation: its messages, and what the model says to the next one.
+    """A conversation with a model.
 
     Attributes:
       messages: all of them, oldest first, without the system message.
       system: the system message.
-      notices: what the last call has to say beside the answer.
+      notices: remarks of the last call for the user, beside the answer.
     """
 
     def __init__(
@@ -58,7 +69,7 @@ class Chat:
                 f"max_new_tokens must be from 1 to {engine.context_length - 1}, below the context of "
                 f"{engine.context_length} tokens, found {max_new_tokens}"
             )
-        self.engine, self.system, self.sampling = engine, system, sampling
+        self.engine, self.system, self.sampling = engine, valid_text(system), sampling
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.messages: list[dict[str, str]] = []
         self.notices: list[str] = []
@@ -70,7 +81,7 @@ class Chat:
         self.messages, self._first = [], 0
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yields what the assistant says to `text`, in pieces. Stopped early, what came so far is its answer.
+        """Yields the assistant's answer to `text`, in pieces. Closed early, the answer is the pieces so far.
 
         When message and answer may not fit, the oldest turns are left out, for good, and a notice says so.
 
@@ -78,7 +89,7 @@ class Chat:
           ValueError: the system message and `text` alone leave no room for an answer. The conversation is as before.
         """
         self.notices = []
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": valid_text(text)}]
         first, prompt = self._fit(messages)
         if first > self._first:
             many = (first - self._first) // 2
@@ -123,6 +134,7 @@ class Chat:
                 if piece.finish_reason == "length":
                     self.notices.append(f"stopped after {self.max_new_tokens} tokens (--max_new_tokens)")
         finally:
+            pieces.close()
             self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
             self._first = first
             self._answers += 1
@@ -134,11 +146,15 @@ class Chat:
           OSError: it cannot be written.
         """
         content = {"messages": [{"role": "system", "content": self.system}, *self.messages]}
-        files.write_json(files.as_path(path, "/save"), content)
+        path = files.as_path(path, "/save")
+        if not path.parent.is_dir():
+            # More likely a slip of the hand than a wish for a new folder.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+        files.write_json(path, content)
 
 
 def defaults(checkpoint: str | Path) -> dict[str, float | int]:
-    """The generation settings of a folder's generation_config.json; what it does not say is as released.
+    """The generation settings of a folder's generation_config.json; those that it lacks are as released.
 
     Raises:
       ValueError: the file is there, and one of its settings is no number.
@@ -149,7 +165,8 @@ def defaults(checkpoint: str | Path) -> dict[str, float | int]:
     if wrong := [name for name, value in settings.items() if type(value) not in (int, float)]:
         raise ValueError(f"{path}: {wrong[0]} is {settings[wrong[0]]!r}, expected a number")
     if found.get("do_sample") is False:
-        settings["temperature"] = 0.0
+        # Filters mean nothing without sampling, and such files have top_p 0.
+        settings |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
     return {**RELEASED, **settings}
 
 
@@ -174,7 +191,7 @@ def command(chat: Chat, line: str) -> str | None:
     if name == "/system":
         if not argument:
             return f"the system message is: {chat.system}"
-        chat.system = argument
+        chat.system = valid_text(argument)
         return "the system message is set"
     if name == "/save":
         if not argument:
@@ -262,7 +279,7 @@ def main(argv=None) -> None:
     ):
         text = f"default: the checkpoint's generation_config.json, else {RELEASED[name]}"
         parser.add_argument(f"--{name}", type=kind, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling; default: 0")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     parser.add_argument("--verbose", action="store_true", help="log each program that is compiled")
     args = parser.parse_args(argv)
@@ -276,6 +293,8 @@ def main(argv=None) -> None:
         new = min(new, engine.context_length // 2)  # a small model must have room for the question, too
     chat = Chat(engine, args.system, SamplingConfig(**settings), new, args.seed)
     interactive = sys.stdin.isatty()
+    # A byte that is not UTF-8 becomes U+FFFD instead of an error that would end the conversation.
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     if interactive:
         try:
             import readline  # noqa: F401  line editing and history in input()

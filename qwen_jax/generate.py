@@ -114,15 +114,21 @@ def main(argv=None) -> None:
         metavar="FILE",
         help='JSON lines with a "prompt" each; results are JSON lines as they finish',
     )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="at most so many")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="largest number of new tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the most probable tokens of this mass")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw from the most probable tokens whose probabilities sum to this"
+    )
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k most probable tokens; 0: from all")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: less of what was there")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends it; may be given repeatedly")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: tokens that came before become less probable"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the continuation at this text; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    parser.add_argument("--slots", type=int, default=16, help="with --prompts: how many are generated together")
+    parser.add_argument("--slots", type=int, default=16, help="with --prompts: number that are generated together")
     parser.add_argument("--verbose", action="store_true", help="log each program that is compiled")
     options = vars(parser.parse_args(argv))
     if not options.pop("verbose"):

@@ -139,6 +139,8 @@ def test_settings_come_from_the_checkpoint_else_as_released(tmp_path):
     }
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
     assert defaults(tmp_path)["temperature"] == 0
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "top_p": 0, "top_k": 5}')
+    assert SamplingConfig(**{name: defaults(tmp_path)[name] for name in ("temperature", "top_p", "top_k")}).top_k == 0
     (tmp_path / "generation_config.json").write_text('{"top_k": "many"}')
     with pytest.raises(ValueError, match="generation_config.json: top_k is 'many', expected a number"):
         defaults(tmp_path)
@@ -146,21 +148,30 @@ def test_settings_come_from_the_checkpoint_else_as_released(tmp_path):
 
 def test_standard_input_is_a_script(run_folder, engine, plain_environment, tmp_path):
     """One message a line, answers and nothing else on standard output, exit code 0 at the end of the input."""
-    lines = f"hello\nfirst\\\nsecond\n/save {tmp_path / 'talk.json'}\n//slash\n"
+    lines = b"hello\nfirst\\\nsecond\ncaf\xe9\n" + f"/save {tmp_path / 'talk.json'}\n//slash\n".encode()
     arguments = ["--checkpoint", str(run_folder), "--temperature", "0", "--max_new_tokens", "12", "--system", "S"]
     done = subprocess.run(
         [sys.executable, "-m", "qwen_jax.chat", *arguments],
-        input=lines.encode(),
+        input=lines,
         capture_output=True,
         env=plain_environment,
     )
     assert done.returncode == 0, done.stderr
     chat = Chat(engine, "S", SamplingConfig(repetition_penalty=1.1), max_new_tokens=12)
-    expected = "".join(say(chat, text) + "\n" for text in ("hello", "first\nsecond", "/slash"))
+    expected = "".join(say(chat, text) + "\n" for text in ("hello", "first\nsecond", "caf\ufffd", "/slash"))
     assert done.stdout.decode() == expected
     saved = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert [message["content"] for message in saved[:4:2]] == ["S", chat.messages[1]["content"]]
-    assert saved[3]["content"] == "first\nsecond"
+    assert [saved[3]["content"], saved[5]["content"]] == ["first\nsecond", "caf\ufffd"]
+
+
+def test_a_byte_that_is_not_utf_8_does_not_lose_the_conversation(engine, tmp_path):
+    chat = Chat(engine, "S\udcff", max_new_tokens=4)
+    say(chat, "caf\udce9 \ud83d")
+    command(chat, "/system T\udc80")
+    command(chat, f"/save {tmp_path / 'talk.json'}")
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert [message["content"] for message in saved[:2]] == ["T\ufffd", "caf\ufffd \ufffd"]
 
 
 def test_a_terminal_gets_a_prompt_and_lives_through_mistakes(run_folder, plain_environment):
