@@ -70,10 +70,12 @@ class Checkpoints:
           metadata: JSON-ready; the positions of the data streams.
 
         Raises:
+          ValueError: a key holds a dot: Orbax joins keys by dots, so two arrays could share one place.
           whatever an earlier save in the background died of.
         """
         if step == self._newest:
             return
+        _check_keys(trees)
         self._newest = step
         self._manager.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
 
@@ -164,6 +166,15 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save and stops the background threads."""
         self._manager.close()
+
+
+def _check_keys(trees: dict) -> None:
+    for path, _ in jax.tree_util.tree_leaves_with_path(trees):
+        dotted = [key for key in path if "." in str(getattr(key, "key", getattr(key, "name", "")))]
+        if dotted:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: a checkpoint takes no key with a dot, found {dotted[0]}: rename it"
+            )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -174,7 +174,8 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
                 columns = ", ".join(table.schema_arrow.names)
                 raise ValueError(f"{path}: expected a column {text_field!r}, found {columns}")
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+                # By name: a struct column whose field has this dotted name is read along, and comes first.
+                for text in batch.column(text_field).to_pylist():
                     if not isinstance(text, str):
                         kind = type(text).__name__
                         raise ValueError(f"{path}: row {row}: {text_field!r} is {kind}, expected a string")

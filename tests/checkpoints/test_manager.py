@@ -75,3 +75,12 @@ def test_a_checkpoint_of_the_old_format_is_refused_in_one_line_and_stays(tmp_pat
         Checkpoints(tmp_path).restore_latest(placed(mesh, trees()))
     assert f"INITIAL_CHECKPOINT={tmp_path}" in str(raised.value) and "\n" not in str(raised.value)
     assert Checkpoints(tmp_path).steps() == [4]
+
+
+def test_a_key_with_a_dot_is_refused(tmp_path):
+    """Orbax would join it with its parents by dots, and give {"a.b": 1, "a": {"b": 2}} back as 2 and 2."""
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"takes no key with a dot, found .*a\.b"):
+        checkpoints.save(1, {"params": {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}}, METADATA)
+    assert not checkpoints.steps()
+    checkpoints.close()

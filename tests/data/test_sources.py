@@ -248,3 +248,9 @@ def test_lone_surrogates_reach_tensorflow(tmp_path):
     source = DocumentSource(lambda: Corpus(list_files(tmp_path), validation_share=0))
     texts = [example["text"] for example in source.get_dataset("train").as_numpy_iterator()]
     assert texts == ["a\ufffdb".encode()]
+
+
+def test_a_parquet_column_with_a_dot_in_its_name_is_not_a_field_of_a_struct(tmp_path):
+    table = pyarrow.table({"text": [{"x": "inner"}], "text.x": ["outer"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [one["text"] for one in documents(str(tmp_path / "a.parquet"), text_field="text.x")] == ["outer"]
