@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qwen_jax import files
 from qwen_jax.command_line import path_argument, run
+from qwen_jax.compilation_cache import programs_kept
 from qwen_jax.conversion.huggingface import GENERATION_FILE, read_json
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_prompt, stop_ids
 from qwen_jax.generate import load_engine
@@ -261,6 +262,7 @@ def _answer(chat: Chat, text: str) -> None:
         print(f"note: {notice}", file=sys.stderr, flush=True)
 
 
+@programs_kept()
 def main(argv=None) -> None:
     """Command line of `python -m qwen_jax.chat`."""
     parser = argparse.ArgumentParser(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qwen_jax import files
 from qwen_jax.command_line import path_argument, run
+from qwen_jax.compilation_cache import programs_kept
 from qwen_jax.conversion import check_rows, load_pretrained, load_tokenizer
 from qwen_jax.inference import Engine, Request, Result, SamplingConfig
 
@@ -96,6 +97,7 @@ def generate_all(
     )
 
 
+@programs_kept()
 def main(argv=None) -> None:
     """Command line of `python -m qwen_jax.generate`."""
     parser = argparse.ArgumentParser(

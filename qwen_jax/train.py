@@ -18,6 +18,7 @@ from qwen_jax import files
 from qwen_jax.batch_spec import token_columns
 from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps, write_run_files
 from qwen_jax.command_line import quiet, run
+from qwen_jax.compilation_cache import CompilationCache, shared_cache
 from qwen_jax.configuration import parse_args
 from qwen_jax.conversion.initial_weights import InitialWeights
 from qwen_jax.data import task_configuration
@@ -35,7 +36,6 @@ from qwen_jax.training.goodput import process_start_time
 from qwen_jax.training.objective import Objective
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.profiling import CompilationCache
 from qwen_jax.training.program import check_run, device_memory
 from qwen_jax.training.run import COMPILED, Run, open_run
 from qwen_jax.training.step import batch_shapes
@@ -77,7 +77,7 @@ def train(
         documents into sequences, and attention and positions keep to each.
       compiler_options: XLA's for the train step, by name; hardware files set them.
       compilation_cache: folder of compiled programs, for a quick start the next time; None keeps none, "auto" keeps
-        them in `output_dir`, except on CPUs, where a program may not run on another machine.
+        them in `output_dir`; on CPUs, where a program may not run on another machine, in `shared_cache`.
       watchdog: to be told what is going on.
       began: `time.time()` when the process started.
 
@@ -245,7 +245,7 @@ def find_cache(folder: PathLike | None, output: Path) -> CompilationCache:
     """Where compiled programs are kept, as `train` says."""
     if folder != "auto":
         return CompilationCache(None if folder is None else files.as_path(folder, "COMPILATION_CACHE").absolute())
-    return CompilationCache(None if jax.default_backend() == "cpu" else (output / COMPILED).absolute())
+    return shared_cache() if jax.default_backend() == "cpu" else CompilationCache((output / COMPILED).absolute())
 
 
 def main(argv=None) -> None:

@@ -1,7 +1,6 @@
-"""Looking into a run: compiled programs kept between starts, and what filled the memory."""
+"""Looking into a run: the largest arrays, and what filled the memory."""
 
 import contextlib
-import dataclasses
 import logging
 import re
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from qwen_jax.checkpoints.manager import is_out_of_memory
 log = logging.getLogger(__name__)
 
 MEMORY_PROFILE = "memory.prof"
-_HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _NEED = (
     re.compile(r"\([^()]+\) exceeds available \w+ \([^()]+\)"),  # libtpu: "(61.02G) exceeds available HBM (15.75G)"
     re.compile(r"Used \S+ of \S+ \w+"),  # older ones: "Used 22.31G of 15.75G hbm"
@@ -26,48 +24,6 @@ _BUFFER_SHAPE = re.compile(r"(?:Shape|Subshape): (\S+)")
 
 class OutOfMemory(ValueError):
     """The program needs more memory than the device has; names the largest buffers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CompilationCache:
-    """Where compiled programs are kept between starts; `folder` None keeps none."""
-
-    folder: Path | None
-
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[dict[str, int]]:
-        """While open, programs come from the cache or are put there; yields the numbers of "hits" and "misses"."""
-        counts = {"hits": 0, "misses": 0}
-        if self.folder is None:
-            yield counts
-            return
-
-        def listen(event, **_):
-            counts["hits"] += event == _HIT
-            counts["misses"] += event == _MISS
-
-        settings = {
-            "jax_compilation_cache_dir": str(self.folder),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-        }
-        before = {name: getattr(jax.config, name) for name in settings}
-        jax.monitoring.register_event_listener(listen)
-        try:
-            self._set(settings)
-            yield counts
-        finally:
-            self._set(before)
-            jax.monitoring.unregister_event_listener(listen)
-
-    @staticmethod
-    def _set(settings):
-        from jax.experimental.compilation_cache import compilation_cache
-
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        # JAX decides once whether there is a cache; this makes it look again.
-        compilation_cache.reset_cache()
 
 
 def largest_arrays(tree, count: int = 3) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qwen_jax.batch_spec import is_packed, row_length
 from qwen_jax.checkpoints.manager import Checkpoints
 from qwen_jax.checkpoints.run_folder import CheckpointError, saved_steps
+from qwen_jax.compilation_cache import CompilationCache
 from qwen_jax.distributed import hosts
 from qwen_jax.training.batches import Batches, Examples
 from qwen_jax.training.callbacks import Callback, Evaluation, Saving, Trace
@@ -18,7 +19,7 @@ from qwen_jax.training.model import InitialWeights, Model
 from qwen_jax.training.objective import Objective
 from qwen_jax.training.optimizer import OptimizerConfig, make_optimizer
 from qwen_jax.training.parameter_groups import overlay_params, split_params
-from qwen_jax.training.profiling import CompilationCache, explain_out_of_memory
+from qwen_jax.training.profiling import explain_out_of_memory
 from qwen_jax.training.program import compile_run
 from qwen_jax.training.reporting import Reporter
 from qwen_jax.training.run import Run

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
+from qwen_jax.compilation_cache import CompilationCache
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.goodput import Goodput, process_start_time, written_shares
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.profiling import CompilationCache, OutOfMemory, explain_out_of_memory, largest_arrays
+from qwen_jax.training.profiling import OutOfMemory, explain_out_of_memory, largest_arrays
 from qwen_jax.training.reporting import host_statistics
 from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, prepared_trainer, small_model

@@ -1,0 +1,91 @@
+"""Compiled programs kept between starts, in the folder of a run or in one that all runs of a user share."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+_HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+_SHARED_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilationCache:
+    """Where compiled programs are kept between starts.
+
+    Attributes:
+      folder: None keeps none.
+      max_bytes: the programs used least recently go when the folder has more; None keeps all.
+    """
+
+    folder: Path | None
+    max_bytes: int | None = None
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[dict[str, int]]:
+        """While open, programs come from the cache or are put there; yields the numbers of "hits" and "misses"."""
+        counts = {"hits": 0, "misses": 0}
+        if self.folder is None:
+            yield counts
+            return
+
+        def listen(event, **_):
+            counts["hits"] += event == _HIT
+            counts["misses"] += event == _MISS
+
+        settings = {
+            "jax_compilation_cache_dir": str(self.folder),
+            "jax_compilation_cache_max_size": -1 if self.max_bytes is None else self.max_bytes,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in settings}
+        jax.monitoring.register_event_listener(listen)
+        try:
+            self._set(settings)
+            yield counts
+        finally:
+            self._set(before)
+            jax.monitoring.unregister_event_listener(listen)
+
+    @staticmethod
+    def _set(settings):
+        from jax.experimental.compilation_cache import compilation_cache
+
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        # JAX decides once whether there is a cache; this makes it look again.
+        compilation_cache.reset_cache()
+
+
+def shared_cache() -> CompilationCache:
+    """A cache for all commands of this user, `$XDG_CACHE_HOME/qwen_jax/compiled-KEY` (`~/.cache` by default).
+
+    JAX looks up a program by its text, the compiler's version and options, and the kind of device. Of a CPU it does not
+    know the instruction set, and a program that was compiled for more of it crashes: KEY stands for the processor, so
+    machines that share a home do not share programs.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return CompilationCache(home / "qwen_jax" / f"compiled-{_processor_key()}", _SHARED_BYTES)
+
+
+@contextlib.contextmanager
+def programs_kept() -> Iterator[None]:
+    """While open, or as a decorator, programs come from the shared cache or are put there."""
+    with shared_cache().compiling():
+        yield
+
+
+def _processor_key() -> str:
+    """A hash of the processor's model and of what it can execute."""
+    described = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        described += sorted(set(re.findall(r"^(?:flags|Features|model name)\s*:.*$", text, re.MULTILINE)))
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:12]
