@@ -108,8 +108,8 @@ class Engine:
 
     @property
     def live(self) -> int:
-        """Number of submitted requests that have not ended."""
-        return len(self._rows)
+        """Number of requests that have not ended, or whose last chunk `step` has not returned yet."""
+        return len(self._rows) + sum(chunk.finish_reason is not None for chunk in self._outbox)
 
     def submit(self, request: Request, *, streaming: bool = False) -> Handle:
         """Takes a request, which the next `step` begins if there is room, else a later one.
