@@ -21,6 +21,19 @@ def test_it_runs_on_a_small_model(root, plain_environment):
     assert "of limit" in done.stdout
 
 
+def test_it_compares_the_engines_of_two_checkouts(root, plain_environment):
+    pytest.importorskip("torch", reason="the benchmark's other half compares with transformers")
+    arguments = ["--preset", "tiny", "--rounds", "1", "--new", "4", "--prompt", "8", "--batches", "2", "--base", root]
+    done = subprocess.run(
+        [sys.executable, root / "benchmarks" / "generate.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=plain_environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in done.stdout.splitlines()[1:]] == ["prefill", "decoding"]
+
+
 def test_it_says_what_it_can_do(root, plain_environment):
     pytest.importorskip("torch", reason="compares with transformers' generate")
     done = subprocess.run(
