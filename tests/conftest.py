@@ -6,11 +6,9 @@ import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile hundreds of small programs and run each a few times: LLVM's optimisation would be most of their time.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-)
+from tests import environment
+
+environment.set_up()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,9 +32,13 @@ def root() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def plain_environment() -> dict[str, str]:
     """Environment for a command started as a user would: one CPU device."""
-    environment = dict(os.environ)
-    environment.pop("XLA_FLAGS")
-    return environment
+    return environment.one_device()
+
+
+@pytest.fixture(scope="session")
+def compiler_environment() -> dict[str, str]:
+    """Environment for a command that compiles for TPUs: nothing that the tests set makes other programs of it."""
+    return environment.for_compilers()
 
 
 @pytest.fixture(scope="session")

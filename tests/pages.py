@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.environment import one_device
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,12 +30,10 @@ def shell(text: str, folder: Path, repository: Path | None = None, **environment
     """Runs a block of shell commands, which must succeed, in `folder`, with the modules of `repository` (or of it)."""
     # A folder after the first of PYTHONPATH may hold a package that the environment lacks.
     paths = [str(repository or folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)[1:]]
-    ours = os.environ | {
+    ours = one_device() | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    # One device, as on a reader's computer.
-    ours.pop("XLA_FLAGS", None)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text], cwd=folder, env=ours | environment, capture_output=True, text=True
     )

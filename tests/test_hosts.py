@@ -6,7 +6,6 @@ everyday tests are one chain of six starts (about a minute on two free cores); t
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -22,6 +21,7 @@ from qwen_jax.checkpoints.arrays import load_params
 from qwen_jax.checkpoints.run_folder import saved_steps
 from qwen_jax.distributed.hosts import TRY_AGAIN
 from qwen_jax.training.metrics import read_metrics
+from tests.environment import one_device
 from tests.fakes import text_corpus
 
 SETTINGS = {
@@ -88,8 +88,7 @@ class Job:
             "local_files.validation_share": 0.2,
             **changes,
         }
-        environment = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
-        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        environment = one_device() | {"JAX_NUM_CPU_DEVICES": str(devices)}
         address = f"localhost:{free_port()}"
         self.output, self.logs, self.processes = output, [], []
         for index in range(processes) if only is None else [only]:

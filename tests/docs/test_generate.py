@@ -12,7 +12,7 @@ def test_commands_of_the_page(tmp_path):
     for kind, text in blocks("generate.md"):
         if kind in ("sh", "python"):
             command = text if kind == "sh" else f"python - <<'END'\n{text}END\n"
-            done = shell(command, tmp_path, ROOT, XLA_FLAGS="--xla_backend_optimization_level=0")
+            done = shell(command, tmp_path, ROOT)
             shown.append(done.stdout)
     assert len(shown) == 4 and all(shown[index] for index in (0, 2, 3))
     assert shown[3].splitlines()[-1].startswith("[-")

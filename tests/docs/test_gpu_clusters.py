@@ -21,7 +21,7 @@ def test_commands_of_the_page(tmp_path):
     for kind, text in blocks(PAGE.name):
         if kind == "sh":
             command = text.replace("12345", port)
-            done = shell(command, tmp_path, XLA_FLAGS="--xla_backend_optimization_level=0")
+            done = shell(command, tmp_path)
             shown.append(done.stdout + done.stderr)
     job, table, resumed, rewound = shown
     assert "2 device(s)" in job and "2 process(es)" in job and "1 device(s)" in resumed

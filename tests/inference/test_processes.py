@@ -1,7 +1,6 @@
 """Two processes that share a mesh give the tokens and scores of one."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -46,9 +45,9 @@ def main(address: str, index: str, folder: str, output: str) -> None:
         json.dump(answers(engine), file)
 
 
-def test_two_processes_give_what_one_gives(tmp_path, root):
+def test_two_processes_give_what_one_gives(tmp_path, root, plain_environment):
     folder = random_run(tmp_path, hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=128)
-    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="2", XLA_FLAGS="--xla_backend_optimization_level=0")
+    environment = plain_environment | {"JAX_NUM_CPU_DEVICES": "2"}
     program = "import sys; from tests.inference.test_processes import main; main(*sys.argv[1:])"
     with socket.socket() as one:
         one.bind(("localhost", 0))

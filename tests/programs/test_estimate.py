@@ -179,7 +179,7 @@ def test_numbers_are_those_of_the_yardstick(text, yardstick):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (jax[tpu])")
-def test_a_tpu_program_has_the_numbers_of_the_yardstick(tmp_path, yardstick, plain_environment, root):
+def test_a_tpu_program_has_the_numbers_of_the_yardstick(tmp_path, yardstick, compiler_environment, root):
     done = subprocess.run(
         [
             sys.executable,
@@ -195,7 +195,7 @@ def test_a_tpu_program_has_the_numbers_of_the_yardstick(tmp_path, yardstick, pla
         ],
         capture_output=True,
         text=True,
-        env=plain_environment,
+        env=compiler_environment,
         cwd=root,
     )
     assert done.returncode == 0, done.stderr

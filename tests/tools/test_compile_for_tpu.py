@@ -29,12 +29,12 @@ COMMAND = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (jax[tpu])")
-def test_a_run_compiles_for_sixteen_chips(tmp_path, plain_environment, root):
+def test_a_run_compiles_for_sixteen_chips(tmp_path, compiler_environment, root):
     done = subprocess.run(
         [*COMMAND, "--json", tmp_path / "report.json"],
         capture_output=True,
         text=True,
-        env=plain_environment,
+        env=compiler_environment,
         cwd=root,
     )
     assert done.returncode == 0, done.stderr
@@ -52,12 +52,12 @@ def test_a_run_compiles_for_sixteen_chips(tmp_path, plain_environment, root):
     assert speed["low"] == pytest.approx(tokens / report["seconds"]["high"]) and report["seconds"]["low"] > 0
 
 
-def test_an_unknown_topology_is_one_line(plain_environment, root):
+def test_an_unknown_topology_is_one_line(compiler_environment, root):
     done = subprocess.run(
         [*COMMAND, "--gin.HardwareConfig.topology=v9z:1x1"],
         capture_output=True,
         text=True,
-        env=plain_environment,
+        env=compiler_environment,
         cwd=root,
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -82,12 +82,12 @@ def test_what_is_missing_or_no_number_is_named(root, monkeypatch, arguments, mes
         importlib.import_module("compile_for_tpu").main(arguments)
 
 
-def test_hardware_without_descriptions_is_one_line(plain_environment, root):
+def test_hardware_without_descriptions_is_one_line(compiler_environment, root):
     done = subprocess.run(
         [*COMMAND[:-1], "--gin_file=gin/hardware/h200_8.gin"],
         capture_output=True,
         text=True,
-        env=plain_environment,
+        env=compiler_environment,
         cwd=root,
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -146,7 +146,7 @@ def test_wrong_choices_are_named_before_anything_is_compiled(tool, tmp_path, fla
 FILES = ["--gin_file=gin/runs/pretrain_tiny.gin"]
 
 
-def test_what_cannot_be_compiled_as_asked_ends_the_sweep_with_one_line(tmp_path, plain_environment, root):
+def test_what_cannot_be_compiled_as_asked_ends_the_sweep_with_one_line(tmp_path, compiler_environment, root):
     done = subprocess.run(
         [
             sys.executable,
@@ -158,7 +158,7 @@ def test_what_cannot_be_compiled_as_asked_ends_the_sweep_with_one_line(tmp_path,
         ],
         capture_output=True,
         text=True,
-        env=plain_environment,
+        env=compiler_environment,
         cwd=root,
     )
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "remat=full: NVIDIA H200" in done.stderr
@@ -167,7 +167,7 @@ def test_what_cannot_be_compiled_as_asked_ends_the_sweep_with_one_line(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu (jax[tpu])")
-def test_a_sweep_for_sixteen_chips(tmp_path, plain_environment, root):
+def test_a_sweep_for_sixteen_chips(tmp_path, compiler_environment, root):
     command = [
         sys.executable,
         "tools/sweep_programs.py",
@@ -176,12 +176,12 @@ def test_a_sweep_for_sixteen_chips(tmp_path, plain_environment, root):
         "--remat=full,none",
         f"--output={tmp_path}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env=plain_environment, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, env=compiler_environment, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "fastest that fits: remat=" in done.stdout and "use it with --gin.ModelConfig.remat=" in done.stdout
     results = tmp_path / "results.jsonl"
     before = results.read_bytes(), results.stat().st_mtime_ns
-    again = subprocess.run(command, capture_output=True, text=True, env=plain_environment, cwd=root)
+    again = subprocess.run(command, capture_output=True, text=True, env=compiler_environment, cwd=root)
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
     assert (tmp_path / "table.md").read_text() in again.stdout
     assert (results.read_bytes(), results.stat().st_mtime_ns) == before  # nothing was compiled again

@@ -77,12 +77,14 @@ def test_images_and_labels_give_the_same_on_every_mesh_and_in_parts(layout, accu
     assert_same(steps(layout, accumulation), one_device)
 
 
-def test_images_and_labels_give_the_same_in_two_processes(one_device, root):
+def test_images_and_labels_give_the_same_in_two_processes(one_device, root, plain_environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    environment.pop("XLA_FLAGS", None)
+    environment = plain_environment | {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM + PROCESS, address, str(index)],
