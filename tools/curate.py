@@ -4,14 +4,17 @@
         --config=gin/curation/english_and_chinese.gin
 
 `--input NAME=FOLDER_OR_GLOB` names a source and may be given several times, for one source too; without a name it is
-called `web`. Read are WARC (.warc, .warc.gz), HTML, text, JSON lines (.jsonl, .gz, .zst) and Parquet.
+called `web`. It reads WARC and WET (.warc, .wet), HTML, text and JSON lines (.jsonl, .ndjson), each also as .gz or
+.zst, .json.gz, .json.zst and Parquet.
 `--gin.NAME=VALUE` sets a parameter, `--beam.OPTION=VALUE` is handed to Beam as `--OPTION=VALUE`. Without
 a runner it works in this process, some hundred pages a second. An interrupted run goes on where it stopped. Look at
-`report.html` in the output.
+`report.html` in the output. If more than 1% of the bytes of an input file cannot be read, the run ends with exit code 2
+(`--max_unread_share`).
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
@@ -20,6 +23,7 @@ if str(Path(__file__).resolve().parents[1]) not in sys.path:
 from qwen_jax import command_line
 
 _BEAM = "--beam."
+_SHOWN_NAMES = 10
 
 
 def _source(text: str) -> tuple[str, str]:
@@ -36,6 +40,13 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=command_line.path_argument, required=True, help="where to; all Beam workers must see it"
     )
     parser.add_argument("--config", dest="gin_file_of_config", metavar="FILE", help="another name for --gin_file")
+    parser.add_argument(
+        "--max_unread_share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="fail, with the output in its place, where more of a file's bytes cannot be read (default: %(default)s)",
+    )
     parser.add_argument("--keep_work", action="store_true", help="leave the intermediate files, in OUTPUT/work")
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
@@ -60,7 +71,25 @@ def main(argv: list[str] | None = None) -> None:
     for stage, counts in manifest["stages"].items():
         dropped = counts["in"][0] - counts["kept"][0]
         print(f"{stage:14} {counts['in'][0]:>12,} {counts['kept'][0]:>12,} {dropped:>12,} {counts['kept'][1]:>16,}")
+    for line in _inputs(manifest):
+        print(line)
     print(f"{arguments.output}/documents, {arguments.output}/dropped, {arguments.output}/report.html")
+    pipeline.check_read(manifest, arguments.max_unread_share)
+
+
+def _inputs(manifest: dict) -> Iterator[str]:
+    """What was read of each source, and what was left out and why."""
+    for source, counts in manifest["bytes_read"].items():
+        outcomes = dict(counts["outcomes"])
+        records, size = outcomes.pop("read", (0, 0))
+        yield f"{source}: {counts['bytes']:,} bytes in files; read {size:,} ({records:,} records)"
+        for reason, (records, size) in outcomes.items():
+            yield f"{source}: left out {size:,} ({records:,} records): {reason}"
+        names = manifest["files_left_out"][source]
+        for reason in sorted({reason for _, reason in names}):
+            found = [path for path, why in names if why == reason]
+            more = f" and {len(found) - _SHOWN_NAMES} more" if len(found) > _SHOWN_NAMES else ""
+            yield f"{source}: {len(found):,} files not read: {reason}: {', '.join(found[:_SHOWN_NAMES])}{more}"
 
 
 if __name__ == "__main__":

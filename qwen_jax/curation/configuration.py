@@ -11,7 +11,6 @@ from qwen_jax.curation.dedup import FuzzyConfig
 from qwen_jax.curation.quality import CHINESE, Rules
 from qwen_jax.curation.scoring import LinearClassifier, NgramPerplexity, ScoreFilter
 from qwen_jax.curation.stages import CurationConfig
-from qwen_jax.files import Pattern, as_pattern
 
 for _configurable in (FuzzyConfig, Rules, LinearClassifier, NgramPerplexity, ScoreFilter):
     gin.external_configurable(_configurable, module="qwen_jax.curation")
@@ -24,7 +23,7 @@ def chinese_rules(**changes) -> Rules:
 
 
 @gin.configurable
-def benchmarks(patterns: Pattern | Sequence[Pattern] = (), **changes) -> ContaminationConfig:
+def benchmarks(patterns: str | Sequence[str] = (), **changes) -> ContaminationConfig:
     """Files of evaluation sets: folders, in which all readable files but licences and read-mes count, and globs.
 
     Raises:
@@ -32,9 +31,12 @@ def benchmarks(patterns: Pattern | Sequence[Pattern] = (), **changes) -> Contami
     """
     files = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        pattern = as_pattern(pattern, "benchmarks.patterns")
-        inside = os.path.join(glob.escape(pattern), "**", "*") if os.path.isdir(pattern) else pattern
-        found = [path for path in glob.glob(inside, recursive=True) if path.endswith(SUFFIXES) and os.path.isfile(path)]
+        pattern = os.path.expanduser(pattern)
+        if os.path.isdir(pattern):
+            found = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)
+        else:
+            found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        found = [path for path in found if path.lower().endswith(SUFFIXES) and os.path.isfile(path)]
         if os.path.isdir(pattern):
             found = [path for path in found if not os.path.basename(path).upper().startswith(("LICENSE", "README"))]
         if not found:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from qwen_jax.curation.sampling import uniform
+from qwen_jax.curation.tally import UNREADABLE, Tally
 
 # In this order, that of the report's section 2.1.
 STAGES = ("read", "extract", "language", "exact", "fuzzy", "rules", "scores", "contamination", "sampling")
@@ -26,6 +27,8 @@ class Ledger:
         self.counters: dict[str, Counter] = {}
         self.samples: dict[str, list] = {}
         self.values: list = []
+        self.inputs: dict[str, dict] = {}  # source to its bytes and their outcomes, as of a `Tally`
+        self.damaged: list[dict] = []  # files that could not be read to the last byte
 
     def enter(self, stage: str, size: int) -> None:
         """A document of `size` bytes comes to a stage."""
@@ -42,6 +45,15 @@ class Ledger:
     def count(self, what: str, value: str, number: int = 1) -> None:
         """Adds to a table of the report, such as `language`."""
         self.counters.setdefault(what, Counter())[value] += number
+
+    def file(self, source: str, path: str, tally: Tally) -> None:
+        """Adds a file that was read; `path` is relative to the folder of its source."""
+        _add_outcomes(self.inputs, source, tally.size, tally.outcomes)
+        if tally.unread or any(tally.outcomes.get(reason, [0])[0] for reason in UNREADABLE):
+            outcomes = dict(sorted(tally.outcomes.items()))
+            self.damaged.append(
+                {"source": source, "path": path, "bytes": tally.size, "unread": tally.unread, "outcomes": outcomes}
+            )
 
     def sample(self, label: str, row: dict) -> None:
         """Perhaps remembers a document: `row` has its `id`, and texts are cut to an excerpt."""
@@ -64,6 +76,8 @@ class Ledger:
             "counters": self.counters,
             "samples": self.samples,
             "values": heapq.nsmallest(self._limit, self.values, key=_order),
+            "inputs": self.inputs,
+            "damaged": self.damaged,
         }
 
     @classmethod
@@ -83,19 +97,31 @@ class Ledger:
             for label, rows in part["samples"].items():
                 held = [*merged.samples.get(label, []), *rows]
                 merged.samples[label] = heapq.nsmallest(_SAMPLES, held, key=_order)
+            for source, counts in part["inputs"].items():
+                _add_outcomes(merged.inputs, source, counts["bytes"], counts["outcomes"])
+            merged.damaged += part["damaged"]
             merged.values = heapq.nsmallest(_VALUES, [*merged.values, *part["values"]], key=_order)
         for counts in merged.stages.values():
             counts["dropped"] = dict(sorted(counts["dropped"].items()))
         merged.counters = {what: Counter(dict(sorted(one.items()))) for what, one in sorted(merged.counters.items())}
         merged.samples = dict(sorted(merged.samples.items()))
+        for counts in merged.inputs.values():
+            counts["outcomes"] = dict(sorted(counts["outcomes"].items()))
+        merged.damaged.sort(key=lambda file: (file["source"], file["path"]))
         return merged
 
     def check(self) -> None:
         """Verifies that no document was lost: kept + dropped = read, and each stage reads what the one before kept.
 
+        The same for the bytes of the input files: read + left out = all.
+
         Raises:
-            RuntimeError: a stage does not add up; that is a fault of the program.
+            RuntimeError: a stage or source does not add up; that is a fault of the program.
         """
+        for source, counts in self.inputs.items():
+            found = sum(size for _, size in counts["outcomes"].values())
+            if found != counts["bytes"]:
+                raise RuntimeError(f"source {source}: {counts['bytes']} bytes, {found} of them read or left out")
         before = None
         for stage, counts in self.stages.items():
             # Extraction turns pages into text, and sampling writes copies: there only documents can be compared.
@@ -107,6 +133,14 @@ class Ledger:
                 if before is not None and read != before[place]:
                     raise RuntimeError(f"stage {stage}: {read} {unit} read, the stage before kept {before[place]}")
             before = counts["kept"]
+
+
+def _add_outcomes(inputs: dict, source: str, size: int, outcomes: dict) -> None:
+    mine = inputs.setdefault(source, {"bytes": 0, "outcomes": {}})
+    mine["bytes"] += size
+    for outcome, pair in outcomes.items():
+        held = mine["outcomes"].setdefault(outcome, [0, 0])
+        mine["outcomes"][outcome] = [a + b for a, b in zip(held, pair, strict=True)]
 
 
 def _add(pair: list, size: int) -> None:

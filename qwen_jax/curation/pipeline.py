@@ -26,12 +26,14 @@ import apache_beam as beam
 
 from qwen_jax import files
 from qwen_jax.beam import pipeline_of
-from qwen_jax.curation import contamination, readers, report, stages, storage
+from qwen_jax.curation import contamination, report, stages, storage
 from qwen_jax.curation.ledger import Ledger
+from qwen_jax.curation.sources import Source, list_source
+from qwen_jax.curation.tally import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, REPORT = "manifest.json", "report.html"
 _PLAN = "plan.json"
 _PROGRESS_SECONDS = 10
@@ -64,7 +66,7 @@ def curate(
         RuntimeError: the counts of some stage do not add up.
     """
     output = Path(os.path.abspath(output))
-    sources = [readers.list_source(name, patterns) for name, patterns in inputs.items()]
+    sources = [list_source(name, patterns) for name, patterns in inputs.items()]
     _check(config, sources)
     description = _describe(sources, config)
     if (output / MANIFEST).exists():
@@ -83,6 +85,28 @@ def curate(
         if not keep_work:
             shutil.rmtree(work.folder)
     return manifest
+
+
+def check_read(manifest: dict, max_unread_share: float) -> None:
+    """Refuses a run that could not read more than this share of the bytes of some input file.
+
+    Raises:
+        ValueError: names the worst of these files.
+    """
+    found = [
+        (one["unread"] / one["bytes"] if one["bytes"] else 1.0, one["source"], one["path"], one["outcomes"])
+        for one in manifest["damaged_files"]
+    ]
+    found = sorted((one for one in found if one[0] > max_unread_share), reverse=True, key=lambda one: one[0])
+    if found:
+        share, source, path, outcomes = found[0]
+        reasons = ", ".join(sorted(set(outcomes) & UNREADABLE))
+        accepted = min(1, round(share + 0.005, 2))
+        raise ValueError(
+            f"{len(found)} input file{'s' * (len(found) > 1)} could not be read by more than {max_unread_share:.3g} of "
+            f"the bytes, worst {source}/{path} ({share:.1%}: {reasons}); the output is complete but lacks them: see "
+            f"report.html, mend or remove the files, or accept it with --max_unread_share={accepted:g}"
+        )
 
 
 def _check_output(output: Path, work: Path, description: dict) -> None:
@@ -106,7 +130,7 @@ def _prepare(work: stages.Work, description: dict) -> None:
         storage.save_array(benchmarks, index)
 
 
-def _check(config: stages.CurationConfig, sources: Sequence[readers.Source]) -> None:
+def _check(config: stages.CurationConfig, sources: Sequence[Source]) -> None:
     unknown = sorted(set(config.weights) - {source.name for source in sources})
     if unknown:
         names = ", ".join(source.name for source in sources)
@@ -121,7 +145,7 @@ def _check(config: stages.CurationConfig, sources: Sequence[readers.Source]) -> 
         one.scorer("a text that shows, before hours of work, whether the model can be read")
 
 
-def _describe(sources: Sequence[readers.Source], config: stages.CurationConfig) -> dict:
+def _describe(sources: Sequence[Source], config: stages.CurationConfig) -> dict:
     """What a run is made from; equal descriptions give equal bytes."""
     listing = {
         source.name: [[os.path.relpath(path, source.base), size] for path, size in source.files] for source in sources
@@ -139,6 +163,10 @@ def _describe(sources: Sequence[readers.Source], config: stages.CurationConfig) 
         "format_version": FORMAT_VERSION,
         "fingerprint": digest,
         "inputs": {name: {"files": len(files), "bytes": sum(s for _, s in files)} for name, files in listing.items()},
+        "files_left_out": {
+            source.name: [[os.path.relpath(path, source.base), reason] for path, reason in source.left_out]
+            for source in sources
+        },
         "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
         "config": settings,
     }
@@ -172,18 +200,16 @@ def _check_same(output: Path, found: dict, expected: dict) -> None:
     raise ValueError(f"{output} was made from {reason}: give another --output, or delete that folder to make it anew")
 
 
-def _units(sources: Sequence[readers.Source], unit_bytes: int) -> tuple[stages.Unit, ...]:
+def _units(sources: Sequence[Source], unit_bytes: int) -> tuple[stages.Unit, ...]:
     units = []
     for priority, source in enumerate(sources):
-        files, size = [], 0
-        for path, file_size in source.files:
-            files.append(path)
-            size += file_size
-            if size >= unit_bytes:
-                units.append(stages.Unit(source.name, source.base, tuple(files), priority))
-                files, size = [], 0
-        if files:
-            units.append(stages.Unit(source.name, source.base, tuple(files), priority))
+        group, size = [], 0
+        for file in source.files:
+            group.append(file)
+            size += file[1]
+            if size >= unit_bytes or file == source.files[-1]:
+                units.append(stages.Unit(source.name, source.base, *zip(*group, strict=True), priority))
+                group, size = [], 0
     return tuple(units)
 
 
@@ -264,12 +290,14 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
     manifest = description | {
         "stages": counted["stages"],
         "counters": counted["counters"],
+        "bytes_read": counted["inputs"],
+        "damaged_files": counted["damaged"],
         "clusters": clusters["sizes"] if clusters else {},
         "benchmark_ngrams": len(storage.load_array(work.folder / "benchmarks.npy")),
         "files": placed,
     }
     with files.new_file(output / REPORT) as temporary:
-        temporary.write_text(report.render(ledger, work.config, clusters, description["inputs"]), encoding="utf-8")
+        temporary.write_text(report.render(ledger, work.config, clusters, description), encoding="utf-8")
     files.write_json(output / MANIFEST, manifest, sort_keys=True)
     return manifest
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qwen_jax.curation.ledger import EXCERPT, Ledger
 from qwen_jax.curation.stages import CurationConfig
+from qwen_jax.curation.tally import UNREADABLE
 
 _STYLE = """
 :root { color-scheme: light }
@@ -32,6 +33,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fa; borde
 .note { color: #5b6875 }
 """
 _KEPT, _DROPPED, _OUTSIDE, _LINE = "#3b7dd8", "#d9822b", "#e6b88a", "#b3261e"
+_SHOWN_FILES = 100
 _SOUND = {
     "read": "records of the input files",
     "extract": "text out of pages",
@@ -45,19 +47,20 @@ _SOUND = {
 }
 
 
-def render(ledger: Ledger, config: CurationConfig, clusters: dict | None, inputs: Mapping[str, dict]) -> str:
+def render(ledger: Ledger, config: CurationConfig, clusters: dict | None, description: Mapping[str, Mapping]) -> str:
     """The page.
 
     Args:
         ledger: of the whole run.
         config: of the run; gives the thresholds.
         clusters: `sizes` and `shown` of near-duplicates, or None where they were not looked for.
-        inputs: number of files and bytes of each source.
+        description: `inputs`, number of files and bytes of each source, and `files_left_out`, paths with reasons.
     """
     read, kept = ledger.stages["read"]["in"], ledger.stages["sampling"]["kept"]
     share = f" ({kept[0] / read[0]:.1%})" if read[0] else ""
     listed = ", ".join(
-        f"{_e(name)} ({_count(one['files'], 'file')}, {_bytes(one['bytes'])})" for name, one in inputs.items()
+        f"{_e(name)} ({_count(one['files'], 'file')}, {_bytes(one['bytes'])})"
+        for name, one in description["inputs"].items()
     )
     body = [
         "<h1>Curation report</h1>",
@@ -65,6 +68,8 @@ def render(ledger: Ledger, config: CurationConfig, clusters: dict | None, inputs
         "<h2>Documents and bytes through the stages</h2>",
         _waterfall(ledger),
         _stage_table(ledger),
+        "<h2>What was read of the input files, and what was left out</h2>",
+        _files(ledger, description["files_left_out"]),
         "<h2>Why documents were dropped</h2>",
         _reasons(ledger),
         "<h2>Sources, languages, encodings</h2>",
@@ -182,6 +187,35 @@ def _reasons(ledger: Ledger) -> str:
         for reason, (documents, size) in sorted(counts["dropped"].items(), key=lambda one: (-one[1][0], one[0]))
     ]
     return _table(("reason", "documents", "bytes"), rows) if rows else "<p>Nothing was dropped.</p>"
+
+
+def _files(ledger: Ledger, left_out: Mapping[str, Sequence]) -> str:
+    rows = [
+        (source, outcome, f"{records:,}", _bytes(size), f"{size / counts['bytes']:.2%}" if counts["bytes"] else "–")
+        for source, counts in ledger.inputs.items()
+        for outcome, (records, size) in counts["outcomes"].items()
+    ]
+    text = _table(("source", "outcome", "records", "bytes of the files", "share"), rows)
+    text += '<p class="note">For every file, read + left out = all of its bytes was checked.</p>'
+    damaged = sorted(ledger.damaged, key=lambda file: (-file["unread"], file["source"], file["path"]))
+    if damaged:
+        text += f"<h3>{_count(len(damaged), 'file')} with a part that could not be read</h3>"
+        rows = [
+            (f"{one['source']}/{one['path']}", _bytes(one["bytes"]), _bytes(one["unread"]), _unread(one["outcomes"]))
+            for one in damaged[:_SHOWN_FILES]
+        ]
+        text += _table(("file", "bytes", "not read", "why"), rows)
+    others = [(f"{source}/{path}", reason) for source, files in left_out.items() for path, reason in files]
+    if others:
+        text += f"<h3>{_count(len(others), 'file')} left out whole</h3>"
+        text += _table(("file", "why"), others[:_SHOWN_FILES])
+    if max(len(damaged), len(others)) > _SHOWN_FILES:
+        text += f'<p class="note">The first {_SHOWN_FILES} are shown; manifest.json names all.</p>'
+    return text
+
+
+def _unread(outcomes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{reason} ({records:,})" for reason, (records, _) in outcomes.items() if reason in UNREADABLE)
 
 
 def _counters(ledger: Ledger) -> str:

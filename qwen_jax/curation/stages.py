@@ -23,6 +23,7 @@ from qwen_jax import files
 from qwen_jax.curation import contamination, dedup, html, language, quality, readers, sampling, scoring, storage
 from qwen_jax.curation.contamination import ContaminationConfig
 from qwen_jax.curation.ledger import Ledger
+from qwen_jax.curation.tally import Tally
 
 _UNIT_BITS = 40  # a document's number is unit << 40 | row
 _RANGE = 2.0**64
@@ -70,16 +71,29 @@ class CurationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Files of one source that are worked on together; `priority` is the position of the source, from 0."""
+    """Files of one source that are worked on together.
+
+    Attributes:
+        source: name of the source.
+        base: folder of the source.
+        files: paths.
+        sizes: of the files in bytes, when they were listed.
+        priority: position of the source, from 0.
+    """
 
     source: str
     base: str
     files: tuple[str, ...]
+    sizes: tuple[int, ...]
     priority: int
+
+    def relative(self, file: int) -> str:
+        """Path of a file below the folder of the source."""
+        return Path(self.files[file]).relative_to(self.base).as_posix()
 
     def document_id(self, file: int, record: int) -> str:
         """Such as `web/2023/part-3.warc.gz#17`: source, path below the folder of the source, record from 0."""
-        return f"{self.source}/{Path(self.files[file]).relative_to(self.base).as_posix()}#{record}"
+        return f"{self.source}/{self.relative(file)}#{record}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +134,8 @@ def extract(work: Work, number: int) -> None:
 
 def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> Iterator[tuple[tuple[int, int], dict]]:
     for file, path in enumerate(unit.files):
-        records = readers.read(path, text_field=config.text_field, max_bytes=config.max_document_bytes)
+        tally = Tally(unit.sizes[file])
+        records = readers.read(path, text_field=config.text_field, max_bytes=config.max_document_bytes, tally=tally)
         for index, record in enumerate(records):
             url = record.url
             if url.startswith(unit.base):
@@ -157,6 +172,7 @@ def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> I
             else:
                 ledger.keep("language", size)
                 yield (file, index), row
+        ledger.file(unit.source, unit.relative(file), tally)
 
 
 def _text(record: readers.Record, ledger: Ledger) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import files
-from qwen_jax.curation import pipeline, readers, report, stages, storage
+from qwen_jax.curation import pipeline, readers, report, sources, stages, storage
 from qwen_jax.curation.ledger import STAGES, Ledger
 from qwen_jax.curation.scoring import ScoreFilter
 
@@ -35,7 +35,7 @@ def test_no_document_is_lost(run, inputs):
     read = sum(
         len(list(readers.read(path, text_field="text", max_bytes=10**7)))
         for name, patterns in inputs.items()
-        for path, _ in readers.list_source(name, patterns).files
+        for path, _ in sources.list_source(name, patterns).files
     )
     assert counts["read"]["in"][0] == read == len(unique) + len(dropped)
     assert not unique & {row["id"] for row in dropped} and len({row["id"] for row in dropped}) == len(dropped)
@@ -146,6 +146,7 @@ def test_killed_and_started_again_gives_the_same_bytes(run, crawl, tmp_path, pla
         f"--gin.benchmarks.patterns={crawl}/benchmark.jsonl",
         "--gin.make_config.documents_per_part=40",
         "--gin.make_config.unit_bytes=10000",
+        "--max_unread_share=1",
     ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=plain_environment)
     # Killed as soon as anything was extracted, in the middle of a stage.
@@ -187,6 +188,45 @@ def test_a_corpus_of_nothing_but_damage_is_reported(tmp_path):
     manifest = pipeline.curate({"web": [str(source)]}, tmp_path / "out")
     assert manifest["stages"]["read"]["in"][0] == 3 and manifest["stages"]["sampling"]["kept"][0] == 0
     assert manifest["files"]["documents"] == [] and (tmp_path / "out" / "report.html").exists()
+    assert [(one["path"], one["unread"]) for one in manifest["damaged_files"]] == [("a.warc.gz", 256)]
+    with pytest.raises(ValueError, match=r"1 input file could not be read .*web/a.warc.gz \(100.0%: broken_record\)"):
+        pipeline.check_read(manifest, 0.01)
+    pipeline.check_read(manifest, 1.0)
+
+
+def test_bytes_read_and_left_out_are_all_bytes(run, inputs):
+    for name, patterns in inputs.items():
+        source = sources.list_source(name, patterns)
+        counts = run.manifest["bytes_read"][name]
+        sizes = [size for _, size in source.files]
+        assert counts["bytes"] == sum(sizes) == sum(size for _, size in counts["outcomes"].values())
+    damaged = {one["path"]: one for one in run.manifest["damaged_files"]}
+    # The second record of part-2 is cut off; one line of two is no JSON; part-0 or part-1 has bytes between records.
+    assert {"part-2.warc.gz", "lines.jsonl"} < set(damaged) and len(damaged) == 3
+    assert damaged["lines.jsonl"]["outcomes"] == {"bad_json": [1, 29], "no_text_field": [1, 21]}
+    assert damaged["part-2.warc.gz"]["unread"] == 300
+
+
+def test_an_unreadable_file_and_files_left_out_are_named(tmp_path, crawl, plain_environment):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "good.txt").write_text("The committee of the city has decided to keep the old library open.")
+    (source / "cut.warc.gz").write_bytes((crawl / "web" / "part-0.warc.gz").read_bytes()[:20])
+    (source / "picture.png").write_bytes(b"png")
+    (source / ".hidden.txt").write_text("hidden")
+    tool = [sys.executable, str(ROOT / "tools" / "curate.py"), f"--input={source}", f"--output={tmp_path / 'out'}"]
+    done = subprocess.run(tool, capture_output=True, text=True, env=plain_environment)
+    assert done.returncode == 2 and "web/cut.warc.gz (100.0%: broken_record)" in done.stderr.splitlines()[-1]
+    for line in (
+        "web: left out 20 (1 records): broken_record",
+        "web: 1 files not read: hidden: .hidden.txt",
+        "web: 1 files not read: unknown_suffix: picture.png",
+    ):
+        assert line in done.stdout.splitlines()
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert all(name in report for name in ("web/cut.warc.gz", "web/picture.png", "web/.hidden.txt"))
+    again = subprocess.run([*tool, "--max_unread_share=1"], capture_output=True, text=True, env=plain_environment)
+    assert again.returncode == 0 and "is complete already" in again.stderr
 
 
 def test_what_cannot_be_meant_is_refused(inputs, config, tmp_path):
@@ -270,7 +310,12 @@ def test_hostile_text_stays_text():
     ledger.sample(f"rules: {evil}", {"id": evil, "url": evil, "text": evil, "language": evil, "scores": {evil: 1}})
     ledger.value(evil, evil, {evil: 1.0})
     ledger.count("language", evil)
-    source = report.render(ledger, stages.CurationConfig(), None, {evil: {"files": 1, "bytes": 2}})
+    source = report.render(
+        ledger,
+        stages.CurationConfig(),
+        None,
+        {"inputs": {evil: {"files": 1, "bytes": 2}}, "files_left_out": {evil: [[evil, "hidden"]]}},
+    )
     page = _Page()
     page.feed(source)
     assert "script" not in page.tags and "img" not in page.tags

@@ -1,0 +1,168 @@
+"""HTTP responses as crawlers stored them: status, fields and the body, decoded where the headers are true.
+
+Archives keep headers that the body no longer matches: many crawlers unpack a body and keep `Content-Encoding` and
+`Transfer-Encoding` (Common Crawl's news archives before May 2019, pywb's samples). A body is decoded if it is in the
+encoding that the headers name or that its first bytes show; otherwise it is taken as it stands.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping
+
+import brotli
+import zstandard
+
+from qwen_jax.curation.streams import GZIP_MAGIC, ZSTD_MAGIC
+
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
+_CHUNK_END = re.compile(rb"\r?\n")
+_CHARSET = re.compile(r"charset\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s;,\"']+))", re.IGNORECASE)
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
+_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_MAX_LAYERS = 4
+
+
+class BrokenBody(ValueError):
+    """A compressed body that does not decompress."""
+
+
+def split_response(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
+    """Status code, fields by names in lower case, and what follows them, not decoded.
+
+    Headers may end their lines in LF alone. Data without a status line has no fields and is all body.
+    """
+    while True:
+        if not data.startswith(b"HTTP/"):
+            return None, {}, data
+        end = _HEAD_END.search(data)
+        head, body = (data[: end.start()], data[end.end() :]) if end else (data, b"")
+        first, *lines = head.decode("latin-1").split("\n")
+        words = first.split()
+        status = int(words[1]) if len(words) > 1 and words[1].isascii() and words[1].isdigit() else None
+        if status is None or not 100 <= status < 200 or not body.startswith(b"HTTP/"):
+            return status, _fields(lines), body
+        data = body  # "100 Continue" comes before the response
+
+
+def _fields(lines: list[str]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    name = None
+    for line in lines:
+        if line[:1] in (" ", "\t") and name is not None:
+            fields[name] += " " + line.strip()
+            continue
+        name, colon, value = line.partition(":")
+        name = name.strip().lower() if colon else None
+        if name is not None:
+            combined = name in fields and name.endswith("-encoding")
+            fields[name] = f"{fields[name]}, {value.strip()}" if combined else value.strip()
+    return fields
+
+
+def charset(content_type: str) -> str | None:
+    """The `charset` of a Content-Type, without its quotes."""
+    found = _CHARSET.search(content_type) if content_type else None
+    return next(one for one in found.groups() if one is not None).strip() if found else None
+
+
+def decode_body(fields: Mapping[str, str], body: bytes, max_bytes: int) -> bytes:
+    """The body without chunks and compression; of one with more than `max_bytes`, some more than those.
+
+    Raises:
+        BrokenBody: the body is compressed and cut off or damaged.
+    """
+    named = f"{fields.get('content-encoding', '')},{fields.get('transfer-encoding', '')}".lower()
+    names = {name.strip().removeprefix("x-") for name in named.split(",")} if len(named) > 1 else ()
+    if "chunked" in names:
+        body = _join_chunks(body)
+    layers = 0
+    # Servers compress twice, and crawlers that unpack forget a layer: the first bytes decide.
+    while body.startswith((GZIP_MAGIC, ZSTD_MAGIC)) and layers < _MAX_LAYERS:
+        body = (_gunzip if body.startswith(GZIP_MAGIC) else _unzstd)(body, max_bytes)
+        layers += 1
+    if layers == 0 and body:
+        for name, decoder in (("deflate", _undeflate), ("br", _unbrotli)):
+            if name in names:
+                return _decoded_or_text(decoder, body, max_bytes)
+    return body
+
+
+def _join_chunks(body: bytes) -> bytes:
+    """Data of a chunked body; a body that is not chunked as it stands; of one that is cut off, what is there."""
+    parts, place = [], 0
+    while found := _CHUNK_SIZE.match(body, place):
+        size = int(found[1], 16)
+        if size == 0:
+            return b"".join(parts)
+        parts.append(body[found.end() : found.end() + size])
+        if found.end() + size >= len(body):
+            return b"".join(parts)
+        end = _CHUNK_END.match(body, found.end() + size)
+        if end is None:
+            return body
+        place = end.end()
+    return b"".join(parts) if place and place == len(body) else body
+
+
+def _gunzip(body: bytes, max_bytes: int) -> bytes:
+    parts, size = [], 0
+    while body.startswith(GZIP_MAGIC) and size <= max_bytes:
+        body, content = _inflate(zlib.decompressobj(wbits=31), body, max_bytes + 1 - size)
+        parts.append(content)
+        size += len(content)
+    return b"".join(parts)
+
+
+def _undeflate(body: bytes, max_bytes: int) -> bytes:
+    # The RFC means the zlib format; some servers send the bare one, and browsers take both.
+    is_zlib = body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
+    return _inflate(zlib.decompressobj(wbits=15 if is_zlib else -15), body, max_bytes + 1)[1]
+
+
+def _inflate(inflate, body: bytes, limit: int) -> tuple[bytes, bytes]:
+    """What follows the compressed data, and at most `limit` bytes of contents."""
+    try:
+        content = inflate.decompress(body, limit)
+    except zlib.error as error:
+        raise BrokenBody(str(error)) from error
+    if not inflate.eof and len(content) < limit:
+        raise BrokenBody("cut off")
+    return inflate.unused_data, content
+
+
+def _unzstd(body: bytes, max_bytes: int) -> bytes:
+    frame, parts, size = zstandard.ZstdDecompressor().decompressobj(), [], 0
+    try:
+        for place in range(0, len(body), 1 << 8):  # a block of four bytes can stand for 128 KiB
+            parts.append(frame.decompress(body[place : place + (1 << 8)]))
+            size += len(parts[-1])
+            if frame.eof or size > max_bytes:
+                return b"".join(parts)
+    except zstandard.ZstdError as error:
+        raise BrokenBody(str(error)) from error
+    raise BrokenBody("cut off")
+
+
+def _unbrotli(body: bytes, max_bytes: int) -> bytes:
+    decoder = brotli.Decompressor()
+    try:
+        content = decoder.process(body, output_buffer_limit=max_bytes + 1)
+        while not decoder.is_finished() and len(content) <= max_bytes:
+            more = decoder.process(b"", output_buffer_limit=max_bytes + 1 - len(content))
+            if not more:
+                raise BrokenBody("cut off")
+            content += more
+    except brotli.error as error:
+        raise BrokenBody(str(error)) from error
+    return content
+
+
+def _decoded_or_text(decoder, body: bytes, max_bytes: int) -> bytes:
+    """The decoded body, or the body as it stands if it cannot be decoded and looks like text."""
+    try:
+        return decoder(body, max_bytes)
+    except BrokenBody:
+        if _CONTROL.search(body[:512]) and not body.startswith(_BYTE_ORDER_MARKS):
+            raise
+        return body
