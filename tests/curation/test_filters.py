@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.curation import contamination, quality, sampling, scoring
+from qwen_jax.curation.configuration import benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("QWEN_JAX_SHARED", ROOT.parent / "shared"))
@@ -198,6 +199,7 @@ def test_benchmarks_are_read_as_they_are_published(name, tmp_path):
     else:
         content = {
             "a.jsonl.gz": json.dumps({"chosen": QUESTION}),
+            "A[1].JSONL.GZ": "\ufeff" + json.dumps({"chosen": QUESTION}),
             "a.json": json.dumps({"examples": [{"input": QUESTION}]}),
             "several.json": json.dumps({"id": 1}, indent=1) + "\n" + json.dumps({"text": QUESTION}, indent=1) + "\n",
             "a.csv": f'"{QUESTION}",A,B\n',
@@ -205,8 +207,9 @@ def test_benchmarks_are_read_as_they_are_published(name, tmp_path):
             "a.txt": QUESTION,
         }
         data = content[name].encode()
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    assert QUESTION in list(contamination.benchmark_texts(str(path)))
+        path.write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
+    (found,) = benchmarks(str(path)).files
+    assert QUESTION in list(contamination.benchmark_texts(found))
 
 
 def test_benchmarks_that_cannot_be_read_are_named(tmp_path):
@@ -223,8 +226,6 @@ def test_benchmarks_that_cannot_be_read_are_named(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the benchmark files beside the repository")
 def test_questions_of_real_benchmarks_are_found():
-    from qwen_jax.curation.configuration import benchmarks
-
     config = benchmarks(str(SHARED / "data"))
     index = contamination.index(config)
     names = {Path(path).name for path in config.files}
