@@ -17,6 +17,12 @@ _FLAT = frozenset(
     "area base br col embed hr img input link meta param source track wbr p li dt dd tr td th thead tbody tfoot option "
     "optgroup colgroup rp rt".split()
 )
+# The extractor drops a text node of three bytes if it is one character, as many Chinese ones between two links are, or
+# an ASCII one and another ("où"). With a noncharacter behind them, which no text may hold, they stay.
+_KEEP = "\ufdd0"
+_SHORT = re.compile(
+    r"(>[ \t\n\r\f]*+(?:[\u0800-\uffff]|(?:[^<>&\s]|&#?\w{2,8};)?(?:[\u0080-\u07ff]|&#?\w{2,8};)))(?=[ \t\n\r\f]*<)"
+)
 # More characters than this share that stand for nothing readable: not text.
 _MAX_UNREADABLE = 0.05
 _UNREADABLE = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f]")
@@ -79,10 +85,13 @@ def extract(page: str) -> str:
     Raises:
         Unreadable: `nested_too_deeply`, a tree made to exhaust whoever walks it; `extraction_failed`.
     """
-    if _depth(page) > _MAX_DEPTH:
+    if page.count("<") > _MAX_DEPTH and _depth(page) > _MAX_DEPTH:
         raise Unreadable("nested_too_deeply")
     try:
-        return extract_plain_text(printable(page), main_content=True, alt_texts=False, comments=False).strip()
+        text = extract_plain_text(
+            _SHORT.sub(rf"\1{_KEEP}", printable(page)), main_content=True, alt_texts=False, comments=False
+        )
+        return text.replace(_KEEP, "").strip()
     except Exception as error:  # compiled code on whatever the web sends; one page must not end the run
         raise Unreadable("extraction_failed") from error
 

@@ -205,6 +205,27 @@ def test_text_of_a_page_without_what_surrounds_it(tool):
     assert html.extract(page) == "The title\n\nA first sentence of text.\n\nA second sentence & more."
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.text(st.sampled_from("aé在。—…।กあ한😀𠀀,1\u00a0à |"), min_size=1, max_size=3), max_size=8),
+    st.booleans(),
+)
+def test_short_pieces_between_links_are_kept(pieces, entities):
+    def written(piece: str) -> str:
+        return "".join(f"&#{ord(one)};" if entities and ord(one) > 127 else one for one in piece)
+
+    body = "".join(f"<a>{written(one)}</a>" if place % 2 else written(one) for place, one in enumerate(pieces))
+    text = html.extract(
+        f"<html><body><main><article><p>甲乙<b>丙丁</b>{body}<i>戊己</i></p></article></main></body></html>"
+    )
+    assert "".join(text.split()) == "".join(f"甲乙丙丁{''.join(pieces)}戊己".split())
+
+
+def test_a_chinese_sentence_of_links_is_whole():
+    text = "<a>图灵</a>在<a>1936</a>年&#20110; <a>剑桥</a>。 Là <i>où</i> <a>l’</a>à."
+    assert html.extract(f"<main><article><p>{text}</p></article></main>") == "图灵在1936年于 剑桥。 Là où l’à."
+
+
 @pytest.mark.parametrize(
     "page",
     [
