@@ -138,6 +138,11 @@ def _check(config: stages.CurationConfig, sources: Sequence[Source]) -> None:
     for name, weight in config.weights.items():
         if not 0 <= weight < float("inf"):
             raise ValueError(f"the weight of source {name} is {weight}, expected a number of at least 0")
+    for name, members in config.language_groups.items():
+        for code in config.languages or ():
+            if code in members:
+                advice = "make_config.language_groups={} keeps them apart"
+                raise ValueError(f"languages has {code!r}, which counts as {name!r}: {advice}")
     names = [one.name for one in config.scores]
     if len(set(names)) < len(names):
         raise ValueError(f"two scores have one name: {', '.join(names)}")

@@ -40,6 +40,7 @@ class CurationConfig:
         max_document_bytes: larger records are not read.
         languages: ISO 639-1 codes that are kept; None keeps all.
         min_language_probability: documents of a less certain language are dropped.
+        language_groups: code to the codes that count as it: Cantonese and Wu as Chinese. Empty keeps them apart.
         exact: whether documents with the same tokens are dropped.
         fuzzy: near-duplicates; None turns it off.
         rules: language to `quality.Rules`; `default_rules` are for the others, None for none.
@@ -55,6 +56,7 @@ class CurationConfig:
     max_document_bytes: int = 10_000_000
     languages: tuple[str, ...] | None = ("en", "zh")
     min_language_probability: float = 0.5
+    language_groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(language.GROUPS))
     exact: bool = True
     fuzzy: dedup.FuzzyConfig | None = dedup.FuzzyConfig()
     rules: Mapping[str, quality.Rules] = dataclasses.field(
@@ -163,7 +165,7 @@ def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> I
             size = len(row["text"].encode())
             ledger.keep("extract", size)
             ledger.enter("language", size)
-            row["language"], row["language_probability"] = language.identify(row["text"])
+            row["language"], row["language_probability"] = language.identify(row["text"], config.language_groups)
             ledger.count("language", row["language"])
             if config.languages is not None and row["language"] not in config.languages:
                 drop("language", "other_language", size, row)

@@ -232,6 +232,8 @@ def test_an_unreadable_file_and_files_left_out_are_named(tmp_path, crawl, plain_
 def test_what_cannot_be_meant_is_refused(inputs, config, tmp_path):
     with pytest.raises(ValueError, match="weights name a source 'book'"):
         pipeline.curate(inputs, tmp_path, dataclasses.replace(config, weights={"book": 2}))
+    with pytest.raises(ValueError, match="'yue', which counts as 'zh'"):
+        pipeline.curate(inputs, tmp_path, dataclasses.replace(config, languages=("yue",)))
     with pytest.raises(ValueError, match="two scores"):
         pipeline.curate(inputs, tmp_path, dataclasses.replace(config, scores=(ScoreFilter("a", len),) * 2))
     with pytest.raises(FileNotFoundError, match="no file matches"):

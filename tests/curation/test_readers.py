@@ -295,6 +295,9 @@ def test_a_page_made_to_exhaust_the_parser_is_refused():
         html.extract("<div>" * 100_000)
 
 
+CAPITALS = "THE COMMITTEE DECIDED TO KEEP THE OLD LIBRARY OPEN, ALTHOUGH MONEY WAS SHORT AND THE WINTER WAS COMING."
+
+
 @pytest.mark.parametrize(
     ("text", "code"),
     [
@@ -304,6 +307,11 @@ def test_a_page_made_to_exhaust_the_parser_is_refused():
         ("Die alte Bibliothek bleibt geöffnet, obwohl das Geld knapp ist.", "de"),
         ("これは日本語の文章です。図書館はまだ開いています。", "ja"),
         ("Старая библиотека остаётся открытой, хотя денег мало.", "ru"),
+        ("СТАРАЯ БИБЛИОТЕКА ОСТАЁТСЯ ОТКРЫТОЙ, ХОТЯ ДЕНЕГ МАЛО. о", "ru"),
+        ("臺灣的高速鐵路連接臺北與高雄，行車時間約一個半小時。", "zh"),
+        ("我哋今日去咗公園玩，啲細路喺湖邊唱歌，佢哋好開心㗎。", "zh"),
+        (CAPITALS, "en"),
+        (CAPITALS + " a", "en"),
         ("12345 --- 678", "und"),
         ("", "und"),
     ],
@@ -311,3 +319,17 @@ def test_a_page_made_to_exhaust_the_parser_is_refused():
 def test_languages(text, code):
     found, probability = language.identify(text)
     assert found == code and (probability > 0.5) == (code != "und")
+
+
+def test_chinese_languages_count_together_unless_kept_apart():
+    traditional = "香港特別行政區政府今日公布，明年起調整公共交通費用，市民可於網上查詢。"
+    code, probability = language.identify(traditional)
+    apart, alone = language.identify(traditional, {})
+    assert (code, apart) == ("zh", "zh") and alone < 0.6 and probability > 0.99
+    assert language.identify("我哋今日去咗公園玩，啲細路喺湖邊唱歌，佢哋好開心㗎。", {})[0] == "yue"
+
+
+def test_the_model_has_as_many_languages_as_the_documentation_says():
+    codes = set(language._identifier().labels)
+    assert len(codes) == 140 and {"zh", "yue", "wuu", "zxx"} < codes
+    assert "139 languages and `zxx`" in language.__doc__
