@@ -7,7 +7,8 @@ import codecs
 import re
 
 from resiliparse.extract.html2text import extract_plain_text
-from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+from qwen_jax.curation import charsets
 
 # The time of extraction is quadratic in the depth of the tree: seconds at 20,000. Real pages stay below 100.
 _MAX_DEPTH = 2000
@@ -25,6 +26,9 @@ _SHORT = re.compile(
 )
 # More characters than this share that stand for nothing readable: not text.
 _MAX_UNREADABLE = 0.05
+# Of the bytes that are not ASCII, in UTF-8 that is believed; for other encodings four times as many.
+_MAX_ERRORS = 0.05
+_ASCII = bytes(range(128))
 _UNREADABLE = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f]")
 
 
@@ -36,7 +40,8 @@ def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) ->
     """Text of `data`, and the name of the encoding it was in.
 
     Valid UTF-8 is believed first, since text in another encoding is never valid by accident; then what the server said,
-    what the page says of itself, and what its bytes look like. Bytes that fit none become U+FFFD.
+    what the page says of itself, and what its bytes look like. Encodings are read as browsers read them
+    (`qwen_jax.curation.charsets`). Bytes that fit none become U+FFFD.
 
     Args:
         data: bytes of a page or file.
@@ -53,24 +58,30 @@ def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) ->
     ):
         if data.startswith(mark):
             return _checked(data[len(mark) :].decode(encoding, "replace")), encoding
-    declared = map_encoding_to_html5(charset, False) if charset else None
-    stateful = declared is not None and declared.startswith("iso2022")  # all its bytes are ASCII
-    detected = None
-    for encoding in (None if stateful else "utf-8", declared, "detect"):
-        if encoding == "detect":
-            encoding = detected = detect_encoding(data, from_html_meta=is_html) or "utf-8"
+    said = charsets.codec_of(charset)
+    finders = [
+        lambda: "iso2022_jp" if charsets.is_iso2022_jp(data) else None,
+        lambda: said if charsets.is_stateful(said, data) else None,
+        lambda: "utf-8",
+        lambda: said,
+        lambda: charsets.declared_in_page(data) if is_html else None,
+        lambda: charsets.detect(data),
+    ]
+    first = None
+    for find in finders:
+        encoding = find()
         if encoding is None:
             continue
-        try:
-            return _checked(data.decode(encoding)), encoding
-        except (UnicodeDecodeError, LookupError):
-            continue
-    encoding = declared or detected or "utf-8"
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        encoding = "utf-8"
-    return _checked(data.decode(encoding, "replace")), encoding
+        text = charsets.to_text(data, encoding)
+        # A page in another encoding has errors in most of its characters; one with a few is damaged. UTF-8 is declared
+        # by templates whose pages are in something else, other encodings seldom.
+        share = _MAX_ERRORS if encoding == "utf-8" else 4 * _MAX_ERRORS
+        if text.count("\ufffd") <= share * len(data.translate(None, _ASCII)):
+            return _checked(text), encoding
+        if first is None or first[1] == "utf-8":
+            first = text, encoding
+    text, encoding = first
+    return _checked(text), encoding
 
 
 def _checked(text: str) -> str:
