@@ -4,6 +4,8 @@ The model comes in the wheel.
 """
 
 import functools
+import operator
+import re
 from collections.abc import Mapping, Sequence
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -11,6 +13,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 # As many characters from the start, the middle and the end: a page may begin with a menu in another language.
 _SAMPLE = 400
 UNKNOWN = "und"
+_IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
 # The model spreads written Chinese, most of all in traditional characters, over Mandarin, Cantonese and Wu.
 GROUPS: Mapping[str, Sequence[str]] = {"zh": ("yue", "wuu")}
 
@@ -36,12 +39,24 @@ def identify(text: str, groups: Mapping[str, Sequence[str]] = GROUPS) -> tuple[s
     if not any(character.isalpha() for character in text):
         return UNKNOWN, 0.0
     # The model knows capitals as initials only; the library helps texts without any small letter.
-    if sum(map(str.isupper, text)) > sum(map(str.islower, text)):
+    if _mostly_capitals(text):
         text = text.lower()
-    ranked = _identifier().rank(text)
-    code, probability = ranked[0]
-    for name, members in groups.items():
-        if code == name or code in members:
-            code = name
-            probability = sum(one for label, one in ranked if label == name or label in members)
+    grouped = groups and _IDEOGRAPH.search(text)
+    if not grouped:
+        code, probability = _identifier().classify(text)
+        # Nothing that adds up can come before a language with half of the probability.
+        grouped = groups and (probability < 0.5 or any(code == one or code in groups[one] for one in groups))
+    if grouped:
+        names = {member: name for name, members in groups.items() for member in members}
+        sums: dict[str, float] = {}
+        for label, one in _identifier().rank(text):
+            name = names.get(label, label)
+            sums[name] = sums.get(name, 0.0) + one
+        code, probability = max(sums.items(), key=lambda pair: pair[1])
     return code, min(1.0, round(float(probability), 4))
+
+
+def _mostly_capitals(text: str) -> bool:
+    small = text.lower()
+    capitals = sum(map(operator.ne, text, small)) if small != text else 0
+    return 4 * capitals > len(text) and capitals > sum(map(operator.ne, text, text.upper()))
