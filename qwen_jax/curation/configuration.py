@@ -11,6 +11,7 @@ from qwen_jax.curation.dedup import FuzzyConfig
 from qwen_jax.curation.quality import CHINESE, Rules
 from qwen_jax.curation.scoring import LinearClassifier, NgramPerplexity, ScoreFilter
 from qwen_jax.curation.stages import CurationConfig
+from qwen_jax.files import Pattern, as_pattern
 
 for _configurable in (FuzzyConfig, Rules, LinearClassifier, NgramPerplexity, ScoreFilter):
     gin.external_configurable(_configurable, module="qwen_jax.curation")
@@ -23,7 +24,7 @@ def chinese_rules(**changes) -> Rules:
 
 
 @gin.configurable
-def benchmarks(patterns: str | Sequence[str] = (), **changes) -> ContaminationConfig:
+def benchmarks(patterns: Pattern | Sequence[Pattern] = (), **changes) -> ContaminationConfig:
     """Files of evaluation sets: folders, in which all readable files but licences and read-mes count, and globs.
 
     Raises:
@@ -31,7 +32,7 @@ def benchmarks(patterns: str | Sequence[str] = (), **changes) -> ContaminationCo
     """
     files = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        pattern = os.path.expanduser(pattern)
+        pattern = as_pattern(pattern, "benchmarks.patterns")
         if os.path.isdir(pattern):
             found = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)
         else:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow.parquet
 
+from qwen_jax import files
 from qwen_jax.curation import normalise
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
@@ -65,14 +66,14 @@ def benchmark_texts(path: str) -> Iterator[str]:
             return
         if not name.endswith(SUFFIXES):
             raise ValueError(f"unknown suffix; a benchmark has files of {', '.join(SUFFIXES)}")
+        if name.endswith(".jsonl"):
+            for _, row in files.read_json_lines(path):
+                yield from _texts(row)
+            return
         with (gzip.open if path.lower().endswith(".gz") else open)(
             path, "rt", encoding="utf-8-sig", newline=""
         ) as file:
-            if name.endswith(".jsonl"):
-                for line in file:
-                    if line.strip():
-                        yield from _texts(json.loads(line))
-            elif name.endswith(".json"):
+            if name.endswith(".json"):
                 for value in _json_values(file.read()):
                     yield from _texts(value)
             elif name.endswith((".csv", ".tsv")):

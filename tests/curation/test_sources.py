@@ -85,6 +85,8 @@ def long_window(data: bytes, log: int) -> bytes:
         ("x.jsonl.gz", LINES),  # the client unpacked it
         ("x.jsonl", b"\xef\xbb\xbf" + LINES),
     ],
+    # Named, since gzip writes the time: workers would collect different tests.
+    ids=("gzip", "zstd", "window 27", "window 31", "frames", "members", "no suffix", "unpacked", "byte order mark"),
 )
 def test_json_lines_in_all_compressions(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
