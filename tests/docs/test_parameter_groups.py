@@ -8,6 +8,7 @@ import gin
 import jax
 import pytest
 
+from qwen_jax import train
 from qwen_jax.configuration import load_gin
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.training.parameter_groups import ParameterGroup, path_name, split_params
@@ -27,7 +28,8 @@ def named(tree):
 def test_the_gin_file_of_the_page_trains_the_top_alone(tmp_path):
     text = next(text for language, text in blocks("parameter_groups.md") if language == "gin")
     (tmp_path / "top.gin").write_text(text)
-    load_gin(["gin/models/tiny.gin", "gin/runs/pretrain.gin", str(tmp_path / "top.gin")], ["OUTPUT_DIR=runs/top"])
+    gin.configurable(train.train)
+    load_gin(["gin/runs/pretrain_tiny.gin", str(tmp_path / "top.gin")], ["OUTPUT_DIR=runs/top"])
     groups = gin.get_bindings("OptimizerConfig", resolve_references=True)["groups"]
     gin.clear_config()
     trained, frozen = split_params(nn.meta.unbox(abstract_params(Qwen(small_model()))), groups)
