@@ -69,8 +69,11 @@ def shared_cache() -> CompilationCache:
 
     JAX looks up a program by its text, the compiler's version and options, and the kind of device. Of a CPU it does not
     know the instruction set, and a program that was compiled for more of it crashes: KEY stands for the processor, so
-    machines that share a home do not share programs.
+    machines that share a home do not share programs. A cache that JAX has already (JAX_COMPILATION_CACHE_DIR) is left
+    as it is.
     """
+    if jax.config.jax_compilation_cache_dir:
+        return CompilationCache(None)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return CompilationCache(home / "qwen_jax" / f"compiled-{_processor_key()}", _SHARED_BYTES)
 
