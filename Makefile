@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(PY) tools/demo.py
 
 test: $(VENV)/installed-test lint
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/installed-test
 	$(PY) -m pytest -m slow
