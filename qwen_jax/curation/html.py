@@ -21,9 +21,29 @@ _FLAT = frozenset(
 # The extractor drops a text node of three bytes if it is one character, as many Chinese ones between two links are, or
 # an ASCII one and another ("où"). With a noncharacter behind them, which no text may hold, they stay.
 _KEEP = "\ufdd0"
+_ENTITY = r"&(?!nbsp;|#160;|#xa0;)#?\w{2,8};"
 _SHORT = re.compile(
-    r"(>[ \t\n\r\f]*+(?:[\u0800-\uffff]|(?:[^<>&\s]|&#?\w{2,8};)?(?:[\u0080-\u07ff]|&#?\w{2,8};)))(?=[ \t\n\r\f]*<)"
+    rf"(>[ \t\n\r\f]*+(?:[\u0800-\uffff]|{_ENTITY}|(?:[^<>&\s]|{_ENTITY})(?:[\u0080-\u07ff]|&#?\w{{2,8}};)))"
+    r"(?=[ \t\n\r\f]*<)"
 )
+# Classes of articles that say whether there are comments, which the extractor takes for comments.
+_CLASS = re.compile(r"""\bclass\s*=\s*(?:"[^"<>]*"|'[^'<>]*')""", re.IGNORECASE)
+_COMMENT_FLAG = re.compile(
+    r"(?<![\w-])(?:[\w-]*-)?(?:(?:no|has|with|without|hide|show|allow|enable|disable)[-_]?comments?|comments?[-_]?"
+    r"(?:open|opened|closed|enabled|disabled|allowed|on|off|none|hidden))(?![\w-])",
+    re.IGNORECASE,
+)
+# Side matter and dialogs that hold an article.
+_WRAPPED_ARTICLE = re.compile(
+    r"<(?:aside\b[^<>]*|div\b[^<>]*\bmodal\b[^<>]*)>(?=(?:\s*<div\b[^<>]*>){0,2}\s*<(?:article|main)\b)", re.IGNORECASE
+)
+_LIST = re.compile(r"<(/?)ul\b[^<>]*>", re.IGNORECASE)
+_ASIDE = re.compile(r"<(/?)aside\b", re.IGNORECASE)
+_NAMES = re.compile(
+    r"""\s(?:class|id|role|hidden|aria-hidden)\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)""", re.IGNORECASE
+)
+# A page whose markup is so many times its text is looked at again, if the text is less than a share of what is visible.
+_MARKUP, _SHARE = 8, 0.25
 # More characters than this share that stand for nothing readable: not text.
 _MAX_UNREADABLE = 0.05
 # Of the bytes that are not ASCII, in UTF-8 that is believed; for other encodings four times as many.
@@ -93,18 +113,39 @@ def _checked(text: str) -> str:
 def extract(page: str) -> str:
     """Main text of an HTML page; paragraphs and headings are lines. Empty where there is none.
 
+    The extractor goes by the names of elements and classes. Names that do not mean what it takes them for are changed
+    first; where it still finds little of what a reader sees, it goes over the page again without any names.
+
     Raises:
         Unreadable: `nested_too_deeply`, a tree made to exhaust whoever walks it; `extraction_failed`.
     """
     if page.count("<") > _MAX_DEPTH and _depth(page) > _MAX_DEPTH:
         raise Unreadable("nested_too_deeply")
+    page = _SHORT.sub(rf"\1{_KEEP}", _renamed(printable(page)))
+    text = _plain_text(page)
+    if len(text) * _MARKUP < len(page) and len(text) < _SHARE * len(_plain_text(page, main_content=False)):
+        again = _plain_text(_NAMES.sub(" ", _ASIDE.sub(r"<\1div", page)))
+        if len(again) > 2 * len(text):
+            return again
+    return text
+
+
+def _plain_text(page: str, main_content: bool = True) -> str:
     try:
-        text = extract_plain_text(
-            _SHORT.sub(rf"\1{_KEEP}", printable(page)), main_content=True, alt_texts=False, comments=False
-        )
-        return text.replace(_KEEP, "").strip()
+        text = extract_plain_text(page, main_content=main_content, alt_texts=False, comments=False)
     except Exception as error:  # compiled code on whatever the web sends; one page must not end the run
         raise Unreadable("extraction_failed") from error
+    return text.replace(_KEEP, "").strip()
+
+
+def _renamed(page: str) -> str:
+    """The page without the names that make the extractor drop articles and lists."""
+    if "omment" in page:
+        page = _CLASS.sub(lambda found: _COMMENT_FLAG.sub("", found[0]), page)
+    if "<aside" in page or "odal" in page:
+        page = _WRAPPED_ARTICLE.sub("<div>", page)
+    # It drops lists at less than three levels below the body. Deeper, it drops lists of links alone.
+    return _LIST.sub(lambda found: f"{found[0]}{'</div>' * 3}" if found[1] else f"{'<div>' * 3}{found[0]}", page)
 
 
 def _depth(page: str) -> int:
