@@ -5,6 +5,8 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 
+from qwen_jax.files import as_pattern
+
 WARC, HTML, TEXT, LINES, PARQUET = "warc", "html", "text", "lines", "parquet"
 _FORMATS = {
     WARC: (".warc", ".warc.wet", ".wet"),
@@ -66,7 +68,7 @@ def list_source(name: str, patterns: Sequence[str]) -> Source:
         raise ValueError(f"source {name!r}: its name becomes a folder, so use letters, digits, '-', '_' and '.'")
     found, left_out = set(), {}
     for pattern in patterns:
-        pattern = os.path.expanduser(pattern)
+        pattern = as_pattern(pattern, f"source {name!r}")
         if os.path.isdir(pattern):
             files = []
             for path in _walk(pattern):
