@@ -6,7 +6,7 @@ one tree.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import flax.linen as nn
@@ -42,7 +42,7 @@ def tokenizer_path(path: str | Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def _appearing(folder: Path) -> Generator[Path]:
     """A hidden folder beside `folder`, which takes its place when the block ends well, and vanishes otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty: choose another output folder, or remove it")
@@ -65,7 +65,7 @@ def save_params(folder: str | Path, config: ModelConfig, params, tokenizer: str 
     """
     with _appearing(Path(folder)) as temporary:
         write_run_files(temporary, config, tokenizer)
-        ocp.save_checkpointables((temporary / CHECKPOINTS / "0").absolute(), {"params": params})
+        ocp.save_checkpointables(str((temporary / CHECKPOINTS / "0").absolute()), {"params": params})
 
 
 def pieces(shape: tuple[int, ...]) -> list[slice]:
@@ -80,10 +80,12 @@ class ParamsWriter:
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]):
         # Orbax itself lays down all files but the arrays' data: it saves a tree of the same names with one number each.
         skeleton = unflatten_dict({path: np.zeros(1, np.float32) for path in shapes}, sep="/")
-        ocp.save_checkpointables(folder.absolute(), {"params": skeleton})
+        ocp.save_checkpointables(str(folder.absolute()), {"params": skeleton})
         # A kill loses nothing that a process has written, and the folder appears only when all is.
         self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context({"file_io_sync": False})
-        self._path, self._array, self._pending = None, None, None
+        self._path: str | None = None
+        self._array: ts.TensorStore | None = None
+        self._pending: ts.WriteFutures | None = None
 
     def write(self, path: str, piece: slice, array: np.ndarray) -> None:
         """Writes one of the `pieces` of a parameter; those of one parameter follow each other.
@@ -91,7 +93,7 @@ class ParamsWriter:
         Args:
           array: [piece, …], float32. It is written in the background, and must not be changed.
         """
-        if path != self._path:
+        if self._array is None or path != self._path:
             self._path, self._array = path, self._replace(path)
         self.wait()
         self._pending = self._array[piece].write(array)
@@ -142,7 +144,7 @@ def _stored_names(folder: Path, context: ts.Context) -> list[str]:
 @contextlib.contextmanager
 def writing_params(
     folder: str | Path, config: ModelConfig, tokenizer: str | Path | None, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[ParamsWriter]:
+) -> Generator[ParamsWriter]:
     """As `save_params`, but parameters are written a piece at a time, so that the model is never held whole.
 
     Orbax's own saving holds at least one whole parameter, of all layers, several times. Here it makes the checkpoint
@@ -188,7 +190,9 @@ class StoredParams:
 
     def stored_together(self, path: str) -> int:
         """How many indices of the first axis one chunk holds: reading one of them reads all of these."""
-        return self._arrays[path].chunk_layout.read_chunk.shape[0]
+        shape = self._arrays[path].chunk_layout.read_chunk.shape
+        assert shape is not None and shape[0] is not None  # TensorStore knows the chunks of every zarr array
+        return shape[0]
 
     def read(self, path: str, piece: slice) -> np.ndarray:
         """Part of a parameter along its first axis, in the stored dtype.
@@ -238,7 +242,7 @@ def restore_params(path: str | Path, abstract, step: int | None = None):
     folder = _step_folder(path, step)
     try:
         if not (folder / "frozen").is_dir():
-            return ocp.load_checkpointables(folder, {"params": abstract})["params"]
+            return ocp.load_checkpointables(str(folder), {"params": abstract})["params"]
         flat = flatten_dict(abstract, sep="/")
         frozen = set(_stored_names(folder / "frozen", ts.Context()))
         trees = {
@@ -246,7 +250,7 @@ def restore_params(path: str | Path, abstract, step: int | None = None):
             "frozen": {path: leaf for path, leaf in flat.items() if path in frozen},
         }
         trees = {name: unflatten_dict(tree, sep="/") for name, tree in trees.items() if tree}
-        loaded = ocp.load_checkpointables(folder, trees)
+        loaded = ocp.load_checkpointables(str(folder), trees)
         found = {path: leaf for tree in loaded.values() for path, leaf in flatten_dict(tree, sep="/").items()}
         return unflatten_dict({path: found[path] for path in flat}, sep="/")
     except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds

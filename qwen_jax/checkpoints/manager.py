@@ -50,9 +50,10 @@ class Checkpoints:
             every = training.preservation_policies.EveryNSteps(self._keep_every)
             keep = training.preservation_policies.AnyPreservationPolicy([keep, every])
         self._manager = training.Checkpointer(
-            self.folder,
-            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=keep,
+            str(self.folder),
+            # Orbax's own policies do not match its types of them: those of the checkpoints' `metrics` differ.
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # ty: ignore[invalid-argument-type]
+            preservation_policy=keep,  # ty: ignore[invalid-argument-type]
             cleanup_tmp_directories=True,
         )
 
@@ -93,8 +94,8 @@ class Checkpoints:
         """
         path = (Path(folder) / CHECKPOINTS / str(step)).absolute()
         try:
-            metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
-            if not {"positions", "next_example"} & metadata.keys():
+            metadata = ocp.checkpointables_metadata(str(path)).custom_metadata
+            if not isinstance(metadata, dict) or not {"positions", "next_example"} & metadata.keys():
                 raise ValueError("it says nothing of the data position")
         except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
             raise CheckpointError(f"checkpoint {path} cannot be read: {unreadable_reason(error)}") from error
@@ -128,7 +129,7 @@ class Checkpoints:
             loaded = metadata = problem = None
             try:
                 metadata = self.metadata(self.folder.parent, step)
-                loaded = ocp.load_checkpointables(path, abstract)
+                loaded = ocp.load_checkpointables(str(path), abstract)
             except OldFormatError:
                 raise
             except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
@@ -141,6 +142,7 @@ class Checkpoints:
                 )
                 log.warning("checkpoint %s cannot be read (%s); trying the one before", *failed[-1])
                 continue
+            assert loaded is not None and metadata is not None  # no process had a problem, this one neither
             self._set_aside([path for path, _ in failed])
             self._newest = step
             return step, loaded, metadata

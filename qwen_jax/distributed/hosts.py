@@ -7,6 +7,7 @@ that works without the devices, so `_client` reaches for the private one: the on
 import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jaxlib
@@ -119,10 +120,12 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
         missing = [f"--{name}" for name in names if name not in given]
         if missing:
             raise ValueError(f"--{given[0]} needs {' and '.join(missing)} too; or give none of them")
-        if not 0 <= config.process_id < config.num_processes:
-            raise ValueError(f"--process_id must be in [0, {config.num_processes}), found {config.process_id}")
-        if not config.coordinator_address.rpartition(":")[2].isdigit():
-            raise ValueError(f"--coordinator_address must be HOST:PORT, found {config.coordinator_address!r}")
+        address, count, index = config.coordinator_address, config.num_processes, config.process_id
+        assert address is not None and count is not None and index is not None  # none is missing
+        if not 0 <= index < count:
+            raise ValueError(f"--process_id must be in [0, {count}), found {index}")
+        if not address.rpartition(":")[2].isdigit():
+            raise ValueError(f"--coordinator_address must be HOST:PORT, found {address!r}")
     return config
 
 
@@ -134,23 +137,23 @@ def connect(config: JobConfig) -> None:
     """
     if config.num_processes == 1:
         return
-    # JAX's own limits are the second line of defence: it aborts the process, ours say what is missing.
-    limits = {
-        "heartbeat_timeout_seconds": int(3 * config.heartbeat_timeout) + 30,
-        "shutdown_timeout_seconds": 60,
-        "initialization_timeout": int(config.join_timeout) + 60,
-    }
+    # JAX's own limits are the second line of defense: it aborts the process, ours say what is missing.
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=int(3 * config.heartbeat_timeout) + 30,
+        shutdown_timeout_seconds=60,
+        initialization_timeout=int(config.join_timeout) + 60,
+    )
     try:
         if config.coordinator_address is None:
-            jax.distributed.initialize(**limits)
+            initialize()
         else:
             # One process may hold several devices: detection would give it only one of them under Slurm.
-            jax.distributed.initialize(
+            initialize(
                 config.coordinator_address,
                 config.num_processes,
                 config.process_id,
                 cluster_detection_method="deactivate",
-                **limits,
             )
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
@@ -216,7 +219,7 @@ def peek(key: str):
         raise
 
 
-def peek_all(folder: str) -> dict[int, object]:
+def peek_all(folder: str) -> dict[int, Any]:
     """The values of the keys `folder`/0, `folder`/1, … of those processes that have set theirs."""
     found = _client().key_value_dir_get(f"qwen_jax/{folder}/")
     return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -78,7 +78,7 @@ def end(message: str, code: int) -> None:
 
 
 @contextlib.contextmanager
-def joined(config: hosts.JobConfig, configuration: str) -> Iterator["Watchdog"]:
+def joined(config: hosts.JobConfig, configuration: str) -> Generator["Watchdog"]:
     """Joins the job, compares all its processes, and watches them while open.
 
     Raises:

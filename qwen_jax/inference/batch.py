@@ -89,17 +89,17 @@ class Row:
             tuple(self.log_probs[before:]),
             text if self.text is not None else None,
             self.finish_reason,
-            self._result() if self.finish_reason else None,
+            self._result(self.finish_reason) if self.finish_reason else None,
         )
 
-    def _result(self) -> Result:
+    def _result(self, finish_reason: str) -> Result:
         return Result(
             self.handle.index,
             self.request,
             tuple(self.tokens),
             np.asarray(self.log_probs, np.float32),
             self.text.text if self.text is not None else None,
-            self.finish_reason,
+            finish_reason,
         )
 
 
@@ -134,7 +134,8 @@ def prompts_of(
     for row, request in enumerate(requests):
         # An id outside the vocabulary stands for none.
         tokens[row, : request.prompt_length] = request.prompt or config.vocab_size
-        if request.embeddings is not None:
+        if embeddings is not None and request.embeddings is not None:
+            assert request.embedding_positions is not None  # `check_request` fills them in
             places = list(request.embedding_positions)
             embeddings.values[row, places] = request.embeddings
             embeddings.given[row, places] = True
@@ -175,6 +176,7 @@ class Batch:
 
     def release(self, row: Row) -> None:
         """Makes room in the place of `row`. Its state stays on the devices until a new request overwrites it."""
+        assert row.place is not None  # it is in the batch
         self.rows[row.place] = None
         self.rules = None
 
@@ -244,8 +246,8 @@ class Batch:
             np.asarray([row.place for row in filled], np.int32),
         )
         first, log_probs = jax.device_get((first, log_probs))
-        for row in rows:
-            self.rows[row.place] = row
+        for row, place in zip(rows, free, strict=False):
+            self.rows[place] = row
         self.rules = None
         return [self._take(row, first[i : i + 1], log_probs[i : i + 1]) for i, row in enumerate(rows)]
 

@@ -7,7 +7,7 @@ has its own length, rules and random numbers, so what is generated for a prompt 
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from jax.sharding import Mesh
 
@@ -148,6 +148,7 @@ class Engine:
         if row.place is None:
             self._waiting.remove(row)
         else:
+            assert self._batch is not None  # it holds the row
             self._batch.release(row)
         kept = [chunk for chunk in row.inbox if chunk.handle is not handle]
         row.inbox.clear()
@@ -247,7 +248,7 @@ class Engine:
         if not self._rows:
             self._batch = None
 
-    def _chunks(self, handles: Sequence[Handle], streaming: bool = False) -> Iterator[StreamChunk]:
+    def _chunks(self, handles: Sequence[Handle], streaming: bool = False) -> Generator[StreamChunk]:
         """Submits requests and yields their chunks, whoever steps meanwhile."""
         inbox: deque[StreamChunk] = deque()
         unfinished = dict.fromkeys(handles)

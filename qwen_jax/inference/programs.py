@@ -4,6 +4,7 @@ The host chooses between these programs and reads the result of each. What it re
 every process of a job can.
 """
 
+import dataclasses
 import inspect
 import logging
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.inference.sampling import RowSampling, next_tokens
@@ -48,8 +50,9 @@ class BatchState:
 
     def placed(self) -> "BatchState":
         """The same state with its rows split over the mesh in use."""
-        return self.replace(
-            cache=self.cache.replace(ntk_alpha=constrain(self.cache.ntk_alpha, "batch")),
+        return dataclasses.replace(
+            self,
+            cache=dataclasses.replace(self.cache, ntk_alpha=constrain(self.cache.ntk_alpha, "batch")),
             token=constrain(self.token, "batch"),
             position=constrain(self.position, "batch"),
             seen=constrain(self.seen, "batch", None),
@@ -66,8 +69,8 @@ class RowRules:
     """
 
     sampling: RowSampling
-    stop_ids: jax.Array
-    end: jax.Array
+    stop_ids: jax.Array | np.ndarray
+    end: jax.Array | np.ndarray
 
 
 class Programs:

@@ -42,7 +42,7 @@ class Request:
     @property
     def prompt_length(self) -> int:
         """Number of positions that the prompt takes."""
-        return len(self.prompt) or len(self.embeddings)
+        return len(self.prompt) or (0 if self.embeddings is None else len(self.embeddings))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -53,11 +53,11 @@ class SamplingConfig:
 class RowSampling:
     """`SamplingConfig` and seed of each row of a batch: arrays [rows]."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    repetition_penalty: jax.Array
-    seed: jax.Array
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    repetition_penalty: jax.Array | np.ndarray
+    seed: jax.Array | np.ndarray
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig], seeds: Sequence[int]) -> "RowSampling":
@@ -71,13 +71,13 @@ class RowSampling:
         )
 
 
-def penalized_logits(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+def penalized_logits(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np.ndarray) -> jax.Array:
     """Repetition penalty (Keskar et al. 2019): logits [rows, vocabulary] of tokens that `seen` (bool) has, lowered."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def filtered_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def filtered_logits(logits: jax.Array, top_k: jax.Array | np.ndarray, top_p: jax.Array | np.ndarray) -> jax.Array:
     """Minus infinity where top-k, then top-p, leave a token out; tokens as probable as the last one stay.
 
     Args:

@@ -52,7 +52,7 @@ def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequenc
         # The last token predicts nothing that is asked for.
         size = bucket(len(prompt) + len(continuation) - 1, SMALLEST_PROMPT)
         groups.setdefault((size, bucket(len(continuation), SMALLEST_CONTINUATION)), []).append(index)
-    scores: list[Score | None] = [None] * len(pairs)
+    scores: dict[int, Score] = {}
     for (size, width), indices in sorted(groups.items()):
         most = prefill_rows(size) * ways
         for start in range(0, len(indices), most):
@@ -60,7 +60,7 @@ def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequenc
             found = _score_rows(call, config, params, ways, [pairs[index] for index in some], size, width)
             for index, one in zip(some, found, strict=True):
                 scores[index] = one
-    return scores
+    return [scores[index] for index in range(len(pairs))]
 
 
 def _score_rows(call, config, params, ways, pairs, size: int, width: int) -> list[Score]:

@@ -1,5 +1,7 @@
 """Causal self-attention: the projections around the kernel, rotary positions, and the key-value cache."""
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -44,7 +46,7 @@ class KVCache:
                 written = update(cache, new, starts)
             return constrain(written, "batch", "kv_heads", None, None)
 
-        return self.replace(key=put(self.key, key), value=put(self.value, value))
+        return dataclasses.replace(self, key=put(self.key, key), value=put(self.value, value))
 
     @property
     def slots(self) -> int:
@@ -66,10 +68,10 @@ class SelfAttention(nn.Module):
         mask,
         *,
         deterministic,
-        layer=None,
-        cache=None,
-        positions=None,
-        extension: ContextExtension | None = None,
+        layer: jax.Array | int,
+        cache: KVCache | None,
+        positions: jax.Array,
+        extension: ContextExtension | None,
     ):
         """Attends within `x`, or, given a cache, to all positions of the cache up to each one.
 

@@ -76,7 +76,7 @@ class ModelConfig:
         logarithm of their position. Inference only: a training pass is not touched.
       window_sizes: one number per block, lowest first: a query attends to itself and the size - 1 positions before it;
         0 attends to all. None: no window anywhere. Inference only (report 2.3.2: shorter in lower layers). No released
-        configuration and no outside format has it.
+        configuration and no external format has it.
       init_std: standard deviation of the initial weights; projections back into the residual stream get
         init_std / sqrt(2 * num_layers).
       embedding_dropout, attention_dropout: probabilities, used only when `deterministic=False`.
@@ -115,11 +115,11 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ModelConfig.{field} must be a positive integer, found {value!r}")
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.num_heads % self.num_kv_heads:
+        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        object.__setattr__(self, "num_kv_heads", kv_heads)
+        if self.num_heads % kv_heads:
             raise ValueError(
-                f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+                f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({kv_heads})"
             )
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim must be even for rotary positions, found {self.head_dim}")

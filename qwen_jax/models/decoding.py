@@ -5,8 +5,10 @@ weight: to cut a block out of the stack, which copies its weights, would take as
 block are arrays of their own here.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import cast
 
 import flax.struct
 import jax
@@ -50,10 +52,10 @@ class DecodingCache:
         Raises:
           ValueError: the model needs them, and there are none.
         """
-        if config.use_dynamic_ntk and prompt_lengths is None:
-            raise ValueError("dynamic NTK depends on the prompt: give DecodingCache.empty the rows' prompt_lengths")
         alpha = jnp.ones(batch, jnp.float32)
         if config.use_dynamic_ntk:
+            if prompt_lengths is None:
+                raise ValueError("dynamic NTK depends on the prompt: give DecodingCache.empty the rows' prompt_lengths")
             alpha = dynamic_ntk_alpha(prompt_lengths, config.context_length)
         return cls(tuple(KVCache.empty(config, batch, slots) for _ in range(config.num_layers)), alpha)
 
@@ -116,17 +118,18 @@ def decode(
         extension=ContextExtension.of(config, positions, cache.ntk_alpha),
         caches=cache.layers,
     )
-    return hidden, cache.replace(layers=layers)
+    return hidden, dataclasses.replace(cache, layers=layers)
 
 
 def output_kernel(config: ModelConfig, params) -> jax.Array:
     """The output projection, [hidden, vocab_size] in the compute dtype."""
-    return Qwen(config).apply({"params": _above_layers(params)}, method=Qwen.output_kernel)
+    # `apply` gives a pair only where collections are mutable.
+    return cast(jax.Array, Qwen(config).apply({"params": _above_layers(params)}, method=Qwen.output_kernel))
 
 
 def decoding_logits(config: ModelConfig, params, hidden: jax.Array) -> jax.Array:
     """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
-    return Qwen(config).apply({"params": _above_layers(params)}, hidden, method=Qwen.logits)
+    return cast(jax.Array, Qwen(config).apply({"params": _above_layers(params)}, hidden, method=Qwen.logits))
 
 
 def _above_layers(params) -> dict:

@@ -155,7 +155,7 @@ def cudnn(query, key, value, segment_ids=None) -> jax.Array:
     )(query, key, value, segment_ids)
 
 
-def _splash_refusal(config: ModelConfig, platform: str, length: int, mesh_shape: dict[str, int]) -> str | None:
+def _splash_refusal(config: ModelConfig, platform: str, length: int | None, mesh_shape: dict[str, int]) -> str | None:
     """The reason for which splash attention cannot run, or None."""
     if platform != "tpu":
         return f"it runs on TPUs, and the devices are {platform}s"
@@ -165,9 +165,9 @@ def _splash_refusal(config: ModelConfig, platform: str, length: int, mesh_shape:
         return f"it needs a head_dim that is a multiple of {TPU_LANES}, and ModelConfig.head_dim is {config.head_dim}"
     shards = mesh_shape.get("sequence", 1)
     unit = TPU_LANES if shards == 1 else 2 * shards * TPU_LANES
-    if length % unit:
+    if length is None or length % unit:
         split = "" if shards == 1 else f" on sequence={shards} devices"
-        return f"it needs sequences of a multiple of {unit} tokens{split}, and these have {length}"
+        return f"it needs sequences of a multiple of {unit} tokens{split}, and these have {length or 0}"
     return None
 
 
@@ -188,12 +188,13 @@ def _cudnn_refusal(config: ModelConfig, platform: str, packed: bool, mesh_shape:
     return None
 
 
-def resolve_kernel(config: ModelConfig, length: int, mesh: Mesh | None = None, packed: bool = False) -> str:
+def resolve_kernel(config: ModelConfig, length: int | None, mesh: Mesh | None = None, packed: bool = False) -> str:
     """The kernel of a training pass of `config` over sequences of `length` tokens on the devices of `mesh`.
 
     "auto" is the platform's own kernel where it can run, and XLA otherwise.
 
     Args:
+      length: None where rows have no tokens.
       mesh: by default the one in use, or JAX's default devices.
       packed: whether rows have segments.
 

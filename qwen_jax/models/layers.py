@@ -1,5 +1,7 @@
 """RMSNorm, projections and SwiGLU, with logical names on every parameter axis."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,12 @@ from qwen_jax.sharding import constrain, num_shards
 
 def weight_init(std: float, names: tuple[str, ...]):
     """Initializer N(0, std) whose result carries logical axis names."""
-    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+    return named_init(nn.initializers.normal(std), names)
+
+
+def named_init(initializer: Callable, names: tuple[str, ...]) -> Callable:
+    """`initializer` with logical axis names on its result; `Module.param` stores the box and returns its array."""
+    return nn.with_logical_partitioning(initializer, names)
 
 
 class RMSNorm(nn.Module):
@@ -24,7 +31,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., hidden] to [..., hidden]."""
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],))
+        scale = self.param("scale", named_init(nn.initializers.ones, ("norm",)), (x.shape[-1],))
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return normed.astype(self.dtype) * scale.astype(self.dtype)
@@ -65,7 +72,7 @@ class Projection(nn.Module):
         y = project(equation, x, gather_weight(kernel, names, self.dtype))
         if self.bias_names is not None:
             shape = self.shape[-len(self.bias_names) :]
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names), shape)
+            bias = self.param("bias", named_init(nn.initializers.zeros, self.bias_names), shape)
             y = y + bias.astype(self.dtype).reshape(self.bias_shape or shape)
         return y
 

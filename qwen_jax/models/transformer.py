@@ -7,6 +7,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
@@ -57,8 +58,8 @@ class InputEmbeddings(NamedTuple):
       given: bool [batch, length], where they count. Elsewhere the token's own embedding stays.
     """
 
-    values: jax.Array
-    given: jax.Array
+    values: jax.Array | np.ndarray
+    given: jax.Array | np.ndarray
 
 
 def embed_inputs(table: jax.Array, tokens: jax.Array, embeddings: InputEmbeddings | None = None) -> jax.Array:

@@ -123,6 +123,7 @@ class Prefetcher:
         self._queue = [self._request() for _ in range(self._depth)]
 
     def _request(self):
+        assert self._pool is not None  # `start` has made it
         start = after_skipped(self._requested, self._skipped)
         self._requested = start + self._rows
         return self._requested, self._pool.submit(global_batch, self._examples, start, self.shapes)

@@ -30,7 +30,8 @@ def _summary_writer():
     """
     hidden = "torch" not in sys.modules
     if hidden:
-        sys.modules["torch"] = None
+        # Python documents None, which makes an import fail; its stub leaves that out.
+        sys.modules["torch"] = None  # ty: ignore[invalid-assignment]
     try:
         from tensorboardX import SummaryWriter
     finally:

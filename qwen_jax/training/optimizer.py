@@ -1,7 +1,7 @@
 """AdamW with warm-up, a schedule, clipping, and weight decay on matrices only (report 2.4 and 3.1)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +132,7 @@ def _group_schedule(group: ParameterGroup, train_steps: int) -> optax.Schedule:
             f"group {group.name!r} starts at step {group.start_step}, after the last of {train_steps} steps: lower "
             f"ParameterGroup.start_step or raise TRAIN_STEPS"
         )
+    assert group.schedule is not None  # callers leave frozen groups out
     return learning_rate_schedule(group.schedule, train_steps - group.start_step)
 
 
@@ -146,7 +147,7 @@ def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientT
     if not config.groups:
         adamw = _adamw(config, learning_rate_schedule(config, train_steps), config.weight_decay)
         return skip_updates(optax.chain(clip, adamw), config.skip)
-    transforms = {}
+    transforms: dict[Hashable, optax.GradientTransformation] = {}
     for group in config.groups:
         if not group.frozen:
             decay = config.weight_decay if group.weight_decay is None else group.weight_decay

@@ -255,10 +255,10 @@ def start_late(inner: optax.GradientTransformation, start_step: int) -> optax.Gr
     def init(params):
         return jnp.zeros((), jnp.int32), inner.init(params)
 
-    def update(gradient, state, params=None):
+    def update(updates, state, params=None):
         made, inner_state = state
         started = made >= start_step
-        updates, new_state = inner.update(gradient, inner_state, params)
+        updates, new_state = inner.update(updates, inner_state, params)
         # Adding -0.0 changes no bit of any number.
         updates = jax.tree.map(lambda u: jnp.where(started, u, jnp.full_like(u, -0.0)), updates)
         new_state = jax.tree.map(lambda new, old: jnp.where(started, new, old), new_state, inner_state)
@@ -270,15 +270,15 @@ def start_late(inner: optax.GradientTransformation, start_step: int) -> optax.Gr
 def drop_gradients_before_start(groups: Sequence[ParameterGroup]) -> optax.GradientTransformation:
     """Sets the gradients of groups that have not started to 0, so that clipping does not count them."""
 
-    def update(gradient, made, params=None):
-        leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    def update(updates, state, params=None):
+        made, leaves = state, jax.tree_util.tree_leaves_with_path(updates)
         group_of = {name: first_match(name, groups) for name in (path_name(path) for path, _ in leaves)}
 
         def one(path, leaf):
             start = group_of[path_name(path)].start_step
             return jnp.where(made >= start, leaf, jnp.zeros_like(leaf)) if start else leaf
 
-        return jax.tree_util.tree_map_with_path(one, gradient), made + 1
+        return jax.tree_util.tree_map_with_path(one, updates), made + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 

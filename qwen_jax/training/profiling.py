@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -45,7 +45,7 @@ def gib(size: int) -> str:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(doing: str, folder: Path, state) -> Iterator[None]:
+def explain_out_of_memory(doing: str, folder: Path, state) -> Generator[None]:
     """Turns an error for want of memory into one that says what took it, and writes a profile of the memory.
 
     Args:

@@ -90,6 +90,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
 def memory_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes on one device: arguments, outputs, how much of them is aliased, temporaries, and the need of all."""
     analysis = compiled.memory_analysis()
+    assert analysis is not None  # CPUs, GPUs and TPUs all give it
     sizes = {
         "arguments": analysis.argument_size_in_bytes,
         "outputs": analysis.output_size_in_bytes,

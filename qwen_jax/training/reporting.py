@@ -32,7 +32,7 @@ def host_statistics(paces: dict[int, dict[str, float]]) -> dict[str, float]:
         found[f"hosts/{name}_min"] = min(values.values())
         found[f"hosts/{name}_median"] = statistics.median(values.values())
         found[f"hosts/{name}_max"] = max(values.values())
-        found[f"hosts/{name}_slowest"] = max(values, key=values.get)
+        found[f"hosts/{name}_slowest"] = max(values, key=values.__getitem__)
     return found
 
 

@@ -73,15 +73,15 @@ def skip_updates(inner: optax.GradientTransformation, config: SkipConfig) -> opt
         zero = jnp.zeros((), jnp.int32)
         return HealthState(inner.init(params), jnp.zeros(WINDOW, jnp.float32), zero, zero, zero)
 
-    def update(gradient, state: HealthState, params=None):
-        norm = optax.global_norm(gradient).astype(jnp.float32)
+    def update(updates, state, params=None):
+        norm = optax.global_norm(updates).astype(jnp.float32)
         skip = jnp.zeros((), bool)
         if config.nonfinite:
             skip |= ~jnp.isfinite(norm)
         if config.spike_factor is not None:
             known = jnp.where(jnp.arange(WINDOW) < state.made, state.norms, jnp.nan)
             skip |= (state.made >= config.least_history) & (norm > config.spike_factor * jnp.nanmedian(known))
-        updates, inner_state = inner.update(gradient, state.inner, params)
+        updates, inner_state = inner.update(updates, state.inner, params)
         if config.nonfinite or config.spike_factor is not None:
             # Adding -0.0 changes no bit of any number; adding 0.0 would turn -0.0 into 0.0.
             updates = jax.tree.map(lambda u: jnp.where(skip, jnp.full_like(u, -0.0), u), updates)

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from qwen_jax import files
@@ -51,7 +51,7 @@ def open_run(
     *,
     watchdog: Watchdog | None = None,
     began: float | None = None,
-) -> Iterator[Run]:
+) -> Generator[Run]:
     """Holds a run folder, new or old, while open. In a job, process 0 holds it for all.
 
     Args:
@@ -76,7 +76,7 @@ def open_run(
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _held(folder: Path) -> Generator[None]:
     """Locks the folder; one that was made for the lock and got nothing else is removed."""
     new = not folder.exists()
     try:

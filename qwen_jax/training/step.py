@@ -1,5 +1,6 @@
 """The train step and the evaluation step: pure functions, compiled ahead of time, once."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -86,7 +87,8 @@ def make_train_step(
         }
         params = optax.apply_updates(state.params, updates)
         extra = state.extra if objective.update_extra is None else objective.update_extra(state.extra, sums)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra), metrics
+        new_state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
+        return new_state, metrics
 
     return train_step
 

@@ -1,5 +1,6 @@
 """The loop: batches in, updates out, callbacks around them. Every objective runs through it."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -176,7 +177,7 @@ class Trainer:
         loaded = self._initial_weights.load(self.abstract.all_params)
         params, frozen = split_params(overlay_params(state.all_params, loaded), groups)
         hosts.log_on_main("starting from the weights of %s", self._initial_weights)
-        return state.replace(params=params, frozen=frozen)
+        return dataclasses.replace(state, params=params, frozen=frozen)
 
     def save(self) -> None:
         """Starts to save a checkpoint of the state; does nothing where this step was the last to be saved."""
@@ -265,7 +266,8 @@ class Trainer:
         self.run_folder.activity.now(f"reading the batch of step {self.step + 1}", self.step)
         batch = self.batches.next()
         # Nothing was lost while the devices still computed the step before.
-        busy = running is not None and not running["loss"].is_ready()
+        # The stub of jax.Array leaves out `is_ready`, which its implementation has.
+        busy = running is not None and not running["loss"].is_ready()  # ty: ignore[missing-attribute]
         goodput.count("steps" if busy else "data")
         return batch
 
