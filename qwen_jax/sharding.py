@@ -160,7 +160,7 @@ def _num_shards(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-def apart(x: jax.Array) -> jax.Array:
+def split_shards(x: jax.Array) -> jax.Array:
     """Reshapes [batch, length, ...] to [row shards, rows, length shards, positions, ...].
 
     Sums over rows and positions then stay on their devices, until `sum_shards` adds the shards once.
@@ -225,7 +225,7 @@ def tree_shardings(boxed, mesh: Mesh):
 
     Args:
       boxed: pytree of `jax.ShapeDtypeStruct`, some in `nn.LogicallyPartitioned` boxes, as `jax.eval_shape` of an
-        initialiser gives. Leaves without a box are replicated.
+        initializer gives. Leaves without a box are replicated.
 
     Raises:
       ValueError: a dimension does not divide by the mesh axes that it lies on.

@@ -26,7 +26,7 @@ from qwen_jax.data.default_tokenizer import default_tokenizer
 from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.data.packing import is_packed
 from qwen_jax.distributed import hosts
-from qwen_jax.distributed.watchdog import Watchdog, joined
+from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
@@ -49,7 +49,7 @@ def train(
     *,
     model: ModelConfig,
     optimizer: OptimizerConfig,
-    loop: TrainerConfig,
+    trainer: TrainerConfig,
     mixture_or_task: str,
     output_dir: PathLike,
     cache_dir: PathLike,
@@ -88,7 +88,7 @@ def train(
       ValueError, OSError: anything that cannot be run, with what to change.
     """
     output, cache_dir = files.as_path(output_dir, "OUTPUT_DIR"), files.as_path(cache_dir, "CACHE_DIR")
-    check_length(loop, model)
+    check_length(trainer, model)
     initial_weights = None
     if initial_checkpoint is not None:
         initial_weights = InitialWeights(initial_checkpoint, initial_subtree, model)
@@ -98,37 +98,37 @@ def train(
     check_run(
         Qwen(model),
         optimizer,
-        loop.train_steps,
+        trainer.train_steps,
         devices,
-        batch_size=loop.batch_size,
-        columns=token_columns(loop.sequence_length, packed=packing == "best_fit"),
-        accumulation=loop.accumulation(devices),
+        batch_size=trainer.batch_size,
+        columns=token_columns(trainer.sequence_length, packed=packing == "best_fit"),
+        accumulation=trainer.accumulation(devices),
         memory=device_memory(devices),
     )
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
-        where = {"cache_dir": cache_dir, "sequence_length": loop.sequence_length, "packing": packing}
+        where = {"cache_dir": cache_dir, "sequence_length": trainer.sequence_length, "packing": packing}
         prepare_data(mixture_or_task, where, run_folder)
         train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
-        if eval_set is not None and not loop.eval_batches:
+        if eval_set is not None and not trainer.eval_batches:
             log.warning("EVAL_BATCHES is 0: no held-out loss is measured")
         check_same_data(
             mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None]
         )
-        shapes = batch_shapes(devices, loop.batch_size, train_set.columns)
-        trainer = Trainer(
+        shapes = batch_shapes(devices, trainer.batch_size, train_set.columns)
+        training = Trainer(
             run_folder,
             Qwen(model),
             objective,
             optimizer,
-            loop,
+            trainer,
             devices,
             Prefetcher(train_set, shapes, run_folder.skipped_examples("train")),
-            standard_callbacks(run_folder, loop, optimizer, eval_set),
+            standard_callbacks(run_folder, trainer, optimizer, eval_set),
             initial_weights=initial_weights,
             cache=find_cache(compilation_cache, run_folder.folder),
             compiler_options=compiler_options,
         )
-        trainer.prepare()
+        training.prepare()
         if hosts.process_index() == 0:
             write_run_files(run_folder.folder, model, default_tokenizer().path)
             files.write_text(run_folder.folder / "config.gin", gin.config_str())
@@ -140,12 +140,12 @@ def train(
                 devices.size,
                 dict(devices.shape),
                 hosts.process_count(),
-                trainer.kernel,
+                training.kernel,
                 mixture_or_task,
                 f"{len(train_set):,}",
-                loop.sequence_length,
+                trainer.sequence_length,
             )
-        return trainer.run()
+        return training.run()
 
 
 def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
@@ -162,16 +162,16 @@ def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
     run_folder.activity.now("opening the data")
 
 
-def check_length(loop: TrainerConfig, model: ModelConfig) -> None:
+def check_length(trainer: TrainerConfig, model: ModelConfig) -> None:
     """Refuses rows that are longer than the model's context.
 
     Raises:
       ValueError: with both lengths.
     """
-    if loop.sequence_length > model.context_length:
+    if trainer.sequence_length > model.context_length:
         raise ValueError(
-            f"SEQUENCE_LENGTH {loop.sequence_length} is more than ModelConfig.context_length {model.context_length}: "
-            f"lower the one or raise the other"
+            f"SEQUENCE_LENGTH {trainer.sequence_length} is more than ModelConfig.context_length "
+            f"{model.context_length}: lower the one or raise the other"
         )
 
 
@@ -261,7 +261,7 @@ def main(argv=None) -> None:
     args = parse_args(parser, argv)
     if not args.gin_file:
         parser.error("name at least one --gin_file; see the example in --help")
-    with joined(hosts.job_config(args), gin.config_str()) as watchdog:
+    with join_job(hosts.job_config(args), gin.config_str()) as watchdog:
         result = configured(watchdog=watchdog, began=process_start_time())
     if jax.process_index() == 0:
         print(", ".join(f"{name} {value:.6g}" for name, value in result.items() if not name.startswith("hosts/")))

@@ -183,23 +183,25 @@ def text_corpus(folder: Path, documents: int = 60) -> Path:
 
 
 def prepared_trainer(
-    model, objective, optimizer, loop, mesh, train_set, eval_set, folder, initial_weights=None, **options
+    model, objective, optimizer, config, mesh, train_set, eval_set, folder, initial_weights=None, **options
 ) -> Trainer:
     """A trainer in `folder`, which nobody locks, that has compiled and restored."""
-    made = new_trainer(model, objective, optimizer, loop, mesh, train_set, eval_set, folder, initial_weights, **options)
+    made = new_trainer(
+        model, objective, optimizer, config, mesh, train_set, eval_set, folder, initial_weights, **options
+    )
     made.prepare()
     return made
 
 
 def new_trainer(
-    model, objective, optimizer, loop, mesh, train_set, eval_set, folder, initial_weights=None, **options
+    model, objective, optimizer, config, mesh, train_set, eval_set, folder, initial_weights=None, **options
 ) -> Trainer:
     """As `prepared_trainer`, before it has compiled anything."""
     run = Run(Path(folder), Activity(), Goodput(folder))
     batches = Prefetcher(
-        train_set, batch_shapes(mesh, loop.batch_size, train_set.columns), run.skipped_examples("train")
+        train_set, batch_shapes(mesh, config.batch_size, train_set.columns), run.skipped_examples("train")
     )
-    callbacks = standard_callbacks(run, loop, optimizer, eval_set)
+    callbacks = standard_callbacks(run, config, optimizer, eval_set)
     return Trainer(
-        run, model, objective, optimizer, loop, mesh, batches, callbacks, initial_weights=initial_weights, **options
+        run, model, objective, optimizer, config, mesh, batches, callbacks, initial_weights=initial_weights, **options
     )

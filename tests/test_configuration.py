@@ -20,7 +20,7 @@ BASE = ["gin/runs/pretrain.gin"]
 HARDWARE = sorted(path.stem for path in (ROOT / "gin" / "hardware").glob("*.gin"))
 
 
-def loop(*bindings):
+def trainer_config(*bindings):
     load_gin(TINY, ["OUTPUT_DIR=/tmp/run", *bindings])
     return gin.get_configurable("TrainerConfig")()
 
@@ -32,10 +32,10 @@ def write(folder, name, text):
 
 
 def test_flags_override_files_and_need_no_quotes():
-    assert loop().train_steps == 400
-    assert loop("TRAIN_STEPS=7").train_steps == 7
-    assert loop("TrainerConfig.seed=5").seed == 5
-    loop("OUTPUT_DIR=runs/with space/x-1.0", "MIXTURE_OR_TASK=local_files")
+    assert trainer_config().train_steps == 400
+    assert trainer_config("TRAIN_STEPS=7").train_steps == 7
+    assert trainer_config("TrainerConfig.seed=5").seed == 5
+    trainer_config("OUTPUT_DIR=runs/with space/x-1.0", "MIXTURE_OR_TASK=local_files")
     assert gin.query_parameter("OUTPUT_DIR/gin.macro.value") == "runs/with space/x-1.0"
 
 

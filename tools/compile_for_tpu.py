@@ -93,13 +93,13 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
       TooLittleMemory: the state does not fit.
     """
     settings = gin.get_bindings("train")
-    model, loop, optimizer = settings["model"], settings["loop"], settings["optimizer"]
-    train.check_length(loop, model)
+    model, trainer, optimizer = settings["model"], settings["trainer"], settings["optimizer"]
+    train.check_length(trainer, model)
     mesh = make_mesh(settings["mesh"], hardware.devices())
-    accumulation = loop.accumulation(mesh)
-    columns = token_columns(loop.sequence_length, packed=settings.get("packing", "concat") == "best_fit")
-    shape = {"batch_size": loop.batch_size, "columns": columns, "accumulation": accumulation}
-    state_bytes = check_run(Qwen(model), optimizer, loop.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
+    accumulation = trainer.accumulation(mesh)
+    columns = token_columns(trainer.sequence_length, packed=settings.get("packing", "concat") == "best_fit")
+    shape = {"batch_size": trainer.batch_size, "columns": columns, "accumulation": accumulation}
+    state_bytes = check_run(Qwen(model), optimizer, trainer.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
     attention = Qwen(model).attention(row_length(columns), is_packed(columns), mesh)
 
     def compile_step():
@@ -107,19 +107,19 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
             Qwen(model),
             settings["objective"],
             optimizer,
-            loop.train_steps,
+            trainer.train_steps,
             mesh,
-            seed=loop.seed,
+            seed=trainer.seed,
             compiler_options=settings.get("compiler_options"),
             **shape,
         )
 
-    tokens = loop.batch_size * loop.sequence_length
+    tokens = trainer.batch_size * trainer.sequence_length
     work = Work(
         parameters=parameter_count(model),
         tokens=tokens,
-        flops_per_token=model_flops_per_token(model, loop.sequence_length).total,
-        flops_per_token_all_keys=model_flops_per_token(model, loop.sequence_length, causal=False).total,
+        flops_per_token=model_flops_per_token(model, trainer.sequence_length).total,
+        flops_per_token_all_keys=model_flops_per_token(model, trainer.sequence_length, causal=False).total,
         least=least_collectives(model, mesh, tokens, accumulation),
         parts=accumulation,
         between_slices=least_between_slices(model, mesh, hardware.slices),
@@ -201,9 +201,9 @@ def _placed(shape, dtype, mesh: Mesh, *names: str | None) -> jax.ShapeDtypeStruc
 def _for_inference(hardware: HardwareConfig):
     """(model, mesh, weights as inference keeps them, bytes of weights and cache on a device, rows, length)."""
     settings = gin.get_bindings("train")
-    config, loop = settings["model"], settings["loop"]
+    config, trainer = settings["model"], settings["trainer"]
     mesh = make_mesh(settings["mesh"], hardware.devices())
-    batch_shapes(mesh, loop.batch_size, token_columns(loop.sequence_length))
+    batch_shapes(mesh, trainer.batch_size, token_columns(trainer.sequence_length))
     boxed = abstract_params(Qwen(config))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, config.compute_dtype, sharding=sharding),
@@ -216,11 +216,11 @@ def _for_inference(hardware: HardwareConfig):
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
     params = {**params, "layers": (jax.tree.map(of_one_layer, params["layers"]),) * config.num_layers}
-    shape = (config.num_layers * 2, loop.batch_size, config.num_kv_heads, loop.sequence_length, config.head_dim)
+    shape = (config.num_layers * 2, trainer.batch_size, config.num_kv_heads, trainer.sequence_length, config.head_dim)
     cache = _placed(shape, config.compute_dtype, mesh, None, *_CACHE_AXES)
     needed = {"parameters": shard_bytes(params), "cache": shard_bytes(cache)}
     check_memory(needed, hardware.hbm_bytes, parameter_count(config), mesh)
-    return config, mesh, params, needed, loop.batch_size, loop.sequence_length
+    return config, mesh, params, needed, trainer.batch_size, trainer.sequence_length
 
 
 PROGRAMS = {"train": prepare_train_step, "prefill": prepare_prefill, "decode": prepare_decode}

@@ -69,7 +69,7 @@ def dump_stacks(folder: Path | None, process: int) -> str:
     return str(path)
 
 
-def end(message: str, code: int) -> None:
+def exit_process(message: str, code: int) -> None:
     """Ends this process at once: what the main thread waits for will not come, so it cannot be asked to."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -78,7 +78,7 @@ def end(message: str, code: int) -> None:
 
 
 @contextlib.contextmanager
-def joined(config: hosts.JobConfig, configuration: str) -> Generator["Watchdog"]:
+def join_job(config: hosts.JobConfig, configuration: str) -> Generator["Watchdog"]:
     """Joins the job, compares all its processes, and watches them while open.
 
     Raises:
@@ -105,7 +105,7 @@ def _nobody_came(config: hosts.JobConfig):
         missing = f"at least one of {config.num_processes or 'the'} processes has not joined" + (
             f" at {address}" if address else ""
         )
-    end(
+    exit_process(
         f"{missing} after {config.join_timeout:g} s (--join_timeout). Is the same command running on every host, and "
         f"the address of process 0 open to all?",
         hosts.TRY_AGAIN,
@@ -183,7 +183,7 @@ class Watchdog:
             if self._limit and self.activity.limited and now - self.activity.since > self._limit:
                 self._hung(now - self.activity.since)
             if self._processes > 1 and now - self._contact > self._config.heartbeat_timeout + 2 * interval:
-                end(f"{self._name(0)} has not answered for {now - self._contact:.0f} s", hosts.TRY_AGAIN)
+                exit_process(f"{self._name(0)} has not answered for {now - self._contact:.0f} s", hosts.TRY_AGAIN)
 
     def _hung(self, seconds: float):
         place = dump_stacks(self.folder, self._process)
@@ -196,7 +196,7 @@ class Watchdog:
             hosts.put(f"ended/{self._process}", said)
             # The verdict that comes back says which process the others wait for.
             self._closed.wait(4 * self._config.poll_seconds)
-        end(text if self._processes == 1 else f"{self._name(self._process)}: {text}", hosts.TRY_AGAIN)
+        exit_process(text if self._processes == 1 else f"{self._name(self._process)}: {text}", hosts.TRY_AGAIN)
 
     # Signs of life.
 
@@ -233,7 +233,7 @@ class Watchdog:
             dump_stacks(self.folder, self._process)
         self._told = True
         self._pass_on(verdict)
-        end(verdict["error"], verdict["code"])
+        exit_process(verdict["error"], verdict["code"])
         return True
 
     def _pass_on(self, verdict: dict):
@@ -306,7 +306,7 @@ class Watchdog:
 
         def aborting(number):
             if not _reachable(address):
-                end(
+                exit_process(
                     f"{name}, where the job's coordination service ran at {address}, cannot be reached: was it killed, "
                     f"or did its host go down? The same command goes on from the last checkpoint",
                     hosts.TRY_AGAIN,

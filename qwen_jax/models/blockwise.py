@@ -1,6 +1,6 @@
 """Causal attention by XLA operations, in blocks of queries, with a backward pass of its own: for any platform.
 
-As in FlashAttention-2 (Dao 2023), the backward pass computes the weights again from the saved log-normalisers, so no
+As in FlashAttention-2 (Dao 2023), the backward pass computes the weights again from the saved log-normalizers, so no
 [length, length] array outlives its block; blocks of keys that no query of a block may see are left out.
 
 Einsum letters: b batch, k kv_heads, g query heads of each, l queries, m keys, d head_dim.
@@ -60,10 +60,10 @@ def _forward(query, key, value, segment_ids):
         scores = _scores(grouped[:, :, :, start:stop], key[:, :, :stop], start, segment_ids)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
-        normaliser = jnp.sum(weights, axis=-1, keepdims=True)
+        normalizer = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = product("bkglm,bkmd->bkgld", weights.astype(value.dtype), value[:, :, :stop], jnp.float32)
-        outputs.append((mixed / normaliser).astype(query.dtype))
-        log_normalizers.append(highest + jnp.log(normaliser))
+        outputs.append((mixed / normalizer).astype(query.dtype))
+        log_normalizers.append(highest + jnp.log(normalizer))
     output = checkpoint_name(jnp.concatenate(outputs, axis=3).reshape(query.shape), "attention")
     log_normalizer = checkpoint_name(jnp.concatenate(log_normalizers, axis=3), "attention")
     return output, (query, key, value, segment_ids, output, log_normalizer)

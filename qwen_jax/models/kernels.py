@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_jax.models.blockwise import blockwise_attention
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.ops import matmul_precision
-from qwen_jax.models.sequence_parallel import AXIS, balance, balanced_positions, unbalance, whole_rows
+from qwen_jax.models.sequence_parallel import AXIS, balance, balanced_positions, gather_rows, unbalance
 from qwen_jax.sharding import mesh_in_use, num_shards, spec
 
 # Lanes of a TPU's vector unit: splash attention's blocks are multiples of them.
@@ -100,9 +100,9 @@ def splash(query, key, value, segment_ids=None, *, blocks: AttentionBlocks, inte
     def on_device(kernel, query, key, value, segment_ids):
         ids = None if segment_ids is None else splash_attention.SegmentIds(segment_ids, segment_ids)
         if shards > 1:
-            query, key, value = balance(query, 2, shards), whole_rows(key, 2), whole_rows(value, 2)
+            query, key, value = balance(query, 2, shards), gather_rows(key, 2), gather_rows(value, 2)
             if ids is not None:
-                ids = splash_attention.SegmentIds(balance(segment_ids, 1, shards), whole_rows(segment_ids, 1))
+                ids = splash_attention.SegmentIds(balance(segment_ids, 1, shards), gather_rows(segment_ids, 1))
         mixed = jax.vmap(kernel)(query, key, value, ids)
         return mixed if shards == 1 else unbalance(mixed, 2, shards)
 
@@ -184,7 +184,7 @@ def _cudnn_refusal(config: ModelConfig, platform: str, packed: bool, mesh_shape:
     if mesh_shape.get("sequence", 1) > 1:
         return f"it does not split rows, and MeshConfig.sequence is {mesh_shape['sequence']}"
     if packed and mesh_shape.get("data", 1) > 1:
-        return f"it has no packed rows with copies of the parameters, and MeshConfig.data is {mesh_shape['data']}"
+        return f"it has no packed rows with replicas of the parameters, and MeshConfig.data is {mesh_shape['data']}"
     return None
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.models.ops import matmul_precision
-from qwen_jax.sharding import apart, constrain, num_shards, sum_shards
+from qwen_jax.sharding import constrain, num_shards, split_shards, sum_shards
 
 # So many logits exist on a device at a time, in float32 and again in the compute dtype: 1,024 tokens of the released
 # vocabulary. Those of a whole batch would be the largest array of the step.
@@ -91,9 +91,10 @@ def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
 
 
 def _over_chunks(one_chunk, carry, hidden: jax.Array, vocab_size: int):
-    """The carry after all chunks of `hidden`, as `apart` gives it. `one_chunk(carry, start, slice)` gives the next one.
+    """The carry after all chunks of `hidden`, which has the axes of `split_shards`.
 
-    `slice` cuts the chunk out of an array whose axis 3 has the positions.
+    `one_chunk(carry, start, slice)` gives the next carry; `slice` cuts the chunk out of an array whose axis 3
+    has the positions.
     """
     _, rows, _, positions, _ = hidden.shape
     chunk = _chunk_length(rows, positions, vocab_size // num_shards("vocab"))
@@ -173,7 +174,7 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients: bool):
     """((loss sum, correct sum), gradients of the loss sum by hidden and kernel in their dtypes, or None)."""
     vocab_size = kernel.shape[1]
-    hidden, targets, weights = apart(hidden), apart(targets), apart(weights)
+    hidden, targets, weights = split_shards(hidden), split_shards(targets), split_shards(weights)
 
     def one_chunk(carry, start, cut):
         sums, gradients = carry
@@ -202,7 +203,7 @@ def _statistics(with_entropy: bool, hidden, kernel, targets, temperature):
 
 
 def _statistics_forward(with_entropy, hidden, kernel, targets, temperature):
-    parts, target_parts = apart(hidden), apart(targets)
+    parts, target_parts = split_shards(hidden), split_shards(targets)
 
     def one_chunk(carry, start, cut):
         logits = _chunk_logits(cut(parts), kernel) / temperature
@@ -228,7 +229,7 @@ def _statistics_backward(with_entropy, residuals, cotangents):
     hidden, kernel, targets, temperature, *known = residuals
     vocab_size = kernel.shape[1]
     # Of log_probs, and of the entropy if there is one; most_likely has no gradient.
-    by_token = [apart(x) for x in (targets, *known, cotangents[0], *cotangents[2:])]
+    by_token = [split_shards(x) for x in (targets, *known, cotangents[0], *cotangents[2:])]
 
     def one_chunk(gradients, start, cut):
         h = cut(gradients.hidden)
@@ -246,7 +247,7 @@ def _statistics_backward(with_entropy, residuals, cotangents):
             error = cotangent * (of_target - probabilities)
         return gradients.add(start, h, kernel, (error / temperature).astype(kernel.dtype))
 
-    parts = apart(hidden)
+    parts = split_shards(hidden)
     gradients = _over_chunks(one_chunk, _Gradients.start(parts, vocab_size), parts, vocab_size)
     return *gradients.finish(kernel.dtype), None, None
 

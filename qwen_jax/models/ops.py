@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.sharding import apart, constrain, platform, sum_shards
+from qwen_jax.sharding import constrain, platform, split_shards, sum_shards
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
@@ -100,7 +100,7 @@ def _embed_backward(residuals, gradient):
     def of_shard(tokens, gradient):
         return jnp.zeros(shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
 
-    summed = jax.vmap(jax.vmap(of_shard, 1), 0)(apart(tokens), apart(gradient))
+    summed = jax.vmap(jax.vmap(of_shard, 1), 0)(split_shards(tokens), split_shards(gradient))
     return sum_shards(constrain(summed, "batch", "length", "vocab", None), gradient.dtype), None
 
 

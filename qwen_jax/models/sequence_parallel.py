@@ -51,6 +51,6 @@ def unbalance(x: jax.Array, axis: int, shards: int) -> jax.Array:
     return _exchange(x, axis, [[(target, source) for source, target in move] for move in _moves(shards)])
 
 
-def whole_rows(x: jax.Array, axis: int) -> jax.Array:
+def gather_rows(x: jax.Array, axis: int) -> jax.Array:
     """Gathers the positions along `axis` from all devices; the gradient is summed back to the parts."""
     return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)

@@ -19,7 +19,8 @@ TRACE_FOLDER = "trace"
 class Callback:
     """Called by the loop of a `Trainer`; each method does nothing by default.
 
-    The trainer's attributes say where the run is: `step` (updates made), `state`, `loop`, `run`, `writer`, `latest`.
+    The trainer's attributes say where the run is: `step` (updates made), `state`, `config`, `run_folder`, `writer`,
+    `latest`.
     Methods are called in the order of the callbacks, `end` and `close` in the reverse order. All processes of a job
     call the same ones, so a callback may wait for other processes.
     """
@@ -69,8 +70,8 @@ class Evaluation(Callback):
         self._examples, self._every, self._most_batches = examples, every, most_batches
 
     def compile(self, trainer):
-        columns, loop = self._examples.columns, trainer.loop
-        self._shapes = batch_shapes(trainer.mesh, loop.batch_size, columns)
+        columns, config = self._examples.columns, trainer.config
+        self._shapes = batch_shapes(trainer.mesh, config.batch_size, columns)
         self._step = compile_eval_step(
             trainer.model,
             trainer.objective,
@@ -78,13 +79,13 @@ class Evaluation(Callback):
             self._shapes,
             columns,
             trainer.mesh,
-            loop.accumulation(trainer.mesh),
+            config.accumulation(trainer.mesh),
         )
 
     def measure(self, trainer: "Trainer") -> dict[str, float]:
         """The metrics of the objective on the held-out examples."""
         sums: dict[str, float] = {}
-        size = trainer.loop.batch_size
+        size = trainer.config.batch_size
         batches = min(self._most_batches, math.ceil(len(self._examples) / size))
         for index in range(batches):
             trainer.run_folder.activity.now(f"evaluating, batch {index + 1} of {batches}")
@@ -99,7 +100,7 @@ class Evaluation(Callback):
             self.act(trainer)
 
     def due(self, trainer):
-        last = trainer.step == trainer.loop.train_steps
+        last = trainer.step == trainer.config.train_steps
         return last or bool(self._every and trainer.step % self._every == 0)
 
     def act(self, trainer):
@@ -117,7 +118,7 @@ class Saving(Callback):
         self._every = every
 
     def due(self, trainer):
-        return trainer.step == trainer.loop.train_steps or trainer.step % self._every == 0
+        return trainer.step == trainer.config.train_steps or trainer.step % self._every == 0
 
     def act(self, trainer):
         trainer.save()

@@ -39,8 +39,8 @@ def largest_arrays(tree, count: int = 3) -> list[tuple[str, int]]:
     return sorted(rows, key=lambda row: -row[1])[:count]
 
 
-def gib(size: int) -> str:
-    """Bytes for people."""
+def format_bytes(size: int) -> str:
+    """The size in GiB, or in MiB below an eighth of a GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
 
@@ -78,7 +78,7 @@ def _explanation(message: str, doing: str, folder: Path, state) -> str:
     match = next((found for pattern in _NEED if (found := pattern.search(message))), None)
     amount = "" if match is None else f" ({match[0]})"
     # Compilers and allocators mostly list buffers, largest first; where they do not, the arrays of the state are known.
-    named = _listed_buffers(message)[:3] or [f"{name} {gib(size)}" for name, size in largest_arrays(state)]
+    named = _listed_buffers(message)[:3] or [f"{name} {format_bytes(size)}" for name, size in largest_arrays(state)]
     profile = folder / MEMORY_PROFILE
     try:
         folder.mkdir(parents=True, exist_ok=True)

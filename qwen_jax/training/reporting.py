@@ -53,7 +53,7 @@ class Reporter(Callback):
         self._trainer, self._goodput = trainer, trainer.run_folder.goodput
         self._process, self._processes = hosts.process_index(), hosts.process_count()
         if self._process == 0:
-            trainer.writer = MetricsWriter(trainer.run_folder.folder, trainer.step, trainer.loop.train_steps)
+            trainer.writer = MetricsWriter(trainer.run_folder.folder, trainer.step, trainer.config.train_steps)
         trainer.writer.describe(
             trainer.step,
             {
@@ -88,7 +88,7 @@ class Reporter(Callback):
     def end(self, trainer):
         """Saves the account of the run's time, and shows it."""
         self._write_goodput(trainer.step)
-        if trainer.step < trainer.loop.train_steps:
+        if trainer.step < trainer.config.train_steps:
             trainer.writer.say(
                 f"stopped by SIGTERM after step {trainer.step}, saved in {trainer.run_folder.folder}; the same command "
                 f"goes on"
@@ -105,14 +105,14 @@ class Reporter(Callback):
         Raises:
           TrainingDiverged: the loss or the gradient is not finite and the update was made, or too many were skipped.
         """
-        loop, writer = self._trainer.loop, self._trainer.writer
+        config, writer = self._trainer.config, self._trainer.writer
         began = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._device_wait += time.perf_counter() - began
         self._check(step, values)
         self._steps += 1
         shown = None
-        if step % loop.log_every == 0 or step == loop.train_steps:
+        if step % config.log_every == 0 or step == config.train_steps:
             self._add_pace(values)
             self._write_goodput(step)
             values["goodput"] = self._goodput.shares()["steps"]
@@ -148,10 +148,10 @@ class Reporter(Callback):
         )
 
     def _add_pace(self, values: dict[str, float]) -> None:
-        loop = self._trainer.loop
+        config = self._trainer.config
         seconds = max(time.perf_counter() - self._since, 1e-9)
         waited = self._trainer.batches.waited - self._waited
-        values["tokens_per_second"] = self._steps * loop.batch_size * loop.sequence_length / seconds
+        values["tokens_per_second"] = self._steps * config.batch_size * config.sequence_length / seconds
         values["data_wait"] = waited / seconds
         if self._processes == 1:
             return

@@ -29,7 +29,7 @@ from qwen_jax.training.trainer_config import TrainerConfig
 
 
 def standard_callbacks(
-    run: Run, loop: TrainerConfig, optimizer: OptimizerConfig, eval_set: Examples | None
+    run: Run, config: TrainerConfig, optimizer: OptimizerConfig, eval_set: Examples | None
 ) -> list[Callback]:
     """Rows of metrics, traces, evaluation and checkpoints, as the configuration asks for them.
 
@@ -37,11 +37,11 @@ def standard_callbacks(
       ValueError: a process is to be traced that the job does not have.
     """
     callbacks: list[Callback] = [Reporter(optimizer.skip.most_in_a_row)]
-    if loop.trace_steps is not None:
-        callbacks.append(Trace(loop.trace_steps, run.folder, loop.trace_process))
-    if eval_set is not None and loop.eval_batches:
-        callbacks.append(Evaluation(eval_set, loop.eval_every, loop.eval_batches))
-    return [*callbacks, Saving(loop.checkpoint_every)]
+    if config.trace_steps is not None:
+        callbacks.append(Trace(config.trace_steps, run.folder, config.trace_process))
+    if eval_set is not None and config.eval_batches:
+        callbacks.append(Evaluation(eval_set, config.eval_every, config.eval_batches))
+    return [*callbacks, Saving(config.checkpoint_every)]
 
 
 class Trainer:
@@ -49,7 +49,7 @@ class Trainer:
 
     Attributes:
       run_folder: the open run.
-      model, objective, loop, mesh, batches: as they were given.
+      model, objective, config, mesh, batches: as they were given.
       abstract: shapes, dtypes and shardings of the state.
       kernel: name of the attention kernel.
       state: the TrainState; there after `prepare`.
@@ -67,7 +67,7 @@ class Trainer:
         model: Model,
         objective: Objective,
         optimizer: OptimizerConfig,
-        loop: TrainerConfig,
+        config: TrainerConfig,
         mesh: Mesh,
         batches: Batches,
         callbacks: Sequence[Callback] = (),
@@ -87,11 +87,11 @@ class Trainer:
         Raises:
           ValueError: mesh, model or parameter groups do not go together.
         """
-        self.run_folder, self.model, self.objective, self.loop, self.mesh = run, model, objective, loop, mesh
+        self.run_folder, self.model, self.objective, self.config, self.mesh = run, model, objective, config, mesh
         self.batches, self.callbacks = batches, list(callbacks)
         self._optimizer, self._initial_weights = optimizer, initial_weights
         self._cache, self._compiler_options = cache, compiler_options
-        self._transform = make_optimizer(optimizer, loop.train_steps)
+        self._transform = make_optimizer(optimizer, config.train_steps)
         self.abstract = abstract_state(model, self._transform, mesh, optimizer.groups, objective.initial_extra)
         self.kernel = model.attention(row_length(batches.columns), is_packed(batches.columns), mesh)
         self.positions, self.step, self.start_step = dict.fromkeys(batches.fingerprints, 0), 0, 0
@@ -112,7 +112,7 @@ class Trainer:
             self._initial_weights.check(self.abstract.all_params)
         goodput.count("starting")
         self._compile()
-        self.checkpoints = Checkpoints(folder, self.loop.keep_checkpoints, self.loop.keep_every)
+        self.checkpoints = Checkpoints(folder, self.config.keep_checkpoints, self.config.keep_every)
         self.run_folder.activity.now("restoring the state")
         with explain_out_of_memory("restoring the state", folder, self.abstract):
             self.state = self._restored() or self._new_state()
@@ -122,7 +122,7 @@ class Trainer:
         self._prepared = True
 
     def _compile(self) -> None:
-        loop, cache, began = self.loop, self._cache, time.perf_counter()
+        config, cache, began = self.config, self._cache, time.perf_counter()
         self.run_folder.activity.now("compiling the train step")
         with (
             explain_out_of_memory("compiling the train step", self.run_folder.folder, self.abstract),
@@ -132,12 +132,12 @@ class Trainer:
                 self.model,
                 self.objective,
                 self._optimizer,
-                loop.train_steps,
+                config.train_steps,
                 self.mesh,
                 batch_size=next(iter(self.batches.shapes.values())).shape[0],
                 columns=self.batches.columns,
-                accumulation=loop.accumulation(self.mesh),
-                seed=loop.seed,
+                accumulation=config.accumulation(self.mesh),
+                seed=config.seed,
                 compiler_options=self._compiler_options,
             )
             for callback in self.callbacks:
@@ -147,7 +147,7 @@ class Trainer:
             "compiled in %.1f s%s; a batch is computed in %d part(s)",
             time.perf_counter() - began,
             kept if cache.folder else "",
-            loop.accumulation(self.mesh),
+            config.accumulation(self.mesh),
         )
         self.run_folder.goodput.count("compiling")
 
@@ -171,7 +171,7 @@ class Trainer:
     def _new_state(self) -> TrainState:
         groups = self._optimizer.groups
         extra = self.objective.initial_extra
-        state = initial_state(self.model, self._transform, self.mesh, self.loop.seed, groups, extra)
+        state = initial_state(self.model, self._transform, self.mesh, self.config.seed, groups, extra)
         if self._initial_weights is None:
             return state
         loaded = self._initial_weights.load(self.abstract.all_params)
@@ -234,7 +234,7 @@ class Trainer:
         callbacks, metrics = self.callbacks, None
         for callback in callbacks:
             callback.resume(self)
-        while self.step < self.loop.train_steps and not stop.should_stop(self.step):
+        while self.step < self.config.train_steps and not stop.should_stop(self.step):
             for callback in callbacks:
                 callback.before_step(self)
             batch = self._next_batch(metrics)

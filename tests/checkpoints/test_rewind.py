@@ -25,7 +25,7 @@ from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, prepared_trainer, small_model
 
-LOOP = TrainerConfig(
+CONFIG = TrainerConfig(
     train_steps=12, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=4, keep_checkpoints=9
 )
 
@@ -38,7 +38,7 @@ def train(folder):
         Qwen(small_model()),
         next_token_prediction(),
         OptimizerConfig(1e-2, warmup_steps=2),
-        LOOP,
+        CONFIG,
         make_mesh(MeshConfig(), jax.devices()[:1]),
         data,
         None,

@@ -116,7 +116,7 @@ def test_a_bad_checkpoint_is_refused_before_data_and_compiling(run_folder, tmp_p
         train.train(
             model=dataclasses.replace(config, vocab_size=640),
             optimizer=OptimizerConfig(1e-3),
-            loop=TrainerConfig(train_steps=1, batch_size=8, sequence_length=16),
+            trainer=TrainerConfig(train_steps=1, batch_size=8, sequence_length=16),
             mixture_or_task="a task that does not exist",
             output_dir=str(tmp_path / "new"),
             cache_dir=str(tmp_path / "cache"),
@@ -137,4 +137,4 @@ def test_the_configuration_comes_with_the_weights(run_folder, tmp_path, config, 
     assert model == dataclasses.replace(
         read, context_length=64, embedding_dropout=0.1, remat="none", attention_blocks=model.attention_blocks
     )
-    assert model.attention_blocks.backward_key == 1024 and settings["loop"].tokens_per_device == 8192
+    assert model.attention_blocks.backward_key == 1024 and settings["trainer"].tokens_per_device == 8192

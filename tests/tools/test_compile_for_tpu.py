@@ -186,5 +186,5 @@ def test_every_accelerator_says_what_it_holds_of_every_model(model):
         if file.stem != "cpu":
             load_gin([f"gin/runs/pretrain_{model}.gin", str(file)], ["OUTPUT_DIR=none"])
             settings = gin.get_bindings("train")
-            assert settings["loop"].tokens_per_device >= 4096 and settings["loop"].accumulation_steps is None
+            assert settings["trainer"].tokens_per_device >= 4096 and settings["trainer"].accumulation_steps is None
             assert settings["model"].remat in REMAT_POLICIES

@@ -221,7 +221,7 @@ def named(tree):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-LOOP = TrainerConfig(
+CONFIG = TrainerConfig(
     train_steps=4, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=2, keep_checkpoints=9
 )
 
@@ -232,7 +232,7 @@ def trained(folder, groups, layout=(1, 1, 1), clip_norm=1e-3):
         Qwen(small_model()),
         next_token_prediction(),
         OptimizerConfig(1e-2, clip_norm=clip_norm, groups=groups),
-        LOOP,
+        CONFIG,
         make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))]),
         FakeExamples(),
         None,

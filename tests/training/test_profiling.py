@@ -75,14 +75,14 @@ Peak buffers:
 GPU_MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
 
 
-def trainer(folder, cache=CompilationCache(None), **loop):
+def trainer(folder, cache=CompilationCache(None), **config):
     config = small_model()
     write_run_files(folder, config, None)
     return prepared_trainer(
         Qwen(config),
         next_token_prediction(),
         OptimizerConfig(1e-2, warmup_steps=2),
-        TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=100, **loop),
+        TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=100, **config),
         make_mesh(MeshConfig(), jax.devices()[:1]),
         FakeExamples(),
         None,

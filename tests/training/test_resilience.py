@@ -141,19 +141,19 @@ class Poisoned(FakeExamples):
         return batch
 
 
-LOOP = TrainerConfig(
+CONFIG = TrainerConfig(
     train_steps=8, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=2, keep_checkpoints=9
 )
 
 
-def trainer(folder, skip, layout=(1, 1, 1), data=None, loop=LOOP, objective=poisoned_loss):
+def trainer(folder, skip, layout=(1, 1, 1), data=None, config=CONFIG, objective=poisoned_loss):
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     write_run_files(folder, small_model(), None)
     return prepared_trainer(
         Qwen(small_model()),
         Objective(objective),
         OptimizerConfig(1e-2, warmup_steps=2, skip=skip),
-        loop,
+        config,
         mesh,
         data or Poisoned(),
         None,
@@ -209,7 +209,9 @@ def test_the_statistics_resume_bit_for_bit_even_on_another_mesh(skipping, tmp_pa
     assert resumed.start_step == 4 and int(resumed.state.opt_state.skipped) == 1
     resumed.run()
     assert bits(resumed.state) == bits(run.state)
-    moved = trainer(copy, SkipConfig(nonfinite=True), layout=(2, 2, 2), loop=dataclasses.replace(LOOP, train_steps=9))
+    moved = trainer(
+        copy, SkipConfig(nonfinite=True), layout=(2, 2, 2), config=dataclasses.replace(CONFIG, train_steps=9)
+    )
     np.testing.assert_array_equal(moved.state.opt_state.norms, run.state.opt_state.norms)
 
 

@@ -40,7 +40,7 @@ from tests.fakes import (
     squared_error,
 )
 
-LOOP = TrainerConfig(
+CONFIG = TrainerConfig(
     train_steps=12,
     batch_size=8,
     sequence_length=16,
@@ -53,7 +53,7 @@ LOOP = TrainerConfig(
 
 def trainer(
     folder,
-    loop=LOOP,
+    config=CONFIG,
     layout=(1, 1, 1),
     model=None,
     data=None,
@@ -67,7 +67,7 @@ def trainer(
         Qwen(config),
         next_token_prediction(),
         OptimizerConfig(learning_rate, warmup_steps=2),
-        loop,
+        config,
         mesh,
         data or FakeExamples(),
         FakeExamples(count=13, repeat=False),
@@ -105,7 +105,7 @@ def test_it_learns_and_writes_every_metric(unbroken):
 
 
 def test_no_batches_of_held_out_text_are_no_held_out_loss(tmp_path):
-    result = trainer(tmp_path / "run", loop=dataclasses.replace(LOOP, eval_batches=0, train_steps=5)).run()
+    result = trainer(tmp_path / "run", config=dataclasses.replace(CONFIG, eval_batches=0, train_steps=5)).run()
     assert result["step"] == 5 and not [row for row in read_metrics(tmp_path / "run") if "eval/loss" in row]
 
 
@@ -133,10 +133,10 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(unbroken, tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_everything_once(tmp_path):
-    folder, loop = tmp_path / "run", dataclasses.replace(LOOP, train_steps=3)
-    trainer(folder, loop=loop).run()
+    folder, config = tmp_path / "run", dataclasses.replace(CONFIG, train_steps=3)
+    trainer(folder, config=config).run()
     shutil.rmtree(folder / "checkpoints" / "3")
-    trainer(folder, loop=loop).run()
+    trainer(folder, config=config).run()
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
@@ -200,11 +200,11 @@ class HandOver(Callback):
 def test_batches_may_come_from_any_producer_with_several_streams(tmp_path):
     def run(steps):
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        loop, config = dataclasses.replace(LOOP, train_steps=steps), OptimizerConfig(1e-2, schedule="constant")
+        config, optimizer = dataclasses.replace(CONFIG, train_steps=steps), OptimizerConfig(1e-2, schedule="constant")
         held = Run(tmp_path / "run", Activity(), Goodput(tmp_path / "run"))
         batches = TwoStreams(mesh)
-        callbacks = [*standard_callbacks(held, loop, config, None), HandOver()]
-        made = Trainer(held, Qwen(small_model()), next_token_prediction(), config, loop, mesh, batches, callbacks)
+        callbacks = [*standard_callbacks(held, config, optimizer, None), HandOver()]
+        made = Trainer(held, Qwen(small_model()), next_token_prediction(), optimizer, config, mesh, batches, callbacks)
         made.run()
         return made, batches
 
@@ -236,7 +236,7 @@ class HalfOfTheWeights:
 
 def test_a_part_of_the_weights_may_come_from_elsewhere_and_is_checked_before_compiling(tmp_path, monkeypatch):
     mesh, data = make_mesh(MeshConfig(), jax.devices()[:2]), FakeExamples()
-    arguments = (Qwen(small_model()), next_token_prediction(), OptimizerConfig(1e-2), LOOP, mesh, data, None)
+    arguments = (Qwen(small_model()), next_token_prediction(), OptimizerConfig(1e-2), CONFIG, mesh, data, None)
     begun, plain = (prepared_trainer(*arguments, tmp_path / "a", weights) for weights in (HalfOfTheWeights(), None))
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(begun.state.params["layers"]))
     np.testing.assert_array_equal(begun.state.params["output"], plain.state.params["output"])
@@ -350,9 +350,9 @@ def test_an_objective_without_correct_predictions_trains_evaluates_and_reports(t
 
     def made(folder, layout=(1, 1, 1), **changes):
         mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
-        loop = dataclasses.replace(LOOP, train_steps=6, eval_every=3, **changes)
+        config = dataclasses.replace(CONFIG, train_steps=6, eval_every=3, **changes)
         held_out = ImageExamples(count=13, repeat=False)
-        arguments = (ImageModel(), squared_error(True), OptimizerConfig(1e-2), loop, mesh, ImageExamples(), held_out)
+        arguments = (ImageModel(), squared_error(True), OptimizerConfig(1e-2), config, mesh, ImageExamples(), held_out)
         return prepared_trainer(*arguments, folder)
 
     result = made(tmp_path / "run").run()

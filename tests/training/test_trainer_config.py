@@ -8,14 +8,14 @@ from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.trainer_config import TrainerConfig
 
 
-def loop(batch_size, length=16, **changes):
+def trainer_config(batch_size, length=16, **changes):
     return TrainerConfig(train_steps=1, batch_size=batch_size, sequence_length=length, **changes)
 
 
 def test_the_report_s_batch_on_other_numbers_of_devices():
     """What a device computes at once stays, whatever their number is."""
     parts = [
-        loop(64, tokens_per_device=64).accumulation(make_mesh(MeshConfig(fsdp=n), jax.devices()[:n]))
+        trainer_config(64, tokens_per_device=64).accumulation(make_mesh(MeshConfig(fsdp=n), jax.devices()[:n]))
         for n in (1, 2, 4, 8)
     ]
     assert parts == [16, 8, 4, 2]
@@ -23,15 +23,15 @@ def test_the_report_s_batch_on_other_numbers_of_devices():
 
 def test_a_number_of_parts_is_taken_whatever_fits():
     mesh = make_mesh(MeshConfig(fsdp=8))
-    assert loop(64, tokens_per_device=16, accumulation_steps=2).accumulation(mesh) == 2
-    assert loop(64).accumulation(mesh) == 1
+    assert trainer_config(64, tokens_per_device=16, accumulation_steps=2).accumulation(mesh) == 2
+    assert trainer_config(64).accumulation(mesh) == 1
 
 
 def test_long_rows_over_a_sequence_axis():
     """A device has a quarter of each row, and at least one row is computed at once."""
     mesh = make_mesh(MeshConfig(fsdp=2, sequence=4))
-    assert loop(8, length=64, tokens_per_device=32).accumulation(mesh) == 2
-    assert loop(8, length=64, tokens_per_device=1).accumulation(mesh) == 4
+    assert trainer_config(8, length=64, tokens_per_device=32).accumulation(mesh) == 2
+    assert trainer_config(8, length=64, tokens_per_device=1).accumulation(mesh) == 4
 
 
 @given(
@@ -44,7 +44,7 @@ def test_parts_are_the_fewest_that_fit(rows, length, limit, layout):
     devices = jax.devices()[: layout[0] * layout[1] * layout[2] * layout[3]]
     mesh = make_mesh(MeshConfig(data=layout[0], fsdp=layout[1], sequence=layout[2], tensor=layout[3]), devices)
     ways = layout[0] * layout[1]
-    config = loop(rows * ways, length, tokens_per_device=limit)
+    config = trainer_config(rows * ways, length, tokens_per_device=limit)
     parts = config.accumulation(mesh)
     assert rows % parts == 0
 
