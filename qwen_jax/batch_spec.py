@@ -1,4 +1,4 @@
-"""What a batch consists of: the columns that loaders and other producers declare, and that training reads.
+"""The columns of a batch, which loaders and other producers declare and training reads.
 
 Only the first axis of a batch is assumed, the rows. A row of a column has any shape; its axes have the logical names of
 `qwen_jax.sharding.RULES`, or None where they are not split over devices.

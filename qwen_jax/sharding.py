@@ -44,7 +44,7 @@ _one_replica: contextvars.ContextVar[bool] = contextvars.ContextVar("qwen_jax_on
 class MeshConfig:
     """Number of devices along each mesh axis. One axis may be -1: it takes the remaining devices.
 
-    docs/reference/parallelism.md says what each axis costs and when to use it.
+    docs/reference/parallelism.md gives the cost and the use of each axis.
 
     Attributes:
       data: replicas of the parameters, which exchange gradients once per step and nothing else. The only axis that may
@@ -256,7 +256,7 @@ def batch_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
 
 
 def axis_shards(name: str | None, mesh: Mesh) -> int:
-    """Into how many parts `mesh` splits an axis of this logical name."""
+    """Number of shards of a logical axis on `mesh`."""
     return _num_shards(spec((name,))[0], mesh)
 
 

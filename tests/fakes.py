@@ -162,7 +162,7 @@ def text_corpus(folder: Path, documents: int = 60) -> Path:
     for index in range(documents):
         lines = [" ".join(words.choices("the cat sat on a mat and 1984".split(), k=9)) for _ in range(12)]
         (folder / "text" / f"{index}.txt").write_text(".\n".join(lines))
-    # Enough different words for the vocabulary to be learnt from.
+    # Enough different words for the vocabulary to be learned from.
     other = ["".join(words.choices("abcdefghij", k=6)) for _ in range(80)]
     (folder / "text" / "long.txt").write_text(" ".join(other * 3))
     subprocess.run(

@@ -426,7 +426,7 @@ def test_any_split_into_processes_gives_the_same_losses(corpus):
         runs[processes] = corpus / f"split-{processes}"
         Job(corpus, runs[processes], processes=processes, devices=4 // processes, **short).done()
         assert_same_run(runs[processes], runs[1], bits=False)
-    # Rows that a process holds need not be neighbours: tensor lies inside fsdp, data outside.
+    # Rows that a process holds need not be neighbors: tensor lies inside fsdp, data outside.
     longer = {**short, "TRAIN_STEPS": 40}
     for processes, mesh in (
         (2, {"MeshConfig.data": 1, "MeshConfig.fsdp": 4}),

@@ -40,13 +40,13 @@ def test_the_axes_multiply_to_the_devices_and_one_takes_the_rest():
     assert [device.id for device in mesh.devices.flat] == [device.id for device in jax.devices()]
 
 
-def test_only_copies_of_the_parameters_lie_in_different_slices():
+def test_only_replicas_of_the_parameters_lie_in_different_slices():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), slices_of(2, 8, "gpu"))
     indices = slice_indices(mesh)
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 2}
-    for copy in indices:
-        assert len(np.unique(copy)) == 1
-    # Neighbouring copies share a slice as far as it reaches.
+    for replica in indices:
+        assert len(np.unique(replica)) == 1
+    # Neighboring replicas share a slice as far as it reaches.
     np.testing.assert_array_equal(indices[:, 0, 0, 0], [0, 0, 1, 1])
 
 

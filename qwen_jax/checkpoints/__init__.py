@@ -1,1 +1,1 @@
-"""Run folders: what lies in one, how checkpoints are written and read, and how a run goes back to one."""
+"""Run folders: their files, writing and reading of checkpoints, and rewinds to earlier ones."""

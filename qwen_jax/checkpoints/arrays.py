@@ -43,7 +43,7 @@ def tokenizer_path(path: str | Path) -> Path | None:
 
 @contextlib.contextmanager
 def _appearing(folder: Path) -> Generator[Path]:
-    """A hidden folder beside `folder`, which takes its place when the block ends well, and vanishes otherwise."""
+    """A hidden folder beside `folder`, which replaces it when the block ends well, and is removed otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty: choose another output folder, or remove it")
     if folder.parent.is_dir():
@@ -56,12 +56,12 @@ def save_params(folder: str | Path, config: ModelConfig, params, tokenizer: str 
     """Writes weights alone as a run folder with one checkpoint, at step 0.
 
     Args:
-      folder: must not exist, or be empty. Appears whole or not at all.
+      folder: must not exist, or be empty. It appears whole or not at all.
       params: the parameter pytree, numpy or jax arrays.
       tokenizer: a .tiktoken file to copy, or None.
 
     Raises:
-      CheckpointError: the folder has something in it.
+      CheckpointError: the folder is not empty.
     """
     with _appearing(Path(folder)) as temporary:
         write_run_files(temporary, config, tokenizer)
@@ -75,13 +75,13 @@ def pieces(shape: tuple[int, ...]) -> list[slice]:
 
 
 class ParamsWriter:
-    """Parameters on their way into a run folder, written piece by piece; made by `writing_params`."""
+    """Writes parameters into a run folder piece by piece; made by `writing_params`."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]):
         # Orbax itself lays down all files but the arrays' data: it saves a tree of the same names with one number each.
         skeleton = unflatten_dict({path: np.zeros(1, np.float32) for path in shapes}, sep="/")
         ocp.save_checkpointables(str(folder.absolute()), {"params": skeleton})
-        # A kill loses nothing that a process has written, and the folder appears only when all is.
+        # A killed process loses no byte that it has written, and the folder appears only when all is written.
         self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context({"file_io_sync": False})
         self._path: str | None = None
         self._array: ts.TensorStore | None = None
@@ -99,7 +99,7 @@ class ParamsWriter:
         self._pending = self._array[piece].write(array)
 
     def wait(self) -> None:
-        """Returns when all that was given is on disk."""
+        """Returns when all pieces are on disk."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -145,17 +145,17 @@ def _stored_names(folder: Path, context: ts.Context) -> list[str]:
 def writing_params(
     folder: str | Path, config: ModelConfig, tokenizer: str | Path | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> Generator[ParamsWriter]:
-    """As `save_params`, but parameters are written a piece at a time, so that the model is never held whole.
+    """As `save_params`, but writes one piece at a time, so that memory never holds the whole model.
 
-    Orbax's own saving holds at least one whole parameter, of all layers, several times. Here it makes the checkpoint
-    with arrays of one number, which are then replaced through TensorStore, on which Orbax stands. The chunks of the
-    arrays are the pieces, so that one layer can be read without the others.
+    Orbax's own saving holds at least one whole parameter, of all layers, several times. Here Orbax makes the checkpoint
+    with arrays of one number, and TensorStore, the library below Orbax, replaces them. The chunks of the arrays are the
+    pieces, so that one layer can be read without the others.
 
     Args:
       shapes: path, such as "layers/mlp/up/kernel", to shape of every parameter. All are float32.
 
     Raises:
-      CheckpointError: the folder has something in it.
+      CheckpointError: the folder is not empty.
     """
     with _appearing(Path(folder)) as temporary:
         write_run_files(temporary, config, tokenizer)
@@ -168,14 +168,14 @@ class StoredParams:
     """The parameters of a run folder's newest checkpoint (or of the folder of one step), read in slices.
 
     Attributes:
-      shapes: path, such as "layers/mlp/up/kernel", to shape of every parameter that is there.
+      shapes: path, such as "layers/mlp/up/kernel", to shape of every stored parameter.
 
     Raises:
       CheckpointError: no such checkpoint, or it cannot be read.
     """
 
     def __init__(self, path: str | Path):
-        # The step is fixed here: a run that goes on must not change it between two parameters.
+        # The step is fixed here: a save of a running run must not change it between two parameters.
         self.folder = _step_folder(path, None)
         self._context = ts.Context()
         try:
@@ -189,7 +189,7 @@ class StoredParams:
         self.shapes = {path: tuple(array.shape) for path, array in self._arrays.items()}
 
     def stored_together(self, path: str) -> int:
-        """How many indices of the first axis one chunk holds: reading one of them reads all of these."""
+        """Number of indices of the first axis in one chunk: reading one index reads the whole chunk."""
         shape = self._arrays[path].chunk_layout.read_chunk.shape
         assert shape is not None and shape[0] is not None  # TensorStore knows the chunks of every zarr array
         return shape[0]

@@ -32,14 +32,14 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int = 3, keep_every: int = 0):
         """Opens (or makes) the run folder's checkpoints, of which the last `keep` are kept.
 
-        What a killed save left behind is removed.
+        Opening removes the remains of a killed save.
 
         Args:
-          keep_every: the checkpoints of multiples of this many steps are kept, too; 0 keeps no others.
+          keep_every: also keeps the checkpoints of multiples of this number of steps; 0 keeps no others.
         """
         self.folder = (Path(folder) / CHECKPOINTS).absolute()
         self._keep, self._keep_every = keep, keep_every
-        # What is on disk may be seen earlier by one process of a job than by another; this is the same in all.
+        # One process of a job may see a file earlier than another does; this is the same in all.
         self._newest: int | None = None
         self._open()
 
@@ -72,7 +72,7 @@ class Checkpoints:
 
         Raises:
           ValueError: a key holds a dot: Orbax joins keys by dots, so two arrays could share one place.
-          whatever an earlier save in the background died of.
+          Exception: the error of an earlier save in the background.
         """
         if step == self._newest:
             return
@@ -86,7 +86,7 @@ class Checkpoints:
 
     @staticmethod
     def metadata(folder: str | Path, step: int) -> dict:
-        """What was saved beside the arrays of a checkpoint: the positions of the data streams.
+        """The metadata of a checkpoint: positions of the data streams and their fingerprints.
 
         Raises:
           OldFormatError: an earlier version wrote it.
@@ -96,7 +96,7 @@ class Checkpoints:
         try:
             metadata = ocp.checkpointables_metadata(str(path)).custom_metadata
             if not isinstance(metadata, dict) or not {"positions", "next_example"} & metadata.keys():
-                raise ValueError("it says nothing of the data position")
+                raise ValueError("its metadata has no data position")
         except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
             raise CheckpointError(f"checkpoint {path} cannot be read: {unreadable_reason(error)}") from error
         if "positions" not in metadata:
@@ -109,8 +109,8 @@ class Checkpoints:
     def restore_latest(self, abstract: dict) -> tuple[int, dict, dict] | None:
         """Restores the newest checkpoint that can be read, each shard straight to its device.
 
-        One that cannot be read is named in the log and set aside as `checkpoints/unreadable-STEP`. All processes of a
-        job restore the same one: what one of them cannot read, none uses.
+        A checkpoint that cannot be read is named in the log and set aside as `checkpoints/unreadable-STEP`. All
+        processes of a job restore the same one: none uses a checkpoint that another cannot read.
 
         Args:
           abstract: name to pytree of shapes, dtypes and shardings, as `save` was given arrays.
@@ -121,7 +121,7 @@ class Checkpoints:
         Raises:
           OldFormatError: an earlier version wrote the newest one.
           CheckpointError: there are checkpoints and none can be read.
-          JaxRuntimeError: the devices have too little memory, which says nothing of the checkpoints.
+          JaxRuntimeError: the devices have too little memory; the checkpoints may be intact.
         """
         failed = []
         for step in reversed(self.steps()):
@@ -190,9 +190,9 @@ def unreadable_reason(error: BaseException) -> str:
     """Why a checkpoint could not be read, on one line.
 
     Raises:
-      JaxRuntimeError: for want of memory. The checkpoint may be as good as any.
+      JaxRuntimeError: the memory did not suffice; the checkpoint may be intact.
     """
-    # Orbax says of most things that its handler is incompatible, and what happened is the cause of that.
+    # Orbax reports most errors as an incompatible handler, with the actual error as its cause.
     while error.__cause__ is not None:
         error = error.__cause__
     if is_out_of_memory(error):
@@ -201,6 +201,6 @@ def unreadable_reason(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, short enough for one line of a log."""
+    """Text of an error, short enough for one line of a log."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"

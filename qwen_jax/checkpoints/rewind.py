@@ -1,8 +1,8 @@
 """Going back to an earlier checkpoint of a run, and past the examples that harmed it.
 
-A run folder's `rewinds.json` lists what was done. The examples to pass over are spans of the global order of one data
-stream, so they hold whatever checkpoint the run goes on from and however many hosts it has. Nothing is deleted: later
-checkpoints and the metrics as they were lie in `rewound_N`, which is a run folder itself.
+A run folder's `rewinds.json` lists the rewinds. The examples to skip are spans of the global order of one data stream,
+so they hold for any checkpoint that the run resumes from, and for any number of hosts. A rewind deletes nothing: it
+moves later checkpoints, and copies the metrics, into `rewound_N`, which is a run folder itself.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Rewind:
     Attributes:
       to_step, from_step: the checkpoint that the run goes on from, and its newest until then.
       skipped: [start, stop) of the global example indices that are passed over; equal where none are.
-      folder: name of the folder with what was set aside.
+      folder: name of the folder with the later checkpoints and the metrics.
       time: of the command, as `time.time()` gives it.
       stream: name of the data stream whose examples are passed over.
       done: False between the command's first and last write.
@@ -117,7 +117,7 @@ def rewind(folder: str | Path, to_step: int, skip_examples: int = 0, stream: str
     number = 1 + max((int(one.folder.rpartition("_")[2]) for one in before), default=0)
     span = (position, _end_of_span(position, skip_examples, earlier))
     made = Rewind(to_step, steps[-1], span, f"rewound_{number}", time.time(), stream)
-    # From here on a kill is harmless: the next start of the run, or of this command, does the rest.
+    # From here on a kill is harmless: the next start of the run, or of this command, finishes the rewind.
     _write(folder, [*before, made])
     finish_rewinds(folder)
     return dataclasses.replace(made, done=True)
@@ -136,7 +136,7 @@ def _end_of_span(position: int, count: int, earlier: list[tuple[int, int]]) -> i
 
 
 def finish_rewinds(folder: str | Path) -> None:
-    """Sets aside what a rewind that was interrupted has not yet; does nothing where all are done."""
+    """Finishes interrupted rewinds; does nothing where all are done."""
     folder = Path(folder)
     rewinds = read_rewinds(folder)
     for index, one in enumerate(rewinds):

@@ -1,9 +1,9 @@
-"""What lies in a run folder, beside its checkpoints: the model's configuration and the tokenizer.
+"""The files of a run folder beside its checkpoints: the model's configuration and the tokenizer.
 
 A run folder holds
 
     model_config.json    the ModelConfig
-    tokenizer.tiktoken   the ranks that the run was trained with
+    tokenizer.tiktoken   the ranks of the run's tokenizer
     metrics.jsonl        one row of figures every few steps
     checkpoints/STEP/    see `qwen_jax.checkpoints.manager`
 """
@@ -17,7 +17,7 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "model_config.json"
 TOKENIZER_FILE = "tokenizer.tiktoken"
 METRICS_FILE = "metrics.jsonl"
-# How a run computes, or what only inference uses: these may change between two starts of one run.
+# Fields of the computation alone, or of inference alone: they may change between two starts of one run.
 RUNTIME_FIELDS = (
     "dtype",
     "remat",
@@ -32,13 +32,13 @@ RUNTIME_FIELDS = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or run folder that cannot be used, with what is wrong and what to do."""
+    """A checkpoint or run folder cannot be used; the message gives the fault and the remedy."""
 
 
 def write_run_files(folder: Path, config: ModelConfig, tokenizer: str | Path | None) -> None:
     """Puts the model configuration and the tokenizer's ranks into a run folder, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    # First, because it is what makes the folder one of ours after a kill.
+    # First: after a kill, this file identifies the folder as a run folder.
     files.write_json(folder / CONFIG_FILE, config.to_dict(), indent=1)
     if tokenizer is not None:
         files.copy_file(tokenizer, folder / TOKENIZER_FILE)

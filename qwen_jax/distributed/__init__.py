@@ -1,1 +1,1 @@
-"""The processes of one job: how they find each other, agree, notice that one is missing, and stop together."""
+"""The processes of one job: joining, agreement, detection of lost processes, and a common stop."""

@@ -1,4 +1,4 @@
-"""The processes of one job: how they find each other, agree before they start, and pass on what one of them does.
+"""The processes of one job: joining it, comparison before the start, and actions of one process for all.
 
 Everything rests on JAX's coordination service, a server inside process 0. Its key-value store has no public interface
 that works without the devices, so `_client` reaches for the private one: the only such place of the project.
@@ -26,28 +26,28 @@ import qwen_jax
 
 log = logging.getLogger(__name__)
 
-# Exit code of a process whose job cannot go on for a reason outside it: "try again" of sysexits.h. Schedulers may
-# restart on it; 2 is an error that comes again.
+# Exit code where a lost process or a hang ends the job: "try again" of sysexits.h. Schedulers may restart on it; 2 is
+# an error that would come again.
 TRY_AGAIN = 75
 # Seconds between two looks at the other processes, at most.
 POLL_SECONDS = 5.0
 _WAITING_SECONDS = 30.0
 # Timers below Python hold no more, some of them not even that in milliseconds.
 _LONGEST_SECONDS = 1e6
-# For the others to read why process 0 ends, at most.
+# Seconds that process 0 gives the others to read the reason why it ends, at most.
 _READING_SECONDS = 30.0
 _Value = TypeVar("_Value")
 
 
 @dataclasses.dataclass(frozen=True)
 class JobConfig:
-    """How this process joins its job. All of the first three, or none where JAX can find them out by itself.
+    """How this process joins its job. Give all of the first three, or none where JAX can detect them.
 
     Attributes:
       coordinator_address: HOST:PORT of process 0, reachable from all.
       num_processes, process_id: of the job, and of this process in it.
       heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
-      hang_timeout: seconds without progress after which a process dumps its stacks and ends; 0 waits for ever.
+      hang_timeout: seconds without progress after which a process dumps its stacks and ends; 0 sets no limit.
       join_timeout: seconds that the processes wait for each other at the start.
     """
 
@@ -70,16 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--coordinator_address",
         metavar="HOST:PORT",
-        help="where process 0 listens. JAX finds out this and the next two on TPU slices and under Slurm and MPI",
+        help="where process 0 listens. JAX detects this and the next two on TPU slices and under Slurm and MPI",
     )
-    group.add_argument("--num_processes", type=int, metavar="N", help="of the job; 1: this process alone, ask nobody")
+    group.add_argument(
+        "--num_processes", type=int, metavar="N", help="of the job; 1: this process alone, without a coordinator"
+    )
     group.add_argument("--process_id", type=int, metavar="I", help="of this process, in [0, N)")
     group.add_argument(
         "--heartbeat_timeout",
         type=float,
         default=JobConfig.heartbeat_timeout,
         metavar="SECONDS",
-        help="a process not heard of for so long is lost, and the job ends (default: %(default)s)",
+        help="a process without a sign of life for so long is lost, and the job ends (default: %(default)s)",
     )
     group.add_argument(
         "--hang_timeout",
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=900.0,
         metavar="SECONDS",
         help="without a finished step or other progress for so long, a process writes the stacks of its threads and "
-        "ends; 0 waits for ever (default: %(default)s)",
+        "ends; 0 sets no limit (default: %(default)s)",
     )
     group.add_argument(
         "--join_timeout",
@@ -133,11 +135,11 @@ def connect(config: JobConfig) -> None:
     """Joins the job, if this process is part of one. Must come before the first use of a device.
 
     Raises:
-      ValueError: the other processes do not answer.
+      ValueError: the job cannot be joined.
     """
     if config.num_processes == 1:
         return
-    # JAX's own limits are the second line of defense: it aborts the process, ours say what is missing.
+    # JAX's own limits are the second line of defense: they abort the process, and ours name the missing process.
     initialize = functools.partial(
         jax.distributed.initialize,
         heartbeat_timeout_seconds=int(3 * config.heartbeat_timeout) + 30,
@@ -199,7 +201,7 @@ def process_count() -> int:
 
 
 def log_on_main(text: str, *values) -> None:
-    """Logs what is the same in all processes of the job, in process 0 alone."""
+    """Logs in process 0 alone, for messages that are the same in all processes."""
     if process_index() == 0:
         log.info(text, *values)
 
@@ -226,7 +228,7 @@ def peek_all(folder: str) -> dict[int, Any]:
 
 
 def wait_for(key: str, what: str, limit: float | None = None):
-    """The value of a key of the job's store once it is there; says now and then what is waited for.
+    """Waits for a key of the job's store and returns its value; logs every 30 seconds that it waits.
 
     Raises:
       TimeoutError: not there after `limit` seconds.
@@ -247,12 +249,12 @@ def wait_for(key: str, what: str, limit: float | None = None):
 
 
 def name_of(process: int, facts: dict) -> str:
-    """How errors call a process: its number and its host."""
+    """Name of a process in errors: its number, host and pid."""
     return f"process {process} ({facts['host']}, pid {facts['pid']})"
 
 
 def facts_of_this_process(configuration: str) -> dict:
-    """What all processes of a job must have in common, and what tells this one from the others."""
+    """Versions, sources and configuration, which all processes must share, and host and pid of this process."""
     sources = hashlib.sha256()
     for file in sorted(Path(qwen_jax.__file__).parent.rglob("*.py")):
         sources.update(file.read_bytes())
@@ -278,10 +280,10 @@ def _difference(name: str, first: str, other: str) -> str:
 
 
 def let_all_read(key: str, limit: float) -> None:
-    """Says that this process has read why the job ends; process 0, where the store lives, waits for all to say so.
+    """Confirms that this process has read the reason why the job ends; process 0, which holds the store, waits for all.
 
     Args:
-      key: folder of the store in which they say it.
+      key: folder of the store for the confirmations.
       limit: seconds to wait for them.
     """
     process, count = process_index(), process_count()
@@ -293,7 +295,7 @@ def let_all_read(key: str, limit: float) -> None:
         if time.monotonic() > deadline:
             return
         time.sleep(0.1)
-    # JAX aborts a process that is still there when the store goes: they need a moment to end.
+    # JAX aborts a process that still runs when the store closes: the others need a moment to end.
     time.sleep(1)
 
 
@@ -309,7 +311,7 @@ def handshake(configuration: str, limit: float = JobConfig.join_timeout) -> dict
 
     Raises:
       ValueError: in every process, naming the hosts that differ from process 0 and in what.
-      TimeoutError: a process did not say anything.
+      TimeoutError: a process did not answer.
     """
     process, count = process_index(), process_count()
     if count == 1:
@@ -348,7 +350,7 @@ def run_on_main(key: str, what: str, action: Callable[[], _Value]) -> _Value:
 
     Args:
       key: unique within the job.
-      what: what the others wait for, as they say it.
+      what: name of the action, for the log of the others.
     """
     process, count = process_index(), process_count()
     if count == 1:
@@ -361,11 +363,11 @@ def run_on_main(key: str, what: str, action: Callable[[], _Value]) -> _Value:
 
 
 def agree(key: str, what: str, problem: str | None) -> dict[int, str]:
-    """Problems of all processes with one thing, by process; empty where nobody has any.
+    """Problems of all processes with one action, by process; empty where no process has one.
 
     Args:
       key: unique within the job.
-      what: what is waited for, as errors say it.
+      what: name of the action, for the log.
       problem: of this process, or None.
     """
     process, count = process_index(), process_count()

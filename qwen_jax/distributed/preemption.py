@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 
 class PreemptionHandler:
-    """While open, SIGTERM asks for a save and a clean end instead of ending the process.
+    """While open, SIGTERM requests a save and a clean end instead of ending the process.
 
     In a job of several processes JAX receives the signal, whichever process gets it, and chooses a step for all.
     """

@@ -1,9 +1,9 @@
-"""Notices when a run stands still: a process that died, a host that hangs, a step that does not end.
+"""Detects a run without progress: a process that died, a host that hangs, a step that does not end.
 
-Two threads stand beside the loop of every process. One exchanges signs of life through the job's store: each process
+Two threads run beside the loop of every process. One exchanges signs of life through the job's store: each process
 writes its own and reads one verdict, and process 0 alone looks at all of them. The other only watches clocks, so that a
-call into the network that never returns is noticed too. What they find ends the process with an error that names who
-or what was waited for; the state since the last checkpoint is lost, and the same command goes on from there.
+call into the network that never returns is detected too. Either ends the process with an error that names the missing
+process or operation; the state since the last checkpoint is lost, and the same command resumes from there.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ _STANDARD_ERROR = 2
 
 @dataclasses.dataclass
 class Activity:
-    """What the loop is doing now; every change of it is a sign of progress.
+    """Current activity of the loop; every change of it is a sign of progress.
 
     Attributes:
-      what: as errors call it.
+      what: name of the activity in errors.
       step: updates made.
-      together: whether it ends only when all processes have come to it.
-      limited: False for what may rightly take hours, such as caching a corpus.
+      together: whether it ends only when all processes have reached it.
+      limited: False for an activity that may take hours, such as caching a corpus.
     """
 
     what: str = "starting"
@@ -51,14 +51,14 @@ class Activity:
     since: float = dataclasses.field(default_factory=time.monotonic)
 
     def now(self, what: str, step: int | None = None, *, together: bool = False, limited: bool = True) -> None:
-        """Says that something new has begun."""
+        """Records the begin of a new activity."""
         self.what, self.together, self.limited = what, together, limited
         self.step = self.step if step is None else step
         self.since = time.monotonic()
 
 
 def dump_stacks(folder: Path | None, process: int) -> str:
-    """Writes what every thread is doing to standard error and into the run's folder; returns where."""
+    """Writes the stacks of all threads to standard error and into the run's folder; returns the place."""
     sys.stderr.flush()
     faulthandler.dump_traceback(_STANDARD_ERROR, all_threads=True)
     if folder is None or not folder.is_dir():
@@ -70,7 +70,7 @@ def dump_stacks(folder: Path | None, process: int) -> str:
 
 
 def exit_process(message: str, code: int) -> None:
-    """Ends this process at once: what the main thread waits for will not come, so it cannot be asked to."""
+    """Ends this process at once, with one line on standard error: the main thread may wait forever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.write(2, f"\nerror: {' '.join(message.split())}\n".encode())
@@ -97,7 +97,7 @@ def join_job(config: hosts.JobConfig, configuration: str) -> Generator["Watchdog
 
 
 def _nobody_came(config: hosts.JobConfig):
-    """Ends a process whose job did not come together, and says as far as it can be known what is missing."""
+    """Ends a process whose job did not form in time, and names the missing process as far as it is known."""
     address = config.coordinator_address or hosts.coordinator_address()
     if address and not _reachable(address):
         missing = f"process 0 cannot be reached at {address}"
@@ -126,7 +126,7 @@ class Watchdog:
     """Watches one process and its job while open.
 
     Attributes:
-      activity: what the loop does now; the loop keeps it up to date.
+      activity: current activity of the loop, which the loop updates.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Watchdog:
         """Prepares to watch.
 
         Args:
-          facts: what `hosts.handshake` gave.
+          facts: result of `hosts.handshake`.
           folder: where the stacks of a process that hangs are written.
         """
         self.activity, self.folder = Activity(), folder
@@ -264,7 +264,7 @@ class Watchdog:
         return None
 
     def _suspects(self, alive: dict[int, dict]) -> str:
-        """Which processes the others wait for."""
+        """Text for errors: the processes that the others wait for."""
         running = {process: said for process, said in alive.items() if said["beat"] >= 0}
         least = min(said["step"] for said in running.values())
         suspects = {p: said for p, said in running.items() if not said["together"]} or {
@@ -283,7 +283,7 @@ class Watchdog:
         return hosts.name_of(process, facts) if facts else f"process {process}"
 
     def _tell_the_others(self, error: BaseException):
-        """Says why this process ends, unless the reason is that another one did."""
+        """Tells the others why this process ends, unless it ends because of another."""
         text = one_line(error)
         if _came_from_others(error):
             print(f"process {self._process}: {text[:300]}; looking for the process that is missing", file=sys.stderr)

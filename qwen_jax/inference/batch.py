@@ -23,7 +23,7 @@ STREAM_SECONDS = 0.1
 
 
 def bucket(length: int, smallest: int) -> int:
-    """The size that `length` is computed with: a power of two, so that few programs are compiled."""
+    """`length` rounded up to a power of two, so that few programs are compiled."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
@@ -132,7 +132,7 @@ def prompts_of(
         values = np.zeros((len(requests), size, config.hidden_size), config.compute_dtype)
         embeddings = InputEmbeddings(values, np.zeros((len(requests), size), bool))
     for row, request in enumerate(requests):
-        # An id outside the vocabulary stands for none.
+        # An id outside the vocabulary means that there is no token.
         tokens[row, : request.prompt_length] = request.prompt or config.vocab_size
         if embeddings is not None and request.embeddings is not None:
             assert request.embedding_positions is not None  # `check_request` fills them in
@@ -153,7 +153,7 @@ class Batch:
       call: runs the programs.
       ways: into how many parts the mesh splits rows.
       rows: number of rows.
-      steady: whether the number of steps must not depend on the time: the processes of a job must do the same.
+      steady: whether the number of steps must not depend on the time, as all processes of a job must take the same.
     """
 
     def __init__(self, call: Programs, config: ModelConfig, ways: int, rows: int, steady: bool):
@@ -206,7 +206,7 @@ class Batch:
 
     def _prefill(self, params, size: int, rows: list[Row]) -> list[StreamChunk]:
         count = next(count * self.ways for count in PREFILL_ROWS if count * self.ways >= len(rows))
-        # Filled up with copies of the last one, which are written to the same place.
+        # The last request repeats; its repetitions are written to the same place.
         filled = rows + [rows[-1]] * (count - len(rows))
         requests = [row.request for row in filled]
         tokens, lengths, embeddings = prompts_of(requests, size, self.config)
@@ -290,7 +290,7 @@ class Batch:
         return chunk
 
     def _steps(self) -> int:
-        """How many tokens to generate before the host looks: few if somebody watches, or text may end a row."""
+        """Number of tokens to generate before the host looks: few for streams, and where text may end a row."""
         if any(row.streaming for row in self.rows if row):
             if self.steady:
                 return STEPS_BEFORE_STOP_STRINGS

@@ -1,7 +1,7 @@
 """Generation for many prompts at once: a batch of rows, in which each finished one makes room for the next prompt.
 
 Prompts are computed in buckets of lengths; then all rows decode together, many tokens for each look of the host. A row
-has its own length, rules and random numbers, so what is generated for a prompt does not depend on the rows beside it.
+has its own length, rules and random numbers, so its tokens do not depend on the rows beside it.
 """
 
 import contextlib
@@ -115,8 +115,8 @@ class Engine:
         """Takes a request, which the next `step` begins if there is room, else a later one.
 
         Args:
-          streaming: whether somebody watches: while such a request is under way, `step` returns about every tenth of a
-            second instead of every 32 tokens.
+          streaming: whether a user watches: during such a request, `step` returns about every tenth of a second instead
+            of every 32 tokens.
 
         Raises:
           ValueError: see `check_request`.
@@ -159,12 +159,12 @@ class Engine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Results in the order in which they finish; `Result.index` is the place of a request.
 
-        Closing the iterator cancels what has not finished.
+        Closing the iterator cancels unfinished requests.
 
         Args:
           requests: a sequence is checked as a whole before anything is computed. Anything else is read, in a thread of
-            its own, as rows become free: it may go on for ever, and wait between two requests, while those that it has
-            given are generated. (Where the mesh spans several processes, it is read in step with the rows.)
+            its own, as rows become free: it may have no end, and may wait between two requests while the engine
+            generates for earlier ones. (Where the mesh spans several processes, it is read in step with the rows.)
 
         Raises:
           ValueError: see `check_request`; the message has the index of the request.
@@ -222,7 +222,7 @@ class Engine:
             if batch.busy:
                 self._deliver(batch.proceed(self.params, bool(self._waiting)))
         except BaseException:
-            # What the devices held may be half updated.
+            # The arrays on the devices may be half updated.
             self._batch = None
             self._rows.clear()
             self._waiting.clear()

@@ -1,7 +1,7 @@
 """Programs for the devices: prompts into a cache, a cache into its rows of the batch, and many tokens at a time.
 
-The host chooses between these programs and reads the result of each. What it reads lies whole on every device, so that
-every process of a job can.
+The host chooses between these programs and reads their results. Results lie whole on every device, so that every
+process of a job can read them.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ class Programs:
         return len(self._compiled)
 
     def __call__(self, program: Callable, key: tuple, *arguments) -> Any:
-        """The result of `program`. `key` has what the shapes of `arguments` depend on."""
+        """The result of `program`. `key` has all sizes that the shapes of `arguments` depend on."""
         begun = time.perf_counter()
         result = program(self.mesh, *arguments)
         if key not in self._compiled:

@@ -65,7 +65,7 @@ class StreamChunk:
     Attributes:
       handle: of the request.
       tokens, log_probs: as in `Result`, the new ones.
-      text: the text that is certain by now; it may lag behind the tokens. None without a tokenizer.
+      text: the text that later tokens cannot change; it may lag behind the tokens. None without a tokenizer.
       finish_reason: in the last chunk, else None.
       result: the whole continuation, in the last chunk, else None.
     """
@@ -79,12 +79,12 @@ class StreamChunk:
 
     @property
     def index(self) -> int:
-        """That of the handle."""
+        """Index of the handle."""
         return self.handle.index
 
     @property
     def request(self) -> Request:
-        """That of the handle."""
+        """Request of the handle."""
         return self.handle.request
 
 
@@ -93,7 +93,7 @@ class Result:
     """A finished continuation.
 
     Attributes:
-      index: that of the handle.
+      index: index of the handle.
       request: the request.
       tokens: the generated ids, with the one that ended the continuation.
       log_probs: float32 [len(tokens)], logarithm of the probability that the model gives each token after those before
@@ -128,7 +128,8 @@ def check_request(request: Request, config: ModelConfig, context_length: int, le
 
     Args:
       config: of the model.
-      context_length: the largest number of tokens of prompt and continuation together; `length_rule` says what sets it.
+      context_length: the largest number of tokens of prompt and continuation together; `length_rule` names the setting
+        behind it.
       tokenizer: the engine's, or None.
 
     Raises:

@@ -49,7 +49,7 @@ def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequenc
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, (prompt, continuation) in enumerate(pairs):
-        # The last token predicts nothing that is asked for.
+        # The last token predicts no token of the continuation.
         size = bucket(len(prompt) + len(continuation) - 1, SMALLEST_PROMPT)
         groups.setdefault((size, bucket(len(continuation), SMALLEST_CONTINUATION)), []).append(index)
     scores: dict[int, Score] = {}

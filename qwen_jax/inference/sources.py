@@ -10,9 +10,9 @@ END = object()
 
 
 class ReadAhead:
-    """An iterable that a thread reads, so that nobody waits for its next item unless there is nothing else to do.
+    """An iterable that a thread reads ahead, so that the engine need not wait for the next item.
 
-    An item that the iterable raises is raised where it would have come.
+    An error of the iterable is raised in place of its next item.
     """
 
     def __init__(self, items: Iterable, ahead: int):
@@ -35,7 +35,7 @@ class ReadAhead:
         """The next item, or END; None if there is none yet and `wait` is false.
 
         Raises:
-          Exception: whatever the iterable raised.
+          Exception: the error of the iterable.
         """
         try:
             item, error = self._queue.get(block=wait)
@@ -54,7 +54,7 @@ class ReadAhead:
 
 
 class ReadInStep:
-    """An iterable that is read when an item is asked for: for processes that must all do the same."""
+    """An iterable that is read on demand: for processes that must all read the same items."""
 
     def __init__(self, items: Iterable):
         self._items = iter(items)

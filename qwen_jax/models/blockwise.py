@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.ops import product
 
-# More and smaller blocks skip more of what lies above the diagonal, and make longer programs.
+# More and smaller blocks skip more of the scores above the diagonal, and make longer programs.
 _MOST_BLOCKS = 8
 _LEAST_QUERIES = 128
 

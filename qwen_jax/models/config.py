@@ -56,7 +56,7 @@ class AttentionBlocks:
 class ModelConfig:
     """Everything that fixes the shapes and the arithmetic of a decoder (report 2.3.1).
 
-    The defaults are what all released Qwen v1 models share; each size is one file in `gin/models/`.
+    All released Qwen v1 models share the defaults; each size is one file in `gin/models/`.
 
     Attributes:
       vocab_size: rows of the embedding and of the output projection; at least the tokenizer's size.
@@ -65,7 +65,7 @@ class ModelConfig:
       num_heads: query heads.
       num_kv_heads: key and value heads; None means `num_heads` (multi-head attention, as in Qwen v1).
       head_dim: width of one head.
-      ffn_size: width inside SwiGLU, half of what Qwen v1's `intermediate_size` says.
+      ffn_size: width inside SwiGLU, half of Qwen v1's `intermediate_size`.
       context_length: training context length in tokens (`seq_length` of the released configuration).
       rope_theta: base of the rotary frequencies.
       norm_epsilon: added to the mean square inside RMSNorm.
@@ -80,8 +80,8 @@ class ModelConfig:
       init_std: standard deviation of the initial weights; projections back into the residual stream get
         init_std / sqrt(2 * num_layers).
       embedding_dropout, attention_dropout: probabilities, used only when `deterministic=False`.
-      dtype: compute dtype, "bfloat16" or "float32". Parameters are float32 whatever it is.
-      remat: what each block keeps for the backward pass; one of REMAT_POLICIES.
+      dtype: compute dtype, "bfloat16" or "float32". Parameters are always float32.
+      remat: the activations that each block keeps for the backward pass; one of REMAT_POLICIES.
       attention_kernel: of training passes: "splash" (TPU), "cudnn" (NVIDIA GPU), "xla" (any platform), or "auto", the
         platform's own where it can run. Inference is always XLA's.
       attention_blocks: block sizes of the TPU kernel; hardware files set them.

@@ -33,7 +33,7 @@ class DecodingCache:
     """Keys and values of the tokens so far.
 
     layers: a KVCache for each block.
-    ntk_alpha: float32 [batch], the stretch of the rotary base that each row's prompt asked for. Its keys are rotated
+    ntk_alpha: float32 [batch], the factor of the rotary base by the length of each row's prompt. Its keys are rotated
       with it, so decoding keeps it.
     """
 

@@ -1,4 +1,4 @@
-"""The attention kernels behind one interface, and which of them a model runs where."""
+"""The attention kernels behind one interface, and the choice among them."""
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +199,7 @@ def resolve_kernel(config: ModelConfig, length: int | None, mesh: Mesh | None = 
       packed: whether rows have segments.
 
     Raises:
-      ValueError: the configuration asks for a kernel that cannot run, and why.
+      ValueError: the configured kernel cannot run; the message gives the reason.
     """
     mesh = mesh or mesh_in_use()
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from qwen_jax.models.ops import matmul_precision
 from qwen_jax.sharding import constrain, num_shards, split_shards, sum_shards
 
-# So many logits exist on a device at a time, in float32 and again in the compute dtype: 1,024 tokens of the released
-# vocabulary. Those of a whole batch would be the largest array of the step.
+# Number of logits that exist on a device at a time, in float32 and again in the compute dtype: 1,024 tokens of the
+# released vocabulary. Those of a whole batch would be the largest array of the step.
 LOGITS_AT_A_TIME = 1024 * 152064
 
 
@@ -26,7 +26,7 @@ class TokenStatistics(NamedTuple):
     Attributes:
       log_probs: float32, logarithm of the probability of the token, in nats.
       most_likely: float32, 1 where no other token has a larger logit, else 0. It has no gradient.
-      entropy: float32, of the distribution over the vocabulary, in nats; None where nobody asked for it.
+      entropy: float32, of the distribution over the vocabulary, in nats; None unless requested.
     """
 
     log_probs: jax.Array
@@ -116,10 +116,9 @@ def _target_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 class _Gradients(NamedTuple):
-    """Gradients while the chunks are passed through: by the hidden states, and by the kernel of each shard.
+    """Gradients during the pass over chunks: by the hidden states, and by the kernel of each shard.
 
-    hidden: takes the place of the hidden states, chunk by chunk, which nobody reads again: one array of the batch's
-      width less.
+    hidden: replaces the hidden states chunk by chunk, as they are not read again: one array of the batch's width less.
     kernel: float32 [row shards, length shards, hidden, vocabulary].
     """
 
@@ -133,7 +132,7 @@ class _Gradients(NamedTuple):
         return cls(hidden, constrain(kernel, "batch", "length", None, "vocab"))
 
     def add(self, start: jax.Array, hidden: jax.Array, kernel: jax.Array, error: jax.Array) -> "_Gradients":
-        """With those of a chunk, whose gradient by the logits is `error` in the compute dtype."""
+        """Adds the gradients of a chunk, whose gradient by the logits is `error` in the compute dtype."""
         precision = matmul_precision(hidden.dtype)
         by_hidden = jnp.einsum("arclv,dv->arcld", error, kernel, precision=precision)
         by_kernel = self.kernel + jnp.einsum(
@@ -198,7 +197,7 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics(with_entropy: bool, hidden, kernel, targets, temperature):
-    """The fields of `TokenStatistics`, the entropy only if it is asked for."""
+    """The fields of `TokenStatistics`, with the entropy only if requested."""
     return _statistics_forward(with_entropy, hidden, kernel, targets, temperature)[0]
 
 

@@ -19,8 +19,8 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
 def product(equation: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     """Einsum of two arrays of the compute dtype, in `dtype` (by default theirs), summed in float32."""
     dtype = a.dtype if dtype is None else dtype
-    # XLA's CPU backend has fast bfloat16 products only with float32 results. Elsewhere they are what is added up
-    # anyway, and asking for them would let sums between devices take twice the bytes.
+    # XLA's CPU backend has fast bfloat16 products only with float32 results. Other backends sum in float32 anyway, and
+    # float32 results would double the bytes of sums between devices.
     wide = jnp.float32 if platform() == "cpu" else dtype
     return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=wide).astype(dtype)
 
@@ -50,8 +50,8 @@ project.defvjp(_project_forward, _project_backward)
 def gather_weight(weight: jax.Array, names: tuple[str, ...], dtype) -> jax.Array:
     """The weight in the compute dtype, whole along the axis that parameters are sharded over.
 
-    It is cast before it is gathered, and its gradient is reduced in the compute dtype straight to where the parameter
-    lies: half of float32's bytes both ways.
+    The cast precedes the gather, and the gradient is reduced in the compute dtype straight to the shards of the
+    parameter: half of float32's bytes both ways.
 
     Args:
       weight: float32, its dimensions named `names`.

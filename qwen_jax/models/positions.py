@@ -91,7 +91,7 @@ def rotary_angles(
     """
     base: float | jax.Array = theta
     if ntk_alpha is not None:
-        # A head of one pair has the frequency 1 alone, whatever the base.
+        # A head of one pair has the frequency 1 alone, for any base.
         base = theta * ntk_alpha[:, None, None] ** (head_dim / max(head_dim - 2, 1))
     frequencies = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies

@@ -1,8 +1,8 @@
 """Balanced queries for rows that are split over the `sequence` axis: every device gets the same work.
 
 Of N devices in a row, device d holds chunks 2d and 2d + 1 of the 2N equal chunks of each row. A causal kernel that
-skips what lies above the diagonal would leave the first device almost idle and give the last one nearly twice the mean.
-So the queries, and nothing else, change places for the time of the kernel: device d computes chunks d and 2N - 1 - d,
+skips blocks above the diagonal would leave the first device almost idle and give the last one nearly twice the mean.
+So the queries, and nothing else, change places during the kernel: device d computes chunks d and 2N - 1 - d,
 of which every pair has the same number of keys before it.
 """
 

@@ -164,7 +164,7 @@ class Qwen(nn.Module):
         """Name of the attention kernel for rows of `length` tokens on `mesh`.
 
         Raises:
-          ValueError: the configuration asks for a kernel that cannot run there.
+          ValueError: the configured kernel cannot run there.
         """
         return resolve_kernel(self.config, length, mesh, packed=packed)
 
@@ -211,7 +211,7 @@ class Qwen(nn.Module):
         """Normed final hidden states [batch, length, hidden] in the compute dtype; arguments as in `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        # Parameters are made with a sequence of one token, whatever kernel trains them.
+        # Parameters are made with a sequence of one token, which not every kernel takes.
         mask = causal_mask(tokens.shape[1], segment_ids) if self.is_initializing() else None
         return self._hidden(tokens, embeddings, positions, segment_ids, mask, deterministic)
 

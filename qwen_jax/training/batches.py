@@ -13,14 +13,14 @@ from qwen_jax.checkpoints.rewind import after_skipped
 
 
 class Examples(Protocol):
-    """Random access to examples by global index; what `qwen_jax.data.loader` gives.
+    """Random access to examples by global index, as `qwen_jax.data.loader` gives it.
 
-    An objective may ask for more, as that of text does for `bytes_per_token`.
+    An objective may require more: that of text requires `bytes_per_token`.
 
     Attributes:
       fingerprint: of data and order; a run is not resumed where it differs.
-      repeat: whether indices go on for ever, or end at `len`.
-      columns: of what `read` gives.
+      repeat: whether indices continue without end, or end at `len`.
+      columns: the columns of the arrays that `read` gives.
     """
 
     fingerprint: str
@@ -63,14 +63,14 @@ def global_batch(examples: Examples, start: int, shapes: dict) -> dict[str, jax.
 
 
 class Batches(Protocol):
-    """Where a `Trainer` takes its batches from: a `Prefetcher`, or what generates them.
+    """Source of the batches of a `Trainer`: a `Prefetcher`, or a producer that generates them.
 
     Attributes:
       columns: of every batch.
       shapes: name of each column to the ShapeDtypeStruct of its array, placed on the mesh.
       fingerprints: name of each data stream to the fingerprint of its data and order.
-      positions: name of each data stream to the index at which a resumed run begins, for what `next` has given.
-      waited: seconds that `next` was waited for.
+      positions: name of each data stream to the index at which a resumed run begins, after the batches so far.
+      waited: seconds that callers of `next` have waited.
     """
 
     columns: tuple[Column, ...]

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: evaluation, checkpoints, traces; `reporting.py` has the rows of metrics."""
+"""Callbacks around the steps of a run: evaluation, checkpoints, traces; `reporting.py` has the rows of metrics."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ TRACE_FOLDER = "trace"
 
 
 class Callback:
-    """Called by the loop of a `Trainer`; each method does nothing by default.
+    """Hooks that the loop of a `Trainer` calls; each method does nothing by default.
 
     The trainer's attributes say where the run is: `step` (updates made), `state`, `config`, `run_folder`, `writer`,
     `latest`.
@@ -29,43 +29,43 @@ class Callback:
         """Compiles what the callback computes, before the state is on the devices."""
 
     def begin(self, trainer: "Trainer") -> None:
-        """The state is there, and no step was made in this start."""
+        """Runs once the state is on the devices, before the first step of this start."""
 
     def before_step(self, trainer: "Trainer") -> None:
-        """Comes before the batch of the next step is asked for."""
+        """Runs before the trainer requests the batch of the next step."""
 
     def after_step(self, trainer: "Trainer", metrics: dict[str, jax.Array]) -> None:
-        """A step was started; its metrics may still be being computed."""
+        """Runs after a step was dispatched; the devices may still compute its metrics."""
 
     def due(self, trainer: "Trainer") -> bool:
-        """Whether `act` shall be called after this step."""
+        """Whether the trainer calls `act` after this step."""
         return False
 
     def settle(self, trainer: "Trainer") -> None:
-        """Every step so far is to be accounted for: some callback acts now, or the run ends."""
+        """Accounts for every step so far: some callback acts next, or the run ends."""
 
     def act(self, trainer: "Trainer") -> None:
-        """Does what was due."""
+        """Does the work that was due."""
 
     def resume(self, trainer: "Trainer") -> None:
-        """Callbacks have acted, and steps follow."""
+        """Runs after callbacks have acted, before further steps."""
 
     def end(self, trainer: "Trainer") -> None:
-        """The last step of this start was made, and nothing failed."""
+        """Runs after the last step of this start, unless an error ended it."""
 
     def close(self) -> None:
-        """Releases what is open, whether the run ended well or not."""
+        """Releases open resources, also after an error."""
 
 
 class Evaluation(Callback):
     """Measures the objective on held-out examples: before the first step, every `every` steps, and after the last."""
 
     def __init__(self, examples: Examples, every: int, most_batches: int):
-        """Chooses what is measured.
+        """Chooses the examples and the interval.
 
         Args:
           every: interval in steps; 0 measures only before the first and after the last step.
-          most_batches: at most so many batches are measured.
+          most_batches: the largest number of batches to measure.
         """
         self._examples, self._every, self._most_batches = examples, every, most_batches
 

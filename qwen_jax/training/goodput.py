@@ -1,7 +1,7 @@
 """Where the time of a run went, over all of its starts: `goodput.json` in the run's folder.
 
 Goodput is the time of steps that count over all time since the first start. What is written at every row of metrics
-survives a kill; the time between the last row and the next start counts as idle, for nobody was there to measure it.
+survives a kill; the time between the last row and the next start counts as idle, since no process measured it.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def _shares(starts: list[_Start]) -> dict[str, float]:
 
 
 def written_shares(folder: str | Path) -> dict[str, float] | None:
-    """`Goodput.shares` of a run as it was last written, None for a run without an account.
+    """`Goodput.shares` of a run as last written; None for a run without an account.
 
     Raises:
       CheckpointError: the account cannot be read.
@@ -80,7 +80,7 @@ class Goodput:
     """Adds up the seconds of this start by cause; one object in process 0."""
 
     def __init__(self, folder: str | Path, began: float | None = None):
-        """Opens the account of a run; begins anew where what is there cannot be read, for it is no reason not to train.
+        """Opens the account of a run; begins a new one where the file cannot be read, since a run can train without it.
 
         Args:
           began: `time.time()` when the process started.
@@ -97,14 +97,14 @@ class Goodput:
         self._since = time.perf_counter() - (now - self._start.began)
 
     def count(self, cause: str) -> None:
-        """The time since the last call was spent on `cause`."""
+        """Adds the time since the last call to `cause`."""
         now = time.perf_counter()
         seconds = self._start.seconds
         seconds[cause] = seconds.get(cause, 0.0) + now - self._since
         self._since = now
 
     def resumed(self, step: int) -> None:
-        """This start goes on after `step`: what earlier ones did beyond it was lost."""
+        """Records that this start resumes after `step`, so later steps of earlier starts were lost."""
         self._start.first = self._start.to = self._start.kept = step
         for start in self._before:
             start.kept = min(start.kept, max(step, start.first))

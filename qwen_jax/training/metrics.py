@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSON-lines file, TensorBoard, and a progress bar."""
+"""Writers of the metrics of a run: a JSON-lines file, TensorBoard, and a progress bar."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from qwen_jax.checkpoints.run_folder import METRICS_FILE
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """Rows of a run's metrics file; a last line that a kill cut short is left out."""
+    """Rows of a run's metrics file; skips a last line that a kill has truncated."""
     rows = []
     file = Path(folder) / METRICS_FILE
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -44,7 +44,7 @@ class MetricsWriter:
     """Writes `metrics.jsonl`, TensorBoard events and the progress bar of one run.
 
     Rows that an interrupted run wrote after the checkpoint it resumes from are dropped: the resumed run writes them
-    again, and the file reads like that of a run that never stopped.
+    again, and the file equals that of an uninterrupted run.
     """
 
     def __init__(self, folder: str | Path, start_step: int, total_steps: int):
@@ -71,7 +71,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def describe(self, step: int, facts: dict) -> None:
-        """Appends a row of what is no number, such as the kernel in use, where a start of the run goes on."""
+        """Appends a row of values that are no numbers, such as the kernel, where a start resumes after `step`."""
         self._file.write(json.dumps({"step": step, **facts}) + "\n")
         for name, value in facts.items():
             self._board.add_text(name, str(value), step)

@@ -1,4 +1,4 @@
-"""What training asks of a model, and of the weights that a new run starts from."""
+"""Protocols of a model that can be trained, and of the initial weights of a run."""
 
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ class Model(Protocol):
         """Name of the attention kernel for rows of `length` tokens (None: rows without tokens) on `mesh`.
 
         Raises:
-          ValueError: the configuration asks for a kernel that cannot run there.
+          ValueError: the configured kernel cannot run there.
         """
 
     def apply(self, variables: dict, *arguments, **options) -> Any:
@@ -30,16 +30,16 @@ class Model(Protocol):
 
 
 class InitialWeights(Protocol):
-    """Weights that a new run starts from, whole or for a part of the model."""
+    """Initial weights of a new run, for the whole model or a part of it."""
 
     def check(self, abstract: dict) -> None:
-        """Finds what is wrong with them, before anything is compiled.
+        """Checks that the weights fit the model, before anything is compiled.
 
         Args:
           abstract: all parameters of the model: nested dict of ShapeDtypeStructs with shardings.
 
         Raises:
-          CheckpointError: they cannot be read, or do not fit the model.
+          CheckpointError: the weights cannot be read, or do not fit the model.
         """
 
     def load(self, abstract: dict) -> dict:

@@ -1,4 +1,4 @@
-"""What an objective consists of: a loss, and how its sums become the metrics of a run."""
+"""The interface of objectives: a loss, and the functions that turn its sums into metrics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _all_of_them(metrics: dict[str, float]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimized, and how it is reported. Nothing else in `training` knows the name of a metric but "loss".
+    """A loss to minimize, and its report. The rest of `training` knows no name of a metric but "loss".
 
     Sums, not means, come from a loss: gradient accumulation and several hosts then give exactly the mean over the whole
     batch, however unevenly the loss-carrying tokens are spread.
@@ -50,6 +50,6 @@ class Objective:
             raise ValueError("an Objective needs both initial_extra and update_extra, or neither")
 
     def sums(self, model, params, batch, rng, extra) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The sum that is minimized and, in a dict with "loss" among them, all sums."""
+        """(sum to minimize, dict of all sums, with that one as "loss")."""
         loss, sums = self.loss(model, params, batch, rng, *(() if self.initial_extra is None else (extra,)))
         return loss, {"loss": loss, **sums}

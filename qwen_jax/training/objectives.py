@@ -1,4 +1,4 @@
-"""What is minimized: next-token prediction and its loss. `qwen_jax.training.objective` says what an objective is."""
+"""Next-token prediction and its loss; `qwen_jax.training.objective` has the interface of objectives."""
 
 import math
 

@@ -34,10 +34,11 @@ class OptimizerConfig:
       weight_decay: decoupled, times the learning rate, on projections, embedding and output; not on norms and biases.
       clip_norm: largest global norm of the gradient; None does not clip.
       first_moment_dtype: "float32", or "bfloat16", which saves 2 of the 12 bytes of a parameter and its moments. The
-        update itself is float32, and so is the second moment: what a step adds to it is near bfloat16's rounding.
-      skip: which updates are left out; by default none.
-      groups: parameters that are trained differently, or frozen. Without any, all are trained by the schedule and the
-        weight decay above; with them, each has its own schedule, and a parameter that is in no group is refused.
+        update itself is float32, and so is the second moment, which one step changes by about the rounding of bfloat16.
+      skip: conditions under which an update is skipped; by default none.
+      groups: parameters that are trained differently, or frozen. Without groups, the schedule and the weight decay
+        above apply to all parameters; with them, each group has its own schedule, and a parameter in no group is an
+        error.
     """
 
     peak_learning_rate: float

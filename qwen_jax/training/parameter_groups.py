@@ -1,4 +1,4 @@
-"""Groups of parameters: which are trained, at what rate, from which step; which are frozen (arXiv 2308.12966, table 8).
+"""Parameter groups: each has its own learning rate and start step, or is frozen (arXiv 2308.12966, table 8).
 
 Groups are matched by the path of a parameter, such as `layers/mlp/up/kernel`; the first group that matches takes it. A
 frozen group is split off before gradients are computed, so it costs no gradient, no moments and no clipping.
@@ -66,7 +66,7 @@ def check_numbers(config, positive: Sequence[str] = (), not_negative: Sequence[s
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are trained alike, or not at all.
+    """Parameters that share a schedule, or are frozen together.
 
     Attributes:
       name: in errors and metrics (`learning_rate/NAME`).
@@ -221,7 +221,7 @@ def overlay_params(params: dict, replacement: dict) -> dict:
 
 
 def has_layers(path: str) -> bool:
-    """Whether the first axis of a parameter with this path is that of the stacked layers."""
+    """Whether the first axis of a parameter with this path is the axis of stacked layers."""
     return "layers" in path.split("/")
 
 
@@ -284,5 +284,5 @@ def drop_gradients_before_start(groups: Sequence[ParameterGroup]) -> optax.Gradi
 
 
 def first_match(path: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
-    """The group that takes a parameter; `assign_groups` has found that there is one."""
+    """The first group whose pattern matches a parameter; `assign_groups` has checked that there is one."""
     return next(group for group in groups if re.fullmatch(group.pattern, path))

@@ -1,4 +1,4 @@
-"""Looking into a run: the largest arrays, and what filled the memory."""
+"""Memory of a run: its largest arrays, and errors that name the largest buffers."""
 
 import contextlib
 import logging
@@ -46,12 +46,12 @@ def format_bytes(size: int) -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(doing: str, folder: Path, state) -> Generator[None]:
-    """Turns an error for want of memory into one that says what took it, and writes a profile of the memory.
+    """Turns an out-of-memory error into one that names the largest buffers, and writes a memory profile.
 
     Args:
-      doing: what needed the memory, as the error says it.
+      doing: the activity that needed the memory, for the error.
       folder: gets `memory.prof`, which `pprof` reads.
-      state: pytree of arrays or shapes that are named where they are among the largest.
+      state: pytree of arrays or shapes; the error names the largest of them.
 
     Raises:
       OutOfMemory: in place of JAX's RESOURCE_EXHAUSTED.

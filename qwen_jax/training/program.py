@@ -1,4 +1,4 @@
-"""The compiled train step of a run, and what it needs by arithmetic: operations, memory, data moved between devices."""
+"""The compiled train step of a run, and estimates of its operations, its memory and its traffic between devices."""
 
 import dataclasses
 import math
@@ -39,13 +39,13 @@ def compile_run(
 ) -> jax.stages.Compiled:
     """Compiles the train step of a run from shapes alone, for the devices of `mesh`, whether they exist here or not.
 
-    This is what `Trainer` runs and what `tools/compile_for_tpu.py` measures.
+    `Trainer` runs this program, and `tools/compile_for_tpu.py` measures it.
 
     Args:
       compiler_options: XLA's, by name; those of `gin/hardware/`.
 
     Raises:
-      ValueError: batch, model or mesh do not divide, or the model asks for an attention kernel that cannot run.
+      ValueError: batch, model or mesh do not divide, or the configured attention kernel cannot run.
     """
     model.attention(row_length(columns), is_packed(columns), mesh)
     rates, transform = learning_rates(optimizer, train_steps), make_optimizer(optimizer, train_steps)
@@ -119,8 +119,10 @@ def state_bytes_per_device(state: TrainState) -> dict[str, int]:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that a program can use on one of these devices, if that is known: what the backend says; of a CPU, this
-    computer's memory shared by the devices that it plays."""
+    """Bytes that a program can use on one device of `mesh`, or None where the backend reports no limit.
+
+    Virtual devices of a CPU share the memory of the computer equally.
+    """
     device = mesh.local_devices[0] if mesh.local_devices else mesh.devices.flat[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(len(mesh.local_devices), 1)
@@ -138,17 +140,17 @@ def check_run(
     accumulation: int = 1,
     memory: int | None = None,
 ) -> dict[str, int]:
-    """What can be said before compiling: do batch, model and mesh divide, and can the state fit.
+    """Checks, before compiling, that batch, model and mesh divide and that the state can fit.
 
     Args:
-      memory: bytes that a program can use on one device; None where that is not known.
+      memory: bytes that a program can use on one device; None skips the check.
 
     Returns:
       `state_bytes_per_device`.
 
     Raises:
       ValueError: batch, model or mesh do not divide.
-      TooLittleMemory: they do, but the state does not fit.
+      TooLittleMemory: the state does not fit.
     """
     batch_shapes(mesh, batch_size, columns, accumulation)
     state = abstract_state(model, make_optimizer(optimizer, train_steps), mesh, optimizer.groups)
@@ -159,7 +161,7 @@ def check_run(
 
 
 def check_memory(needed: dict[str, int], memory: int, parameters: int, mesh: Mesh) -> None:
-    """Refuses what does not fit.
+    """Refuses a state that does not fit on a device.
 
     Args:
       needed: bytes on one device, by part.
@@ -167,7 +169,7 @@ def check_memory(needed: dict[str, int], memory: int, parameters: int, mesh: Mes
       parameters: of the model, for the message.
 
     Raises:
-      TooLittleMemory: with the parts, and what to change.
+      TooLittleMemory: the message names the parts, and the settings to change.
     """
     if sum(needed.values()) > memory:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
@@ -198,8 +200,8 @@ def least_collectives(
         part (the embedding and the output projection once: rows are looked up in the forward pass alone, and the loss
         computes its gradients with its logits); their gradients scattered once (an all-reduce instead moves twice as
         much on the wire).
-      parameters held by several devices (data, and whatever does not split them): gradients of a device's share
-        all-reduced once.
+      parameters held by several devices (along data, and along axes that do not split them): gradients of a device's
+        share all-reduced once.
       tensor: activations all-reduced four times per block and part (after attention and FFN, and their mirror images
         in the backward pass), once after the embedding and once before the output projection.
       sequence: keys and values of each block gathered for the forward and for the backward pass, their gradients

@@ -1,4 +1,4 @@
-"""What a run says of its steps: rows of metrics, figures beside the progress bar, which host holds up the others."""
+"""Reports of the steps of a run: rows of metrics, figures beside the progress bar, and the slowest host."""
 
 import math
 import statistics
@@ -16,12 +16,12 @@ class TrainingDiverged(FloatingPointError):
 
 
 def host_statistics(paces: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Least, median and largest of what the processes of a job measured, and which process is the slowest.
+    """Least, median and largest of the measurements of all processes, and the slowest process.
 
     Args:
       paces: process to its "step", "data_wait" and "busy": seconds a step from start to start, waiting for a batch, and
-        not waiting for devices. Steps take equally long in all, for every step waits for all; the process that the
-        others wait for is the one that waits for nobody, so the largest "busy" or "data_wait" names it.
+        not waiting for devices. Every step waits for all processes, so steps take equally long in all of them; the
+        slowest process waits for no other, and has the largest "busy" or "data_wait".
 
     Returns:
       `hosts/NAME_min`, `_median`, `_max` and `hosts/NAME_slowest`, the number of the process with the largest.
@@ -43,13 +43,13 @@ class Reporter(Callback):
         """Opens nothing yet.
 
         Args:
-          most_skipped: updates left out in a row that end the run.
+          most_skipped: number of consecutive skipped updates that ends the run.
         """
         self._most_skipped = most_skipped
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def begin(self, trainer):
-        """Opens the files in process 0, and says what the run computes with."""
+        """Opens the files in process 0, and writes the kernel, the mesh and the devices."""
         self._trainer, self._goodput = trainer, trainer.run_folder.goodput
         self._process, self._processes = hosts.process_index(), hosts.process_count()
         if self._process == 0:
@@ -82,7 +82,7 @@ class Reporter(Callback):
             self._pending = None
 
     def resume(self, trainer):
-        """What callbacks did does not count for the pace."""
+        """Leaves the time of callbacks out of the pace."""
         self._restart_clock()
 
     def end(self, trainer):
@@ -158,5 +158,5 @@ class Reporter(Callback):
         pace = {"step": seconds, "data_wait": waited, "busy": seconds - self._device_wait}
         hosts.put(f"pace/{self._process}", {name: value / self._steps for name, value in pace.items()})
         if self._process == 0:
-            # What the others last put there, which may be their row before: nobody waits for anybody here.
+            # The newest values of the other processes, which may be those of their previous row: none waits here.
             values.update(host_statistics(hosts.peek_all("pace")))

@@ -1,8 +1,8 @@
-"""Updates that would harm a run are skipped: gradients that are not finite, and spikes of their norm.
+"""Skips updates that would harm a run: gradients that are not finite, and spikes of their norm.
 
-The report says nothing of either, so both are off unless a run asks for them. The statistics that spikes are judged by
-are kept in any case, as a part of the optimizer's state: they are saved with every checkpoint, a resumed run judges as
-the unbroken one, and skipping can be turned on in the middle of a run that begins to spike.
+The report mentions neither, so both are off by default. The optimizer's state always holds the statistics for spikes:
+every checkpoint has them, a resumed run decides as an uninterrupted one, and skipping can be turned on in the middle of
+a run that begins to spike.
 """
 
 import dataclasses
@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Norms that the median is taken of. A constant, so that a checkpoint fits whatever a run asks for.
+# Number of norms in the median. A constant, so that a checkpoint fits any SkipConfig.
 WINDOW = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class SkipConfig:
-    """Which updates are left out. Every skipped one is counted in the metrics; its examples are passed over.
+    """Conditions for skipping an update. Metrics count every skipped update; its examples are not read again.
 
     Attributes:
       nonfinite: skip where the norm of the gradient is infinite or NaN.
       spike_factor: skip where the norm is more than this many times the median norm of the last 128 updates that were
         made; None skips no spike. The median and not the mean, because one spike that passes moves it by one rank.
-      least_history: updates that must have been made before a spike is called one.
-      most_in_a_row: so many skipped one after the other end the run: the weights are lost, not a batch.
+      least_history: number of updates that must precede the first spike.
+      most_in_a_row: number of consecutive skipped updates that ends the run: the fault is then in the weights.
     """
 
     nonfinite: bool = False
@@ -99,12 +99,12 @@ def skip_updates(inner: optax.GradientTransformation, config: SkipConfig) -> opt
 
 
 def updates_made(state: optax.OptState, step: jax.Array) -> jax.Array:
-    """How many of `step` updates were made and not skipped: what a learning-rate schedule has counted."""
+    """Number of the `step` updates that were not skipped, which a learning-rate schedule counts."""
     return state.made if isinstance(state, HealthState) else step
 
 
 def skip_metrics(state: optax.OptState) -> dict[str, jax.Array]:
-    """Scalars for the metrics of a step: updates left out so far, and without one made in between."""
+    """Scalars for the metrics of a step: skipped updates so far, and consecutive ones."""
     if not isinstance(state, HealthState):
         return {}
     return {"skipped_updates": state.skipped, "skipped_in_a_row": state.in_a_row}

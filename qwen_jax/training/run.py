@@ -1,5 +1,7 @@
-"""A run folder in use: checked, locked, rewound, its time accounted for, its process watched. What runs in it is open:
-pretraining, SFT and RLHF are all `open_run` and a `Trainer`."""
+"""A run folder in use: `open_run` checks it, locks it, finishes rewinds and accounts for its time.
+
+Pretraining, SFT and RLHF all use `open_run` and a `Trainer`.
+"""
 
 import contextlib
 import dataclasses
@@ -27,7 +29,7 @@ class Run:
 
     Attributes:
       folder: OUTPUT_DIR.
-      activity: what the process does now, for the watchdog and for errors.
+      activity: current activity of the process, for the watchdog and for errors.
       goodput: the account of the run's time.
     """
 
@@ -40,7 +42,7 @@ class Run:
         return skipped_spans(self.folder, stream)
 
     def preemption(self) -> PreemptionHandler:
-        """A context in which SIGTERM asks for a save and a clean end."""
+        """A context in which SIGTERM requests a save and a clean end."""
         return PreemptionHandler()
 
 
@@ -77,7 +79,7 @@ def open_run(
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Generator[None]:
-    """Locks the folder; one that was made for the lock and got nothing else is removed."""
+    """Locks the folder, and removes it if it is new and holds the lock alone."""
     new = not folder.exists()
     try:
         with files.locked(folder):
@@ -93,10 +95,10 @@ def _check_folder(folder: Path, check_same_run: Callable[[Path], None]) -> None:
     if (folder / CONFIG_FILE).exists():
         check_same_run(folder)
         return
-    # What a start leaves that ended before its first step: killed, hung, or out of memory.
+    # Files of a start that ended before its first step: killed, hung, or out of memory.
     leftovers = re.compile(rf"\..*|{CHECKPOINTS}|{COMPILED}|{re.escape(MEMORY_PROFILE)}|stacks_\d+\.txt")
     there = sorted(path.name for path in folder.glob("*") if not leftovers.fullmatch(path.name))
     if there:
         raise CheckpointError(
-            f"OUTPUT_DIR {folder} holds {there[0]!r} and is no run of ours: choose an empty or new folder"
+            f"OUTPUT_DIR {folder} holds {there[0]!r} and is not a run folder: choose an empty or new folder"
         )

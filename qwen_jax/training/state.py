@@ -20,8 +20,8 @@ class TrainState:
 
     Attributes:
       step: int32, updates made.
-      params: float32 pytree of what is trained.
-      frozen: pytree of what is not, float32 or bfloat16; together with `params` the model's parameters.
+      params: float32 pytree of the trained parameters.
+      frozen: pytree of the frozen parameters, float32 or bfloat16; together with `params` the model's parameters.
       opt_state: the optimizer's pytree, of `params` alone.
       extra: pytree of running statistics that an objective keeps.
     """
@@ -75,7 +75,7 @@ def abstract_state(
       ValueError: a parameter's dimension does not divide by its mesh axes, or the groups do not fit the parameters.
     """
     params = jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
-    split_params(params, groups)  # here, because errors of what JAX traces are long
+    split_params(params, groups)  # here, because errors inside a JAX trace are long
     boxed = jax.eval_shape(lambda params: _state_of(params, optimizer, groups, initial_extra), params)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -52,7 +52,7 @@ def make_train_step(
 ) -> Callable:
     """The function `(state, batch) -> (state, metrics)`; metrics are scalars.
 
-    The update is that of the mean loss over the whole batch, whatever `accumulation` is. Dropout, when the model has
+    The update is that of the mean loss over the whole batch, for any `accumulation`. Dropout, when the model has
     any, depends on (seed, step) alone. Frozen parameters have no gradient.
 
     Args:
@@ -171,7 +171,7 @@ def compile_eval_step(
 
     Args:
       state, batch: pytrees of arrays or of ShapeDtypeStructs with shardings.
-      accumulation: parts that the batch is computed in, as in training: what fits there fits here.
+      accumulation: parts that the batch is computed in, as in training, so that evaluation needs no more memory.
     """
 
     def eval_step(params, extra, batch):

@@ -31,10 +31,10 @@ from qwen_jax.training.trainer_config import TrainerConfig
 def standard_callbacks(
     run: Run, config: TrainerConfig, optimizer: OptimizerConfig, eval_set: Examples | None
 ) -> list[Callback]:
-    """Rows of metrics, traces, evaluation and checkpoints, as the configuration asks for them.
+    """Callbacks for metrics, traces, evaluation and checkpoints, as configured.
 
     Raises:
-      ValueError: a process is to be traced that the job does not have.
+      ValueError: the job has no process of the number `trace_process`.
     """
     callbacks: list[Callback] = [Reporter(optimizer.skip.most_in_a_row)]
     if config.trace_steps is not None:
@@ -49,7 +49,7 @@ class Trainer:
 
     Attributes:
       run_folder: the open run.
-      model, objective, config, mesh, batches: as they were given.
+      model, objective, config, mesh, batches: the arguments.
       abstract: shapes, dtypes and shardings of the state.
       kernel: name of the attention kernel.
       state: the TrainState; there after `prepare`.
@@ -57,7 +57,7 @@ class Trainer:
       step: updates made.
       start_step: updates that earlier starts had made.
       checkpoints: those of the run; there after `prepare`.
-      writer: of metrics; writes nothing where no callback has opened one, or another process writes.
+      writer: writes the metrics; discards them until a callback opens a file, and where another process writes.
       latest: the last value of every metric.
     """
 
@@ -80,7 +80,7 @@ class Trainer:
 
         Args:
           callbacks: around the steps; `standard_callbacks` gives the usual ones.
-          initial_weights: what a new run starts from, instead of random weights.
+          initial_weights: weights of a new run, instead of random ones.
           cache: where compiled programs are looked for first.
           compiler_options: XLA's for the train step.
 
@@ -100,7 +100,7 @@ class Trainer:
         self._prepared = False
 
     def prepare(self) -> None:
-        """Compiles, then restores the run or starts one. `run` does it where nobody has.
+        """Compiles, then restores the run or starts one. `run` calls it if the caller has not.
 
         Raises:
           ValueError: batch and mesh do not divide.

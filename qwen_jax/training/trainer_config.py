@@ -17,11 +17,11 @@ class TrainerConfig:
       sequence_length: tokens of one sequence.
       accumulation_steps: parts that a batch is computed in, one after the other; None: as few as `tokens_per_device`
         allows.
-      tokens_per_device: tokens that one device may compute at once, for what its memory holds; at least one row is.
+      tokens_per_device: the largest number of tokens that fit into a device's memory at once; one row is the minimum.
         None: no limit. Not used where accumulation_steps is given.
       seed: of parameters and dropout.
       log_every, eval_every, checkpoint_every: intervals; 0 for eval_every means only at start and end.
-      eval_batches: at most so many batches of the held-out set are used; 0: no held-out loss.
+      eval_batches: the largest number of batches of the held-out set; 0: no held-out loss.
       keep_checkpoints: how many of the newest are kept.
       keep_every: the checkpoints of multiples of this many steps are kept as well, for rewinds; 0 keeps no others.
       trace_steps: (first, last) step to write an XProf trace of, into the run's folder; None writes none.

@@ -54,7 +54,7 @@ def test_forward_and_backward_are_cudnn_calls(packed, call, cudnn_library):
 def test_every_device_calls_it_on_its_own_rows_and_heads(layout, packed, cudnn_library):
     mesh = jax.make_mesh(layout, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
-    def of_copies(*arrays):
+    def of_replicas(*arrays):
         rows = dict(enumerate(arrays))
         of_copy = sum_over_replicas(
             lambda _, rows, __: gradients(packed)(*rows.values()), dict.fromkeys(rows, ("length",))
@@ -62,7 +62,7 @@ def test_every_device_calls_it_on_its_own_rows_and_heads(layout, packed, cudnn_l
         return of_copy(None, rows, None)
 
     with use_mesh(mesh):
-        text = jax.jit(of_copies).trace(*shapes()).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(of_replicas).trace(*shapes()).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
     assert len(calls) == 2 and all(f"tensor<1x{LENGTH}x2x64xbf16>" in line for line in calls)
 

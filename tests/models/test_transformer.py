@@ -32,7 +32,7 @@ def tiny_config(**changes) -> ModelConfig:
 def make(config: ModelConfig):
     model = Qwen(config)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
-    # Biases and norm weights are trivial at initialisation; make them matter.
+    # Biases and norm weights are trivial at initialization; make them matter.
     noise = np.random.default_rng(2)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32), params)
     return model, params
@@ -137,7 +137,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_pass(changes):
 
 
 @pytest.mark.parametrize("remat", sorted(set(REMAT_POLICIES) - {"none", "offload"}))
-def test_rematerialisation_changes_no_gradient(remat):
+def test_rematerialization_changes_no_gradient(remat):
     tokens = tokens_of(2, 20)
     _, params = make(tiny_config())
 

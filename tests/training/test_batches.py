@@ -20,7 +20,7 @@ def shapes_on(order, layout):
 @pytest.mark.parametrize("layout", [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("order", [range(8), [0, 4, 1, 5, 2, 6, 3, 7], [7, 2, 5, 0, 3, 6, 1, 4]])
 def test_the_rows_of_a_device_are_its_own_however_devices_are_numbered(order, layout):
-    """Neighbouring devices of one host may hold rows far apart, as on a torus; only those are read, and once."""
+    """Neighboring devices of one host may hold rows far apart, as on a torus; only those are read, and once."""
     examples, shapes = FakeExamples(), shapes_on(list(order), layout)
     batch = global_batch(examples, 32, shapes)
     reads = list(examples.reads)

@@ -85,7 +85,7 @@ def test_no_remat_policy_keeps_gathered_parameters(remat):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_copies_exchange_each_gradient_once_per_step(accumulation):
+def test_replicas_exchange_each_gradient_once_per_step(accumulation):
     found = exchanges(compiled(accumulation, data=8))
     assert {exchange.kind for exchange in found} == {"all-reduce"}
     assert PARAMETERS <= elements(found, "all-reduce") <= 1.01 * PARAMETERS
@@ -104,8 +104,8 @@ def test_sharded_parameters_are_gathered_for_either_pass_and_gradients_are_reduc
     assert held <= memory_per_device(program)["arguments"] <= held + 1024
 
 
-def test_gradients_cross_between_copies_once_and_sharded_whatever_the_accumulation():
-    """Within a copy they are reduced in each of two parts; between copies once, each device its own quarter."""
+def test_gradients_cross_between_replicas_once_and_sharded_whatever_the_accumulation():
+    """Within a replica they are reduced in each of two parts; between replicas once, each device its own quarter."""
     found = exchanges(compiled(2, data=2, fsdp=4))
     assert {e.group for e in found if e.kind == "all-gather"} == {4}
     matrices = 3 * BLOCK + 2 * EMBEDDING

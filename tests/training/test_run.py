@@ -42,7 +42,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     write_run_files(tmp_path / "other", small_model(num_layers=3), None)
     for name, message in (
         ("file", "is a file: choose a folder"),
-        ("foreign", "holds 'thesis.doc' and is no run of ours"),
+        ("foreign", "holds 'thesis.doc' and is not a run folder"),
         ("other", "num_layers 2 here, 3 there"),
     ):
         with pytest.raises(CheckpointError, match=message), open_run(tmp_path / name, same):
