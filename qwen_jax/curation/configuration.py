@@ -31,7 +31,7 @@ def benchmarks(patterns: Pattern | Sequence[Pattern] = (), **changes) -> Contami
         FileNotFoundError: nothing matches a pattern.
     """
     files = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
         pattern = as_pattern(pattern, "benchmarks.patterns")
         if os.path.isdir(pattern):
             found = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)

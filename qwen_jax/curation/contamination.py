@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,7 @@ from qwen_jax import files
 from qwen_jax.curation import normalise
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
+_JSON_BLANKS = re.compile(r"[ \t\n\r]*")
 csv.field_size_limit(1 << 26)
 
 
@@ -87,13 +89,19 @@ def benchmark_texts(path: str) -> Iterator[str]:
 
 def _json_values(text: str) -> Iterator[object]:
     """The JSON values of a text: one, or several one after the other, as Math23K is published."""
-    decoder, place = json.JSONDecoder(), json.decoder.WHITESPACE.match(text, 0).end()
+    decoder, place = json.JSONDecoder(), _after_blanks(text, 0)
     while True:
         value, place = decoder.raw_decode(text, place)
         yield value
-        place = json.decoder.WHITESPACE.match(text, place).end()
+        place = _after_blanks(text, place)
         if place == len(text):
             return
+
+
+def _after_blanks(text: str, place: int) -> int:
+    found = _JSON_BLANKS.match(text, place)
+    assert found is not None  # the pattern matches the empty string
+    return found.end()
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -69,7 +69,7 @@ class FuzzyConfig:
 def digests(tokens: normalise.Tokens) -> np.ndarray:
     """128 bits for the token sequence of each document, uint64 [documents, 2]: equal for equal normalised texts."""
     made = b"".join(
-        hashlib.blake2b(tokens.hashes[begin:end], digest_size=16).digest()
+        hashlib.blake2b(tokens.hashes[begin:end].data, digest_size=16).digest()
         for begin, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
     )
     return np.frombuffer(made, np.uint64).reshape(-1, 2)

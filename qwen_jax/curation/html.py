@@ -100,6 +100,7 @@ def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) ->
             return _checked(text), encoding
         if first is None or first[1] == "utf-8":
             first = text, encoding
+    assert first is not None  # UTF-8 is always tried
     text, encoding = first
     return _checked(text), encoding
 

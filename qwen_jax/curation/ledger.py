@@ -3,6 +3,7 @@
 import heapq
 from collections import Counter
 from collections.abc import Iterable
+from typing import TypedDict
 
 from qwen_jax.curation.sampling import uniform
 from qwen_jax.curation.tally import UNREADABLE, Tally
@@ -11,6 +12,10 @@ from qwen_jax.curation.tally import UNREADABLE, Tally
 STAGES = ("read", "extract", "language", "exact", "fuzzy", "rules", "scores", "contamination", "sampling")
 EXCERPT = 1200
 _SAMPLES, _VALUES = 6, 4000
+
+
+# Of one stage; each pair is documents and bytes.
+_Counts = TypedDict("_Counts", {"in": list[int], "kept": list[int], "dropped": dict[str, list[int]]})
 
 
 class Ledger:
@@ -23,7 +28,7 @@ class Ledger:
     def __init__(self, shards: int = 1):
         """`shards`: of how many ledgers this is one; together they remember the statistics of some 4,000 documents."""
         self._limit = min(_VALUES, 40 + 8 * _VALUES // shards)
-        self.stages = {stage: {"in": [0, 0], "kept": [0, 0], "dropped": {}} for stage in STAGES}
+        self.stages: dict[str, _Counts] = {stage: {"in": [0, 0], "kept": [0, 0], "dropped": {}} for stage in STAGES}
         self.counters: dict[str, Counter] = {}
         self.samples: dict[str, list] = {}
         self.values: list = []

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 
@@ -152,7 +153,7 @@ def _check(config: stages.CurationConfig, sources: Sequence[Source]) -> None:
 
 def _describe(sources: Sequence[Source], config: stages.CurationConfig) -> dict:
     """What a run is made from; equal descriptions give equal bytes."""
-    listing = {
+    listing: dict[str, list[list]] = {
         source.name: [[os.path.relpath(path, source.base), size] for path, size in source.files] for source in sources
     }
     models = {}
@@ -177,7 +178,7 @@ def _describe(sources: Sequence[Source], config: stages.CurationConfig) -> dict:
     }
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> Any:
     """A configuration as JSON; of files, only the names."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -74,7 +75,7 @@ class NgramPerplexity:
         Raises:
             ValueError: the file is no such model.
         """
-        counts, followers, order, bits = _load_ngram(self.path)
+        counts, followers, order, bits = _load_ngram(str(files.as_path(self.path)))
         points = _points(text)
         if not len(points):
             return float("inf")
@@ -165,7 +166,7 @@ class LinearClassifier:
         Raises:
             ValueError: the file is no such model.
         """
-        settings, arrays = _load_linear(self.path)
+        settings, arrays = _load_linear(str(files.as_path(self.path)))
         slots, values = features(text, settings["bits"])
         logit = float(values @ arrays["weights"][slots] + arrays["bias"][0])
         return float(1 / (1 + np.exp(-np.clip(logit, -60, 60))))
@@ -201,8 +202,10 @@ def _load_linear(path: str):
 
 
 def _save(path: str | os.PathLike, settings: dict, **arrays: np.ndarray) -> None:
-    with files.new_file(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, settings=np.frombuffer(json.dumps(settings).encode(), np.uint8), **arrays)
+    with files.new_file(Path(path)) as temporary, temporary.open("wb") as file:
+        described = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+        # By the stub of NumPy, any array of `arrays` might be its option `allow_pickle`.
+        np.savez_compressed(file, settings=described, **arrays)  # ty: ignore[invalid-argument-type]
 
 
 def _load(path: str, kind: str) -> tuple[dict, dict[str, np.ndarray]]:

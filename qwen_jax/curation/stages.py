@@ -14,8 +14,9 @@ passed between workers but through these files, and nothing depends on who did w
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class CurationConfig:
     max_document_bytes: int = 10_000_000
     languages: tuple[str, ...] | None = ("en", "zh")
     min_language_probability: float = 0.5
-    language_groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(language.GROUPS))
+    language_groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=lambda: dict(language.GROUPS))
     exact: bool = True
     fuzzy: dedup.FuzzyConfig | None = dedup.FuzzyConfig()
     rules: Mapping[str, quality.Rules] = dataclasses.field(
@@ -143,7 +144,11 @@ def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> I
             if url.startswith(unit.base):
                 # The same corpus in another folder gives the same bytes.
                 url = url[len(unit.base) :].lstrip("/")
-            row = {"id": unit.document_id(file, index), "url": html.printable(url), "source": unit.source}
+            row: dict[str, Any] = {
+                "id": unit.document_id(file, index),
+                "url": html.printable(url),
+                "source": unit.source,
+            }
 
             def drop(stage, reason, size, row=row, **more):
                 ledger.drop(stage, reason, size)
@@ -316,6 +321,7 @@ def edges(work: Work, number: int) -> None:
             counts.append(len(parts[-1]))
         return np.concatenate(parts), np.array(counts, np.int64)
 
+    assert work.config.fuzzy is not None  # without it the pipeline leaves this stage out
     similar = dedup.similarities(proposed, shingles_of) >= work.config.fuzzy.threshold
     storage.save_array(work.folder / "edges" / f"{number:06d}.npy", proposed[similar])
 
@@ -358,7 +364,7 @@ def select(work: Work, number: int) -> None:
             for index, row in enumerate(storage.read_lines(work.extracted(number) / DOCUMENTS)):
                 size = len(row["text"].encode())
                 stage, reason, more = judge(index, row, size)
-                if stage is not None:
+                if stage is not None and reason is not None:  # both, or neither
                     ledger.drop(stage, reason, size)
                     row = {**row, **more, "stage": stage, "reason": reason, "bytes": size}
                     dropped.write(row)

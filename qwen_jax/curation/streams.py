@@ -101,6 +101,7 @@ class Stream:
     def pass_gap(self) -> Gap:
         """Leaves the gap behind, with what is left of `data` before it."""
         gap, self.gap = self.gap, None
+        assert gap is not None  # callers look first
         self.drop(len(self.data))
         self._passed = gap.end
         return gap
