@@ -75,7 +75,7 @@ def _shifted(pair: bytes) -> bytes:
 
 
 def to_text(data: bytes, codec: str) -> str:
-    """`data` in the codec, with U+FFFD for what it does not have."""
+    """`data` decoded by the codec, with U+FFFD for undefined bytes."""
     if codec == "iso2022_jp":
         return _iso2022_jp(data)
     text = data.decode(codec, _ERRORS)

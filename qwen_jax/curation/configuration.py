@@ -1,4 +1,4 @@
-"""What gin can set of a curation run: `make_config` and the parts that it is made of."""
+"""The gin configuration of a curation run: `make_config` and its parts."""
 
 import glob
 import os
@@ -25,7 +25,7 @@ def chinese_rules(**changes) -> Rules:
 
 @gin.configurable
 def benchmarks(patterns: Pattern | Sequence[Pattern] = (), **changes) -> ContaminationConfig:
-    """Files of evaluation sets: folders, in which all readable files but licences and read-mes count, and globs.
+    """Files of evaluation sets: folders, in which all readable files but licenses and read-mes count, and globs.
 
     Raises:
         FileNotFoundError: nothing matches a pattern.
@@ -57,7 +57,7 @@ def make_config(
     """The configuration of a run; see `CurationConfig`. `rules` of None are those for English and Chinese.
 
     Raises:
-        ValueError: a parameter that there is not, or a value out of range.
+        ValueError: an unknown parameter, or a value out of range.
     """
     if rules is not None:
         settings["rules"] = dict(rules)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 
 from qwen_jax import files
-from qwen_jax.curation import normalise
+from qwen_jax.curation import normalize
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
 _JSON_BLANKS = re.compile(r"[ \t\n\r]*")
@@ -25,10 +25,10 @@ csv.field_size_limit(1 << 26)
 
 @dataclasses.dataclass(frozen=True)
 class ContaminationConfig:
-    """What counts as overlap.
+    """Files of evaluation sets, and the overlap that drops a document.
 
     Attributes:
-        files: of benchmarks; every text in them counts, whatever its field is called.
+        files: of benchmarks; texts of all fields count.
         words: length of an n-gram most of whose tokens are words.
         characters: length of one most of whose tokens are characters of a script without spaces.
         min_shared: different n-grams that a document must share with benchmarks to be dropped.
@@ -42,11 +42,11 @@ class ContaminationConfig:
 
 def long_ngrams(texts: Sequence[str], config: ContaminationConfig) -> np.ndarray:
     """Hashes of the long n-grams of some texts, sorted, uint64 [n-grams]. No n-gram reaches over the end of a text."""
-    tokens = normalise.tokenize(texts)
+    tokens = normalize.tokenize(texts)
     characters = np.concatenate([[0], np.cumsum(tokens.ideograph)])
     found = []
     for size, of_characters in ((config.words, False), (config.characters, True)):
-        hashes, where = normalise.windows(tokens, size)
+        hashes, where = normalize.windows(tokens, size)
         mostly = characters[where + size] - characters[where] > size / 2
         found.append(hashes[mostly == of_characters])
     return np.unique(np.concatenate(found))
@@ -57,7 +57,7 @@ def benchmark_texts(path: str) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unknown suffix, or a file that is not what its suffix says.
+        ValueError: unknown suffix, or contents that do not fit the suffix.
     """
     name = path.lower().removesuffix(".gz")
     try:
@@ -129,7 +129,7 @@ def index(config: ContaminationConfig) -> np.ndarray:
 
 
 def shared(text: str, benchmarks: np.ndarray, config: ContaminationConfig) -> int:
-    """How many different long n-grams a text shares with `benchmarks`, the array of `index`."""
+    """Number of different long n-grams that a text shares with `benchmarks`, the array of `index`."""
     if not len(benchmarks):
         return 0
     grams = long_ngrams([text], config)

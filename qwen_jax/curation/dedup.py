@@ -17,9 +17,9 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from qwen_jax.curation import normalise
+from qwen_jax.curation import normalize
 
-# Within one bucket of a band, so many documents are each compared with all others; see `candidate_pairs`.
+# Number of documents of a bucket that are compared with all others of it; see `candidate_pairs`.
 _LEADERS = 16
 _BATCH_CHARACTERS = 1 << 20
 _PAIRS_AT_ONCE = 2048
@@ -27,7 +27,7 @@ _PAIRS_AT_ONCE = 2048
 
 @dataclasses.dataclass(frozen=True)
 class FuzzyConfig:
-    """What counts as a near-duplicate.
+    """Definition of near-duplicates.
 
     Attributes:
         threshold: Jaccard similarity of the sets of shingles, in (0, 1].
@@ -66,8 +66,8 @@ class FuzzyConfig:
         return 1 - (1 - similarity**self.rows) ** self.bands
 
 
-def digests(tokens: normalise.Tokens) -> np.ndarray:
-    """128 bits for the token sequence of each document, uint64 [documents, 2]: equal for equal normalised texts."""
+def digests(tokens: normalize.Tokens) -> np.ndarray:
+    """128 bits for the token sequence of each document, uint64 [documents, 2]: equal for equal normalized texts."""
     made = b"".join(
         hashlib.blake2b(tokens.hashes[begin:end].data, digest_size=16).digest()
         for begin, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
@@ -76,7 +76,7 @@ def digests(tokens: normalise.Tokens) -> np.ndarray:
 
 
 def signatures(shingles: np.ndarray, offsets: np.ndarray, num_hashes: int, seed: int = 0) -> np.ndarray:
-    """MinHash signatures, uint32 [documents, num_hashes], of sets of 32-bit shingles (see `normalise.shingles`).
+    """MinHash signatures, uint32 [documents, num_hashes], of sets of 32-bit shingles (see `normalize.shingles`).
 
     The share of equal places of two signatures estimates the Jaccard similarity of the sets. A hash function is
     x -> a·x + b modulo 2**32 with odd a, a permutation of the values. Empty sets get the largest value everywhere.
@@ -102,19 +102,19 @@ def band_keys(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
     for band in range(bands):
         key = np.full(len(signature), band, np.uint64)
         for value in signature[:, band * rows : (band + 1) * rows].T:
-            key = normalise.mix(key ^ value)
+            key = normalize.mix(key ^ value)
         keys[band] = key
     return keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-    """What deduplication needs to know of a batch of documents.
+    """Data of a batch of documents for deduplication.
 
     Attributes:
         digests: uint64 [documents, 2].
         keys: uint64 [bands, documents].
-        shingles, offsets: see `normalise.shingles`.
+        shingles, offsets: see `normalize.shingles`.
     """
 
     digests: np.ndarray
@@ -125,8 +125,8 @@ class Sketch:
 
 def sketch(texts: Sequence[str], config: FuzzyConfig) -> Sketch:
     """Digests, shingles and band keys of a batch of texts; see `batches` for how large a batch should be."""
-    tokens = normalise.tokenize(texts)
-    sets, offsets = normalise.shingles(tokens, config.shingle)
+    tokens = normalize.tokenize(texts)
+    sets, offsets = normalize.shingles(tokens, config.shingle)
     signature = signatures(sets, offsets, config.num_hashes, config.seed)
     return Sketch(digests(tokens), band_keys(signature, config.bands, config.rows), sets, offsets)
 
@@ -147,8 +147,8 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """Pairs of documents that share a bucket of one band.
 
-    In a bucket of n documents, the first 16 are paired with all after them, and neighbours with each other: all pairs
-    of usual buckets, and a number linear in n for what thousands of pages have in common.
+    In a bucket of n documents, the first 16 are paired with all after them, and neighbors with each other: all pairs
+    of usual buckets, and a number linear in n for text that thousands of pages share.
 
     Args:
         keys: uint64 [documents], of one band.
@@ -171,8 +171,8 @@ def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
     for leader in range(min(_LEADERS, int(sizes.max()) - 1)):
         later = rank > leader
         pairs.append(np.stack([documents[first[later] + leader], documents[members[later]]], 1))
-    neighbours = members[rank > _LEADERS]
-    pairs.append(np.stack([documents[neighbours - 1], documents[neighbours]], 1))
+    neighbors = members[rank > _LEADERS]
+    pairs.append(np.stack([documents[neighbors - 1], documents[neighbors]], 1))
     return unique_pairs(np.concatenate(pairs))
 
 

@@ -42,7 +42,8 @@ _ASIDE = re.compile(r"<(/?)aside\b", re.IGNORECASE)
 _NAMES = re.compile(
     r"""\s(?:class|id|role|hidden|aria-hidden)\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)""", re.IGNORECASE
 )
-# A page whose markup is so many times its text is looked at again, if the text is less than a share of what is visible.
+# A page whose markup is this many times its text is extracted again, if the text is less than a share of the visible
+# text.
 _MARKUP, _SHARE = 8, 0.25
 # More characters than this share that stand for nothing readable: not text.
 _MAX_UNREADABLE = 0.05
@@ -59,13 +60,13 @@ class Unreadable(ValueError):
 def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) -> tuple[str, str]:
     """Text of `data`, and the name of the encoding it was in.
 
-    Valid UTF-8 is believed first, since text in another encoding is never valid by accident; then what the server said,
-    what the page says of itself, and what its bytes look like. Encodings are read as browsers read them
+    Valid UTF-8 is believed first, since text in another encoding is never valid by accident; then the server's
+    header, the page's own declaration, and a guess from its bytes. Encodings are read as browsers read them
     (`qwen_jax.curation.charsets`). Bytes that fit none become U+FFFD.
 
     Args:
         data: bytes of a page or file.
-        charset: what the HTTP header says.
+        charset: of the HTTP header.
         is_html: whether to look for `<meta charset>`.
 
     Raises:
@@ -115,7 +116,7 @@ def extract(page: str) -> str:
     """Main text of an HTML page; paragraphs and headings are lines. Empty where there is none.
 
     The extractor goes by the names of elements and classes. Names that do not mean what it takes them for are changed
-    first; where it still finds little of what a reader sees, it goes over the page again without any names.
+    first; where it still finds little of the visible text, it extracts the page again without any names.
 
     Raises:
         Unreadable: `nested_too_deeply`, a tree made to exhaust whoever walks it; `extraction_failed`.
@@ -134,7 +135,7 @@ def extract(page: str) -> str:
 def _plain_text(page: str, main_content: bool = True) -> str:
     try:
         text = extract_plain_text(page, main_content=main_content, alt_texts=False, comments=False)
-    except Exception as error:  # compiled code on whatever the web sends; one page must not end the run
+    except Exception as error:  # compiled code on arbitrary pages; one page must not end the run
         raise Unreadable("extraction_failed") from error
     return text.replace(_KEEP, "").strip()
 

@@ -28,7 +28,7 @@ class BrokenBody(ValueError):
 
 
 def split_response(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
-    """Status code, fields by names in lower case, and what follows them, not decoded.
+    """Status code, fields by names in lower case, and the body, not decoded.
 
     Headers may end their lines in LF alone. Data without a status line has no fields and is all body.
     """
@@ -89,7 +89,7 @@ def decode_body(fields: Mapping[str, str], body: bytes, max_bytes: int) -> bytes
 
 
 def _join_chunks(body: bytes) -> bytes:
-    """Data of a chunked body; a body that is not chunked as it stands; of one that is cut off, what is there."""
+    """Data of a chunked body; a body that is not chunked, unchanged; of a truncated one, the data before the cut."""
     parts, place = [], 0
     while found := _CHUNK_SIZE.match(body, place):
         size = int(found[1], 16)
@@ -121,7 +121,7 @@ def _undeflate(body: bytes, max_bytes: int) -> bytes:
 
 
 def _inflate(inflate, body: bytes, limit: int) -> tuple[bytes, bytes]:
-    """What follows the compressed data, and at most `limit` bytes of contents."""
+    """Rest after the compressed data, and at most `limit` bytes of contents."""
     try:
         content = inflate.decompress(body, limit)
     except zlib.error as error:

@@ -1,4 +1,4 @@
-"""Which language a text is in, by py3langid (Lui and Baldwin, "langid.py", 2012): 139 languages and `zxx`, no language.
+"""Language of a text, by py3langid (Lui and Baldwin, "langid.py", 2012): 139 languages and `zxx`, no language.
 
 The model comes in the wheel.
 """

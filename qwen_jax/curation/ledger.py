@@ -1,4 +1,4 @@
-"""Where every document went: counts of each stage, and small samples for the report, both mergeable over shards."""
+"""Accounts of all documents: counts of each stage, and small samples for the report, both mergeable over shards."""
 
 import heapq
 from collections import Counter
@@ -26,7 +26,7 @@ class Ledger:
     """
 
     def __init__(self, shards: int = 1):
-        """`shards`: of how many ledgers this is one; together they remember the statistics of some 4,000 documents."""
+        """`shards`: number of ledgers of the run; together they hold the statistics of some 4,000 documents."""
         self._limit = min(_VALUES, 40 + 8 * _VALUES // shards)
         self.stages: dict[str, _Counts] = {stage: {"in": [0, 0], "kept": [0, 0], "dropped": {}} for stage in STAGES}
         self.counters: dict[str, Counter] = {}
@@ -36,15 +36,15 @@ class Ledger:
         self.damaged: list[dict] = []  # files that could not be read to the last byte
 
     def enter(self, stage: str, size: int) -> None:
-        """A document of `size` bytes comes to a stage."""
+        """Counts a document of `size` bytes that enters a stage."""
         _add(self.stages[stage]["in"], size)
 
     def keep(self, stage: str, size: int) -> None:
-        """It goes on to the next stage, with `size` bytes."""
+        """Counts a document of `size` bytes that a stage keeps."""
         _add(self.stages[stage]["kept"], size)
 
     def drop(self, stage: str, reason: str, size: int) -> None:
-        """It goes no further."""
+        """Counts a document of `size` bytes that a stage drops."""
         _add(self.stages[stage]["dropped"].setdefault(reason, [0, 0]), size)
 
     def count(self, what: str, value: str, number: int = 1) -> None:
@@ -61,7 +61,7 @@ class Ledger:
             )
 
     def sample(self, label: str, row: dict) -> None:
-        """Perhaps remembers a document: `row` has its `id`, and texts are cut to an excerpt."""
+        """Offers a document for the samples: `row` has its `id`; texts are cut to an excerpt."""
         order = uniform(row["id"], label)
         held = self.samples.setdefault(label, [])
         if len(held) < _SAMPLES or order < held[-1][0]:
@@ -69,13 +69,13 @@ class Ledger:
             self.samples[label] = heapq.nsmallest(_SAMPLES, [*held, [order, row]], key=_order)
 
     def value(self, document_id: str, language: str, values: dict) -> None:
-        """Perhaps remembers the statistics and scores of a document, for the histograms."""
+        """Offers the statistics and scores of a document for the histograms."""
         self.values.append([uniform(document_id, "values"), {"id": document_id, "language": language, **values}])
         if len(self.values) >= 2 * self._limit:
             self.values = heapq.nsmallest(self._limit, self.values, key=_order)
 
     def to_json(self) -> dict:
-        """As what `merge` takes."""
+        """The ledger in the form that `merge` takes."""
         return {
             "stages": self.stages,
             "counters": self.counters,

@@ -4,8 +4,8 @@ Stages follow one another; within a stage, Beam deals pieces of work (`qwen_jax.
 one folder. What a piece makes appears whole, so a run that was killed goes on with the pieces that are missing, and the
 bytes written depend neither on the number of workers nor on interruptions.
 
-    output/documents/<source>/*.jsonl.zst   what is kept: text, url, source, language, scores; read by `local_files`
-    output/dropped/<source>/*.jsonl.zst     what is not, with stage and reason
+    output/documents/<source>/*.jsonl.zst   documents kept: text, url, source, language, scores; read by `local_files`
+    output/dropped/<source>/*.jsonl.zst     documents dropped, with stage and reason
     output/manifest.json                    counts of each stage, files with checksums, the configuration
     output/report.html                      for reading by hand
     output/work/                            removed at the end unless it is to be kept
@@ -48,13 +48,13 @@ def curate(
     beam_options: Sequence[str] = (),
     keep_work: bool = False,
 ) -> dict:
-    """Runs the pipeline, or what is left of it.
+    """Runs the pipeline, or the rest of an interrupted run.
 
     Args:
         inputs: name of a source to its folders and globs. Of duplicates in several sources, the one in the source
             that is named first is kept.
         output: a folder that all workers see.
-        config: what is kept.
+        config: languages, rules, scores and other settings.
         beam_options: such as `--runner=FlinkRunner`; the default runner works in this process.
         keep_work: leave `output/work` there.
 
@@ -152,7 +152,7 @@ def _check(config: stages.CurationConfig, sources: Sequence[Source]) -> None:
 
 
 def _describe(sources: Sequence[Source], config: stages.CurationConfig) -> dict:
-    """What a run is made from; equal descriptions give equal bytes."""
+    """Inputs and settings of a run; equal descriptions give equal bytes."""
     listing: dict[str, list[list]] = {
         source.name: [[os.path.relpath(path, source.base), size] for path, size in source.files] for source in sources
     }
@@ -309,7 +309,7 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
 
 
 def _place_files(work: stages.Work, output: Path) -> dict[str, list[dict]]:
-    """Links or copies what the pieces made to its place, and lists it.
+    """Links or copies the files of the pieces to their places, and lists them.
 
     Raises:
         RuntimeError: a file is missing that a piece wrote.

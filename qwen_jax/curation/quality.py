@@ -1,7 +1,7 @@
 """Rules that drop low-quality pages (report section 2.1): statistics of a text, and thresholds for each language.
 
 The statistics are those of Rae et al., "Scaling Language Models" (Gopher, 2021), appendix A.1. Chinese and other
-scripts without spaces are counted in characters: a word is what `normalise` calls a token.
+scripts without spaces are counted in characters: a word is a token of `normalize`.
 """
 
 import collections
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qwen_jax.curation import normalise
+from qwen_jax.curation import normalize
 
 _TERMINAL = tuple(".!?…\"'”’»。！？；」』）)")
 _ELLIPSIS = ("...", "…", "⋯")
@@ -96,7 +96,7 @@ CHINESE = Rules(
 
 def statistics(text: str, language: str) -> dict[str, float]:
     """The statistics that `Rules` bound, by name; those that make no sense for the text are missing."""
-    tokens = normalise.tokenize([text])
+    tokens = normalize.tokenize([text])
     count, length = len(tokens.hashes), max(len(text), 1)
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     values: dict[str, float] = {"tokens": count}
@@ -123,11 +123,11 @@ def statistics(text: str, language: str) -> dict[str, float]:
         values["duplicate_line_characters"] = repeated / max(sum(map(len, lines)), 1)
     for size in (2, 3, 4):
         if count >= size * 5:
-            _, numbers = np.unique(normalise.windows(tokens, size)[0], return_counts=True)
+            _, numbers = np.unique(normalize.windows(tokens, size)[0], return_counts=True)
             most = int(numbers.max())
             values[f"top_{size}gram"] = most * size / count if most > 1 else 0.0
     for size in (5, 10):
-        grams = normalise.windows(tokens, size)[0]
+        grams = normalize.windows(tokens, size)[0]
         if len(grams):
             values[f"duplicate_{size}gram"] = 1 - len(np.unique(grams)) / len(grams)
     if language in STOP_WORDS:

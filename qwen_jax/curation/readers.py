@@ -1,6 +1,6 @@
 """Records of a corpus as crawlers and others left it: WARC, HTML, text, JSON lines and Parquet.
 
-Nothing here is fatal for a run: what cannot be read comes as a record with a `problem`, is counted and reported. A file
+Nothing here is fatal for a run: a record that cannot be read comes with a `problem`, is counted and reported. A file
 is read as a stream, and no record larger than a limit is ever held in memory. Every byte of a file is counted in its
 `Tally`, as read or as left out.
 """
@@ -34,7 +34,7 @@ class Record:
         is_html: whether text must be extracted.
         charset: of the HTTP header, for bytes.
         problem: why there is no payload, or None.
-        size: bytes of the payload, or of what was skipped where that is known.
+        size: bytes of the payload, or of skipped data where that is known.
     """
 
     payload: bytes | str
@@ -46,7 +46,7 @@ class Record:
 
 
 def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = None) -> Iterator[Record]:
-    """Records of one file, in order. Never raises for what is in the file.
+    """Records of one file, in order. Never raises for the contents of the file.
 
     Args:
         path: a file whose suffix `sources.file_format` knows.
@@ -73,7 +73,7 @@ def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = No
                     yield _whole(stream, path, kind == sources.HTML, max_bytes, tally)
         tally.finish(READ)
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        # The rest of the file is lost; what came before is kept.
+        # The rest of the file is lost; earlier records are kept.
         tally.finish("unreadable_file", 1)
         yield Record(b"", f"{path}: {error}"[:300], problem="unreadable_file")
 

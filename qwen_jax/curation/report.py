@@ -1,4 +1,4 @@
-"""`report.html`: what a person reads before training on the result. One static file, pictures inline.
+"""`report.html`, to read before training on the result: one static file with inline pictures.
 
 All text of documents is untrusted and stands in the page escaped; the page has no script and loads nothing.
 """

@@ -1,12 +1,12 @@
-"""How often a document of a source is written: up-sampling of what is good (report section 2.1), and down-sampling."""
+"""Sampling of sources: up-sampling of good ones (report section 2.1), and down-sampling."""
 
 import hashlib
 
 
 def copies(document_id: str, weight: float, seed: int = 0) -> int:
-    """How many times a document is written, a function of its id alone.
+    """Number of times that a document is written: a function of its id, the weight and the seed.
 
-    The whole part of the weight, and one more for the share of documents that its fraction says: on average `weight`.
+    The whole part of the weight, and one more for a share of documents equal to its fraction: on average `weight`.
 
     Raises:
         ValueError: the weight is negative or no number.
@@ -18,6 +18,6 @@ def copies(document_id: str, weight: float, seed: int = 0) -> int:
 
 
 def uniform(document_id: str, purpose: str) -> float:
-    """A number in [0, 1) from a hash: the same wherever and however often it is asked for."""
+    """A number in [0, 1) from a hash, equal on every machine and at every call."""
     digest = hashlib.blake2b(document_id.encode(), digest_size=8, key=purpose.encode()[:64]).digest()
     return int.from_bytes(digest, "little") / 2**64

@@ -16,14 +16,14 @@ from typing import Protocol
 import numpy as np
 
 from qwen_jax import files
-from qwen_jax.curation import normalise
+from qwen_jax.curation import normalize
 
 _NGRAM_FORMAT, _LINEAR_FORMAT = "qwen_jax character n-grams 1", "qwen_jax linear classifier 1"
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Scorer(Protocol):
-    """A score of a text. Instances are sent to workers, so they are small and load what they need when first called."""
+    """A score of a text. Instances are sent to workers, so they are small and load their model at the first call."""
 
     def __call__(self, text: str) -> float:
         """The score."""
@@ -51,7 +51,7 @@ class ScoreFilter:
         return self.languages is None or language in self.languages
 
     def broken(self, value: float) -> str | None:
-        """Which bound a score breaks, such as `max_perplexity`, or None. NaN breaks any bound."""
+        """The bound that a score breaks, such as `max_perplexity`, or None. NaN breaks any bound."""
         if self.minimum is not None and not value >= self.minimum:
             return f"min_{self.name}"
         if self.maximum is not None and not value <= self.maximum:
@@ -89,7 +89,7 @@ class NgramPerplexity:
 
 
 def _points(text: str) -> np.ndarray:
-    folded = " ".join(normalise.canonical(text).split())
+    folded = " ".join(normalize.canonical(text).split())
     return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
 
 
@@ -103,8 +103,8 @@ def _grams(points: np.ndarray, order: int, bits: int) -> Iterator[tuple[int, np.
     context = np.full(len(points), 1, np.uint64)
     for length in range(order):
         if length:
-            context = normalise.mix(context * _MIX + padded[order - 1 - length : len(padded) - length] + np.uint64(1))
-        yield length, normalise.mix((context ^ _MIX) + points) >> shift, normalise.mix(context) >> shift
+            context = normalize.mix(context * _MIX + padded[order - 1 - length : len(padded) - length] + np.uint64(1))
+        yield length, normalize.mix((context ^ _MIX) + points) >> shift, normalize.mix(context) >> shift
 
 
 def train_ngram(texts: Iterable[str], path: str | os.PathLike, *, order: int = 5, bits: int = 20) -> int:
@@ -177,8 +177,8 @@ def features(text: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
     A value is 1 + log of the number of occurrences, before division by the Euclidean norm.
     """
-    tokens = normalise.tokenize([text])
-    grams = np.concatenate([tokens.hashes, normalise.windows(tokens, 2)[0]])
+    tokens = normalize.tokenize([text])
+    grams = np.concatenate([tokens.hashes, normalize.windows(tokens, 2)[0]])
     slots, numbers = np.unique(grams >> np.uint64(64 - bits), return_counts=True)
     values = 1 + np.log(numbers)
     return slots.astype(np.int64), values / max(np.linalg.norm(values), 1e-12)
@@ -216,7 +216,7 @@ def _load(path: str, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
         found = settings["format"]
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever numpy, zip and JSON raise for a file that is something else
+    except Exception as error:  # numpy, zip and JSON raise many kinds for a file of another format
         raise ValueError(f"{path}: not a model of this project: {error}") from error
     if found != kind:
         raise ValueError(f"{path}: expected a file of {kind!r}, found {found!r}")

@@ -58,7 +58,7 @@ def list_source(name: str, patterns: Sequence[str]) -> Source:
     Args:
         name: of the source.
         patterns: folders, globs and paths. Of a folder, the files whose suffix `file_format` knows are read; the others
-            and hidden ones are left out. A path of a file that exists is not read as a glob, whatever its characters.
+            and hidden ones are left out. A path of an existing file is never read as a glob.
 
     Raises:
         FileNotFoundError: nothing matches.

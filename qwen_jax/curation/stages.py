@@ -1,7 +1,7 @@
 """The stages of curation, one function for each piece of work, as workers run them.
 
-A piece reads files and writes a file or folder that appears whole or not at all, so what is there is done. Nothing is
-passed between workers but through these files, and nothing depends on who did what or when.
+A piece reads files and writes a file or folder that appears whole or not at all, so an existing one is done. Workers
+exchange data through these files alone, and no result depends on the order or the place of the work.
 
     work/extract/<unit>/   documents.jsonl.zst  dropped.jsonl.zst  ledger.json  and arrays, one row a document:
                            where (file, record), lengths, digests sorted with rows, keys sorted with rows, shingles
@@ -34,7 +34,7 @@ DOCUMENTS, DROPPED, LEDGER = "documents.jsonl.zst", "dropped.jsonl.zst", "ledger
 
 @dataclasses.dataclass(frozen=True)
 class CurationConfig:
-    """What is kept. All of it enters the fingerprint of a run.
+    """Settings of a curation run. All of them enter its fingerprint.
 
     Attributes:
         text_field: field of JSON lines, column of Parquet.
@@ -49,8 +49,9 @@ class CurationConfig:
         contamination: see `contamination.ContaminationConfig`.
         weights: source to the average number of copies written; 1 for sources that are not named.
         seed: of sampling.
-        documents_per_part: deduplication works on so many at a time, per band; about 1 GB of memory for the default.
-        unit_bytes: small files are worked on together until there is so much.
+        documents_per_part: number of documents that deduplication holds at a time, per band; the default takes about
+            1 GB of memory.
+        unit_bytes: bytes up to which small files form one piece of work.
     """
 
     text_field: str = "text"
@@ -101,18 +102,18 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """All that a worker knows."""
+    """Description of a run for its workers."""
 
     folder: Path
     config: CurationConfig
     units: tuple[Unit, ...]
 
     def extracted(self, unit: int) -> Path:
-        """Folder of what was extracted from a unit."""
+        """Folder of the extracted documents of a unit."""
         return self.folder / "extract" / f"{unit:06d}"
 
     def selected(self, unit: int) -> Path:
-        """Folder of what was selected of a unit."""
+        """Folder of the selected documents of a unit."""
         return self.folder / "select" / f"{unit:06d}"
 
     def array(self, unit: int, name: str) -> np.ndarray:
@@ -121,7 +122,7 @@ class Work:
 
 
 def extract(work: Work, number: int) -> None:
-    """Reads a unit: text out of pages, language, and what deduplication needs to know."""
+    """Reads a unit: text out of pages, language, and data for deduplication."""
     unit, config = work.units[number], work.config
     with files.new_folder(work.extracted(number)) as folder:
         ledger = Ledger(len(work.units))
@@ -355,7 +356,7 @@ def clusters(work: Work) -> None:
 
 
 def select(work: Work, number: int) -> None:
-    """Goes through the documents of a unit once more: drops duplicates and what rules, scores and benchmarks drop."""
+    """Selects documents of a unit: drops those that duplication, rules, scores, benchmarks and sampling exclude."""
     unit, config = work.units[number], work.config
     with files.new_folder(work.selected(number)) as folder:
         ledger = Ledger(len(work.units))
@@ -397,7 +398,7 @@ class _Judge:
         self._benchmarks = storage.load_array(work.folder / "benchmarks.npy")
 
     def __call__(self, index: int, row: dict, size: int) -> tuple[str | None, str | None, dict]:
-        """Stage and reason of the drop, or None and None; and what is to be remembered with the document."""
+        """Stage and reason of the drop, or None and None; and further fields of the document."""
         shown = self._shown.get((self._number << _UNIT_BITS) | index)
         if shown is not None:
             self._ledger.sample(f"cluster: {shown}", row)

@@ -21,7 +21,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """A .npy file, mapped into memory so that only what is looked at is read."""
+    """A .npy file, mapped into memory so that only accessed parts are read."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:

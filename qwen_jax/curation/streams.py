@@ -17,7 +17,7 @@ import zstandard
 
 _CHUNK = 1 << 20
 _GZIP_INPUT = 1 << 14
-# A Zstandard block of a few bytes can stand for 128 KiB, and the library has no limit for what one call returns.
+# A Zstandard block of a few bytes can stand for 128 KiB, and the library has no limit for the result of one call.
 _ZSTD_INPUT = 1 << 10
 _SALVAGE_INPUT = 1 << 10
 # RFC 8878 lets a decoder refuse windows over 8 MiB; `zstd --long=31` writes up to this.
@@ -99,7 +99,7 @@ class Stream:
             self._first, _, self._passed = self._marks.popleft()
 
     def pass_gap(self) -> Gap:
-        """Leaves the gap behind, with what is left of `data` before it."""
+        """Moves past the gap, and drops the rest of `data` before it."""
         gap, self.gap = self.gap, None
         assert gap is not None  # callers look first
         self.drop(len(self.data))

@@ -1,10 +1,10 @@
-"""Where the bytes and records of one input file went: read, or left out for a reason."""
+"""Account of the bytes and records of one input file: read, or left out for a reason."""
 
 import os
 
-# What was understood and given to the next stage.
+# Outcome of records that were decoded and passed to the next stage.
 READ = "read"
-# Reasons that a reader could not understand what stands in a file. The others are decisions: `not_a_page`, `too_large`.
+# Reasons for which a reader could not decode a part of a file. The others are decisions: `not_a_page`, `too_large`.
 UNREADABLE = frozenset({"broken_record", "unreadable_file", "bad_json"})
 
 
@@ -22,7 +22,7 @@ class Tally:
         self._position = 0
 
     def up_to(self, position: int, outcome: str, records: int = 1) -> None:
-        """Gives what lies between the last position and this one to `outcome`, with so many records."""
+        """Assigns the bytes between the last position and this one to `outcome`, with this number of records."""
         # Behind damage a decompressor may go back, and a file may have grown since it was listed.
         position = max(self._position, min(position, self.size))
         counts = self.outcomes.setdefault(outcome, [0, 0])
@@ -31,7 +31,7 @@ class Tally:
         self._position = position
 
     def finish(self, outcome: str, records: int = 0) -> None:
-        """Gives the rest of the file to `outcome`."""
+        """Assigns the rest of the file to `outcome`."""
         if records or self._position < self.size:
             self.up_to(self.size, outcome, records)
 

@@ -23,10 +23,10 @@ class WarcRecord:
     """One record, or a damaged stretch of the file.
 
     Attributes:
-        headers: of the record, by names in lower case; of a damaged one, what could be read.
+        headers: of the record, by names in lower case; of a damaged one, those that could be read.
         body: its bytes.
         problem: None, `too_large` (the body is empty) or `broken_record`.
-        size: of the body, or what was left out, in bytes of the contents.
+        size: of the body, or of the omitted data, in bytes of the contents.
         end: position in the file where the next record begins.
         reason: of a damage in the compression.
     """

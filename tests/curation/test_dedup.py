@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.curation import dedup, normalise
+from qwen_jax.curation import dedup, normalize
 
 datasketch = pytest.importorskip("datasketch")
 
@@ -66,7 +66,7 @@ def test_planted_copies_are_found_and_others_are_not(planted, threshold, bands, 
 def test_estimates_are_as_good_as_those_of_datasketch(planted):
     texts, pairs = planted
     hashes = 256
-    sets, offsets = normalise.shingles(normalise.tokenize(texts), 5)
+    sets, offsets = normalize.shingles(normalize.tokenize(texts), 5)
     ours = dedup.signatures(sets, offsets, hashes)
     theirs = [
         made.hashvalues

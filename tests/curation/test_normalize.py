@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.curation import dedup, normalise
+from qwen_jax.curation import dedup, normalize
 
 TEXTS = st.lists(st.text(st.sampled_from("ab C１２ß,.-\n 你好世界。éÉıΣς_\ud800ァ"), max_size=60), max_size=6)
 
 
 def plain_tokens(text: str) -> list[str]:
     folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
-    classes = normalise.character_classes()
-    tokens, last = [], normalise.SEPARATOR
+    classes = normalize.character_classes()
+    tokens, last = [], normalize.SEPARATOR
     for character in folded:
         kind = classes[ord(character)]
-        if kind == normalise.IDEOGRAPH or (kind == normalise.WORD and last != normalise.WORD):
+        if kind == normalize.IDEOGRAPH or (kind == normalize.WORD and last != normalize.WORD):
             tokens.append(character)
-        elif kind == normalise.WORD:
+        elif kind == normalize.WORD:
             tokens[-1] += character
         last = kind
     return tokens
@@ -36,7 +36,7 @@ def plain_shingles(text: str, size: int) -> set[str]:
 @settings(max_examples=200, deadline=None)
 @given(TEXTS, st.integers(1, 5))
 def test_hashes_stand_for_tokens_and_sets_for_sets(texts, size):
-    tokens = normalise.tokenize(texts)
+    tokens = normalize.tokenize(texts)
     names = {}
     for number, text in enumerate(texts):
         mine = tokens.hashes[tokens.offsets[number] : tokens.offsets[number + 1]].tolist()
@@ -45,12 +45,12 @@ def test_hashes_stand_for_tokens_and_sets_for_sets(texts, size):
         for one, name in zip(mine, expected, strict=True):
             assert names.setdefault(one, name) == name
     assert len(set(names.values())) == len(names)
-    sets, offsets = normalise.shingles(tokens, size)
+    sets, offsets = normalize.shingles(tokens, size)
     for number, text in enumerate(texts):
         mine = sets[offsets[number] : offsets[number + 1]]
         assert (np.diff(mine.astype(np.int64)) > 0).all()
         assert len(mine) == len(plain_shingles(text, size))
-        alone, _ = normalise.shingles(normalise.tokenize([text]), size)
+        alone, _ = normalize.shingles(normalize.tokenize([text]), size)
         assert mine.tolist() == alone.tolist()  # a document is the same in any company
 
 
@@ -65,13 +65,13 @@ def test_hashes_stand_for_tokens_and_sets_for_sets(texts, size):
     ],
 )
 def test_texts_that_differ_in_case_space_punctuation_and_forms_are_equal(left, right):
-    a, b = dedup.digests(normalise.tokenize([left, right]))
+    a, b = dedup.digests(normalize.tokenize([left, right]))
     assert a.tolist() == b.tolist()
 
 
 @pytest.mark.parametrize(("left", "right"), [("ab c", "a bc"), ("今天", "天今"), ("a b", "b a"), ("x1", "x 1")])
 def test_texts_that_differ_in_tokens_are_not(left, right):
-    a, b = dedup.digests(normalise.tokenize([left, right]))
+    a, b = dedup.digests(normalize.tokenize([left, right]))
     assert a.tolist() != b.tolist()
 
 

@@ -61,7 +61,7 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 that spreads every bit over all (the finaliser of MurmurHash3)."""
+    """A bijection of uint64 that spreads every bit over all (the finalizer of MurmurHash3)."""
     values = values ^ (values >> np.uint64(33))
     values *= np.uint64(0xFF51AFD7ED558CCD)
     values ^= values >> np.uint64(33)
