@@ -19,7 +19,7 @@ test: $(VENV)/installed-test lint
 test-slow: $(VENV)/installed-test
 	$(PY) -m pytest -m slow
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
@@ -62,7 +62,7 @@ def check_options(options: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def short_errors() -> Iterator[None]:
+def short_errors() -> Generator[None]:
     """Turns an error of a worker or of a TensorFlow generator into the one that our code raised there.
 
     Raises:
@@ -87,7 +87,7 @@ def carried(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def pipeline_of(options: Sequence[str]) -> Iterator[beam.Pipeline]:
+def pipeline_of(options: Sequence[str]) -> Generator[beam.Pipeline]:
     """A pipeline that runs when the block ends.
 
     Args:

@@ -9,12 +9,14 @@ JSON, /help, /exit. A line that ends in a backslash goes on in the next; // at t
 
 import argparse
 import errno
+import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from qwen_jax import files
 from qwen_jax.command_line import path_argument, run
@@ -70,7 +72,9 @@ class Chat:
                 f"max_new_tokens must be from 1 to {engine.context_length - 1}, below the context of "
                 f"{engine.context_length} tokens, found {max_new_tokens}"
             )
+        assert engine.tokenizer is not None  # as the docstring asks; `load_engine` gives one
         self.engine, self.system, self.sampling = engine, valid_text(system), sampling
+        self._tokenizer = engine.tokenizer
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.messages: list[dict[str, str]] = []
         self.notices: list[str] = []
@@ -81,7 +85,7 @@ class Chat:
         """Forgets the conversation."""
         self.messages, self._first = [], 0
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str]:
         """Yields the assistant's answer to `text`, in pieces. Closed early, the answer is the pieces so far.
 
         When message and answer may not fit, the oldest turns are left out, for good, and a notice says so.
@@ -108,16 +112,16 @@ class Chat:
             prompt,
             self.max_new_tokens,
             self.sampling,
-            stop_ids(self.engine.tokenizer),
+            stop_ids(self._tokenizer),
             seed=(self.seed + self._answers) % 2**32,
         )
         pieces = self.engine.stream(request)
         return self._speak(messages, first, pieces)
 
     def _fit(self, messages) -> tuple[int, list[int]]:
-        tokenizer, room = self.engine.tokenizer, self.engine.context_length - self.max_new_tokens
+        room = self.engine.context_length - self.max_new_tokens
         for first in range(self._first, len(messages), 2):
-            prompt = encode_prompt(tokenizer, [{"role": "system", "content": self.system}, *messages[first:]])
+            prompt = encode_prompt(self._tokenizer, [{"role": "system", "content": self.system}, *messages[first:]])
             if len(prompt) <= room:
                 return first, prompt
         raise ValueError(
@@ -125,7 +129,7 @@ class Chat:
             f"the answer: the context has {self.engine.context_length}; shorten it, or lower --max_new_tokens"
         )
 
-    def _speak(self, messages, first, pieces) -> Iterator[str]:
+    def _speak(self, messages, first, pieces) -> Generator[str]:
         said = []
         try:
             for piece in pieces:
@@ -154,8 +158,8 @@ class Chat:
         files.write_json(path, content)
 
 
-def defaults(checkpoint: str | Path) -> dict[str, float | int]:
-    """The generation settings of a folder's generation_config.json; those that it lacks are as released.
+def defaults(checkpoint: str | Path) -> dict[str, Any]:
+    """The generation settings, numbers by name, of a folder's generation_config.json; missing ones are as released.
 
     Raises:
       ValueError: the file is there, and one of its settings is no number.
@@ -296,7 +300,8 @@ def main(argv=None) -> None:
     chat = Chat(engine, args.system, SamplingConfig(**settings), new, args.seed)
     interactive = sys.stdin.isatty()
     # A byte that is not UTF-8 becomes U+FFFD instead of an error that would end the conversation.
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     if interactive:
         try:
             import readline  # noqa: F401  line editing and history in input()

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from qwen_jax import files
@@ -79,7 +79,7 @@ def _leave(code: int) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Keeps what TensorFlow's and Beam's libraries write on import off the screen, unless the import fails."""
     sys.stderr.flush()
     screen = os.dup(2)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -28,7 +28,7 @@ class CompilationCache:
     max_bytes: int | None = None
 
     @contextlib.contextmanager
-    def compiling(self) -> Iterator[dict[str, int]]:
+    def compiling(self) -> Generator[dict[str, int]]:
         """While open, programs come from the cache or are put there; yields the numbers of "hits" and "misses"."""
         counts = {"hits": 0, "misses": 0}
         if self.folder is None:
@@ -79,7 +79,7 @@ def shared_cache() -> CompilationCache:
 
 
 @contextlib.contextmanager
-def programs_kept() -> Iterator[None]:
+def programs_kept() -> Generator[None]:
     """While open, or as a decorator, programs come from the shared cache or are put there."""
     with shared_cache().compiling():
         yield

@@ -17,9 +17,9 @@ import shutil
 import socket
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Annotated, BinaryIO, get_args
+from typing import Annotated, get_args
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _temporary(final: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_file(final: str | Path) -> Iterator[Path]:
+def new_file(final: str | os.PathLike) -> Generator[Path]:
     """A temporary path beside `final`, which is renamed to `final` when the block ends without an error."""
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def new_file(final: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(final: str | Path) -> Iterator[Path]:
+def new_folder(final: str | Path) -> Generator[Path]:
     """A temporary folder that becomes `final` when the block ends without an error, and is removed otherwise.
 
     Where two workers make the same folder, the first one stays: they are equal.
@@ -157,7 +157,7 @@ def _json_value(line: bytes, where: str):
         raise ValueError(f"{where}: not JSON: {error}") from error
 
 
-def open_decompressed(path: str | Path) -> BinaryIO:
+def open_decompressed(path: str | Path) -> io.BufferedIOBase:
     """The bytes of a file, decompressed if its name ends in `.gz` or `.zst` in any case.
 
     A compressed file that is cut off raises EOFError when its end is read.
@@ -216,7 +216,7 @@ def copy_file(source: str | Path, final: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, file: str = LOCK_FILE) -> Iterator[None]:
+def locked(folder: str | Path, file: str = LOCK_FILE) -> Generator[None]:
     """Holds `folder`, which is made if missing, for this process; the lock of a killed process is released.
 
     Args:

@@ -101,7 +101,7 @@ class HardwareConfig:
             )
         from jax.experimental import topologies
 
-        options = {"num_slices": self.slices} if self.slices > 1 else {}
+        options: dict[str, object] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.wrap is not None:
             options["wrap"] = self.wrap
         try:

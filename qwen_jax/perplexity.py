@@ -5,12 +5,13 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import gin
 import numpy as np
 
 from qwen_jax.conversion import load_pretrained, load_tokenizer
-from qwen_jax.files import PathLike
+from qwen_jax.files import PathLike, as_path
 from qwen_jax.inference import Engine
 
 # Scores say enough of a text at this length.
@@ -38,11 +39,12 @@ class CheckpointPerplexity:
         Raises:
             ValueError, OSError: the checkpoint cannot be read, or `max_tokens` is out of range.
         """
-        engine = _load(self.path, self.dtype)
+        engine = _load(as_path(self.path), self.dtype)
         limit = min(engine.model.config.context_length, _LONGEST)
         if not 2 <= self.max_tokens <= limit:
             raise ValueError(f"CheckpointPerplexity.max_tokens is {self.max_tokens}, expected 2…{limit}")
         # Four bytes a token on average: the tokenizer need not read the whole of a book.
+        assert engine.tokenizer is not None  # `_load` gives it one
         ids = engine.tokenizer.encode(text[: 16 * self.max_tokens])[: self.max_tokens]
         if len(ids) < 2:
             return float("inf")
@@ -51,6 +53,6 @@ class CheckpointPerplexity:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: PathLike, dtype: str) -> Engine:
+def _load(path: Path, dtype: str) -> Engine:
     tokenizer = load_tokenizer(path)
     return Engine(*load_pretrained(path, dtype=dtype), tokenizer, slots=1)

@@ -76,7 +76,7 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
     logits = np.empty((*tokens.shape, config.vocab_size), np.float32)
     for start in range(0, config.vocab_size, VOCABULARY_BLOCK):
         part = slice(start, start + VOCABULARY_BLOCK)
-        logits[..., part] = output_logits(hidden, float32_copy(kernel[:, part]))
+        logits[..., part] = output_logits(hidden, jnp.asarray(float32_copy(kernel[:, part])))
     return logits
 
 

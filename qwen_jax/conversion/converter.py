@@ -5,7 +5,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from qwen_jax import files
@@ -165,7 +165,7 @@ def _write_external(
     external = huggingface.external_config(table, config, dtype, endoftext, weights.position_limit)
     files.write_json(folder / huggingface.CONFIG_FILE, external)
     if tokenizer:
-        generation = huggingface.generation_config(table, config, endoftext, tokenizer.im_end_id)
+        generation = huggingface.generation_config(table, config, tokenizer.endoftext_id, tokenizer.im_end_id)
         files.write_json(folder / huggingface.GENERATION_FILE, generation)
         write_tokenizer(folder, tokenizer, config.context_length, config.vocab_size)
     tensors = external_tensors(table, config)
@@ -175,7 +175,7 @@ def _write_external(
 
 
 @contextlib.contextmanager
-def _staged(target: Path) -> Iterator[tuple[Path, Path]]:
+def _staged(target: Path) -> Generator[tuple[Path, Path]]:
     """A hidden folder beside `target`, and a path in it that becomes `target` when the block ends without an error.
 
     A killed conversion leaves the hidden folder, which the next one to the same target clears. The lock tells that

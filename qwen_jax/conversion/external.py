@@ -114,7 +114,7 @@ class ExternalWeights:
                 f"tensors of {self.where} do not fit its configuration ({table.architecture}): "
                 f"{'. '.join(problems)}. Was the download complete, and are the two of the same model?"
             )
-        if copy in self._stored:
+        if copy is not None and copy in self._stored:
             self._check_copy(copy, table.rows[0].external)
 
     def _check_copy(self, copy: str, embedding: str) -> None:

@@ -169,12 +169,12 @@ def _check_merges(tokenizer: Tokenizer) -> None:
 
 
 def _describe(task: seqio.Task, vocabulary: QwenVocabulary) -> dict:
-    source = task.source
+    describe = getattr(task.source, "describe", None)
     return {
         "format_version": packing.FORMAT_VERSION,
         "task": task.name,
         "vocabulary": _identity(vocabulary),
-        "source": source.describe() if hasattr(source, "describe") else {"source": repr(source)},
+        "source": describe() if describe else {"source": repr(task.source)},
     }
 
 
@@ -211,9 +211,9 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup")
         description, missing = found | {"vocabulary": _identity(vocabulary)}, []
     if found is not None:
         _check_same(folder, found, description)
-    if not missing:
-        logger.info("%s: cached already in %s", task.name, folder)
-        return found
+        if not missing:
+            logger.info("%s: cached already in %s", task.name, folder)
+            return found
     _check_merges(vocabulary.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     for split in missing:
@@ -306,6 +306,13 @@ def _default_shards(folder: Path, split: str) -> int:
     return max(1, math.ceil(_stats(folder, split).get(f"{TOKENS}_tokens", 0) / TOKENS_PER_SHARD))
 
 
+def _vocabulary(task: str) -> QwenVocabulary:
+    """The vocabulary of the tokens of a registered task."""
+    vocabulary = seqio.TaskRegistry.get(task).output_features[TOKENS].vocabulary
+    assert isinstance(vocabulary, QwenVocabulary)  # `_check_task` refuses others before a worker starts
+    return vocabulary
+
+
 @dataclasses.dataclass(frozen=True)
 class _WorkerSetup:
     """Called in each Beam worker before it touches a task: registers tasks and configures them as in the launcher."""
@@ -329,7 +336,7 @@ class _WorkerSetup:
             # theirs, so it is bound as a value.
             gin.parse_config(self.gin_config, skip_unknown=True)
             gin.bind_parameter("vocabulary_path.path", self.vocabulary_path)
-        vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
+        vocabulary = _vocabulary(self.task)
         if vocabulary.fingerprint != self.fingerprint:
             raise RuntimeError(
                 f"this worker has the vocabulary {vocabulary.tokenizer.path} (fingerprint "
@@ -345,8 +352,8 @@ class _CountCharacters(beam.PTransform):
         super().__init__()
         self._vocabulary = vocabulary
 
-    def expand(self, examples):
-        return examples | "count" >> beam.Map(self._count) | "sum" >> beam.CombineGlobally(sum)
+    def expand(self, input_or_inputs):
+        return input_or_inputs | "count" >> beam.Map(self._count) | "sum" >> beam.CombineGlobally(sum)
 
     def _count(self, example) -> int:
         tokenizer = self._vocabulary.tokenizer
@@ -448,7 +455,7 @@ class _Packer:
         """Writes one shard, and beside it its entry of the manifest."""
         self.setup()
         index, raw = item
-        vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
+        vocabulary = _vocabulary(self.task)
         documents = (
             (key, packing.Document(np.frombuffer(tokens, "<i4"), np.frombuffer(weights, np.uint8)))
             for key, tokens, weights in raw
@@ -485,7 +492,7 @@ class _Packer:
         if not shards:
             shutil.rmtree(self.folder)
             raise ValueError(f"task {self.task} yields only documents without text in split {self.split!r}")
-        vocabulary = seqio.TaskRegistry.get(self.task).output_features[TOKENS].vocabulary
+        vocabulary = _vocabulary(self.task)
         return packing.Manifest(
             task=self.task,
             split=self.split,

@@ -200,13 +200,13 @@ class _Records:
 
     def read(self, numbers: list[int]) -> dict[str, np.ndarray]:
         """Columns [len(numbers), sequence_length] of the records with these numbers, in this order."""
-        numbers = np.asarray(numbers, np.int64)
-        shards = np.searchsorted(self._ends, numbers, side="right")
+        indices = np.asarray(numbers, np.int64)
+        shards = np.searchsorted(self._ends, indices, side="right")
         records: list[bytes] = [b""] * len(numbers)
         for shard in np.unique(shards):
             rows = np.flatnonzero(shards == shard)
             first = int(self._ends[shard]) - self._manifest.shards[shard].records
-            for row, record in zip(rows, self._read_shard(int(shard), numbers[rows] - first), strict=True):
+            for row, record in zip(rows, self._read_shard(int(shard), indices[rows] - first), strict=True):
                 records[row] = record
         return packing.decode_records(records, self._manifest.columns, self._manifest.sequence_length)
 

@@ -400,7 +400,7 @@ def write_shard(
         file=path.name,
         records=records,
         tokens=sum(len(document.tokens) for document in terminated),
-        loss_tokens=sum(int(document.loss_weights.sum()) for document in terminated),
+        loss_tokens=sum(int(document.weights().sum()) for document in terminated),
         documents=len(terminated),
         text_bytes=sum(int(token_bytes[document.tokens].sum()) for document in terminated),
         file_bytes=file_bytes,

@@ -222,7 +222,7 @@ def _validation_limit(paths: tuple[Path, ...], state: tuple, text_field: str, sh
                 return limit
             several = several or (lowest is not None and number != lowest)
             lowest = number if lowest is None else min(lowest, number)
-    return lowest + 1 if several else 0
+    return lowest + 1 if lowest is not None and several else 0
 
 
 def _utf8(text: str) -> bytes:
@@ -306,7 +306,7 @@ class DocumentSource(seqio.DataSource):
         """What a cache remembers of its corpus, so that another one is not mistaken for it."""
         corpus = self._corpus()
         base = os.path.commonpath([path.parent for path in corpus.files])
-        listing = [[os.path.relpath(path, base), path.stat().st_size] for path in corpus.files]
+        listing = [(os.path.relpath(path, base), path.stat().st_size) for path in corpus.files]
         return {
             "files": len(listing),
             "file_bytes": sum(size for _, size in listing),
@@ -331,7 +331,8 @@ class TfdsSource(seqio.TfdsDataSource):
     def __init__(self, name: str, splits: Mapping[str, str]):
         super().__init__(name, splits=splits, read_only=True)
 
-    def list_shards(self, split: str) -> Sequence[str]:
+    # SeqIO caches its method with functools.lru_cache, whose type is no method's.
+    def list_shards(self, split: str) -> Sequence[str]:  # ty: ignore[incompatible-attribute-override]
         """Names of the files.
 
         Raises:
@@ -340,7 +341,7 @@ class TfdsSource(seqio.TfdsDataSource):
         self._check()
         return super().list_shards(split)
 
-    def get_dataset(self, split: str = "train", *args, **kwargs) -> tf.data.Dataset:
+    def get_dataset(self, split: str | None = "train", *args, **kwargs) -> tf.data.Dataset:
         """As in SeqIO; raises like `list_shards`."""
         self._check()
         return super().get_dataset(split, *args, **kwargs)
@@ -348,6 +349,7 @@ class TfdsSource(seqio.TfdsDataSource):
     def _check(self) -> None:
         loader = self.tfds_dataset
         if not loader.builder.info.splits:
+            assert loader.name is not None  # given to the constructor
             name = loader.name.partition(":")[0]
             raise FileNotFoundError(
                 f"the TFDS dataset {loader.name} is not in {loader.builder.data_path}: get it with `tfds build {name}` "

@@ -74,7 +74,9 @@ _PATH_NAMES = {"PathLike": PathLike, "Pattern": Pattern, "Sequence": Sequence}
 
 def _path_annotation(annotation: ast.expr | None) -> str:
     """The annotation of a parameter that is a path, with its colon; others may need names that are not known here."""
-    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} if annotation else set()
+    if annotation is None:
+        return ""
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
     return f": {ast.unparse(annotation)}" if names and names <= set(_PATH_NAMES) else ""
 
 

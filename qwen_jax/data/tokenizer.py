@@ -48,7 +48,7 @@ def released_ranks_path() -> Path:
         FileNotFoundError: the distribution is not installed, or has no such file.
     """
     try:
-        path = Path(importlib.metadata.distribution(_RELEASED_DISTRIBUTION).locate_file(_RELEASED_FILE))
+        path = Path(str(importlib.metadata.distribution(_RELEASED_DISTRIBUTION).locate_file(_RELEASED_FILE)))
     except importlib.metadata.PackageNotFoundError as error:
         raise FileNotFoundError(
             f"the released vocabulary comes with the PyPI package {_RELEASED_DISTRIBUTION}, which is not installed: "

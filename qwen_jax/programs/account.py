@@ -12,6 +12,7 @@ from qwen_jax.programs.hlo import (
     Value,
     group_size,
     loop_constants,
+    matched,
     shape_bytes,
     trip_count,
     unchanged,
@@ -127,7 +128,7 @@ class _Accountant:
                     for branch in branches:
                         self._walk(branch, times, {})
                 case "call":
-                    self._walk(self._program.called(instruction, "to_apply", "calls"), times, {})
+                    self._walk(self._program.callee(instruction, "to_apply", "calls"), times, {})
                 case "call-start":  # TPU v7: collectives handed to the sparse cores
                     self._inside(self._program.called(instruction, "to_apply"), times, True, computation)
                 case _:
@@ -138,7 +139,7 @@ class _Accountant:
         self.result.loops.append((loop.name, trips, proven))
         if not proven:
             self.result.warnings.append(f"{loop.name}: its number of iterations is not proven; assumed {trips}")
-        body = self._program.called(loop, "body")
+        body = self._program.callee(loop, "body")
         self._walk(body, times * trips, unchanged(body, loop_constants(loop, known)))
 
     def _step(self, instruction: Instruction, times: int):
@@ -217,7 +218,7 @@ class _Accountant:
             total.synchronous_wire_bytes += wire * times
 
     def _kernel(self, call: Instruction, times: int):
-        target = re.search(r'custom_call_target="([^"]*)"', call.attributes)[1]
+        target = matched(r'custom_call_target="([^"]*)"', call.attributes)[1]
         if target in _BOOKKEEPING:
             return
         flops = kernel_flops(call, self._separate_dq)

@@ -5,7 +5,7 @@ import faulthandler
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +19,7 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @contextlib.contextmanager
-def stderr_into(file: Path) -> Iterator[TextIO]:
+def stderr_into(file: Path) -> Generator[TextIO]:
     """Redirects standard error of this process to `file` while open; yields a stream to the screen.
 
     The traceback of a crash still goes to the screen.

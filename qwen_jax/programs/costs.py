@@ -11,6 +11,7 @@ from qwen_jax.programs.hlo import (
     Program,
     array_shapes,
     hbm_shape_bytes,
+    matched,
     shape_bytes,
     tuple_elements,
 )
@@ -42,12 +43,12 @@ def product_flops(instruction: Instruction) -> int:
     For a convolution, only window positions on the input count.
     """
     out = array_shapes(instruction.shape)[0][1]
-    left, right = (array_shapes(instruction.operand(k).shape)[0][1] for k in (0, 1))
+    left, right = (_operand_dims(instruction, index) for index in (0, 1))
     attributes = instruction.attributes
     if instruction.op == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)[1]
+        contracted = matched(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)[1]
         return 2 * math.prod(out) * math.prod(left[int(i)] for i in contracted.split(",") if i)
-    left_labels, right_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+    left_labels, right_labels, out_labels = matched(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
     window = _Window.of(attributes, sum(label.isdigit() for label in right_labels))
     positions = math.prod(
         window.positions(
@@ -65,6 +66,12 @@ def product_flops(instruction: Instruction) -> int:
     )
     depth = left[left_labels.index("f")] // features
     return 2 * depth * out[out_labels.index("f")] * (left[left_labels.index("b")] // batches) * positions
+
+
+def _operand_dims(product: Instruction, index: int) -> list[int]:
+    operand = product.operand(index)
+    assert operand is not None  # a product reads results of its own computation
+    return array_shapes(operand.shape)[0][1]
 
 
 @dataclasses.dataclass
@@ -86,7 +93,7 @@ class _Window:
 
         padding = [(0, 0)] * dimensions
         if "pad" in parts:
-            padding = [tuple(int(n) for n in part.split("_")) for part in parts["pad"].split("x")]
+            padding = [(int(low), int(high)) for low, high in re.findall(r"(-?\d+)_(-?\d+)", parts["pad"])]
         return cls(numbers("stride"), numbers("lhs_dilate"), numbers("rhs_dilate"), padding)
 
     def positions(self, d: int, left: int, right: int, out: int) -> int:

@@ -47,6 +47,18 @@ _NAMES = re.compile(r"%([\w.\-]+)")
 _TRANSPARENT = ("copy", "bitcast", "convert", "copy-done", "copy-start", "reshape", "optimization-barrier")
 
 
+def matched(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+    """The first match of a pattern that the text of every program has there.
+
+    Raises:
+      ValueError: no match.
+    """
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"expected {getattr(pattern, 'pattern', pattern)} in the text of a program: {text[:80]!r}")
+    return found
+
+
 def array_shapes(shape: str) -> list[tuple[str, list[int]]]:
     """(dtype, dimensions) of each array in a shape, tuples flattened."""
     return [(dtype, [int(n) for n in dims.split(",")] if dims else []) for dtype, dims in _ARRAY.findall(shape)]
@@ -116,7 +128,7 @@ class Instruction:
     @property
     def tuple_index(self) -> int:
         """Index of the element that a get-tuple-element takes."""
-        return int(re.search(r"index=(\d+)", self.attributes)[1])
+        return int(matched(r"index=(\d+)", self.attributes)[1])
 
 
 class Computation:
@@ -171,6 +183,17 @@ class Program:
                 return self.computations[name]
         return None
 
+    def callee(self, instruction: Instruction, *keys: str) -> Computation:
+        """As `called`, for an instruction that always names a computation, such as a loop.
+
+        Raises:
+          ValueError: it names none.
+        """
+        found = self.called(instruction, *keys)
+        if found is None:
+            raise ValueError(f"{instruction.op} {instruction.name} names no computation of the program")
+        return found
+
     def branches(self, conditional: Instruction) -> list[Computation]:
         """The branches of a conditional, of which one runs."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
@@ -188,7 +211,7 @@ def _parse(text: str) -> dict[str, Computation]:
     lines: list[str] = []  # of the instruction being read: metadata of kernels breaks it over several
 
     def finish():
-        if lines:
+        if current is not None and lines:
             current.add(_instruction(" ".join(lines), current))
             lines.clear()
 
@@ -210,7 +233,7 @@ def _parse(text: str) -> dict[str, Computation]:
 
 
 def _instruction(line: str, computation: Computation) -> Instruction:
-    head = _INSTRUCTION.match(line)
+    head = matched(_INSTRUCTION, line)
     start = head.end()
     shape_end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
     opening = line.index("(", shape_end + 1)
@@ -324,7 +347,7 @@ def trip_count(program: Program, loop: Instruction, known: dict[int, Value]) -> 
     """
     if written := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(written[1]), True
-    condition, body = program.called(loop, "condition"), program.called(loop, "body")
+    condition, body = program.callee(loop, "condition"), program.callee(loop, "body")
     first = loop_constants(loop, known)
     root = condition.root
     if root is None or root.op != "compare":

@@ -7,13 +7,12 @@ from jax.sharding import Mesh
 
 
 class Model(Protocol):
-    """A model that can be trained; `qwen_jax.models.transformer.Qwen` is one.
+    """A model that can be trained; `qwen_jax.models.transformer.Qwen` is one."""
 
-    Attributes:
-      has_dropout: whether a training pass needs random numbers.
-    """
-
-    has_dropout: bool
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training pass needs random numbers."""
+        ...
 
     def init_params(self, rng: jax.Array) -> dict:
         """Random parameters: a nested dict of float32 arrays, in boxes with the logical names of their axes."""
