@@ -87,7 +87,7 @@ def carried(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def pipeline_of(options: Sequence[str]) -> Generator[beam.Pipeline]:
+def open_pipeline(options: Sequence[str]) -> Generator[beam.Pipeline]:
     """A pipeline that runs when the block ends.
 
     Args:

@@ -13,7 +13,7 @@ from qwen_jax.conversion import gguf_file, huggingface, run_folder
 from qwen_jax.conversion.checksums import Checksums, flush
 from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, check_rows, find_tokenizer, open_weights
 from qwen_jax.conversion.mapping import FORMATS, Format, Weights, external_tensors, gather
-from qwen_jax.conversion.padding import repadded
+from qwen_jax.conversion.padding import repad
 from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED
 from qwen_jax.conversion.tokenizer import write_tokenizer
 from qwen_jax.data.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def convert(
     checksums = Checksums(wanted=verify)
     with _staged(target) as (scratch, result):
         found = _tokenizer(source, tokenizer, scratch, weights.config)
-        weights = repadded(weights, vocab_size, found, source)
+        weights = repad(weights, vocab_size, found, source)
         dtype = dtype or weights.dtype
         if target_format != ORBAX:
             _warn_of_losses(TABLES[target_format], weights.config)

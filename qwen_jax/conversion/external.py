@@ -79,9 +79,9 @@ class ExternalWeights:
         shapes = parameter_shapes(config)
         for tensor in expected:
             start = 0
-            for part in tensor.row.parts:
+            for part in tensor.mapping.parts:
                 self._places[part, tensor.layer] = (tensor, start)
-                start += external_shape(tensor.row.layout, shapes[part][0 if tensor.layer is None else 1 :])[0]
+                start += external_shape(tensor.mapping.layout, shapes[part][0 if tensor.layer is None else 1 :])[0]
         kinds = {stored[tensor.name].dtype for tensor in expected}
         self.dtype = "bfloat16" if kinds == {"BF16"} else "float32"
 
@@ -115,7 +115,7 @@ class ExternalWeights:
                 f"{'. '.join(problems)}. Was the download complete, and are the two of the same model?"
             )
         if copy is not None and copy in self._stored:
-            self._check_copy(copy, table.rows[0].external)
+            self._check_copy(copy, table.tensors[0].external)
 
     def _check_copy(self, copy: str, embedding: str) -> None:
         first, second = (self._stored[name].read(0, self._stored[name].shape[0]) for name in (copy, embedding))
@@ -129,5 +129,5 @@ class ExternalWeights:
         """See `Weights.read`: only the rows that hold this parameter are read."""
         tensor, start = self._places[path, layer]
         shape = parameter_shapes(self.config)[path][0 if layer is None else 1 :]
-        rows = external_shape(tensor.row.layout, shape)[0]
-        return from_external(tensor.row.layout, self._stored[tensor.name].read(start, start + rows), shape)
+        rows = external_shape(tensor.mapping.layout, shape)[0]
+        return from_external(tensor.mapping.layout, self._stored[tensor.name].read(start, start + rows), shape)

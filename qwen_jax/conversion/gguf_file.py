@@ -53,7 +53,7 @@ GGUF = dataclasses.replace(
     QWEN2,
     name=NAME,
     architecture=ARCHITECTURE,
-    rows=tuple(dataclasses.replace(row, external=_name(row.external)) for row in QWEN2.rows),
+    tensors=tuple(dataclasses.replace(one, external=_name(one.external)) for one in QWEN2.tensors),
 )
 
 

@@ -1,7 +1,7 @@
 """How our parameters and configuration fields lie in external formats: one table per format, read in both directions.
 
-A table says which of our parameters make up an external tensor and how the axes move. The layout of a row is written
-as `our axes -> their axes`, with `(a b)` for axes that the external format flattens into one; a layout only moves
+A table says which of our parameters make up an external tensor and how the axes move. A layout is written as
+`our axes -> their axes`, with `(a b)` for axes that the external format flattens into one; a layout only moves
 numbers, so both directions are exact. A new external format is one more `Format` in `FORMATS`.
 """
 
@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params
 
-REQUIRED = object()  # the default of a Field that a config.json must have
+REQUIRED = object()  # the default of a ConfigField that a config.json must have
 COPY_BLOCK = 256
 LAYER_PREFIX = "layers/"  # our parameters below it are stacked along a leading layer axis
 
@@ -36,7 +36,7 @@ VECTOR = "d -> d"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TensorMapping:
     """One external tensor, or one per layer.
 
     Attributes:
@@ -51,7 +51,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
+class ConfigField:
     """One field of an external config.json.
 
     Attributes:
@@ -76,21 +76,21 @@ class Format:
     Attributes:
       name: of the format, for users.
       architecture, model_type: names of the format in config.json.
-      rows: the tensors.
+      tensors: its tensors.
       fields: fields of config.json that `ModelConfig` has.
       fixed: fields that must have this value for our model to be the same function; absent means this value.
       constants: further fields to write.
       refuse: lists the features of a `ModelConfig` that the format cannot express, a sentence each.
       redundant: pattern of tensor names that hold nothing of their own (buffers), so that they may be there.
       tied_output: name of the output projection, which tied checkpoints may hold as a copy of the embedding.
-      rope_parameters: whether the rotary base is in `rope_parameters` and `rope_theta` rather than in a Field.
+      rope_parameters: whether the rotary base is in `rope_parameters` and `rope_theta` rather than in a ConfigField.
     """
 
     name: str
     architecture: str
     model_type: str
-    rows: tuple[Row, ...]
-    fields: tuple[Field, ...]
+    tensors: tuple[TensorMapping, ...]
+    fields: tuple[ConfigField, ...]
     fixed: Mapping[str, Any]
     constants: Mapping[str, Any]
     refuse: Callable[[ModelConfig], list[str]]
@@ -126,42 +126,42 @@ QWEN = Format(
     name="qwen",
     architecture="QWenLMHeadModel",
     model_type="qwen",
-    rows=(
-        Row("transformer.wte.weight", ("token_embedding",), EMBED),
-        Row("transformer.h.{layer}.ln_1.weight", ("layers/attention_norm/scale",), VECTOR),
-        Row(
+    tensors=(
+        TensorMapping("transformer.wte.weight", ("token_embedding",), EMBED),
+        TensorMapping("transformer.h.{layer}.ln_1.weight", ("layers/attention_norm/scale",), VECTOR),
+        TensorMapping(
             "transformer.h.{layer}.attn.c_attn.weight",
             _kernels("attention/query", "attention/key", "attention/value"),
             HEADS_IN,
         ),
-        Row(
+        TensorMapping(
             "transformer.h.{layer}.attn.c_attn.bias",
             ("layers/attention/query/bias", "layers/attention/key/bias", "layers/attention/value/bias"),
             HEADS_BIAS,
         ),
-        Row("transformer.h.{layer}.attn.c_proj.weight", _kernels("attention/output"), HEADS_OUT),
-        Row("transformer.h.{layer}.ln_2.weight", ("layers/mlp_norm/scale",), VECTOR),
-        Row("transformer.h.{layer}.mlp.w1.weight", _kernels("mlp/up"), FFN_IN),
-        Row("transformer.h.{layer}.mlp.w2.weight", _kernels("mlp/gate"), FFN_IN),
-        Row("transformer.h.{layer}.mlp.c_proj.weight", _kernels("mlp/down"), FFN_OUT),
-        Row("transformer.ln_f.weight", ("final_norm/scale",), VECTOR),
-        Row("lm_head.weight", ("output",), UNEMBED),
+        TensorMapping("transformer.h.{layer}.attn.c_proj.weight", _kernels("attention/output"), HEADS_OUT),
+        TensorMapping("transformer.h.{layer}.ln_2.weight", ("layers/mlp_norm/scale",), VECTOR),
+        TensorMapping("transformer.h.{layer}.mlp.w1.weight", _kernels("mlp/up"), FFN_IN),
+        TensorMapping("transformer.h.{layer}.mlp.w2.weight", _kernels("mlp/gate"), FFN_IN),
+        TensorMapping("transformer.h.{layer}.mlp.c_proj.weight", _kernels("mlp/down"), FFN_OUT),
+        TensorMapping("transformer.ln_f.weight", ("final_norm/scale",), VECTOR),
+        TensorMapping("lm_head.weight", ("output",), UNEMBED),
     ),
     fields=(
-        Field("vocab_size", "vocab_size", earlier=("padded_vocab_size",)),
-        Field("hidden_size", "hidden_size", earlier=("n_embd",)),
-        Field("num_layers", "num_hidden_layers", earlier=("n_layer",)),
-        Field("num_heads", "num_attention_heads", earlier=("n_head",)),
-        Field("ffn_size", "intermediate_size", earlier=("ffn_hidden_size",), factor=2),
-        Field("head_dim", "kv_channels", 128),
-        Field("context_length", "seq_length"),
-        Field("rope_theta", "rotary_emb_base", 10000),
-        Field("norm_epsilon", "layer_norm_epsilon", 1e-6),
-        Field("use_dynamic_ntk", "use_dynamic_ntk", True),
-        Field("use_logn", "use_logn_attn", True),
-        Field("init_std", "initializer_range", 0.02),
-        Field("embedding_dropout", "emb_dropout_prob", 0.0, earlier=("embd_pdrop",)),
-        Field("attention_dropout", "attn_dropout_prob", 0.0, earlier=("attn_pdrop",)),
+        ConfigField("vocab_size", "vocab_size", earlier=("padded_vocab_size",)),
+        ConfigField("hidden_size", "hidden_size", earlier=("n_embd",)),
+        ConfigField("num_layers", "num_hidden_layers", earlier=("n_layer",)),
+        ConfigField("num_heads", "num_attention_heads", earlier=("n_head",)),
+        ConfigField("ffn_size", "intermediate_size", earlier=("ffn_hidden_size",), factor=2),
+        ConfigField("head_dim", "kv_channels", 128),
+        ConfigField("context_length", "seq_length"),
+        ConfigField("rope_theta", "rotary_emb_base", 10000),
+        ConfigField("norm_epsilon", "layer_norm_epsilon", 1e-6),
+        ConfigField("use_dynamic_ntk", "use_dynamic_ntk", True),
+        ConfigField("use_logn", "use_logn_attn", True),
+        ConfigField("init_std", "initializer_range", 0.02),
+        ConfigField("embedding_dropout", "emb_dropout_prob", 0.0, earlier=("embd_pdrop",)),
+        ConfigField("attention_dropout", "attn_dropout_prob", 0.0, earlier=("attn_pdrop",)),
     ),
     fixed={
         "no_bias": True,
@@ -190,36 +190,36 @@ QWEN2 = Format(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
-    rows=(
-        Row("model.embed_tokens.weight", ("token_embedding",), EMBED),
-        Row("model.layers.{layer}.input_layernorm.weight", ("layers/attention_norm/scale",), VECTOR),
-        Row("model.layers.{layer}.self_attn.q_proj.weight", _kernels("attention/query"), HEADS_IN),
-        Row("model.layers.{layer}.self_attn.q_proj.bias", ("layers/attention/query/bias",), HEADS_BIAS),
-        Row("model.layers.{layer}.self_attn.k_proj.weight", _kernels("attention/key"), HEADS_IN),
-        Row("model.layers.{layer}.self_attn.k_proj.bias", ("layers/attention/key/bias",), HEADS_BIAS),
-        Row("model.layers.{layer}.self_attn.v_proj.weight", _kernels("attention/value"), HEADS_IN),
-        Row("model.layers.{layer}.self_attn.v_proj.bias", ("layers/attention/value/bias",), HEADS_BIAS),
-        Row("model.layers.{layer}.self_attn.o_proj.weight", _kernels("attention/output"), HEADS_OUT),
-        Row("model.layers.{layer}.post_attention_layernorm.weight", ("layers/mlp_norm/scale",), VECTOR),
-        Row("model.layers.{layer}.mlp.gate_proj.weight", _kernels("mlp/gate"), FFN_IN),
-        Row("model.layers.{layer}.mlp.up_proj.weight", _kernels("mlp/up"), FFN_IN),
-        Row("model.layers.{layer}.mlp.down_proj.weight", _kernels("mlp/down"), FFN_OUT),
-        Row("model.norm.weight", ("final_norm/scale",), VECTOR),
-        Row("lm_head.weight", ("output",), UNEMBED),
+    tensors=(
+        TensorMapping("model.embed_tokens.weight", ("token_embedding",), EMBED),
+        TensorMapping("model.layers.{layer}.input_layernorm.weight", ("layers/attention_norm/scale",), VECTOR),
+        TensorMapping("model.layers.{layer}.self_attn.q_proj.weight", _kernels("attention/query"), HEADS_IN),
+        TensorMapping("model.layers.{layer}.self_attn.q_proj.bias", ("layers/attention/query/bias",), HEADS_BIAS),
+        TensorMapping("model.layers.{layer}.self_attn.k_proj.weight", _kernels("attention/key"), HEADS_IN),
+        TensorMapping("model.layers.{layer}.self_attn.k_proj.bias", ("layers/attention/key/bias",), HEADS_BIAS),
+        TensorMapping("model.layers.{layer}.self_attn.v_proj.weight", _kernels("attention/value"), HEADS_IN),
+        TensorMapping("model.layers.{layer}.self_attn.v_proj.bias", ("layers/attention/value/bias",), HEADS_BIAS),
+        TensorMapping("model.layers.{layer}.self_attn.o_proj.weight", _kernels("attention/output"), HEADS_OUT),
+        TensorMapping("model.layers.{layer}.post_attention_layernorm.weight", ("layers/mlp_norm/scale",), VECTOR),
+        TensorMapping("model.layers.{layer}.mlp.gate_proj.weight", _kernels("mlp/gate"), FFN_IN),
+        TensorMapping("model.layers.{layer}.mlp.up_proj.weight", _kernels("mlp/up"), FFN_IN),
+        TensorMapping("model.layers.{layer}.mlp.down_proj.weight", _kernels("mlp/down"), FFN_OUT),
+        TensorMapping("model.norm.weight", ("final_norm/scale",), VECTOR),
+        TensorMapping("lm_head.weight", ("output",), UNEMBED),
     ),
     fields=(
-        Field("vocab_size", "vocab_size"),
-        Field("hidden_size", "hidden_size"),
-        Field("num_layers", "num_hidden_layers"),
-        Field("num_heads", "num_attention_heads"),
-        Field("num_kv_heads", "num_key_value_heads", None),
-        Field("head_dim", "head_dim", None),
-        Field("ffn_size", "intermediate_size"),
-        Field("context_length", "max_position_embeddings"),
-        Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Field("tie_embeddings", "tie_word_embeddings", False),
-        Field("init_std", "initializer_range", 0.02),
-        Field("attention_dropout", "attention_dropout", 0.0),
+        ConfigField("vocab_size", "vocab_size"),
+        ConfigField("hidden_size", "hidden_size"),
+        ConfigField("num_layers", "num_hidden_layers"),
+        ConfigField("num_heads", "num_attention_heads"),
+        ConfigField("num_kv_heads", "num_key_value_heads", None),
+        ConfigField("head_dim", "head_dim", None),
+        ConfigField("ffn_size", "intermediate_size"),
+        ConfigField("context_length", "max_position_embeddings"),
+        ConfigField("norm_epsilon", "rms_norm_eps", 1e-6),
+        ConfigField("tie_embeddings", "tie_word_embeddings", False),
+        ConfigField("init_std", "initializer_range", 0.02),
+        ConfigField("attention_dropout", "attention_dropout", 0.0),
     ),
     fixed={"hidden_act": "silu", "use_sliding_window": False},
     constants={"hidden_act": "silu", "use_sliding_window": False, "use_cache": True},
@@ -254,11 +254,11 @@ class Weights(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ExternalTensor:
-    """An expected tensor: its external name and shape, the row of the table, and the block (None outside of blocks)."""
+    """An expected tensor: external name and shape, mapping, and index of its block; None: it belongs to no block."""
 
     name: str
     shape: tuple[int, ...]
-    row: Row
+    mapping: TensorMapping
     layer: int | None
 
 
@@ -288,7 +288,7 @@ def external_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_external(layout: str, array: np.ndarray) -> np.ndarray:
-    """Our parameter (without layer axis) in the outside layout; same numbers, same dtype."""
+    """Our parameter (without layer axis) in the external layout: same numbers, same dtype."""
     ours, groups = _axes(layout)
     moved = array.transpose([ours.index(axis) for group in groups for axis in group])
     return moved.reshape(external_shape(layout, array.shape))
@@ -303,7 +303,7 @@ def from_external(layout: str, array: np.ndarray, shape: tuple[int, ...]) -> np.
 
 
 def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]:
-    """All tensors of a model in an external format, in the order of the table's rows, then of the layers.
+    """All tensors of a model in an external format, in the order of the table, then of the layers.
 
     Raises:
       ValueError: the format cannot express the configuration.
@@ -315,16 +315,16 @@ def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]
         )
     shapes = dict(parameter_shapes(config))
     tensors = []
-    for row in table.rows:
-        if not set(row.parts) & set(shapes):
+    for mapping in table.tensors:
+        if not set(mapping.parts) & set(shapes):
             continue  # a parameter that this configuration lacks: the output projection of tied embeddings
-        stacked = is_stacked(row.parts[0])
-        parts = [external_shape(row.layout, shapes.pop(part)[1 if stacked else 0 :]) for part in row.parts]
+        stacked = is_stacked(mapping.parts[0])
+        parts = [external_shape(mapping.layout, shapes.pop(part)[1 if stacked else 0 :]) for part in mapping.parts]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
         for layer in range(config.num_layers) if stacked else (None,):
-            tensors.append(ExternalTensor(row.external.format(layer=layer), shape, row, layer))
+            tensors.append(ExternalTensor(mapping.external.format(layer=layer), shape, mapping, layer))
     if shapes:
-        raise ValueError(f"format {table.name} has no row for the parameters {', '.join(sorted(shapes))}")
+        raise ValueError(f"format {table.name} has no tensor for the parameters {', '.join(sorted(shapes))}")
     return tensors
 
 
@@ -353,7 +353,7 @@ def float32_copy(source: np.ndarray) -> np.ndarray:
 
 def gather(weights: Weights, tensor: ExternalTensor, dtype: Any = None) -> np.ndarray:
     """An external tensor made of our parameters, in `dtype`; None: that which they are stored in."""
-    parts = [to_external(tensor.row.layout, weights.read(part, tensor.layer)) for part in tensor.row.parts]
+    parts = [to_external(tensor.mapping.layout, weights.read(part, tensor.layer)) for part in tensor.mapping.parts]
     whole = np.empty(tensor.shape, dtype or parts[0].dtype)
     if len(parts) == 1 and parts[0].flags.c_contiguous and parts[0].dtype == whole.dtype:
         return parts[0]

@@ -15,7 +15,7 @@ from qwen_jax.data.tokenizer import Tokenizer
 VOCABULARY_AXES = {"token_embedding": 0, "output": 1}
 
 
-class Repadded:
+class RepaddedWeights:
     """The same model with another number of vocabulary rows; a `Weights` of mapping.py.
 
     Rows that are added repeat the last row, if that is padding too: a trained model has learned never to predict it.
@@ -42,7 +42,7 @@ class Repadded:
         return np.concatenate([array, np.repeat(last, rows - array.shape[axis], axis)], axis)
 
 
-def repadded(source: Weights, vocab_size: int | None, tokenizer: Tokenizer | None, where: str | os.PathLike) -> Weights:
+def repad(source: Weights, vocab_size: int | None, tokenizer: Tokenizer | None, where: str | os.PathLike) -> Weights:
     """`source` with `vocab_size` rows of the vocabulary; None leaves it as it is.
 
     Args:
@@ -65,4 +65,4 @@ def repadded(source: Weights, vocab_size: int | None, tokenizer: Tokenizer | Non
             f"a vocabulary of {vocab_size} rows would cut ids in use: the tokenizer of {where} has {used}, so choose "
             f"at least that many (the model has {present})"
         )
-    return Repadded(source, vocab_size, tokenizer.vocab_size)
+    return RepaddedWeights(source, vocab_size, tokenizer.vocab_size)

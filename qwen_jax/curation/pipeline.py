@@ -26,7 +26,7 @@ from typing import Any
 import apache_beam as beam
 
 from qwen_jax import files
-from qwen_jax.beam import pipeline_of
+from qwen_jax.beam import open_pipeline
 from qwen_jax.curation import contamination, report, stages, storage
 from qwen_jax.curation.ledger import Ledger
 from qwen_jax.curation.sources import Source, list_source
@@ -267,7 +267,7 @@ class _Runner:
         if not missing:
             return
         started = time.monotonic()
-        with pipeline_of(self._options) as pipeline:
+        with open_pipeline(self._options) as pipeline:
             call = functools.partial(_piece, self._work, function, label, len(missing))
             _ = pipeline | beam.Create(list(enumerate(missing, 1))) | beam.Reshuffle() | beam.Map(call)
         logger.info("%s: done in %.1f s", label, time.monotonic() - started)

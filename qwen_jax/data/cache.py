@@ -31,7 +31,7 @@ import tensorflow as tf
 from seqio import beam_utils
 
 from qwen_jax import files
-from qwen_jax.beam import check_options, pipeline_of
+from qwen_jax.beam import check_options, open_pipeline
 from qwen_jax.data import mixing, packing
 from qwen_jax.data.default_tokenizer import vocabulary_path
 from qwen_jax.data.merges import derive_merges
@@ -243,7 +243,7 @@ def _cache_split(
     temporary.mkdir()
     try:
         target = str(temporary)
-        with pipeline_of(beam_options) as pipeline:
+        with open_pipeline(beam_options) as pipeline:
             preprocess = beam_utils.PreprocessTask(task, split, setup_fn=setup)
             num_files = max(1, min(len(preprocess.shards), _MAX_CACHE_FILES))
             examples = (
@@ -413,7 +413,7 @@ class _Packer:
         logger.info("%s: packing, %d shards (%d done before)", label, self.num_shards, len(done))
         started = time.monotonic()
         cached = sorted(str(path) for path in self.cache_folder.glob(f"{self.split}.tfrecord-*-of-*"))
-        with pipeline_of(beam_options) as pipeline:
+        with open_pipeline(beam_options) as pipeline:
             _ = (
                 pipeline
                 | "files" >> beam.Create(cached)

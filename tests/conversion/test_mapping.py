@@ -21,13 +21,13 @@ from qwen_jax.models.transformer import parameter_count
 @pytest.mark.parametrize("name", FORMATS)
 def test_layouts_are_exact_in_both_directions(name, config):
     shapes = parameter_shapes(config)
-    for row in FORMATS[name].rows:
-        for part in row.parts:
+    for mapping in FORMATS[name].tensors:
+        for part in mapping.parts:
             shape = shapes[part][1:] if is_stacked(part) else shapes[part]
             ours = np.arange(np.prod(shape)).reshape(shape)
-            theirs = to_external(row.layout, ours)
-            assert theirs.shape == external_shape(row.layout, shape)
-            np.testing.assert_array_equal(from_external(row.layout, theirs, shape), ours)
+            theirs = to_external(mapping.layout, ours)
+            assert theirs.shape == external_shape(mapping.layout, shape)
+            np.testing.assert_array_equal(from_external(mapping.layout, theirs, shape), ours)
 
 
 def test_linear_weights_become_out_by_in(config):

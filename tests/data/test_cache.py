@@ -114,7 +114,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(registry, cache_dir, tmp_p
 
 
 def test_complete_data_is_used_again(registry, cache_dir, monkeypatch, caplog):
-    monkeypatch.setattr(cache, "pipeline_of", None)
+    monkeypatch.setattr(cache, "open_pipeline", None)
     before = _files(cache_dir)
     with caplog.at_level(logging.INFO, "qwen_jax"):
         prepared = cache.prepare("test_a", cache_dir=cache_dir, sequence_length=LENGTH)
