@@ -1,4 +1,4 @@
-"""Apache Beam as qwen_jax starts it: in this process unless a runner is named, with short errors and a quiet log."""
+"""Start of Apache Beam pipelines: in this process unless an option names a runner, with short errors, a quiet log."""
 
 import argparse
 import builtins
@@ -39,7 +39,7 @@ class _OneLineParser(_BeamArgumentParser):
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuses pipeline options that Beam does not know and would ignore.
+    """Refuses pipeline options that are unknown to Beam, which would ignore them.
 
     An option that resembles no known one is left to a runner with a job server (Flink, Spark), which may know it.
 
@@ -63,7 +63,7 @@ def check_options(options: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def short_errors() -> Generator[None]:
-    """Turns an error of a worker or of a TensorFlow generator into the one that our code raised there.
+    """Turns an error of a worker or of a TensorFlow generator into the original error of our code.
 
     Raises:
       ValueError: with the message of a ValueError, OSError or ArithmeticError that the text of another error carries.
@@ -91,7 +91,7 @@ def open_pipeline(options: Sequence[str]) -> Generator[beam.Pipeline]:
     """A pipeline that runs when the block ends.
 
     Args:
-      options: Beam's, as on a command line: "--runner=FlinkRunner". Without a runner among them, this process runs it.
+      options: options of Beam, such as "--runner=FlinkRunner". Without a runner, this process runs the pipeline.
 
     Raises:
       ValueError: see `check_options` and `short_errors`.

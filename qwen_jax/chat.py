@@ -34,7 +34,7 @@ HELP = """/reset        forget the conversation, keep the system message
 /help         this
 /exit         end (so does Ctrl-D)
 A line that ends in \\ goes on in the next one. // at the beginning is a / of the message. Ctrl-C stops an answer."""
-FULL_AT = 0.8  # of the context: from here on, it is said how much is left
+FULL_AT = 0.8  # share of the context; beyond it, a notice gives the tokens in use
 
 
 def valid_text(text: str) -> str:
@@ -49,9 +49,9 @@ class Chat:
     """A conversation with a model.
 
     Attributes:
-      messages: all of them, oldest first, without the system message.
+      messages: all messages, oldest first, without the system message.
       system: the system message.
-      notices: remarks of the last call for the user, beside the answer.
+      notices: remarks of the last call for the user, apart from the answer.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Chat:
         max_new_tokens: int = 512,
         seed: int = 0,
     ):
-        """`engine` must have a tokenizer; answer n draws with seed + n.
+        """`engine` must have a tokenizer; seed + n is the seed for sampling answer n.
 
         Raises:
           ValueError: max_new_tokens leaves no room for a message.
@@ -148,7 +148,7 @@ class Chat:
         """Writes {"messages": [...]}, the system message first; the file appears whole or not at all.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
         content = {"messages": [{"role": "system", "content": self.system}, *self.messages]}
         path = files.as_path(path, "/save")
@@ -162,7 +162,7 @@ def defaults(checkpoint: str | Path) -> dict[str, Any]:
     """The generation settings, numbers by name, of a folder's generation_config.json; missing ones are as released.
 
     Raises:
-      ValueError: the file is there, and one of its settings is no number.
+      ValueError: a setting in the file is no number.
     """
     path = files.as_path(checkpoint) / GENERATION_FILE
     found = read_json(path) if path.is_file() else {}
@@ -176,13 +176,13 @@ def defaults(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def command(chat: Chat, line: str) -> str | None:
-    """Does what a line that begins with / says.
+    """Runs the command of a line that begins with /.
 
     Returns:
-      What to tell the user; None ends the conversation.
+      The reply to the user; None ends the conversation.
 
     Raises:
-      ValueError, OSError: there is no such command, or it cannot be done.
+      ValueError, OSError: the command is unknown, or fails.
     """
     name, _, argument = line.partition(" ")
     argument = argument.strip()
@@ -207,7 +207,7 @@ def command(chat: Chat, line: str) -> str | None:
 
 
 def messages_from(stream, interactive: bool) -> Iterator[str]:
-    """The messages and commands of a text stream, one a line unless it ends in a backslash; empty ones left out."""
+    """Messages and commands of a text stream, one a line; a backslash joins lines, and empty messages are dropped."""
     parts: list[str] = []
     while True:
         if interactive:
@@ -234,8 +234,8 @@ def converse(chat: Chat, interactive: bool) -> None:
     """Answers the messages of standard input until it ends. Notices and errors go to standard error.
 
     Raises:
-      ValueError, OSError: a message or command that cannot be, unless somebody sits there: then it is said, and the
-        conversation goes on.
+      ValueError, OSError: a message or command failed, and the conversation is not interactive. An interactive one
+        prints the error and goes on.
     """
     for text in messages_from(sys.stdin, interactive):
         try:
@@ -287,7 +287,7 @@ def main(argv=None) -> None:
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling; default: 0")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    parser.add_argument("--verbose", action="store_true", help="log each program that is compiled")
+    parser.add_argument("--verbose", action="store_true", help="log each compiled program")
     args = parser.parse_args(argv)
     if not args.verbose:
         logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What every command shares: logging, short errors in place of tracebacks, imports that keep quiet."""
+"""Parts that all commands share: logging, short errors in place of tracebacks, quiet imports."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen_jax import files
 from qwen_jax.extras import missing_extra
 
-# What gin adds to the TypeError of a call that lacks arguments.
+# Text that gin adds to the TypeError of a call without its arguments.
 _UNSET = "No values supplied by Gin"
 _TENSORFLOW_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
@@ -21,8 +21,8 @@ _TENSORFLOW_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 def run(main: Callable[[], int | None]) -> None:
     """Runs an entry point; an expected error becomes one line on standard error and exit code 2.
 
-    With QWEN_JAX_TRACEBACK=1 in the environment, the traceback is shown instead. A process of a job of several ends
-    without JAX's good-bye, which would wait for the others.
+    With QWEN_JAX_TRACEBACK=1 in the environment, the traceback is shown instead. A process of a job of several skips
+    JAX's shutdown, which would wait for the others.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "jax", "orbax", "tensorflow", "apache_beam"):
@@ -80,7 +80,7 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """Keeps what TensorFlow's and Beam's libraries write on import off the screen, unless the import fails."""
+    """Hides the output of TensorFlow's and Beam's libraries on import, unless the import fails."""
     sys.stderr.flush()
     screen = os.dup(2)
     logging.disable(logging.WARNING)

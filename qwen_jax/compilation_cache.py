@@ -1,4 +1,4 @@
-"""Compiled programs kept between starts, in the folder of a run or in one that all runs of a user share."""
+"""A cache of compiled programs, in the folder of a run or shared by all commands of a user."""
 
 import contextlib
 import dataclasses
@@ -17,11 +17,11 @@ _SHARED_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class CompilationCache:
-    """Where compiled programs are kept between starts.
+    """A folder of compiled programs, for later starts.
 
     Attributes:
-      folder: None keeps none.
-      max_bytes: the programs used least recently go when the folder has more; None keeps all.
+      folder: the folder; None: no cache.
+      max_bytes: largest size of the folder; the least recently used programs go first. None: no limit.
     """
 
     folder: Path | None
@@ -67,9 +67,9 @@ class CompilationCache:
 def shared_cache() -> CompilationCache:
     """A cache for all commands of this user, `$XDG_CACHE_HOME/qwen_jax/compiled-KEY` (`~/.cache` by default).
 
-    JAX looks up a program by its text, the compiler's version and options, and the kind of device. Of a CPU it does not
-    know the instruction set, and a program that was compiled for more of it crashes: KEY stands for the processor, so
-    machines that share a home do not share programs. A cache that JAX has already (JAX_COMPILATION_CACHE_DIR) is left
+    JAX looks up a program by its text, the compiler's version and options, and the kind of device, but not by the
+    instruction set of a CPU; a program that was compiled for a larger one crashes. KEY stands for the processor, so
+    machines that share a home do not share programs. A cache that JAX already has (JAX_COMPILATION_CACHE_DIR) stays
     as it is.
     """
     if jax.config.jax_compilation_cache_dir:
@@ -86,7 +86,7 @@ def programs_kept() -> Generator[None]:
 
 
 def _processor_key() -> str:
-    """A hash of the processor's model and of what it can execute."""
+    """A hash of the processor's model and instruction set."""
     described = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Gin on the command line: `--gin_file=FILE` and `--gin.NAME=VALUE`, and short errors for what is wrong in them.
+"""Gin on the command line: `--gin_file=FILE` and `--gin.NAME=VALUE`, with short errors for mistakes in them.
 
 Only entry points and tools import this; models and training are plain functions and dataclasses.
 """
@@ -34,7 +34,7 @@ _BINDING = "--gin."
 
 
 class ConfigurationError(ValueError):
-    """Something in the gin files or flags that cannot be run."""
+    """A mistake in the gin files or flags."""
 
 
 # Whether `by_parameters` is counting: a model asks for its own remat policy while it is counted.
@@ -50,7 +50,7 @@ def by_parameters(billions: Mapping[float, Any], beyond: Any) -> Any:
       beyond: the setting for larger models.
 
     Returns:
-      That of the smallest limit which the model does not exceed.
+      The setting of the smallest limit that the model does not exceed.
 
     Raises:
       ConfigurationError: no model is configured.
@@ -67,7 +67,7 @@ def by_parameters(billions: Mapping[float, Any], beyond: Any) -> Any:
 
 
 def _configured_model() -> ModelConfig:
-    """The model of the run, or, where no run is configured, the one of a file of gin/models."""
+    """The model of the run or, without a run, that of a file of gin/models."""
     for (scope, selector), values in gin_internals.bindings().items():
         if not scope and selector.rpartition(".")[2] == "train" and "model" in values:
             return gin_internals.resolve(values["model"])
@@ -78,13 +78,13 @@ def _configured_model() -> ModelConfig:
 
 @gin.configurable
 def checkpoint_config(path: PathLike) -> ModelConfig:
-    """The configuration of a model that exists, in any known format, with what gin sets of `ModelConfig` changed.
+    """The configuration of an existing model in any known format, with the fields of `ModelConfig` that gin sets.
 
     So `train.model = @checkpoint_config()` trains it without a gin file of its sizes, and
     `--gin.ModelConfig.context_length=8192` means the same as for a model of gin/models.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file and the field that is wrong.
+      FileNotFoundError, ValueError: the message names the file and the wrong field.
     """
     from qwen_jax.conversion.load import read_model_config  # most runs do not need it
 
@@ -115,7 +115,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
       parser: gets `--gin_file` added; `--gin.NAME=VALUE` is taken out before it parses.
 
     Raises:
-      ConfigurationError: a file is missing, a name is misspelt or unbound, a value cannot be read.
+      ConfigurationError: a file is missing, a name is misspelled or unbound, or a value cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     bindings = [arg[len(_BINDING) :] for arg in argv if arg.startswith(_BINDING)]
@@ -134,7 +134,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
 
 
 class _Unreachable(argparse.Action):
-    """Stands in `--help` for the bindings, which are taken out before argparse sees them."""
+    """Stands in `--help` for the bindings, which `parse_args` removes before argparse parses."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser.error("write --gin.NAME=VALUE, in one word")
@@ -148,9 +148,9 @@ def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     Each file is read once. `include` looks beside the file that it stands in, then in the repository, then in the
     working directory.
 
-    A value of `bindings` that is no Python literal and no gin reference is taken as a string. One for a parameter that
-    is a path by its annotation (`files.PathLike`), or for a macro that such a parameter is set to, is that path, also
-    where it looks like a number. So paths need no quotes.
+    A value of `bindings` that is no Python literal and no gin reference is a string. A value for a path parameter
+    (annotated `files.PathLike`), or for a macro that sets one, is a path even if it looks like a number. So paths need
+    no quotes.
 
     Raises:
       ConfigurationError: as `parse_args`.
@@ -189,10 +189,10 @@ def _existing(*paths: Path) -> Path | None:
 
 
 class _FileReader:
-    """Reads gin files, each once, and knows which of them set what.
+    """Reads gin files, each once, and remembers their settings.
 
     Attributes:
-      included: every file that was read, to all files that it includes, directly or not.
+      included: every file read, to all files that it includes, directly or not.
     """
 
     def __init__(self):
@@ -201,11 +201,11 @@ class _FileReader:
         self._open: list[Path] = []
 
     def read(self, path: Path) -> None:
-        """Reads a file and what it includes into gin's configuration."""
+        """Reads a file and its includes into gin's configuration."""
         self._visit(path, self._execute)
 
     def scan(self, path: Path) -> None:
-        """Finds what a file includes, without touching gin's configuration."""
+        """Finds the includes of a file without changing gin's configuration."""
         self._visit(path, lambda *_: None)
 
     def _visit(self, path: Path, act: Callable[[Path, str, list], None]) -> None:
@@ -243,10 +243,10 @@ class _FileReader:
         """Refuses names that two files set differently, of which neither includes the other.
 
         Args:
-          overridden: what flags set, so that the files do not matter.
+          overridden: keys that flags set, for which the files do not matter.
 
         Raises:
-          ConfigurationError: with the name, both files and both values.
+          ConfigurationError: the message has the name, both files and both values.
         """
         for key in self._settings.keys() - set(overridden):
             last_of = {path.resolve(): (path, line, value) for path, line, value in self._settings[key]}
@@ -264,7 +264,7 @@ class _FileReader:
 
 
 def _shown(key: gin_internals.Key) -> str:
-    """The name of a setting as one writes it."""
+    """The name of a setting as users write it."""
     scope, selector, parameter = key
     if selector == gin_internals.MACRO:
         return scope
@@ -284,7 +284,7 @@ def _bind(name: str, value: str) -> gin_internals.Key:
 
 
 def _is_path(text: str, parsed: Any, annotations: list) -> bool:
-    """Whether the text of a value that could be read as `parsed` is a path all the same: 2024_11_29, 1e5, None."""
+    """Whether a text that parses as `parsed` is nevertheless a path: 2024_11_29, 1e5, None."""
     if isinstance(parsed, str) or text.startswith(("@", "%")) or not any(map(is_path_type, annotations)):
         return False
     if parsed is None:
@@ -299,7 +299,7 @@ def _takes_several(annotation: Any) -> bool:
 
 
 def _annotations(key: gin_internals.Key) -> list:
-    """Types of the parameter that a key sets, or of all that are set to a macro, directly or through others."""
+    """Types of the parameter that a key sets; for a macro, of all parameters that it sets, directly or not."""
     scope, selector, parameter = key
     if selector != gin_internals.MACRO:
         return [gin_internals.annotation(selector, parameter)]
@@ -335,7 +335,7 @@ def _suggestion(wrong: str, known: Iterable[str]) -> str:
 
 
 def _check_macros(from_flags: Sequence[str]) -> None:
-    """Names macros that are used and not set, and flags that set a macro that nothing uses."""
+    """Refuses macros that are used and not set, and flags for macros that nothing uses."""
     bound = gin_internals.bindings()
     macros = {
         scope: values.get("value") for (scope, selector), values in bound.items() if selector == gin_internals.MACRO

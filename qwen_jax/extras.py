@@ -1,4 +1,4 @@
-"""Which extra of pyproject.toml brings a package that the core does without."""
+"""Extras of pyproject.toml: the one that brings a missing package."""
 
 import re
 
@@ -14,7 +14,7 @@ _EXTRAS = {
 
 
 def missing_extra(error: BaseException) -> str | None:
-    """One line that says what to install where `error` is that a package of an extra is missing; None otherwise."""
+    """One line with the command that installs the missing package of `error`; None: it is in no extra."""
     # From the message: the exceptions that gin passes on have lost their `name`.
     found = re.match(r"No module named '(\w+)", str(error)) if isinstance(error, ModuleNotFoundError) else None
     package = found[1] if found else ""

@@ -24,8 +24,8 @@ from typing import Annotated, get_args
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-# Types of parameters that people set to a path, or to a folder or glob: on the command line, their values are never
-# read as numbers. The mark is for `is_path_type`.
+# Types of parameters for a path, or for a folder or glob: on the command line, their values are never read as numbers.
+# The mark is for `is_path_type`.
 _PATH_MARK = "qwen_jax path"
 PathLike = Annotated[str | os.PathLike, _PATH_MARK]
 Pattern = Annotated[str | os.PathLike, _PATH_MARK]
@@ -40,16 +40,16 @@ def as_path(given: PathLike, name: str = "path") -> Path:
     """The path that a person gave, with `~` and `~user` for home folders.
 
     Args:
-      name: of the flag, macro or parameter, for the message.
+      name: name of the flag, macro or parameter in the message.
 
     Raises:
-      ValueError: it is no path (a number of a gin file without quotes, nothing), or there is no such user.
+      ValueError: `given` is no path (a number of a gin file without quotes, nothing), or there is no such user.
     """
     return Path(as_pattern(given, name))
 
 
 def as_pattern(given: Pattern, name: str = "path") -> str:
-    """As `as_path`, for a folder or glob, which stays as it was written otherwise."""
+    """As `as_path`, for a folder or glob; only the home folder is replaced."""
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):
         shown = "nothing" if given == "" else f"{given!r} ({type(given).__name__})"
         raise ValueError(f"{name}: expected a path, found {shown}; in gin files and Python, a path stands in quotes")
@@ -102,7 +102,7 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
     """Removes the temporary files and folders that a killed process left directly in `folder`.
 
     Args:
-      name: of the file or folder that was being written; by default any.
+      name: final name of the file or folder; by default any.
     """
     for path in folder.glob(f".{name}.{'[0-9a-f]' * 32}.tmp"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Continues prompts with a trained or converted model: one on the screen as it comes, or a file of them.
+"""Continues prompts with a trained or converted model: one prompt on the screen, or a file of prompts.
 
 python -m qwen_jax.generate --checkpoint runs/tiny --prompt "def main("
 python -m qwen_jax.generate --checkpoint runs/tiny --prompts prompts.jsonl > continuations.jsonl
@@ -22,7 +22,7 @@ def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16)
     """An engine with the model and the tokenizer of a folder in any known format, on one device.
 
     Raises:
-      ValueError, OSError: no such checkpoint, or it has no tokenizer.
+      ValueError, OSError: there is no such checkpoint, or it has no tokenizer.
     """
     tokenizer = load_tokenizer(checkpoint)
     model, params = load_pretrained(checkpoint, dtype=dtype)
@@ -45,8 +45,8 @@ def text_request(
     """A request to continue text until the document or the turn ends.
 
     Args:
-      prompt: text; whatever looks like a control token in it stays text.
-      stop: strings that end the continuation, too.
+      prompt: text; names of control tokens in it stay text.
+      stop: further strings that end the continuation.
       max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: see `Request` and `SamplingConfig`.
 
     Raises:
@@ -77,7 +77,8 @@ def read_prompts(path: str | Path) -> list[str]:
     """The `prompt` of each line of a JSON lines file.
 
     Raises:
-      OSError: no such file; ValueError: naming the line that is no object with a text `prompt`.
+      OSError: no such file.
+      ValueError: a line is no object with a text `prompt`; the message names it.
     """
     prompts = []
     for where, content in files.read_json_lines(path):
@@ -90,7 +91,7 @@ def read_prompts(path: str | Path) -> list[str]:
 def generate_all(
     *, checkpoint: str | Path, prompts: Sequence[str], dtype: str = "float32", slots: int = 16, seed: int = 0, **options
 ) -> Iterator[Result]:
-    """Yields the results of many prompts as they finish; prompt i draws with seed + i. Arguments as in `generate`."""
+    """Yields the results of many prompts as they finish; prompt i has seed + i. Arguments as in `generate`."""
     engine = load_engine(checkpoint, dtype, slots)
     return engine.generate(
         [text_request(engine.tokenizer, text, seed=seed + i, **options) for i, text in enumerate(prompts)]
@@ -119,19 +120,19 @@ def main(argv=None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="largest number of new tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="draw from the most probable tokens whose probabilities sum to this"
+        "--top_p", type=float, default=1.0, help="sample from the fewest tokens whose probabilities sum to this"
     )
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k most probable tokens; 0: from all")
+    parser.add_argument("--top_k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
     parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="above 1: tokens that came before become less probable"
+        "--repetition_penalty", type=float, default=1.0, help="above 1: earlier tokens become less probable"
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the continuation at this text; may be repeated"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    parser.add_argument("--slots", type=int, default=16, help="with --prompts: number that are generated together")
-    parser.add_argument("--verbose", action="store_true", help="log each program that is compiled")
+    parser.add_argument("--slots", type=int, default=16, help="number of prompts in one batch (with --prompts)")
+    parser.add_argument("--verbose", action="store_true", help="log each compiled program")
     options = vars(parser.parse_args(argv))
     if not options.pop("verbose"):
         logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)

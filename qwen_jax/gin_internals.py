@@ -1,4 +1,4 @@
-"""The parts of gin that it does not document: every use of them lies in this file.
+"""Undocumented parts of gin: this file holds every use of them.
 
 `tests/test_private_apis.py` fails and names this file where an upgrade of gin changes one of them.
 """
@@ -16,7 +16,7 @@ from gin import config_parser
 
 MACRO = "gin.macro"
 
-# (scope, selector, parameter): what one binding sets. Of a macro: (its name, MACRO, "value").
+# (scope, selector, parameter) of a binding; of a macro: (its name, MACRO, "value").
 Key = tuple[str, str, str]
 
 
@@ -82,13 +82,13 @@ def execute(text: str, name: str) -> None:
     """Adds the bindings of a gin file without includes to gin's configuration.
 
     Raises:
-      ValueError, SyntaxError, ImportError: what gin finds wrong.
+      ValueError, SyntaxError, ImportError: gin cannot read the file.
     """
     gin.parse_config(_NamedText(text, name))
 
 
 def key_of(scope: str, selector: str, parameter: str) -> Key:
-    """What a binding sets, the same for all ways to write its name."""
+    """The key of a binding, the same for all spellings of its name."""
     if not parameter:
         return f"{scope}/{selector}" if scope else selector, MACRO, "value"
     return gin.config.ParsedBindingKey.parse((scope, selector, parameter)).scope_selector_arg
@@ -98,7 +98,7 @@ def parse_value(text: str) -> Any:
     """The value of the right side of a binding.
 
     Raises:
-      Exception: gin has no one class for a text that is none.
+      Exception: the text is no value; gin has no one class for this error.
     """
     return gin.config.parse_value(text)
 

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 
 GIB = 2**30
-# These compile with libtpu 0.0.42. Other sizes of these families work in multiples of 2x2x1 chips, which is a host.
+# These compile with libtpu 0.0.42. Other sizes of these families work in multiples of 2x2x1 chips, one host.
 KNOWN_TOPOLOGIES = (
     "v4:2x2x1",
     "v4:4x4x4",
@@ -52,8 +52,8 @@ class HardwareConfig:
       link_gbps: bandwidth to its neighbors in a ring over all links of the torus, one way, in 10^9 bytes per second.
       clock_ghz: turns the TPU compiler's cycles into seconds; set so that a large product's cycles give the peak.
       topology: name in libtpu, such as "v5p:4x8x8"; None: programs compile only on a machine with these devices.
-      wrap: which of its dimensions have wrap-around links. Without them, gathers over all chips become all-reduces.
-        libtpu 0.0.42 ignores it where there are several slices.
+      wrap: whether each dimension has wrap-around links. Without them, gathers over all chips become all-reduces.
+        libtpu 0.0.42 ignores it for several slices.
       slices: number of slices, joined by the data-center network.
       dcn_gbps: a device's share of that network, in 10^9 bytes per second; only for more than one slice.
       devices_per_chip: JAX devices that make one chip.
@@ -92,7 +92,7 @@ class HardwareConfig:
         """Descriptions of the devices, which the compiler accepts in place of devices.
 
         Raises:
-          ValueError: `topology` is None, libtpu is not installed, or it does not know the topology.
+          ValueError: `topology` is None, libtpu is not installed, or libtpu does not know the topology.
         """
         if self.topology is None:
             raise ValueError(

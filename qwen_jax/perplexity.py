@@ -14,7 +14,7 @@ from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.files import PathLike, as_path
 from qwen_jax.inference import Engine
 
-# Scores say enough of a text at this length.
+# Longer texts give no better score.
 _LONGEST = 1024
 
 

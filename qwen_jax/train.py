@@ -69,23 +69,23 @@ def train(
     In a job of several processes all call it with the same arguments. Process 0 prepares the data and writes the files.
 
     Args:
-      mixture_or_task: name of a SeqIO task or mixture of `tasks/`; cached in `cache_dir` first if it is not yet.
-      initial_checkpoint: run folder, or model in an external format, whose weights a new run starts from.
-      initial_subtree: which of them; see `InitialWeights`. None: all.
-      data_seed: of the order of the examples.
+      mixture_or_task: name of a SeqIO task or mixture of `tasks/`; the run caches it in `cache_dir` if it is not yet.
+      initial_checkpoint: initial weights of a new run: a run folder, or a model in an external format.
+      initial_subtree: part of these weights; see `InitialWeights`. None: all.
+      data_seed: seed for the order of the examples.
       packing: "concat" merges documents and cuts them to the sequence length, as the report does; "best_fit" puts whole
-        documents into sequences, and attention and positions keep to each.
-      compiler_options: XLA's for the train step, by name; hardware files set them.
-      compilation_cache: folder of compiled programs, for a quick start the next time; None keeps none, "auto" keeps
-        them in `output_dir`; on CPUs, where a program may not run on another machine, in `shared_cache`.
-      watchdog: to be told what is going on.
+        documents into sequences, and attention and positions stay within each.
+      compiler_options: options of XLA for the train step, by name; hardware files set them.
+      compilation_cache: folder of compiled programs, for a quick next start; None: no cache. "auto" keeps them in
+        `output_dir`; on CPUs, where a program may not run on another machine, in `shared_cache`.
+      watchdog: receives the activity of the run.
       began: `time.time()` when the process started.
 
     Returns:
       The last metrics, with "step".
 
     Raises:
-      ValueError, OSError: anything that cannot be run, with what to change.
+      ValueError, OSError: the run cannot start or go on; the message says what to change.
     """
     output, cache_dir = files.as_path(output_dir, "OUTPUT_DIR"), files.as_path(cache_dir, "CACHE_DIR")
     check_length(trainer, model)
@@ -166,7 +166,7 @@ def check_length(trainer: TrainerConfig, model: ModelConfig) -> None:
     """Refuses rows that are longer than the model's context.
 
     Raises:
-      ValueError: with both lengths.
+      ValueError: the message has both lengths.
     """
     if trainer.sequence_length > model.context_length:
         raise ValueError(
@@ -176,14 +176,14 @@ def check_length(trainer: TrainerConfig, model: ModelConfig) -> None:
 
 
 def prepare_task(mixture_or_task: str, where: dict) -> None:
-    """Caches and packs what is not there yet.
+    """Caches and packs the splits that the cache lacks.
 
-    A complete cache is found by its manifests, without TensorFlow, except where a gin file says what the task reads:
-    then the cache is compared with that.
+    Manifests show that a cache is complete, without TensorFlow. Where a gin file configures the task, the cache is
+    compared with that configuration.
 
     Raises:
       ValueError, OSError: see `qwen_jax.data.cache.prepare`.
-      ModuleNotFoundError: SeqIO or Beam is needed and not installed.
+      ModuleNotFoundError: SeqIO or Beam is necessary and not installed.
     """
     packed = is_packed(mixture_or_task, **where)
     if packed and not task_configuration.is_bound():
@@ -204,10 +204,10 @@ def prepare_task(mixture_or_task: str, where: dict) -> None:
 def load_data(
     mixture_or_task: str, where: dict, seed: int, model: ModelConfig
 ) -> tuple[ExampleLoader, ExampleLoader | None]:
-    """(training set, held-out set or None) of a task that is cached.
+    """(training set, held-out set or None) of a cached task.
 
     Raises:
-      ValueError: they were made with another vocabulary, or the model is too small for it.
+      ValueError: the data has another vocabulary, or the model is too small for it.
     """
     train_set = ExampleLoader(mixture_or_task, split="train", seed=seed, **where)
     try:
@@ -232,7 +232,7 @@ def check_same_data(name: str, cache_dir: PathLike, fingerprints: list[str]) -> 
     """Compares the data of this process with those of process 0.
 
     Raises:
-      ValueError: they differ; the watchdog passes on in which process.
+      ValueError: the data differ; the watchdog reports the process.
     """
     if hosts.run_on_main("same data", "process 0 to open the data", lambda: fingerprints) != fingerprints:
         raise ValueError(
@@ -242,7 +242,7 @@ def check_same_data(name: str, cache_dir: PathLike, fingerprints: list[str]) -> 
 
 
 def find_cache(folder: PathLike | None, output: Path) -> CompilationCache:
-    """Where compiled programs are kept, as `train` says."""
+    """The cache of compiled programs for the argument `compilation_cache` of `train`."""
     if folder != "auto":
         return CompilationCache(None if folder is None else files.as_path(folder, "COMPILATION_CACHE").absolute())
     return shared_cache() if jax.default_backend() == "cpu" else CompilationCache((output / COMPILED).absolute())

@@ -1,8 +1,8 @@
 """Pretraining corpora (report section 2.1): plain text, one document an example, loss on every token.
 
-| task | what it is | from |
+| task | content | source |
 |---|---|---|
-| `python_corpus` | sources and documentation of the Python that runs it, about 12 MB | any machine |
+| `python_corpus` | sources and documentation of the installed Python, about 12 MB | any machine |
 | `local_files` | your own folder or glob: `local_files.pattern = "corpus/**/*.jsonl.zst"` | files |
 | `wikipedia_en`, `wikipedia_zh` | English and Chinese Wikipedia of June 2023 | TFDS |
 | `c4_en`, `c4_zh` | web pages | TFDS |
@@ -43,7 +43,7 @@ def python_corpus(max_bytes: int = 15_000_000, validation_share: float = 0.02) -
     """Sources of the Python standard library, then Markdown and reStructuredText of the installed packages.
 
     Args:
-        max_bytes: files are taken in this order as long as they fit.
+        max_bytes: largest size; files come in this order as long as they fit.
         validation_share: share of the files held out.
     """
     return Corpus(_python_files(max_bytes), validation_share=validation_share)
@@ -67,7 +67,7 @@ def _python_files(max_bytes: int) -> tuple[Path, ...]:
 def local_files(
     pattern: Pattern | Sequence[Pattern] | None = None, text_field: str = "text", validation_share: float = 0.01
 ) -> Corpus:
-    """Files that the user names.
+    """Files of the user.
 
     Args:
         pattern: folder, glob, or list of these; see `qwen_jax.data.sources.list_files` for the formats.
@@ -89,7 +89,7 @@ def _add(name: str, source: seqio.DataSource) -> None:
 _add("python_corpus", DocumentSource(python_corpus, num_shards=8))
 _add("local_files", DocumentSource(local_files))
 
-# TFDS has only `train` for Wikipedia; the last half per cent of it is held out.
+# TFDS has only `train` for Wikipedia; the last half percent of it is held out.
 _WIKIPEDIA_SPLITS = {"train": "train[:99.5%]", "validation": "train[99.5%:]"}
 _add("wikipedia_en", TfdsSource("wikipedia/20230601.en:1.0.0", _WIKIPEDIA_SPLITS))
 _add("wikipedia_zh", TfdsSource("wikipedia/20230601.zh:1.0.0", _WIKIPEDIA_SPLITS))

@@ -37,10 +37,10 @@ class Input:
     """Text of one language.
 
     Attributes:
-        language: its name, for the table only; several inputs may share one.
+        language: name of the language, for the table only; several inputs may share one.
         pattern: folder or glob; None is the files of `python_corpus`.
-        weight: how much one occurrence counts.
-        text_field: of JSON lines and Parquet.
+        weight: weight of one occurrence.
+        text_field: field of JSON lines and column of Parquet with the text.
     """
 
     language: str = "text"
@@ -49,7 +49,7 @@ class Input:
     text_field: str = "text"
 
     def texts(self) -> Iterator[str]:
-        """Its documents."""
+        """Documents of the input."""
         from qwen_jax.data.sources import documents, read_file
 
         if self.pattern is not None:
@@ -65,7 +65,7 @@ def parse_input(text: str, text_field: str = "text") -> Input:
     """`PATTERN`, `LANGUAGE:PATTERN` or `LANGUAGE:PATTERN:WEIGHT`; an existing path is a pattern.
 
     Raises:
-        ValueError: it is none of them, or the weight is 0.
+        ValueError: `text` has another form, or the weight is 0.
     """
     text = as_pattern(text, "--input")
     if os.path.exists(text):
@@ -133,7 +133,7 @@ def read_base(path: str, num_ranks: int | None = None) -> dict[bytes, int]:
 
     Args:
         path: a `.tiktoken` file, or `released`.
-        num_ranks: take only so many of the file's ranks, from the first on; None takes all.
+        num_ranks: number of the file's ranks to take, from the first on; None takes all.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or not a byte-level vocabulary made by byte-pair encoding.
@@ -183,8 +183,12 @@ def _bytes_per_token(tokenizer, texts: Iterable[str]) -> tuple[int, float]:
 def main(argv: list[str] | None = None) -> None:
     """Trains, writes and measures."""
     parser = task_arguments.parser(__doc__)
-    parser.add_argument("--input", nargs="+", default=[], help="see above (default: files of python_corpus)")
-    parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: %(default)s)")
+    parser.add_argument(
+        "--input", nargs="+", default=[], help="text to learn from, as above (default: files of python_corpus)"
+    )
+    parser.add_argument(
+        "--text_field", default="text", help="field of JSON lines or Parquet with the text (default: %(default)s)"
+    )
     parser.add_argument("--base", help=f"start from this .tiktoken file, or from {RELEASED!r} (default: single bytes)")
     parser.add_argument("--base_ranks", type=int, metavar="N", help="take only the first N ranks of the base")
     parser.add_argument("--size", type=int, required=True, help="number of ids, control tokens included")

@@ -21,17 +21,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = task_arguments.parser(__doc__)
     parser.add_argument("name", help="task or mixture")
     parser.add_argument(
-        "--cache_dir", type=command_line.path_argument, required=True, help="where to; all Beam workers must see it"
+        "--cache_dir",
+        type=command_line.path_argument,
+        required=True,
+        help="folder of the cache; all Beam workers must see it",
     )
     parser.add_argument("--sequence_length", required=True, type=int, help="tokens of an example")
-    parser.add_argument("--splits", default="train,validation", help="separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--splits", default="train,validation", help="splits, separated by commas (default: %(default)s)"
+    )
     parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in which documents are merged")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of documents (default: %(default)s)")
     parser.add_argument(
         "--packing",
         choices=("concat", "best_fit"),
         default="concat",
-        help="merge documents and cut them, or keep them whole (default: %(default)s)",
+        help="concat merges and cuts documents, best_fit keeps them whole (default: %(default)s)",
     )
     arguments = task_arguments.parse(parser, argv)
     with command_line.quiet():

@@ -1,4 +1,4 @@
-"""Compares tokenizers by how much text a token holds, language by language: a table, and Figure 3 of the report.
+"""Compares tokenizers by bytes of text per token, language by language: a table, and Figure 3 of the report.
 
     python tools/compare_tokenizers.py --texts corpus code:qwen_jax --relative_to=small --chart=compression.png \\
         --tokenizers qwen=released small=small.tiktoken other=path/to/tokenizer.json
@@ -47,7 +47,7 @@ FIGURE_3 = (
     "code",
 )
 _NAMED_TEXT = re.compile(r"([A-Za-z][\w-]*):(.+)")
-_MOST_TOKENIZERS = 10  # colours that can be told apart
+_MOST_TOKENIZERS = 10  # colors that a reader can distinguish
 
 CountTokens = Callable[[list[str]], int]
 
@@ -131,7 +131,7 @@ def find_texts(named: list[str]) -> dict[str, str]:
 
 
 def _place(language: str) -> int:
-    """Of a language in Figure 3; `pt_BR` is Portuguese."""
+    """The place of a language in Figure 3; `pt_BR` is Portuguese."""
     base = language.partition("_")[0].partition("-")[0]
     return FIGURE_3.index(base) if base in FIGURE_3 else -1
 
@@ -144,7 +144,7 @@ def measure(
     Args:
         texts: language to folder or glob.
         tokenizers: name to counting function.
-        max_bytes: of each language; documents are taken in the order of their files.
+        max_bytes: bytes of text of each language; documents come in the order of their files.
 
     Returns:
         ({language: bytes read}, {language: {tokenizer: bytes per token}}).
@@ -209,12 +209,16 @@ def draw(ratios: Mapping[str, Mapping[str, float]], relative_to: str, path: Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table, and draws the chart where one is asked for."""
+    """Prints the table, and with --chart draws the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="+", required=True, help="LANGUAGE:PATTERN, or a folder of language folders")
-    parser.add_argument("--tokenizers", nargs="+", required=True, metavar="NAME=FILE", help="see above")
-    parser.add_argument("--relative_to", metavar="NAME", help="the tokenizer that is 1 (default: the first)")
-    parser.add_argument("--max_bytes", type=int, default=2_000_000, help="of each language (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizers", nargs="+", required=True, metavar="NAME=FILE", help="tokenizers to compare, as above"
+    )
+    parser.add_argument("--relative_to", metavar="NAME", help="tokenizer whose ratio is 1 (default: the first)")
+    parser.add_argument(
+        "--max_bytes", type=int, default=2_000_000, help="bytes of text of each language (default: %(default)s)"
+    )
     parser.add_argument("--chart", type=path_argument, help="PNG to write")
     arguments = parser.parse_args(argv)
     named = dict(one.partition("=")[::2] for one in arguments.tokenizers)

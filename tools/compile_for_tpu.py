@@ -1,4 +1,4 @@
-"""Compiles a program of a run for a TPU pod, on a machine without one, and says what it needs and how long it takes.
+"""Compiles a program of a run for a TPU pod, on a machine without one, and reports its memory and estimated time.
 
     python tools/compile_for_tpu.py --gin_file=gin/runs/pretrain_7b.gin --gin_file=gin/hardware/v5p_256.gin
 
@@ -7,8 +7,8 @@ By default it is the step that `python -m qwen_jax.train` runs with the same fil
 Nothing is allocated; it takes one to two minutes (of TPU v6e up to five) and 3 GB of memory. Needs libtpu
 (`pip install -c requirements.txt "jax[tpu]"`). docs/reference/compile_report.md describes the fields of --json.
 
-Exit code 1: it does not fit (said before compiling, where parameters, optimizer state and gradients alone are too
-much); 2: it cannot be compiled as asked.
+Exit code 1: the program does not fit (known before compiling, where parameters, optimizer state and gradients alone
+are too large); 2: the arguments are wrong, or the compiler fails.
 
 Operations, bytes and memory are read off the compiled program. Times are estimates, between a low and a high bound:
 """
@@ -72,10 +72,10 @@ class Prepared:
     """A program that can be compiled.
 
     Attributes:
-      compile: does it.
+      compile: compiles the program.
       mesh: devices along each axis.
-      state_bytes: what it cannot do without on one device, by part.
-      attention: the kernel that computes it; inference has XLA's alone.
+      state_bytes: bytes on one device of the state alone, by part.
+      attention: the attention kernel; inference has only XLA's.
     """
 
     compile: Callable[[], jax.stages.Compiled]
@@ -86,7 +86,7 @@ class Prepared:
 
 
 def prepare_train_step(hardware: HardwareConfig) -> Prepared:
-    """The update of `train.train`, as it is bound in gin.
+    """The train step of `train.train`, as gin binds it.
 
     Raises:
       ValueError: lengths, batch, model, mesh or devices do not go together.
@@ -230,7 +230,7 @@ def bound_hardware() -> HardwareConfig:
     """The hardware of the gin files.
 
     Raises:
-      ConfigurationError: none is named.
+      ConfigurationError: the gin files name no hardware.
     """
     if "name" not in gin.get_bindings("HardwareConfig"):
         files = sorted((ROOT / "gin" / "hardware").glob("*.gin"))
@@ -241,7 +241,7 @@ def bound_hardware() -> HardwareConfig:
 
 @contextlib.contextmanager
 def progress(screen: TextIO, what: str, every: float = 15.0) -> Iterator[None]:
-    """While open, says on the screen how long it takes."""
+    """While open, prints the elapsed time on the screen."""
     ended, began = threading.Event(), time.perf_counter()
 
     def tell():
@@ -326,13 +326,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\n{estimate.__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--program", choices=PROGRAMS, default="train", help="which program of the run (default train)")
-    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the report there, too")
     parser.add_argument(
-        "--hlo", type=path_argument, metavar="FILE", help="write the text of the compiled program there"
+        "--program", choices=PROGRAMS, default="train", help="program of the run (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the report to this file")
+    parser.add_argument(
+        "--hlo", type=path_argument, metavar="FILE", help="write the text of the compiled program to this file"
     )
     parser.add_argument(
-        "--log", type=path_argument, metavar="FILE", help="keep what the compiler wrote on standard error there"
+        "--log", type=path_argument, metavar="FILE", help="write the standard error of the compiler to this file"
     )
     gin.configurable(train.train)
     # A run must say where it goes; a compilation goes nowhere. The long name of the macro needs no file that uses it.

@@ -21,7 +21,7 @@ formats:
   orbax   our run folder (OUTPUT_DIR of a run: its newest checkpoint), or OUTPUT_DIR/checkpoints/STEP
   qwen    QWenLMHeadModel, as Qwen was released in 2023
   qwen2   Qwen2ForCausalLM, which transformers, vLLM and SGLang read with no code of ours
-  gguf    a file with its tokenizer, for llama.cpp and what builds on it (needs the package gguf)
+  gguf    a file with its tokenizer, for llama.cpp and software on top of it (needs the package gguf)
 
 examples:
   # serve a run
@@ -31,12 +31,12 @@ examples:
   # give released weights to a current server, read back and compared
   python tools/convert_checkpoint.py --from qwen:Qwen-7B --to qwen2:exports/qwen_7b --verify --check
 
-exit status: 0; 1 if --verify or --check found a difference; 2 for anything else, with one line that says what
+exit status: 0; 1 if --verify or --check found a difference; 2 for any other error, with one line about it
 """
 
 
 def loading(name: str, folder: Path) -> str:
-    """Lines of Python that load what was written."""
+    """Lines of Python that load the written model."""
     lines = ["from qwen_jax.conversion import load_pretrained", f'model, params = load_pretrained("{folder}")']
     if name == "gguf":
         lines = ["from llama_cpp import Llama", f'model = Llama("{folder}", n_ctx=0)']
@@ -51,7 +51,7 @@ def loading(name: str, folder: Path) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are those of the program: one line, without the usage."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str):
         """Raises ValueError."""
@@ -67,32 +67,37 @@ def located(text: str) -> tuple[str, Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Converts as the command line says, and prints what was written and how to load it. Gives the exit status.
+    """Converts with the arguments of the command line; prints the written files and the code that loads them.
+
+    Returns:
+      The exit status.
 
     Raises:
-      as `qwen_jax.conversion.convert`, which leaves nothing behind then.
+      FileNotFoundError, ValueError, OSError: see `qwen_jax.conversion.convert`, which then leaves nothing behind.
     """
     parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", type=located, required=True, metavar="FORMAT:PATH", help="to read")
+    parser.add_argument("--from", dest="source", type=located, required=True, metavar="FORMAT:PATH", help="source")
     parser.add_argument(
         "--to",
         dest="target",
         type=located,
         required=True,
         metavar="FORMAT:PATH",
-        help="what to write; must not exist, or be an empty folder",
+        help="target; must not exist, or be an empty folder",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the written weights (default: that of the source; float32 from orbax, and always to orbax)",
+        help="dtype of the written weights (default: that of the source; float32 from orbax, and always to orbax)",
     )
-    parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (default: %(default)s)")
+    parser.add_argument(
+        "--max_shard_size", default="5GB", help="largest size of a safetensors file (default: %(default)s)"
+    )
     parser.add_argument(
         "--tokenizer",
         type=command_line.path_argument,
         metavar="FILE.tiktoken",
-        help="default: the tokenizer that the source has",
+        help="tokenizer to write (default: that of the source)",
     )
     parser.add_argument(
         "--vocab_size",
@@ -104,14 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--layout",
         choices=LAYOUTS,
         default=SCANNED,
-        help="of an orbax target: blocks stacked (what training reads), or each with its own arrays (default: scanned)",
+        help="layout of an orbax target: blocks stacked, for training, or each with its own arrays (default: scanned)",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read everything back from disk and compare hashes before it appears"
+        "--verify",
+        action="store_true",
+        help="read all tensors back from disk and compare hashes before the target appears",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="then compare the logits of source and target on 128 tokens, by layer"
-    )
+    parser.add_argument("--check", action="store_true", help="compare the logits of source and target on 128 tokens")
     parsed = parser.parse_args(arguments)
     (source_format, source), (target_format, target) = parsed.source, parsed.target
     try:
@@ -139,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(source: str, target: Path, dtype: str | None) -> int:
-    """Prints how far the logits of two folders are apart; 1 if they differ though nothing was rounded."""
+    """Prints the difference of the logits of two folders; returns 1 if they differ and nothing was rounded."""
     comparison = compare_logits(source, target, progress=True)
     print(f"check: {comparison}")
     if comparison.same:

@@ -4,7 +4,7 @@
         --config=gin/curation/english_and_chinese.gin
 
 `--input NAME=FOLDER_OR_GLOB` names a source and may be given several times, for one source too; without a name it is
-called `web`. It reads WARC and WET (.warc, .wet), HTML, text and JSON lines (.jsonl, .ndjson), each also as .gz or
+called `web`. Formats: WARC and WET (.warc, .wet), HTML, text and JSON lines (.jsonl, .ndjson), each also as .gz or
 .zst, .json.gz, .json.zst and Parquet.
 `--gin.NAME=VALUE` sets a parameter, `--beam.OPTION=VALUE` is handed to Beam as `--OPTION=VALUE`. Without
 a runner it works in this process, some hundred pages a second. An interrupted run goes on where it stopped. Look at
@@ -33,11 +33,14 @@ def _source(text: str) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs `qwen_jax.curation.pipeline.curate` with arguments from the command line, and prints what became of it."""
+    """Runs `qwen_jax.curation.pipeline.curate` with arguments of the command line; prints the counts of each stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, action="append", type=_source, metavar="[NAME=]FOLDER_OR_GLOB")
     parser.add_argument(
-        "--output", type=command_line.path_argument, required=True, help="where to; all Beam workers must see it"
+        "--output",
+        type=command_line.path_argument,
+        required=True,
+        help="folder of the training set; all Beam workers must see it",
     )
     parser.add_argument("--config", dest="gin_file_of_config", metavar="FILE", help="another name for --gin_file")
     parser.add_argument(
@@ -45,9 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="fail, with the output in its place, where more of a file's bytes cannot be read (default: %(default)s)",
+        help="largest unreadable share of a file; above it, the run ends with exit code 2 (default: %(default)s)",
     )
-    parser.add_argument("--keep_work", action="store_true", help="leave the intermediate files, in OUTPUT/work")
+    parser.add_argument("--keep_work", action="store_true", help="keep the intermediate files in OUTPUT/work")
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(argv)

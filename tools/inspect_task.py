@@ -42,7 +42,7 @@ def render(ids, loss_weights, tokenizer, *, color: bool) -> str:
         ids: int array [length].
         loss_weights: array [length]; not 0 where the token carries loss.
         tokenizer: a `qwen_jax.data.tokenizer.Tokenizer`.
-        color: ANSI colors, or brackets.
+        color: whether to mark with ANSI colors; else with brackets.
     """
     loss, control = (_LOSS, _CONTROL) if color else (_PLAIN_LOSS, _PLAIN_CONTROL)
     parts = []
@@ -76,7 +76,7 @@ class Statistics:
         self.text_bytes += len(tokenizer.decode_bytes(token for token in ids if token < tokenizer.num_ranks))
 
     def lines(self, noun: str) -> Iterator[str]:
-        """One line a figure."""
+        """Lines of the table, one a figure."""
         import numpy as np
 
         tokens = sum(self.lengths)
@@ -174,13 +174,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = task_arguments.parser(__doc__)
     parser.add_argument("name", help="task or mixture")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num_examples", type=int, default=2, help="how many to print (default: %(default)s)")
-    parser.add_argument("--num_documents", type=int, default=200, help="how many to count (default: %(default)s)")
-    parser.add_argument("--max_tokens", type=int, default=400, help="tokens printed of each (default: %(default)s)")
-    parser.add_argument("--cache_dir", type=command_line.path_argument, help="read packed examples from here")
-    parser.add_argument("--sequence_length", type=int, help="which packed examples")
-    parser.add_argument("--packing", choices=("concat", "best_fit"), default="concat", help="how they were packed")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of packed examples")
+    parser.add_argument(
+        "--num_examples", type=int, default=2, help="number of examples to print (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_documents", type=int, default=200, help="number of documents in the statistics (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=400, help="largest number of tokens to print of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache_dir",
+        type=command_line.path_argument,
+        help="folder with packed examples (default: run the pipeline of the task)",
+    )
+    parser.add_argument("--sequence_length", type=int, help="tokens of a packed example")
+    parser.add_argument("--packing", choices=("concat", "best_fit"), default="concat", help="packing of the examples")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of packed examples")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     arguments = task_arguments.parse(parser, argv)
     if arguments.cache_dir:

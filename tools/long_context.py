@@ -4,9 +4,9 @@
     python tools/long_context.py --checkpoint exports/qwen_7b --text 'papers/*.txt' --dtype bfloat16
 
 Long documents are cut into stretches of eight training lengths, and each stretch into windows of the length that is
-measured: every length predicts the same tokens, each once, from what its window holds before it. Each row of the table
-adds one part of report 2.3.2, whatever the model's configuration switches on. The last one gives each layer a window:
-as many tokens as were trained on in the lowest, all in the highest, evenly spaced in between.
+measured: every length predicts the same tokens, each once, from the tokens before it in its window. Each row of the
+table adds one part of report 2.3.2, whatever the model's configuration enables. The last one gives each layer a window:
+the training length in the lowest, all tokens in the highest, evenly spaced in between.
 
 `--task` takes its held-out documents, `--text` any files (`.txt`, `.md`, `.py`, `.jsonl`, `.parquet`): documents too
 short for one stretch are left out. `--gin.NAME=VALUE` and `--gin_file=FILE` configure the task.
@@ -86,9 +86,9 @@ def perplexity(model, params, pieces, length: int, rows: int, progress) -> float
     """exp of the mean loss of the last tokens of `pieces` [pieces, n + 1], cut into windows of `length`.
 
     Args:
-        model, params: the model in the variant to be measured.
+        model, params: the model in the measured variant.
         pieces: see `stretches`; n is a multiple of `length`.
-        length: tokens that the model sees at most.
+        length: largest number of tokens that the model sees.
         rows: windows computed at a time.
         progress: a tqdm bar that counts tokens.
     """
@@ -137,7 +137,7 @@ def measure(model, params, pieces, training_length: int, windows: tuple[int, ...
 
 
 def lines(table: list[list[float]], training_length: int) -> Iterator[str]:
-    """The table, each row above the report's, and what became of the order of Table 3."""
+    """The table, each row above the report's, and whether the order of Table 3 holds."""
 
     def row(name, values):
         return f"{name:34}" + "".join(f"{value:>11}" for value in values)
@@ -172,7 +172,7 @@ def draw(table: list[list[float]], training_length: int, name: str, output: Path
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(LogFormatter())
-        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # labelled within one decade only
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # labeled within one decade only
         panel.set_xticks(MULTIPLES, [f"{multiple:g}" for multiple in MULTIPLES])
         panel.set_xlabel("length, in training lengths")
         panel.set_title(title)
@@ -221,16 +221,23 @@ def main(argv: list[str] | None = None) -> None:
         help="run folder, or converted folder (qwen or qwen2)",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--task", help="registered task; its held-out documents")
+    source.add_argument("--task", help="registered task, for its held-out documents")
     source.add_argument("--text", help="file, folder or glob")
-    parser.add_argument("--split", default="validation", help="of the task (default: %(default)s)")
-    parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: %(default)s)")
+    parser.add_argument("--split", default="validation", help="split of the task (default: %(default)s)")
+    parser.add_argument(
+        "--text_field", default="text", help="field of JSON lines or Parquet with the text (default: %(default)s)"
+    )
     parser.add_argument("--training_length", type=int, help="default: context_length of the model's configuration")
-    parser.add_argument("--tokens", type=int, default=65536, help="predicted at each length (default: %(default)s)")
-    parser.add_argument("--shortest_window", type=int, help="of the lowest layer (default: the training length)")
+    parser.add_argument(
+        "--tokens", type=int, default=65536, help="tokens to predict at each length (default: %(default)s)"
+    )
+    parser.add_argument("--shortest_window", type=int, help="window of the lowest layer (default: the training length)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     parser.add_argument(
-        "--output", type=command_line.path_argument, default=Path("long_context.png"), help="PNG (default: %(default)s)"
+        "--output",
+        type=command_line.path_argument,
+        default=Path("long_context.png"),
+        help="PNG to write (default: %(default)s)",
     )
     arguments = task_arguments.parse(parser, argv)
 

@@ -1,11 +1,11 @@
-"""Makes a small crawl to try curation on: WARC with all that goes wrong on the web, and the pages of a good source.
+"""Makes a small crawl to try curation on: WARC with typical defects of web pages, and the pages of a good source.
 
     python tools/make_crawl.py --output=crawl --pages=400
 
 Text is put together from word lists (English and Chinese), so nothing is downloaded. In `crawl/web/*.warc.gz`: articles
 with menus, exact and near copies, spam, pages in French, a page that holds a question of a benchmark, and broken
 records. In `crawl/books/*.jsonl.zst`: longer texts, of which the crawl has copies. In `crawl/benchmark.jsonl`: the
-benchmark. In `crawl/examples.jsonl`: labelled examples for classifiers.
+benchmark. In `crawl/examples.jsonl`: labeled examples for classifiers.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=command_line.path_argument, help="folder of the crawl")
     parser.add_argument("--pages", type=int, default=400, help="number of articles (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all choices")
+    parser.add_argument("--seed", type=int, default=0, help="seed for all choices (default: %(default)s)")
     arguments = parser.parse_args(argv)
     make(arguments.output, arguments.pages, arguments.seed)
     print(f"{arguments.output}: web/, books/, benchmark.jsonl, examples.jsonl")

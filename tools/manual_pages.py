@@ -31,7 +31,7 @@ _ESCAPE = re.compile(
 
 
 def plain_text(page: str) -> str:
-    """Text of one page in roff's `man` or `mdoc` macros; headings and emphasised words stay, markup goes."""
+    """Text of one page in roff's `man` or `mdoc` macros; headings and emphasized words stay, markup goes."""
     lines = []
     for line in page.splitlines():
         if line.startswith((".", "'")):
@@ -53,7 +53,7 @@ def _character(match: re.Match) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Converts all pages below a folder, and prints how many there are of each language."""
+    """Converts all pages below a folder, and prints the number of pages of each language."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "pages", type=command_line.path_argument, help="folder with unpacked packages: …/man/LANGUAGE/man1/ls.1.gz"

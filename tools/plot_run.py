@@ -1,4 +1,4 @@
-"""Draws the loss curves of one or more runs, and where their time went, as a PNG.
+"""Draws the loss curves of one or more runs, and the shares of their time, as a PNG.
 
 python tools/plot_run.py runs/tiny
 python tools/plot_run.py runs/tiny runs/other --output comparison.png
@@ -31,7 +31,7 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw_accounts(panel: plt.Axes, accounts: list[tuple[str, dict[str, float]]]) -> None:
-    """Draws one bar for each run, split by what its time was spent on.
+    """Draws one bar for each run, split by the causes of its time.
 
     Args:
       accounts: the name of each run and the shares of its time by cause.
@@ -108,7 +108,7 @@ def compose(runs: list[Path]) -> plt.Figure:
 
 
 def draw(runs: list[Path], output: Path) -> None:
-    """Writes what `compose` draws."""
+    """Writes the figure of `compose` to a PNG."""
     figure = compose(runs)
     with files.new_file(output) as temporary:
         figure.savefig(temporary, dpi=130, format="png")

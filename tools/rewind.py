@@ -1,9 +1,9 @@
-"""Sends a run back to an earlier checkpoint, and past a span of its data.
+"""Returns a run to an earlier checkpoint, and skips a span of its data.
 
     python tools/rewind.py --run runs/tiny --to 200 --skip_examples 1600
 
 The run then goes on with its usual command. Nothing is deleted: later checkpoints and the metrics as they were lie in
-`rewound_1`, `rewound_2`, … of the run's folder, and `rewinds.json` there lists what was done.
+`rewound_1`, `rewound_2`, … of the run's folder, and `rewinds.json` there lists all rewinds.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from qwen_jax.files import locked
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=path_argument, help="OUTPUT_DIR of a run that is stopped")
-    parser.add_argument("--to", required=True, type=int, metavar="STEP", help="a step that it has a checkpoint of")
+    parser.add_argument("--run", required=True, type=path_argument, help="OUTPUT_DIR of a stopped run")
+    parser.add_argument("--to", required=True, type=int, metavar="STEP", help="step of one of its checkpoints")
     parser.add_argument(
         "--skip_examples",
         type=int,
         default=0,
         metavar="N",
-        help="examples to pass over, from where the run would go on (steps times BATCH_SIZE; default: %(default)s)",
+        help="examples to skip after that step (steps times BATCH_SIZE; default: %(default)s)",
     )
     parser.add_argument(
-        "--stream", default="train", metavar="NAME", help="data stream that they belong to (default: %(default)s)"
+        "--stream", default="train", metavar="NAME", help="data stream of these examples (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     if not arguments.run.is_dir():

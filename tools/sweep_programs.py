@@ -1,4 +1,4 @@
-"""Compiles variants of a run's train step for a TPU pod that is not there, and says which that fits is the fastest.
+"""Compiles variants of a run's train step for an absent TPU pod, and reports the fastest one that fits.
 
     python tools/sweep_programs.py --gin_file=gin/runs/pretrain_7b.gin \\
         --gin_file=gin/hardware/v5p_256.gin --output=runs/sweep_7b_v5p --accumulation=1,2 --blocks=512,1024x2048
@@ -6,7 +6,7 @@
 Every variant is compiled by tools/compile_for_tpu.py in a process of its own, one after the other, each one to two
 minutes and 3 GB. Killed at any moment, the same command goes on: results are lines of results.jsonl in --output, and
 are used again only for the same gin files, flags and sources of the step. The table is also written, as table.md.
-Times are estimates; what they assume and miss is in the help of tools/compile_for_tpu.py.
+Times are estimates; the help of tools/compile_for_tpu.py lists their assumptions.
 
 Exit code 1: none fits.
 """
@@ -32,7 +32,7 @@ from qwen_jax.models.config import REMAT_POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TABLE = "results.jsonl", "table.md"
-# What the step is made of: other sources, other results.
+# Sources of the step: a change of them makes old results useless.
 SOURCES = ("qwen_jax/models", "qwen_jax/programs", "qwen_jax/training", "qwen_jax/sharding.py")
 
 
@@ -57,7 +57,7 @@ def remat_choices(names: str | None) -> list[Variant]:
 
 
 def accumulation_choices(numbers: str | None) -> list[Variant]:
-    """Numbers of parts that a batch is computed in, separated by commas; None: as configured.
+    """Numbers of parts of a batch, separated by commas; None: as configured.
 
     Raises:
       ValueError: no positive number.
@@ -111,7 +111,7 @@ def all_variants(axes: Sequence[Sequence[Variant]]) -> list[Variant]:
 
 
 def fingerprint(arguments: Sequence[str], files: Sequence[str]) -> str:
-    """Of everything but the variant that a result depends on."""
+    """Fingerprint of everything that a result depends on, except the variant."""
     digest = hashlib.sha256("\0".join(arguments).encode())
     paths = files_read(files)
     for source in SOURCES:
@@ -122,13 +122,13 @@ def fingerprint(arguments: Sequence[str], files: Sequence[str]) -> str:
 
 
 class Results:
-    """Results that survive any kill: one line of JSON each, in the order in which they came."""
+    """Results in a file that a kill does not damage: one line of JSON each, in the order of arrival."""
 
     def __init__(self, file: Path, of: str):
-        """Reads what is there.
+        """Reads earlier results.
 
         Args:
-          of: fingerprint of the runs to go on with; other lines stay, unused.
+          of: fingerprint of the results to use; other lines stay in the file.
         """
         self._file, self._of = file, of
         self.by_name: dict[str, dict] = {}
@@ -161,7 +161,7 @@ def compile_variant(arguments: Sequence[str], variant: Variant, timeout: float) 
       its report, or {"error": …} if the compiler gave up; with "transient" if trying again may help.
 
     Raises:
-      ValueError: it cannot be compiled as asked.
+      ValueError: the arguments are wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         report, bindings = Path(folder) / "report.json", [f"--gin.{binding}" for binding in variant.bindings]
@@ -182,7 +182,7 @@ def compile_variant(arguments: Sequence[str], variant: Variant, timeout: float) 
 
 
 def sweep(variants: Sequence[Variant], compile_one: Callable[[Variant], dict], results: Results) -> None:
-    """Compiles the variants that have no result yet, and says how far it is."""
+    """Compiles the variants without a result, and prints the progress."""
     seconds: list[float] = []
     for number, variant in enumerate(variants, 1):
         known, began = variant.name in results.by_name, time.monotonic()
@@ -211,13 +211,13 @@ def verdict(result: dict) -> str:
 
 
 def ranked(rows: Sequence[dict]) -> list[dict]:
-    """Those that fit, the fastest first, by the mean of both bounds."""
+    """Results that fit, the fastest first, by the mean of both bounds."""
     fitting = [row for row in rows if row.get("fits")]
     return sorted(fitting, key=lambda row: row["seconds"]["low"] + row["seconds"]["high"])
 
 
 def table(variants: Sequence[Variant], results: Results) -> str:
-    """All results in Markdown: those that fit by time, then the others."""
+    """All results in Markdown: the fitting ones by time, then the others."""
     rows = [results.by_name[variant.name] for variant in variants if variant.name in results.by_name]
     lines = [
         "| variant | step, s | tokens/s per chip | MFU % | memory, GiB | executed / model FLOPs | wire / least |",
@@ -243,11 +243,17 @@ def main(argv: list[str] | None = None) -> int:
         epilog="--gin_file=FILE and --gin.NAME=VALUE, in one word each, as for tools/compile_for_tpu.py",
     )
     parser.add_argument("--output", type=path_argument, required=True, help="folder of the results")
-    parser.add_argument("--remat", help="policies separated by commas; default all: " + ", ".join(REMAT_POLICIES))
+    parser.add_argument(
+        "--remat", help="remat policies, separated by commas; default all: " + ", ".join(REMAT_POLICIES)
+    )
     parser.add_argument("--accumulation", help="ACCUMULATION_STEPS, separated by commas")
-    parser.add_argument("--blocks", help="of TPU attention: QUERY, QUERYxKEY or QUERYxKEYxSTEP, separated by commas")
+    parser.add_argument(
+        "--blocks", help="blocks of TPU attention: QUERY, QUERYxKEY or QUERYxKEYxSTEP, separated by commas"
+    )
     parser.add_argument("--vary", action="append", default=[], metavar="NAME=VALUE|VALUE", help="any other setting")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds that one variant may take (default 1800)")
+    parser.add_argument(
+        "--timeout", type=float, default=1800, help="largest time of one variant, in seconds (default 1800)"
+    )
     arguments, passed = parser.parse_known_args(argv)
     if wrong := [a for a in passed if not a.startswith(("--gin_file=", "--gin."))]:
         parser.error(f"unknown argument {wrong[0]}; write --gin_file=FILE and --gin.NAME=VALUE in one word")

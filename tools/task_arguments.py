@@ -1,4 +1,4 @@
-"""What the tools on tasks share: the command line with gin and Beam options, and quiet imports.
+"""Parts that the tools on tasks share: the command line with gin and Beam options, and quiet imports.
 
 Importing this module makes the repository importable when a tool is run as `python tools/NAME.py`.
 """
@@ -18,7 +18,7 @@ _BEAM = "--beam."
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows `description` as it is written."""
+    """A parser that shows `description` with its line breaks."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -43,6 +43,6 @@ def parse(result: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if arguments.beam_options:
         with quiet():
             from qwen_jax.beam import check_options
-        # Now, not when a pipeline starts: there may be nothing left to do, and a misspelt option would go unseen.
+        # Now, not when a pipeline starts: there may be nothing left to do, and a misspelled option would go unseen.
         check_options(arguments.beam_options)
     return arguments

@@ -20,12 +20,14 @@ from qwen_jax import command_line
 def main(argv: list[str] | None = None) -> None:
     """Trains, writes the file and prints its perplexity on documents held out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="folder or glob")
+    parser.add_argument("--corpus", required=True, help="folder or glob of good text")
     parser.add_argument("--text_field", default="text", help="field of JSON lines, column of Parquet")
-    parser.add_argument("--output", required=True, type=command_line.path_argument, help=".npz file")
+    parser.add_argument("--output", required=True, type=command_line.path_argument, help=".npz file to write")
     parser.add_argument("--order", type=int, default=5, help="characters of an n-gram (default: %(default)s)")
     parser.add_argument("--bits", type=int, default=20, help="tables of 2**bits places (default: %(default)s)")
-    parser.add_argument("--max_documents", type=int, default=100_000, help="read no more (default: %(default)s)")
+    parser.add_argument(
+        "--max_documents", type=int, default=100_000, help="largest number of documents to read (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Trains a classifier of text quality, or of offensive content, from labelled examples.
+"""Trains a classifier of text quality, or of offensive content, from labeled examples.
 
     python tools/train_quality_classifier.py --examples='labels/*.jsonl' --label=quality --output=quality.npz
     python tools/train_quality_classifier.py --examples='labels/*.jsonl' --label=offensive --output=offensive.npz
@@ -6,8 +6,8 @@
 An example is a JSON line with `text` and a field named by `--label` that holds one of two values (0 and 1, true and
 false, or two words); the score is the probability of the greater one, or of `--positive`. Features are hashed tokens
 and pairs of tokens in any language; scikit-learn fits a logistic regression, with classes balanced. One example in
-ten, chosen by a hash of its text, is held out to measure on. `LinearClassifier.path` of a curation run names the file
-that is written.
+ten, chosen by a hash of its text, is held out to measure on. `LinearClassifier.path` of a curation run names the
+written file.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def train(texts: list[str], labels: list, *, positive=None, bits: int = 18, stre
         texts, labels: see `read_examples`.
         positive: the label whose probability is the score; None is the greater of the two.
         bits: 2**bits features.
-        strength: C of `sklearn.linear_model.LogisticRegression`, the inverse of regularisation.
+        strength: C of `sklearn.linear_model.LogisticRegression`, the inverse of regularization.
 
     Returns:
         The fitted `LogisticRegression`, the two labels with the positive one last, and a dict of measures.
@@ -86,7 +86,7 @@ def train(texts: list[str], labels: list, *, positive=None, bits: int = 18, stre
         raise ValueError(f"expected two different labels, found {len(classes)}: {', '.join(classes[:5])}")
     if positive is not None:
         if str(positive) not in classes:
-            raise ValueError(f"no example is labelled {positive!r}; there are {', '.join(classes)}")
+            raise ValueError(f"no example is labeled {positive!r}; there are {', '.join(classes)}")
         classes.sort(key=lambda one: one == str(positive))
     targets = np.array([str(label) == classes[1] for label in labels], int)
     held_out = np.array([uniform(text, "held out") < _HELD_OUT for text in texts])
@@ -111,11 +111,11 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, writes the file and prints the measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=command_line.pattern_argument, required=True, help="glob of .jsonl files")
-    parser.add_argument("--label", required=True, help="field with the label")
-    parser.add_argument("--positive", help="the label whose probability is the score")
-    parser.add_argument("--output", required=True, type=command_line.path_argument, help=".npz file")
-    parser.add_argument("--bits", type=int, default=18, help="2**bits features (default: %(default)s)")
-    parser.add_argument("--strength", type=float, default=10.0, help="C: less is smoother (default: %(default)s)")
+    parser.add_argument("--label", required=True, help="name of the field with the label")
+    parser.add_argument("--positive", help="label whose probability is the score")
+    parser.add_argument("--output", required=True, type=command_line.path_argument, help=".npz file to write")
+    parser.add_argument("--bits", type=int, default=18, help="number of features is 2**bits (default: %(default)s)")
+    parser.add_argument("--strength", type=float, default=10.0, help="inverse of regularization (default: %(default)s)")
     arguments = parser.parse_args(argv)
     from qwen_jax.curation.scoring import save_linear
 

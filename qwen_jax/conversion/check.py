@@ -1,7 +1,7 @@
 """Comparison of two checkpoints, for `--check`: their logits on the same tokens, computed one layer at a time.
 
-Both sides run through our decoder in float32, so the comparison shows whether two folders hold the same function,
-however they are stored. The tests and docs/how_to/serving.md show that other software computes the same from a folder.
+Both sides run through our decoder in float32, so the comparison shows whether two folders of any formats hold the same
+function. The tests and docs/how_to/serving.md show that other software computes the same from a folder.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether the difference is that of float32 arithmetic at most."""
+        """Whether the difference is within the error of float32 arithmetic."""
         return self.largest <= TOLERANCE * self.scale
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
 
 
 def _layers(weights: Weights, progress: bool) -> Iterator[dict]:
-    """Parameters of each block in float32, read when its turn comes."""
+    """Parameters of each block in float32, read one block at a time."""
     stacked = [path for path in parameter_shapes(weights.config) if is_stacked(path)]
     for layer in tqdm(range(weights.config.num_layers), desc="layers", disable=not progress):
         own = {path.removeprefix(LAYER_PREFIX): float32_copy(weights.read(path, layer)) for path in stacked}
@@ -91,7 +91,7 @@ def _layers(weights: Weights, progress: bool) -> Iterator[dict]:
 def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress: bool = False) -> Comparison:
     """Compares two folders in any formats on two rows of 64 random tokens, or of the training length if that is less.
 
-    Tokens are of the smaller vocabulary, and logits of rows that only one side has (see padding.py) are left out.
+    Tokens belong to the smaller vocabulary. Logits of rows that only one side has (see padding.py) do not count.
 
     Raises:
       FileNotFoundError, ValueError: see `open_weights`; or the logits of a side are not finite.

@@ -1,4 +1,4 @@
-"""What `--verify` compares: a hash of every array as it was handed to the writer, and of the same array read back."""
+"""Hashes for `--verify`: one of every array handed to the writer, one of the same array read back from disk."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class ChecksumError(Exception):
-    """What was read back is not what was written. Not a ValueError: nothing was wrong with what was asked for."""
+    """An array read back from disk differs from the written one. Not a ValueError: the arguments were right."""
 
 
 def digest(array: np.ndarray) -> bytes:
@@ -19,7 +19,7 @@ def digest(array: np.ndarray) -> bytes:
 
 
 class Checksums:
-    """Hashes of arrays by name; records nothing unless it is wanted."""
+    """Hashes of arrays by name; records nothing if `wanted` is False."""
 
     def __init__(self, wanted: bool):
         self._wanted = wanted
@@ -31,10 +31,10 @@ class Checksums:
             self._digests[name] = digest(array)
 
     def compare(self, stored: Iterable[tuple[str, np.ndarray]], progress: bool) -> int:
-        """Hashes what is stored and compares.
+        """Compares the hashes of stored arrays with the recorded ones.
 
         Returns:
-          How many arrays there are.
+          The number of arrays.
 
         Raises:
           ChecksumError: naming the arrays that differ, are missing or were never written.

@@ -1,4 +1,4 @@
-"""Writing the model of one folder as another format: streamed, whole or not at all, verified if asked for."""
+"""Conversion of a model to another format: streamed, whole or not at all, verified on request."""
 
 import contextlib
 import fcntl
@@ -49,13 +49,13 @@ def convert(
         "gguf" (a file for llama.cpp).
       source: the folder or file to read; for orbax a run folder (newest step) or the folder of one step.
       target: the folder or file to write; must not exist, or be an empty folder. It appears whole, or not at all.
-      dtype: of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax. Run
-        folders are always float32.
+      dtype: dtype of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax.
+        Run folders are always float32.
       max_shard_size: bytes of one safetensors file, as a number or as in "5GB".
-      tokenizer: a .tiktoken file. None: the one that the source has, if any.
-      progress: whether to show bars.
-      vocab_size: rows of the vocabulary in the target. None: as many as the source has.
-      layout: of a run folder that is written, "scanned" (blocks stacked, as training wants them) or "unscanned".
+      tokenizer: a .tiktoken file. None: the tokenizer of the source, if it has one.
+      progress: whether to show progress bars.
+      vocab_size: rows of the vocabulary in the target. None: those of the source.
+      layout: layout of a written run folder, "scanned" (blocks stacked, as training reads them) or "unscanned".
       verify: whether to read the files back from disk and compare hashes before `target` appears.
 
     Returns:

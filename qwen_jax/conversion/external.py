@@ -24,7 +24,7 @@ READ_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     shown = ", ".join(list(names)[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -34,8 +34,8 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-      dtype: as safetensors and GGUF call it; those of READ_DTYPES can be read.
-      offset: of its first byte in the file.
+      dtype: its name in safetensors and GGUF; only those of READ_DTYPES can be read.
+      offset: position of its first byte in the file.
     """
 
     file: Path
@@ -54,16 +54,15 @@ class StoredTensor:
 class ExternalWeights:
     """The weights of a checkpoint in an external format; a `Weights` of mapping.py.
 
-    Once it is made, every tensor that the configuration asks for is known to be there, with its shape.
+    The constructor checks that every tensor of the configuration exists and has the right shape.
 
     Attributes:
-      config: of the model, as the checkpoint describes it.
-      dtype: "bfloat16" if all tensors are, else "float32", which holds all that is read.
+      config: configuration of the model, as the checkpoint describes it.
+      dtype: "bfloat16" if all tensors are, else "float32", which holds all dtypes that can be read.
       position_limit: max_position_embeddings of a qwen config.json; None in other formats.
 
     Raises:
-      ValueError: tensors are missing, unexpected, of the wrong shape or of a dtype that is not understood; all of them
-        are named.
+      ValueError: tensors are missing, unexpected, of the wrong shape or of an unknown dtype; the message names them.
     """
 
     position_limit: int | None = None

@@ -1,4 +1,4 @@
-"""GGUF, the single file that llama.cpp and software on top of it load, as architecture "qwen2" with its tokenizer.
+"""GGUF, the file format of llama.cpp and software on top of it: architecture "qwen2", tokenizer included.
 
 Needs the package `gguf`, which llama.cpp publishes; nothing else of the project does.
 """
@@ -79,9 +79,9 @@ def write_gguf(
     """Writes a GGUF file, one tensor after the other.
 
     Args:
-      dtype: of the matrices, "float32" or "bfloat16". Vectors (norms and biases) are float32, as llama.cpp wants them.
-      checksums: is told of every tensor.
-      progress: whether to show a bar.
+      dtype: dtype of the matrices, "float32" or "bfloat16". Vectors (norms and biases) are float32 for llama.cpp.
+      checksums: records every tensor.
+      progress: whether to show a progress bar.
 
     Raises:
       ValueError: there is no tokenizer, or one of single bytes, without which llama.cpp loads no model; the package
@@ -196,7 +196,7 @@ def _refuse_part(file: Path, reader) -> None:
 
 
 def _field(file: Path, reader, key: str, default=None):
-    """The content of a field; None as default: it must be there."""
+    """The content of a field; with None as default, a missing field raises."""
     if (field := reader.get_field(key)) is not None:
         return field.contents()
     if default is None:
@@ -232,7 +232,7 @@ def _read_config(file: Path, reader, stored: dict[str, StoredTensor]) -> ModelCo
 
 
 def _shortest(value: float) -> float:
-    """The number that was meant by a float32: 1e-06, not 9.99999997e-07."""
+    """The shortest decimal number that rounds to this float32: 1e-06, not 9.99999997e-07."""
     return float(str(np.float32(value)))
 
 
@@ -240,7 +240,7 @@ def recover_gguf_ranks(file: Path, scratch: Path) -> Path | None:
     """The `.tiktoken` file of a GGUF file's tokenizer, written into the existing folder `scratch`; None: it has none.
 
     Raises:
-      ValueError: it is not Qwen's tokenizer: the ids would differ.
+      ValueError: the tokenizer is not Qwen's, so ids would differ.
     """
     reader = _open(file)
     if reader.get_field("tokenizer.ggml.tokens") is None:

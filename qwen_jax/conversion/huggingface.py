@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's layout: config.json, generation_config.json and safetensors, read and written with numpy.
+"""Folders in the layout of Hugging Face: config.json, generation_config.json, safetensors; read and written by numpy.
 
 Tensors are read and written one at a time with plain file reads. A memory map would do as well, but its pages count as
 memory of the process, and a 7B checkpoint must convert in much less than its size.
@@ -170,8 +170,8 @@ def external_config(
     """The content of config.json.
 
     Args:
-      dtype: of the weights, "float32" or "bfloat16".
-      endoftext_id: id of the token that ends a document, or None if the tokenizer is not known.
+      dtype: dtype of the weights, "float32" or "bfloat16".
+      endoftext_id: id of the token that ends a document, or None if the tokenizer is unknown.
       position_limit: max_position_embeddings of format qwen, where it is not the training length. None: that of the
         released model of this size, and for other sizes the limit of our own generation.
     """
@@ -288,12 +288,12 @@ def write_safetensors(
 
     Args:
       folder: an existing folder.
-      tensors: to write, in this order.
-      produce: makes one of them, contiguous and in this dtype; called once for each, when it is written.
+      tensors: the tensors, in the order of writing.
+      produce: makes one tensor, contiguous and in this dtype; called once for each, just before writing it.
       dtype: "float32" or "bfloat16".
       max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
-      checksums: is told of every tensor.
-      progress: whether to show a bar.
+      checksums: records every tensor.
+      progress: whether to show a progress bar.
     """
     itemsize = READ_DTYPES[WRITE_DTYPES[dtype]].itemsize
     shards: list[list[ExternalTensor]] = [[]]

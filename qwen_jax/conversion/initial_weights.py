@@ -1,7 +1,7 @@
-"""Weights that a new run starts from: any known format, whole or in part, compared by shapes, not by configuration.
+"""Initial weights of a new run: any known format, whole or in part, compared by shapes, not by configuration.
 
-So a run may have another context length than the model it starts from (Code-Qwen-14B, with 8,192 tokens, from Qwen-14B
-with 2,048; report 4), other dropout, or parts that the other model lacks.
+A run may therefore have another context length than its initial weights (Code-Qwen-14B, with 8,192 tokens, from
+Qwen-14B with 2,048; report 4), other dropout, or parts that the other model lacks.
 """
 
 import logging
@@ -21,12 +21,12 @@ from qwen_jax.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-# Fields of the configuration that change what the same parameters compute.
+# Fields of the configuration that change the function of the same parameters.
 ARITHMETIC_FIELDS = ("rope_theta", "norm_epsilon")
 
 
 class InitialWeights:
-    """Parameters of a checkpoint as the start of a run; nothing is read before `check` or `load`."""
+    """Parameters of a checkpoint as the start of a run; `check` and `load` read them, the constructor does not."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class InitialWeights:
 
         Args:
           path: a run folder (or the folder of one of its steps), a folder in format qwen or qwen2, or a GGUF file.
-          subtree: which parameters to take. None: all, and the two models must have the same. One or more paths, such
-            as "layers" or "layers/mlp": these and what is below them. A mapping: path in the model to be trained to
-            path in the checkpoint, where "" is its root, so that {"decoder": ""} starts the decoder of a larger model.
-          model: the configuration that will be trained; where it computes something else with the same parameters
-            (another rotary base), `check` logs a warning.
+          subtree: the parameters to take. None: all, and the two models must have the same. One or more paths, such
+            as "layers" or "layers/mlp": these sub-trees. A mapping: path in the trained model to path in the
+            checkpoint, where "" is its root, so that {"decoder": ""} starts the decoder of a larger model.
+          model: configuration of the trained model; `check` logs a warning where it computes another function with
+            the same parameters (another rotary base).
         """
         self.path, self._model = as_path(path, "INITIAL_CHECKPOINT"), model
         if subtree is None or isinstance(subtree, Mapping):
@@ -58,11 +58,11 @@ class InitialWeights:
         """Compares paths and shapes; reads no parameter.
 
         Args:
-          abstract: all parameters of the model to be trained: nested dict of leaves with a `shape`.
+          abstract: all parameters of the trained model: nested dict of leaves with a `shape`.
 
         Raises:
-          FileNotFoundError, ValueError: it is no checkpoint, or one that is damaged.
-          CheckpointError: it does not fit; every parameter that does not is named, with both shapes.
+          FileNotFoundError, ValueError: the path is no checkpoint, or a damaged one.
+          CheckpointError: parameters do not fit; the message names them with both shapes.
         """
         weights = open_weights(self.path)
         self._sources(weights, abstract)
@@ -75,13 +75,13 @@ class InitialWeights:
                 )
 
     def load(self, abstract: dict) -> dict:
-        """Reads the parameters onto their devices; this host holds one layer of one parameter besides.
+        """Reads the parameters onto their devices; host memory holds one layer of one parameter.
 
         Args:
           abstract: as for `check`, of ShapeDtypeStructs with shardings.
 
         Returns:
-          Nested dict of jax arrays with the dtypes and shardings of `abstract`, of the parameters that are taken.
+          Nested dict of jax arrays, one for each parameter taken, with the dtypes and shardings of `abstract`.
 
         Raises:
           FileNotFoundError, ValueError, CheckpointError: as `check`.
@@ -99,7 +99,7 @@ class InitialWeights:
         return unflatten_dict(placed, sep="/")
 
     def _sources(self, weights: Weights, abstract: dict) -> dict[str, str]:
-        """Path in the model to be trained to path in the checkpoint, of every parameter that is taken."""
+        """Path in the trained model to path in the checkpoint, for every parameter taken."""
         expected = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract, sep="/").items()}
         found, sources, problems = parameter_shapes(weights.config), {}, []
         for ours, theirs in self._subtree.items():

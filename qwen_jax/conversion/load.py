@@ -31,11 +31,11 @@ FORMAT_NAMES = (ORBAX, *FORMATS, gguf_file.NAME)
 
 
 def detect_format(path: str | os.PathLike) -> str:
-    """The format of a folder, from what is in it: "orbax", "qwen" or "qwen2"; of a file, "gguf".
+    """The format of a folder, found by its files: "orbax", "qwen" or "qwen2"; of a file, "gguf".
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: it is none of these.
+      ValueError: the folder has none of these formats.
     """
     path = as_path(path)
     if gguf_file.is_gguf(path):
@@ -58,13 +58,13 @@ def detect_format(path: str | os.PathLike) -> str:
 
 
 def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
-    """The parameters of a folder, to be read one at a time.
+    """The parameters of a folder, read one at a time.
 
     Args:
-      name: the format that the folder must be of; None: whichever it is.
+      name: the format that the folder must have; None: any.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, field or tensor that is wrong.
+      FileNotFoundError, ValueError: the message names the wrong file, field or tensor.
     """
     path = as_path(path)
     if (found := detect_format(path)) != (name or found):
@@ -77,10 +77,10 @@ def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
 def read_model_config(path: str | os.PathLike) -> ModelConfig:
     """The ModelConfig of a model in any known format; reads no weights.
 
-    What an outside format does not say (compute dtype, remat policy, attention kernel) is the default.
+    Fields that an external format lacks (compute dtype, remat policy, attention kernel) have their defaults.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file and the field that is wrong.
+      FileNotFoundError, ValueError: the message names the file and the wrong field.
     """
     path, found = as_path(path), detect_format(path)
     if found == gguf_file.NAME:
@@ -97,15 +97,16 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
     Args:
       path: a run folder (or the folder of one of its steps), a folder in format qwen or qwen2, or a GGUF file.
       dtype: compute dtype of the model, "float32" or "bfloat16".
-      mesh: devices to lay the parameters over as training does. They go there as they are read; this host holds one
-        layer of one parameter besides. None: the default device.
+      mesh: devices over which the parameters are sharded as in training. Host memory holds one layer of one
+        parameter. None: the default device.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens)` takes int32 [batch, length] to float32 logits
       [batch, length, vocab_size]. Parameters are float32 jax arrays, layers stacked.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, field or tensor that is wrong, or that the mesh does not divide.
+      FileNotFoundError, ValueError: the message names the wrong file, field or tensor, or the one that the mesh does
+        not divide.
     """
     path = as_path(path)
     weights = open_weights(path)
@@ -125,10 +126,10 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
 
 
 def place_parameter(weights: Weights, path: str, sharding: Sharding, dtype=jnp.float32) -> jax.Array:
-    """A parameter in `dtype` on the devices; a large stacked one goes there layer by layer.
+    """Reads a parameter onto its devices in `dtype`; a large stacked one layer by layer.
 
     Raises:
-      ValueError: it cannot be read.
+      ValueError: the parameter cannot be read.
     """
     shape = parameter_shapes(weights.config)[path]
     if not is_stacked(path) or 4 * math.prod(shape) <= PIECE_BYTES:
@@ -147,10 +148,10 @@ def place_parameter(weights: Weights, path: str, sharding: Sharding, dtype=jnp.f
 
 
 def find_ranks(path: str | os.PathLike, scratch: Path) -> Path | None:
-    """The `.tiktoken` file of a model in any format, made in the folder `scratch` if need be; None: it has none.
+    """The `.tiktoken` file of a model in any format, if necessary written into `scratch`; None: it has no tokenizer.
 
     Raises:
-      FileNotFoundError, ValueError: it is no model, or its tokenizer is not Qwen's.
+      FileNotFoundError, ValueError: the path is no model, or its tokenizer is not Qwen's.
     """
     path = as_path(path)
     found = detect_format(path)
@@ -170,10 +171,10 @@ def find_tokenizer(path: str | os.PathLike, scratch: Path) -> Tokenizer | None:
 
 
 def check_rows(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Refuses a tokenizer whose ids of text and ChatML are more than the rows of a model.
+    """Refuses a tokenizer with more ids of text and ChatML than the model has rows.
 
     Raises:
-      ValueError: with both numbers.
+      ValueError: the message has both numbers.
     """
     if tokenizer.required_rows > config.vocab_size:
         raise ValueError(

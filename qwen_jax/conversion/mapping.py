@@ -1,6 +1,6 @@
-"""How our parameters and configuration fields lie in external formats: one table per format, read in both directions.
+"""Tables of external formats: one per format, from our parameters and configuration fields to theirs and back.
 
-A table says which of our parameters make up an external tensor and how the axes move. A layout is written as
+A table names our parameters in each external tensor and the order of their axes. A layout is written as
 `our axes -> their axes`, with `(a b)` for axes that the external format flattens into one; a layout only moves
 numbers, so both directions are exact. A new external format is one more `Format` in `FORMATS`.
 """
@@ -41,8 +41,8 @@ class TensorMapping:
 
     Attributes:
       external: its name; `{layer}` stands for the index of the block.
-      parts: paths of our parameters, in the order in which the tensor holds them along its first axis.
-      layout: how the axes of each part move.
+      parts: paths of our parameters, in their order along the first axis of the tensor.
+      layout: order of the axes of each part.
     """
 
     external: str
@@ -56,10 +56,10 @@ class ConfigField:
 
     Attributes:
       ours: field of `ModelConfig`.
-      name: the external name that is written.
-      default: value of a file without the field; REQUIRED if the field must exist.
-      earlier: names that older files use; one of them wins over `name` where both are there.
-      factor: their value is ours times this.
+      name: the external name.
+      default: value for a file without the field; REQUIRED if the field must exist.
+      earlier: names in older files; they win over `name` in a file with both.
+      factor: the external value divided by ours.
     """
 
     ours: str
@@ -74,15 +74,15 @@ class Format:
     """One external format.
 
     Attributes:
-      name: of the format, for users.
+      name: name of the format, for users.
       architecture, model_type: names of the format in config.json.
       tensors: its tensors.
-      fields: fields of config.json that `ModelConfig` has.
-      fixed: fields that must have this value for our model to be the same function; absent means this value.
+      fields: fields of config.json with a field of `ModelConfig`.
+      fixed: fields of config.json with the only value that our model supports; a missing field has this value.
       constants: further fields to write.
       refuse: lists the features of a `ModelConfig` that the format cannot express, a sentence each.
-      redundant: pattern of tensor names that hold nothing of their own (buffers), so that they may be there.
-      tied_output: name of the output projection, which tied checkpoints may hold as a copy of the embedding.
+      redundant: pattern of names of buffers, which a checkpoint may hold and conversion ignores.
+      tied_output: name of the output projection; checkpoints with tied embeddings may hold a copy under it.
       rope_parameters: whether the rotary base is in `rope_parameters` and `rope_theta` rather than in a ConfigField.
     """
 
@@ -233,11 +233,11 @@ FORMATS: dict[str, Format] = {table.name: table for table in (QWEN, QWEN2)}
 
 
 class Weights(Protocol):
-    """Where parameters come from: read one at a time, so that no second copy of a model is ever needed.
+    """A source of parameters, read one at a time, so that conversion needs no second copy of a model.
 
-    config: of the model that has these parameters.
-    dtype: "bfloat16" if that holds all of them exactly, else "float32".
-    position_limit: how many positions the source says that context extension reaches, or None.
+    config: configuration of the model.
+    dtype: "bfloat16" if it holds all parameters exactly, else "float32".
+    position_limit: number of positions that context extension reaches, as the source says, or None.
     """
 
     config: ModelConfig
@@ -245,10 +245,10 @@ class Weights(Protocol):
     position_limit: int | None
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """Our parameter `path` in the dtype it is stored in.
+        """Our parameter `path` in its stored dtype.
 
-        `layer` picks a block of a stacked one, and the result lacks the layer axis; None for all others. The blocks of
-        one parameter are asked for in ascending order.
+        `layer` selects a block of a stacked parameter, and the result lacks the layer axis; None for all others.
+        Callers read the blocks of one parameter in ascending order.
         """
 
 
@@ -329,7 +329,7 @@ def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]
 
 
 def copy_moved(source: np.ndarray, target: np.ndarray) -> None:
-    """`target[...] = source` for arrays of one shape, of which the first may have its axes moved and the second not.
+    """`target[...] = source` for arrays of one shape, where `source` may have its axes moved.
 
     Goes by blocks that fit into the processor's cache: a transposed copy takes a fourth of numpy's time.
     """
@@ -345,14 +345,14 @@ def copy_moved(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def float32_copy(source: np.ndarray) -> np.ndarray:
-    """The array in float32, always its own memory and contiguous."""
+    """A contiguous copy of the array in float32."""
     copy = np.empty(source.shape, np.float32)
     copy_moved(source, copy)
     return copy
 
 
 def gather(weights: Weights, tensor: ExternalTensor, dtype: Any = None) -> np.ndarray:
-    """An external tensor made of our parameters, in `dtype`; None: that which they are stored in."""
+    """An external tensor made of our parameters, in `dtype`; None: their stored dtype."""
     parts = [to_external(tensor.mapping.layout, weights.read(part, tensor.layer)) for part in tensor.mapping.parts]
     whole = np.empty(tensor.shape, dtype or parts[0].dtype)
     if len(parts) == 1 and parts[0].flags.c_contiguous and parts[0].dtype == whole.dtype:

@@ -18,12 +18,12 @@ VOCABULARY_AXES = {"token_embedding": 0, "output": 1}
 class RepaddedWeights:
     """The same model with another number of vocabulary rows; a `Weights` of mapping.py.
 
-    Rows that are added repeat the last row, if that is padding too: a trained model has learned never to predict it.
-    Otherwise they are zero.
+    New rows repeat the last row, if that is padding too: a trained model has learned never to predict it. Otherwise
+    they are zero.
     """
 
     def __init__(self, source: Weights, vocab_size: int, used: int):
-        """`used` is how many ids the tokenizer has."""
+        """`used` is the number of ids of the tokenizer."""
         self._source, self._used = source, used
         self.config = dataclasses.replace(source.config, vocab_size=vocab_size)
         self.dtype, self.position_limit = source.dtype, source.position_limit
@@ -46,10 +46,10 @@ def repad(source: Weights, vocab_size: int | None, tokenizer: Tokenizer | None, 
     """`source` with `vocab_size` rows of the vocabulary; None leaves it as it is.
 
     Args:
-      where: the source, for errors.
+      where: name of the source in errors.
 
     Raises:
-      ValueError: rows would be lost that the tokenizer uses, or it is not known whether they would.
+      ValueError: `vocab_size` cuts rows that the tokenizer uses, or there is no tokenizer to tell them.
     """
     present = source.config.vocab_size
     if vocab_size is None or vocab_size == present:

@@ -1,7 +1,7 @@
-"""Our run folders as a side of a conversion: parameters read by layer, written piece by piece.
+"""Run folders as source and target of a conversion: parameters read by layer, written piece by piece.
 
-`scanned` is how training keeps a model: each parameter of a block is one array with a leading axis of layers.
-`unscanned` has one subtree per block, `layers_0/mlp/up/kernel` and so on, which code without `nn.scan` uses.
+`scanned` is the layout of training: each parameter of a block is one array with a leading axis of layers. `unscanned`
+has one sub-tree per block, `layers_0/mlp/up/kernel` and so on, for code without `nn.scan`.
 """
 
 import os
@@ -46,8 +46,8 @@ class RunFolder:
       layout: "scanned" or "unscanned".
 
     Raises:
-      ValueError: the folder holds no checkpoint, one of another model than its configuration says, or, from `read`,
-        one that cannot be read.
+      ValueError: the folder holds no checkpoint, or one of another model than its configuration; from `read`: the
+        checkpoint cannot be read.
     """
 
     dtype, position_limit = "float32", None
@@ -86,7 +86,7 @@ class RunFolder:
             )
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """See `Weights.read`. Reads one layer, or as many as the checkpoint stores together, which are then kept."""
+        """See `Weights.read`. Reads and keeps the layers that the checkpoint stores together."""
         if layer is None:
             return self._stored.read(path, slice(None))
         if self.layout == UNSCANNED:
@@ -103,13 +103,13 @@ class RunFolder:
 def write_run_folder(
     folder: Path, source: Weights, tokenizer: Path | None, layout: str, checksums: Checksums, progress: bool
 ) -> None:
-    """Writes a run folder of float32 weights; holds one parameter of one block, or one outside of blocks, at a time.
+    """Writes a run folder of float32 weights; memory holds one parameter at a time, of a stacked one a single block.
 
     Args:
       folder: must not exist; appears whole or not at all.
       tokenizer: a .tiktoken file, or None.
-      checksums: is told of every piece.
-      progress: whether to show a bar.
+      checksums: records every piece.
+      progress: whether to show a progress bar.
     """
     shapes = layout_shapes(source.config, layout)
     total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
@@ -124,12 +124,12 @@ def write_run_folder(
 
 
 def _pieces(source: Weights, layout: str):
-    """(path, piece, contiguous float32 array) of everything that is written, in the order of the paths."""
+    """(path, piece, contiguous float32 array) of the whole model, in the order of the paths."""
     for path, shape in parameter_shapes(source.config).items():
         if not is_stacked(path):
             whole = source.read(path, None)
             for piece in arrays.pieces(shape):
-                # A copy: what is written in the background must not be a view of what is let go.
+                # A copy, because Orbax writes in the background and `whole` is freed.
                 yield path, piece, float32_copy(whole[piece])
             del whole
         elif layout == SCANNED:
@@ -146,7 +146,7 @@ def _pieces(source: Weights, layout: str):
 
 
 def read_again(folder: Path):
-    """(name, array) of every piece that is stored, as `write_run_folder` named them to its checksums."""
+    """(name, array) of every stored piece, by the names that `write_run_folder` gives its checksums."""
     stored = arrays.StoredParams(folder)
     for path, shape in stored.shapes.items():
         for piece in arrays.pieces(shape):

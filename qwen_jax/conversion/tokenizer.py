@@ -1,4 +1,4 @@
-"""Tokenizer files of Hugging Face's layout from a `.tiktoken` file, and back, with the same ids."""
+"""Tokenizer files in the layout of Hugging Face from a `.tiktoken` file, and back, with the same ids."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from qwen_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer, check_ranks, writ
 RANKS_FILE = "qwen.tiktoken"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-# The same tokenizer in the two files of the class that is not compiled, which tells how text is split by its name.
+# The two files of the slow tokenizer class; only the name of the class says how it splits text.
 VOCABULARY_FILE, MERGES_FILE, ADDED_FILE = "vocab.json", "merges.txt", "added_tokens.json"
 TOKENIZER_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _ADVICE = "pass the .tiktoken file of the model instead"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level vocabularies write for each byte (that of GPT-2).
+    """The printable character of each byte in byte-level vocabularies (the table of GPT-2).
 
     Visible Latin-1 characters stand for themselves; the others, in order, for U+0100 and on.
     """
@@ -53,7 +53,7 @@ def tokenizer_json(tokenizer: Tokenizer, rows: int | None = None) -> dict:
     """The content of tokenizer.json: NFC, Qwen's pattern, byte-level BPE, control tokens.
 
     Args:
-      rows: of the model's vocabulary; control tokens without a row are left out. None: all control tokens.
+      rows: number of vocabulary rows of the model; control tokens without a row are left out. None: all of them.
 
     Raises:
       ValueError: see `derive_merges`.
@@ -133,13 +133,13 @@ def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path
 
     Args:
       folder: holds qwen.tiktoken, tokenizer.json, vocab.json with merges.txt, or none of them.
-      scratch: existing folder into which the file is written if it has to be made.
+      scratch: existing folder for the file, if the source holds another one.
 
     Returns:
       Its path, or None if the folder has no tokenizer.
 
     Raises:
-      ValueError: the tokenizer is not Qwen's: the ids would differ. The message names the file of `folder`.
+      ValueError: the tokenizer is not Qwen's, so ids would differ. The message names the file of `folder`.
     """
     folder = Path(folder)
     if (folder / RANKS_FILE).is_file():
@@ -162,7 +162,7 @@ def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path
 
 
 def _content_of_two_files(folder: Path) -> dict:
-    """What tokenizer.json would say of a folder with vocab.json and merges.txt."""
+    """The content of tokenizer.json for a folder with vocab.json and merges.txt."""
     merges = folder / MERGES_FILE
     if not merges.is_file():
         raise FileNotFoundError(f"{folder} has a {VOCABULARY_FILE} without {MERGES_FILE}: download it, or {_ADVICE}")
@@ -193,10 +193,10 @@ def _optional(path: Path) -> dict:
 
 
 def ranks_of(path: Path, content: dict) -> dict[bytes, int]:
-    """The ranks that the content of a tokenizer.json stands for; `path` is named in errors.
+    """The ranks of the vocabulary in the content of a tokenizer.json; errors name `path`.
 
     Raises:
-      ValueError: it is not Qwen's tokenizer: the ids would differ.
+      ValueError: the tokenizer is not Qwen's, so ids would differ.
     """
     model = content.get("model") or {}
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):

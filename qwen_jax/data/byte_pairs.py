@@ -1,14 +1,14 @@
 """Learning a byte-pair vocabulary on top of another one (report section 2.2).
 
-The report starts from cl100k_base, splits numbers into digits and adds tokens of further languages. So does this:
-`without_numbers` takes the tokens of several digits out of a base, `PieceCounts` counts the pieces that the pattern
-cuts text into, with a weight for each language, and `learn_merges` encodes the pieces with the base and goes on with
-byte-pair encoding over its tokens. Base ranks do not change; new tokens follow them.
+The report starts from cl100k_base, splits numbers into digits and adds tokens of further languages. So does this
+module: `without_numbers` takes the tokens of several digits out of a base, `PieceCounts` counts the pieces into which
+the pattern cuts text, with a weight for each language, and `learn_merges` encodes the pieces with the base and goes on
+with byte-pair encoding over its tokens. Base ranks do not change; new tokens follow them.
 
 The algorithm is that of `tokenizers.trainers.BpeTrainer` (Sennrich et al. 2016, arXiv 1508.07909: join the commonest
-pair, again and again), ties included, and gives the same merges where that trainer can be asked, which is without base
-and weights. It works on arrays: all pieces lie one after the other in a linked list, a pair is the array of its
-places, and one merge is a handful of numpy calls, however often it occurs.
+pair, again and again), ties included, and gives the same merges without base and weights, which that trainer lacks. It
+works on arrays: all pieces lie one after the other in a linked list, a pair is the array of its places, and one merge
+is a handful of numpy calls, however often it occurs.
 """
 
 import collections
@@ -53,7 +53,7 @@ def without_numbers(ranks: Mapping[bytes, int]) -> dict[bytes, int]:
 
 
 class PieceCounts:
-    """How often each piece of text occurs, over sources of different weight.
+    """Counts of the pieces of text, over sources of different weight.
 
     The pattern of the tokenizer cuts NFC-normalized text into pieces; no token reaches over two of them.
 
@@ -109,11 +109,11 @@ def learn_merges(
         min_count: a pair that occurs less often (by weighted count) is not merged.
 
     Returns:
-        Token bytes to rank: `base`, then the merges in the order in which they were made. There are fewer than asked
-        for where the text has no further pair of `min_count`.
+        Token bytes to rank: `base`, then the merges in their order; fewer than `num_merges` if the text has no further
+        pair of `min_count`.
 
     Raises:
-        ValueError: a merge makes a token that the base has already, which its own merges should have made.
+        ValueError: a merge makes a token of the base, so the base is no vocabulary of byte-pair encoding.
     """
     pieces, scale = counts.merged()
     tokens = [token for token, _ in sorted(base.items(), key=lambda item: item[1])]
@@ -135,7 +135,7 @@ class _Places:
 
     Attributes:
         token: int32 [places], ids; `_END` before, between and after pieces.
-        next, previous: int32 [places], neighbours among the places that are not gone.
+        next, previous: int32 [places], neighbors among the places that still hold a token.
         weight: int64 [places], count of the piece that a place belongs to.
     """
 
@@ -173,7 +173,7 @@ class _Places:
         return np.flatnonzero(inside[:-1] & inside[1:]).astype(np.int32)
 
     def still(self, places: np.ndarray, left: int, right: int) -> np.ndarray:
-        """Those of `places` at which the pair (left, right) still begins."""
+        """The `places` at which the pair (left, right) still begins."""
         places = places[self.token[places] == left]
         return places[self.token[self.next[places]] == right]
 
@@ -191,7 +191,7 @@ class _Places:
 
 
 def _every_second(places: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """Of overlapping pairs, as in `aaa`, those that are met from left to right: the first of a run, the third, …"""
+    """The first, third, … place of each run of overlapping pairs, as in `aaa`: the merge goes from left to right."""
     index = np.arange(len(places))
     first = np.ones(len(places), bool)
     first[1:] = following[places[:-1]] != places[1:]

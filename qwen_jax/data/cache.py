@@ -78,10 +78,10 @@ def prepare(
         mixture_or_task: a registered name (`tasks` is imported first).
         cache_dir: a folder that all Beam workers see.
         sequence_length: tokens of one example.
-        splits: those that a task lacks are left out, with a warning; so is `validation` where it has no document.
+        splits: splits to cache; a warning names the ones that a task lacks, and `validation` if it has no document.
         beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
         num_shards: shards of the packed data; None takes one for every 32M tokens.
-        seed: of the order in which documents are merged.
+        seed: seed for the order of documents.
         packing: `concat` merges documents and cuts them; `best_fit` keeps them whole (`qwen_jax.data.packing`).
         task_modules: modules that register tasks, imported here and by Beam workers.
 
@@ -90,8 +90,8 @@ def prepare(
 
     Raises:
         ValueError: unknown name, packing or Beam option; no documents; a malformed row (the message names file and
-            row); a mixing rate that cannot be used; or `cache_dir` holds this task made from another vocabulary,
-            corpus, seed or number of shards (the message says which, and how to mend it).
+            row); an unusable mixing rate; or `cache_dir` holds this task made from another vocabulary, corpus, seed
+            or number of shards (the message says which, and what to do).
     """
     check_packing(packing)
     check_options(beam_options)
@@ -133,7 +133,7 @@ def _tasks(name: str) -> list[seqio.Task]:
 
 
 def _with_documents(task: str, wanted: Sequence[str], cached: Sequence[str], folder: Path) -> list[str]:
-    """Those of `wanted` that are cached and not empty."""
+    """The `wanted` splits that are cached and not empty."""
     found = [split for split in wanted if split in cached and _stats(folder, split)["examples"]]
     if "validation" in wanted and "validation" not in found:
         logger.warning(
@@ -183,7 +183,7 @@ def _identity(vocabulary: QwenVocabulary) -> dict:
 
 
 def _that_can_be_made(task: seqio.Task, missing: list[str], done: Sequence[str]) -> list[str]:
-    """`missing`, without `validation` if the documents of a task that is cached for training are not there."""
+    """`missing`, without `validation` if the task is cached for training and its documents are gone."""
     if done and missing == ["validation"]:
         try:
             task.source.list_shards("validation")
@@ -194,7 +194,7 @@ def _that_can_be_made(task: seqio.Task, missing: list[str], done: Sequence[str])
 
 
 def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup") -> dict:
-    """Makes SeqIO's cache of those `splits` that are not there yet; returns its description."""
+    """Makes SeqIO's cache of the `splits` that it lacks; returns its description."""
     vocabulary = task.output_features[TOKENS].vocabulary
     path = folder / DESCRIPTION
     found = files.read_json(path) if path.exists() else None
@@ -286,11 +286,11 @@ def _check_same(folder: Path, found: dict, expected: dict) -> None:
     differences = []
     if found["vocabulary"] != expected["vocabulary"]:
         old, new = (f"{v['size']} ids, {v['fingerprint'][:12]}" for v in (found["vocabulary"], expected["vocabulary"]))
-        differences.append(f"another vocabulary ({old}; asked for: {new})")
+        differences.append(f"another vocabulary ({old}; now: {new})")
     for key in sorted({*found["source"], *expected["source"]}):
         old, new = found["source"].get(key), expected["source"].get(key)
         if old != new:
-            differences.append(f"another corpus ({key} {old}; asked for: {new})")
+            differences.append(f"another corpus ({key} {old}; now: {new})")
     if differences:
         raise ValueError(
             f"{folder} was made with {' and '.join(differences)}: delete that folder to make it anew, or give another "
@@ -332,8 +332,8 @@ class _WorkerSetup:
         for module in self.task_modules:
             importlib.import_module(module)
         with gin.unlock_config():
-            # What belongs to models and training is unknown here. The path may have been computed by a function of
-            # theirs, so it is bound as a value.
+            # Configurables of models and training are unknown here. One of them may have computed the path, so the
+            # path is bound as a value.
             gin.parse_config(self.gin_config, skip_unknown=True)
             gin.bind_parameter("vocabulary_path.path", self.vocabulary_path)
         vocabulary = _vocabulary(self.task)
@@ -509,10 +509,10 @@ class _Packer:
         differences = []
         if manifest.vocabulary_fingerprint != self.setup.fingerprint:
             differences.append(
-                f"vocabulary {manifest.vocabulary_fingerprint[:12]} (asked for: {self.setup.fingerprint[:12]})"
+                f"vocabulary {manifest.vocabulary_fingerprint[:12]} (now: {self.setup.fingerprint[:12]})"
             )
         if manifest.seed != self.seed:
-            differences.append(f"seed {manifest.seed} (asked for: {self.seed})")
+            differences.append(f"seed {manifest.seed} (now: {self.seed})")
         if dict(manifest.source) != self.source:
             differences.append("another corpus")
         names = [shard.file for shard in manifest.shards]

@@ -1,8 +1,7 @@
 """ChatML, the format of the released chat models (report 3.1): messages to token ids.
 
 A turn is `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n`. Role, line ends and content are encoded each by itself, as the
-released `make_context` and `finetune.py` do, and control tokens are put between them as ids: no text, whoever wrote it,
-can become one.
+released `make_context` and `finetune.py` do, and control tokens are put between them as ids: no text can become one.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ class Turn:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All of them."""
+        """Ids of the whole message."""
         return self.header + self.content + self.footer
 
 
@@ -43,10 +42,10 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], system: s
     Args:
       messages: each with `role` and `content`, oldest first. Content is untrusted text: the name of a control
         token in it is encoded as ordinary characters.
-      system: system message of a conversation that has none.
+      system: system message of a conversation without one.
 
     Raises:
-      ValueError: a message has another role or a content that is no text; its index is named.
+      ValueError: a message has another role, or its content is no text; the error names its index.
     """
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:

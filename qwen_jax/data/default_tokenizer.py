@@ -8,7 +8,7 @@ from qwen_jax.files import PathLike, as_path
 
 @gin.configurable
 def vocabulary_path(path: PathLike | None = None) -> str | None:
-    """The `.tiktoken` file of runs and of tasks that name none themselves; None is the released vocabulary."""
+    """The `.tiktoken` file of runs, and of tasks without one of their own; None is the released vocabulary."""
     return None if path is None else str(as_path(path, "VOCABULARY"))
 
 

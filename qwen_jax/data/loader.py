@@ -43,21 +43,21 @@ class ExampleLoader:
 
     Args:
         mixture_or_task: name of a cached task, or of a SeqIO mixture of cached tasks (only then `tasks` is imported).
-        cache_dir: where `tools/cache_task.py` put it.
+        cache_dir: folder that `tools/cache_task.py` wrote.
         sequence_length: tokens of an example.
         split: `train` or `validation`.
-        seed: of the order, in [0, 2**32).
+        seed: seed for the order, in [0, 2**32).
         shuffle: False reads in the order of packing (documents are in hashed order already).
         repeat: see above.
-        packing: how it was packed, `concat` or `best_fit` (`qwen_jax.data.packing`).
+        packing: packing of the cached task, `concat` or `best_fit` (`qwen_jax.data.packing`).
 
     Attributes:
         bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token); in a repeated mixture weighted
             by the rates. Bits per byte = loss in nats per token / (ln 2 * bytes_per_token).
-        vocab_size: number of ids of the vocabulary the data was made with.
-        columns: what `read` gives.
-        vocabulary_fingerprint: of that vocabulary (`Tokenizer.fingerprint`).
-        fingerprint: of data, order and rates: a run must not be resumed where it differs.
+        vocab_size: number of ids of the vocabulary of the data.
+        columns: names, shapes and dtypes of the columns that `read` returns.
+        vocabulary_fingerprint: fingerprint of that vocabulary (`Tokenizer.fingerprint`).
+        fingerprint: fingerprint of data, order and rates; a run must not resume with another one.
 
     Raises:
         FileNotFoundError: not cached; the message names the command that caches it.
@@ -239,7 +239,7 @@ class _Records:
 
 @dataclasses.dataclass(frozen=True)
 class _Where:
-    """Which packed examples are meant."""
+    """The place of packed examples on disk."""
 
     cache_dir: Path
     sequence_length: int
@@ -250,7 +250,7 @@ class _Where:
         return packing.packed_folder(self.cache_dir, task, self.sequence_length, self.split, self.packing)
 
     def missing(self, name: str) -> str:
-        """Says that they are not there, and how to make them."""
+        """The message of an error for missing examples, with the command that makes them."""
         ending = self.folder(name).parent.name.removeprefix(f"packed-{self.sequence_length}")
         there = (path.name.removeprefix("packed-") for path in Path(self.cache_dir, *name.split(":")).glob("packed-*"))
         numbers = (one.removesuffix(ending) for one in there if one.endswith(ending))
@@ -295,7 +295,7 @@ def _weights(rates: dict[str, Fraction]) -> list[int]:
 
 
 def _with_examples(name: str, rates: dict[str, Fraction], where: _Where) -> dict[str, Fraction]:
-    """`rates` without the tasks of a mixture that have no examples in this split; at least one must have some."""
+    """`rates` without the tasks of a mixture that lack examples in this split; unchanged if all do."""
     there = {task: rate for task, rate in rates.items() if where.folder(task).is_dir()}
     if there and len(there) < len(rates):
         logger.warning("%s %s has no examples of %s", name, where.split, ", ".join(sorted(rates.keys() - there.keys())))

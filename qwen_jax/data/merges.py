@@ -1,6 +1,6 @@
-"""The list of merges that a byte-pair vocabulary stands for.
+"""The list of merges of a byte-pair vocabulary.
 
-tiktoken joins whichever neighbors make the token of lowest rank; `tokenizers` and llama.cpp follow an explicit list of
+tiktoken joins the neighbors that make the token of lowest rank; `tokenizers` and llama.cpp follow an explicit list of
 merges. In a vocabulary that byte-pair encoding produced, each token has one last merge: the two parts that are left
 when its bytes are encoded with lower ranks only. These merges in the order of rank give the same ids for every text.
 """

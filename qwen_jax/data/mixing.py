@@ -1,4 +1,4 @@
-"""Mixing rates of SeqIO mixtures: which tasks take part, and in what proportion."""
+"""Mixing rates of SeqIO mixtures: the tasks that take part, and their proportions."""
 
 import logging
 import os
@@ -80,7 +80,7 @@ def check_rates(name: str, rates: dict[str, Fraction]) -> None:
     """Refuses rates that cannot be turned into whole numbers.
 
     Raises:
-        ValueError: naming mixture, task and rate.
+        ValueError: the message names mixture, task and rate.
     """
     total = sum(rates.values())
     for task, rate in rates.items():

@@ -1,7 +1,6 @@
 """Packing: documents become examples of one length, and examples become files.
 
-Documents are put in an order given by a hash of (seed, tokens), and each is followed by end-of-text. Then there are two
-ways, the keys of `PACKINGS`:
+A hash of (seed, tokens) orders the documents, and end-of-text follows each of them. `PACKINGS` has two ways to pack:
 
     concat    all are concatenated and cut into pieces of `sequence_length` tokens (report section 2.4)
     best_fit  whole documents are fitted into sequences, each keeps to itself: `segment_ids`, `positions` say where
@@ -10,7 +9,7 @@ No token is lost or repeated: end-of-text of loss weight 0 fills the free end of
 
 On disk a split is a folder of ArrayRecord shards and one `manifest.json`. A record is one example: its columns one
 after the other, little-endian, without header, so that an example is read with one seek and no parsing. The manifest
-says which columns there are; it is written last, so a folder with a manifest is complete.
+lists the columns; it is written last, so a folder with a manifest is complete.
 """
 
 import dataclasses
@@ -171,10 +170,10 @@ PACKINGS = {"concat": pack, "best_fit": best_fit}
 
 
 def check_packing(name: str) -> str:
-    """`name`, if it is one of `PACKINGS`.
+    """Returns `name`, a key of `PACKINGS`.
 
     Raises:
-        ValueError: it is not.
+        ValueError: there is no such packing.
     """
     if name not in PACKINGS:
         raise ValueError(f"packing is {name!r}: it must be one of {', '.join(PACKINGS)}")
@@ -221,7 +220,7 @@ def decode_records(records: Sequence[bytes], columns: Sequence[Column], sequence
     """Columns of records, each [len(records), sequence_length] in the column's own dtype.
 
     Raises:
-        ValueError: a record has not the size that the columns ask for.
+        ValueError: the size of a record does not fit the columns.
     """
     size = record_bytes(columns, sequence_length)
     for index, record in enumerate(records):
@@ -256,7 +255,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says about one packed split. Counts over all shards are properties."""
+    """The content of `manifest.json`, for one packed split. Counts over all shards are properties."""
 
     task: str
     split: str
@@ -315,8 +314,8 @@ class Manifest:
         """Reads `folder/manifest.json`.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is not a manifest of this format version.
+            FileNotFoundError: the folder has no manifest.
+            ValueError: the file is not a manifest of this format version.
         """
         path = Path(folder) / MANIFEST
         try:
@@ -350,7 +349,7 @@ def is_packed(
     packing: str = "concat",
     splits: Sequence[str] = ("train", "validation"),
 ) -> bool:
-    """Whether all `splits` of a task are packed, by their manifests alone; False for mixtures, which SeqIO knows."""
+    """Whether all `splits` of a task have a manifest; False for mixtures, which only SeqIO knows."""
     folders = (packed_folder(cache_dir, mixture_or_task, sequence_length, split, packing) for split in splits)
     return all((folder / MANIFEST).is_file() for folder in folders)
 

@@ -1,4 +1,4 @@
-"""Corpora in files: how documents are read, and how SeqIO sees them.
+"""Corpora in files: readers of documents, and SeqIO sources.
 
 A corpus is a folder, a glob (`**` goes into sub-folders), a file, or several of them. Order is that of sorted paths,
 then of lines. Nothing is skipped silently: a malformed row stops the reading and is named.
@@ -41,7 +41,7 @@ def list_files(pattern: str | os.PathLike | Sequence[str | os.PathLike]) -> list
 
     Raises:
         FileNotFoundError: nothing matches.
-        ValueError: a glob matches a file whose suffix says nothing about its format.
+        ValueError: a glob matches a file with an unknown suffix.
     """
     found: set[Path] = set()
     for one in [pattern] if isinstance(pattern, str | os.PathLike) else pattern:
@@ -136,7 +136,7 @@ def _decode_other(path: Path, data: bytes, error: Exception) -> str:
     """Text of a file that is not UTF-8."""
     advice = "convert it to UTF-8 (`iconv -t UTF-8`), or leave it out if it is binary"
     try:
-        # Here, because only curation needs what it imports.
+        # Here, because its imports belong to the extra `curation`.
         from qwen_jax.curation.html import Unreadable, decode
     except ImportError as missing:
         raise ValueError(
@@ -303,7 +303,7 @@ class DocumentSource(seqio.DataSource):
         return tf.data.Dataset.from_generator(generate, output_signature=signature)
 
     def describe(self) -> dict:
-        """What a cache remembers of its corpus, so that another one is not mistaken for it."""
+        """The identity of the corpus: a cache keeps it, and refuses another corpus."""
         corpus = self._corpus()
         base = os.path.commonpath([path.parent for path in corpus.files])
         listing = [(os.path.relpath(path, base), path.stat().st_size) for path in corpus.files]

@@ -1,4 +1,4 @@
-"""What gin files may set in `tasks/`, known without importing it: a run on cached data needs no TensorFlow.
+"""Configurable functions of `tasks/`, found without importing it: a run on cached data needs no TensorFlow.
 
 Gin knows a function when its module is imported, and modules of `tasks/` import SeqIO, thus TensorFlow. Their sources
 say which functions are configurable, so stand-ins with the same names and parameters are registered instead. Bindings
@@ -39,10 +39,10 @@ def is_bound() -> bool:
 
 
 def import_tasks() -> bool:
-    """Imports `tasks`, for what gin can configure there in ways that its sources do not show.
+    """Imports `tasks`, for configurables that their sources do not show.
 
     Returns:
-        Whether that changed anything: False if it was imported before, or needs packages that are not installed.
+        Whether this call imported it; False if it was imported before, or needs packages that are not installed.
     """
     if PACKAGE in sys.modules:
         return False
@@ -73,7 +73,7 @@ _PATH_NAMES = {"PathLike": PathLike, "Pattern": Pattern, "Sequence": Sequence}
 
 
 def _path_annotation(annotation: ast.expr | None) -> str:
-    """The annotation of a parameter that is a path, with its colon; others may need names that are not known here."""
+    """The annotation of a path parameter, with its colon; empty for others, whose names may be unknown here."""
     if annotation is None:
         return ""
     names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}

@@ -1,7 +1,7 @@
 """Byte-level BPE of Qwen on `tiktoken`, without TensorFlow (report section 2.2).
 
 The ids are those of the released tokenizer: first the BPE ranks, then 208 control tokens in the released order. Text
-is NFC-normalized first, digits stand alone, and every string can be encoded, so there is no unknown token.
+is NFC-normalized first, digits stand alone, and every string has an encoding, so there is no unknown token.
 """
 
 import base64
@@ -98,11 +98,11 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
 
 
 def check_ranks(ranks: Mapping[bytes, int], where: object) -> None:
-    """Refuses ranks that are no byte-level vocabulary.
+    """Refuses ranks that do not form a byte-level vocabulary.
 
     Args:
         ranks: token bytes to rank.
-        where: names the vocabulary in errors.
+        where: name of the vocabulary in errors.
 
     Raises:
         ValueError: a single byte has no rank, or the ranks are not 0 to n-1, each once.
@@ -133,7 +133,7 @@ def _serialize(ranks: dict[bytes, int]) -> bytes:
 
 
 class _Vocabulary:
-    """What is read once per file and shared by all `Tokenizer`s on it."""
+    """The content of a vocabulary file, shared by all `Tokenizer`s on it."""
 
     def __init__(self, path: str):
         self.ranks = read_ranks(path)
@@ -158,7 +158,7 @@ class Tokenizer:
 
     Args:
         path: a `.tiktoken` file; None is the released one (`released_ranks_path`).
-        origin: file or folder that `path` was made from; errors name it instead of `path`.
+        origin: source of `path`, a file or folder; errors name it instead of `path`.
 
     Raises:
         FileNotFoundError: no such file, or the released file is not installed.

@@ -20,7 +20,7 @@ tf.config.set_visible_devices([], "GPU")
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written again; None if there is none."""
+    """Size and time of the last write of a file; None if it does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:

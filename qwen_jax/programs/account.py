@@ -1,4 +1,4 @@
-"""Totals of what one device does in one run of a compiled program; a loop body counts once per iteration."""
+"""Totals of one device for one run of a compiled program; a loop body counts once per iteration."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from qwen_jax.programs.hlo import (
     unchanged,
 )
 
-# Custom calls by which the compiler keeps its books: they compute nothing.
+# Custom calls for bookkeeping by the compiler: they compute nothing.
 _BOOKKEEPING = (
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
@@ -69,8 +69,8 @@ class Account:
       collectives: by kind.
       kernels: by name without its number.
       loops: (name, trips, whether the number is proven).
-      times: number of runs of each computation outside of fusions.
-      warnings: sentences on what was not counted.
+      times: number of runs of each computation, fused ones excepted.
+      warnings: sentences about operations that the totals lack.
     """
 
     product_flops: float = 0.0

@@ -1,4 +1,4 @@
-"""The log of the TPU compiler on standard error: how to capture it, and what it says of a program."""
+"""The log of the TPU compiler on standard error: capture, and facts about a program in it."""
 
 import contextlib
 import faulthandler

@@ -206,7 +206,7 @@ def attention_flops(kernel: Instruction, separate_dq: bool, causal: bool = True)
     Args:
       separate_dq: whether a separate kernel computes the gradient of the queries. Otherwise the kernel for the
         gradient of the keys has five products instead of four.
-      causal: count half of the square, whatever blocks the kernel skips.
+      causal: whether to count half of the square; skipped blocks do not matter.
     """
     operation = re.search(r'op_name="([^"]*)"', kernel.attributes)
     if not re.search(r"splash|flash|attention|mha", f"{kernel.name} {operation[1] if operation else ''}"):

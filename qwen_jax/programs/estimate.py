@@ -8,7 +8,7 @@ Assumptions:
   * low: every instruction takes the longer of its operations at 90% of peak and its main-memory traffic at 85% of
     bandwidth.
   * hand-written kernels have no cycles. An attention kernel is known by its name, and half of the square of its
-    operands is charged at 50% of peak, whatever its blocks skip; another kernel by the cost that it declares.
+    operands is charged at 50% of peak, skipped blocks included; another kernel is charged its declared cost.
   * a collective within a slice takes its bytes on the wire over the bandwidth of all links of the chip, as if it used
     all of them. One that the schedule overlaps with nothing is added; the others cost only what exceeds all compute
     together.
@@ -70,7 +70,7 @@ def estimate_time(account: Account, hardware: HardwareConfig, log: str | None = 
     """Estimates the time of one run of the program with this account.
 
     Args:
-      log: what the TPU compiler wrote on standard error under `compiler_log.ENVIRONMENT`.
+      log: standard error of the TPU compiler under `compiler_log.ENVIRONMENT`.
     """
     peak, bandwidth = hardware.peak_tflops * 1e12, hardware.hbm_gbps * 1e9
     roofline = sum(

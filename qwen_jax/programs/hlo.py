@@ -48,7 +48,7 @@ _TRANSPARENT = ("copy", "bitcast", "convert", "copy-done", "copy-start", "reshap
 
 
 def matched(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
-    """The first match of a pattern that the text of every program has there.
+    """The first match of a pattern that the text of a whole program contains.
 
     Raises:
       ValueError: no match.
@@ -132,7 +132,7 @@ class Instruction:
 
 
 class Computation:
-    """A function of the program: the entry, the body of a loop, the inside of a fusion."""
+    """A function of the program: the entry, the body of a loop, the content of a fusion."""
 
     def __init__(self, name: str, is_entry: bool):
         self.name, self.is_entry = name, is_entry
@@ -157,8 +157,8 @@ class Program:
 
     Attributes:
       computations: by name.
-      entry: where it starts.
-      partitions: devices that run it together.
+      entry: the computation that starts the program.
+      partitions: number of devices that run it together.
     """
 
     def __init__(self, text: str):

@@ -69,7 +69,7 @@ def tensor_missing(folder, files):
     return f"1 missing: {name}"
 
 
-def quantised(folder, files):
+def quantized(folder, files):
     file = next(f for f in files if "transformer.h.0.ln_1.weight" in load_file(f))
     with_header(file, as_one_byte("I8"))
     return "transformer.h.0.ln_1.weight is I8"
@@ -92,7 +92,7 @@ DAMAGES = (
     index_is_no_json,
     config_of_another_model,
     tensor_missing,
-    quantised,
+    quantized,
     eight_bit_float,
     unknown_dtype,
 )

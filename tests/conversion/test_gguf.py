@@ -131,7 +131,7 @@ def test_one_of_several_parts_says_how_to_join_them(tmp_path):
                 load(part)
 
 
-def test_damaged_and_quantised_files_are_named(tmp_path, run_folder):
+def test_damaged_and_quantized_files_are_named(tmp_path, run_folder):
     import gguf
 
     file = convert("orbax", run_folder, "gguf", tmp_path / "model.gguf", progress=False)

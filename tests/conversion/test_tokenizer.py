@@ -80,7 +80,7 @@ def test_same_ids_for_text_of_the_vocabulary(pair, text):
     assert converted.encode(text).ids == ours.encode(text)
 
 
-# Characters that this Python does not know yet may be normalised by one library and not by the other.
+# Characters that this Python does not know yet may be normalized by one library and not by the other.
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet=st.characters(exclude_categories=("Cs", "Cn")), max_size=40))
 def test_same_ids_for_any_text(pair, text):

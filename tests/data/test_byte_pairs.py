@@ -121,7 +121,7 @@ def test_tokens_of_several_digits_leave_the_base(places, data):
 
 @pytest.fixture(scope="module")
 def on_released(tmp_path_factory):
-    """The shape of the released vocabulary: 99,156 ranks of cl100k_base without numbers, then what is learnt here."""
+    """The shape of the released vocabulary: 99,156 ranks of cl100k_base without numbers, then merges learned here."""
     released = read_ranks(released_ranks_path())
     base = without_numbers({token: rank for token, rank in released.items() if rank < 99_156})
     texts = [f"{CHINESE}词表在此之上增加了常见的汉字和词。" * 3, "สวัสดีชาวโลก ภาษาไทย " * 4, "2023 12 café\n"] * 2

@@ -267,7 +267,7 @@ def test_another_length_needs_no_new_tokenizing(registry, cache_dir, tmp_path, c
 
 def test_data_made_from_something_else_is_refused(registry, cache_dir, tmp_path, add_task):
     prepare = functools.partial(cache.prepare, cache_dir=cache_dir, sequence_length=LENGTH)
-    with pytest.raises(ValueError, match=r"packed with seed 0 \(asked for: 7\): delete that folder"):
+    with pytest.raises(ValueError, match=r"packed with seed 0 \(now: 7\): delete that folder"):
         prepare("test_a", seed=7)
     with pytest.raises(ValueError, match=r"other shards than 5 .*delete that folder"):
         prepare("test_a", num_shards=5)
@@ -279,7 +279,7 @@ def test_data_made_from_something_else_is_refused(registry, cache_dir, tmp_path,
     )
     prepare()
     path.write_text('{"text": "a longer corpus"}\n')
-    with pytest.raises(ValueError, match=r"changing was made with another corpus \(file_bytes 14; asked for: 28\)"):
+    with pytest.raises(ValueError, match=r"changing was made with another corpus \(file_bytes 14; now: 28\)"):
         prepare()
     seqio.TaskRegistry.remove("changing")
     path.write_text('{"text": "a"}\n')
@@ -293,7 +293,7 @@ def test_data_made_from_something_else_is_refused(registry, cache_dir, tmp_path,
         preprocessors=registry.steps(seqio.preprocessors.append_eos),
         output_features={"targets": seqio.Feature(QwenVocabulary(other), dtype=registry.plain["targets"].dtype)},
     )
-    with pytest.raises(ValueError, match=r"made with another vocabulary \(600 ids, .*; asked for: 601 ids"):
+    with pytest.raises(ValueError, match=r"made with another vocabulary \(600 ids, .*; now: 601 ids"):
         prepare()
     path.unlink()
 

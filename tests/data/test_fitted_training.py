@@ -1,4 +1,4 @@
-"""Fitted examples in training: each document of a row is learnt as if it stood alone."""
+"""Fitted examples in training: each document of a row is learned as if it stood alone."""
 
 import flax.linen as nn
 import jax

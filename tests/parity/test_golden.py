@@ -1,4 +1,4 @@
-"""Outputs of the released modelling code on small random models, against ours (golden files; see their config.json)."""
+"""Outputs of the released modeling code on small random models, against ours (golden files; see their config.json)."""
 
 import os
 from pathlib import Path
