@@ -72,7 +72,8 @@ def shared_cache() -> CompilationCache:
     machines that share a home do not share programs. A cache that JAX already has (JAX_COMPILATION_CACHE_DIR) stays
     as it is.
     """
-    if jax.config.jax_compilation_cache_dir:
+    # JAX adds its options to the class of jax.config at run time, so its stub lacks them.
+    if jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
         return CompilationCache(None)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return CompilationCache(home / "qwen_jax" / f"compiled-{_processor_key()}", _SHARED_BYTES)
