@@ -22,7 +22,7 @@ PRIVATE = {
     "jax.experimental.multihost_utils": ("qwen_jax/distributed/preemption.py",),
     "jax.experimental.topologies": ("qwen_jax/hardware.py",),
     "jax.experimental.mesh_utils": ("qwen_jax/sharding.py",),
-    "jax.experimental.compilation_cache": ("qwen_jax/training/profiling.py",),
+    "jax.experimental.compilation_cache": ("qwen_jax/compilation_cache.py",),
     "jax.experimental.pallas": ("qwen_jax/models/kernels.py",),
     "orbax.checkpoint.experimental": ("qwen_jax/checkpoints/manager.py", "qwen_jax/checkpoints/arrays.py"),
 }
