@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# resiliparse 2.0.1: extract_plain_text(main_content=True) drops every text node of three bytes that is one character,
-# or an ASCII character and one of two bytes. In Chinese these are the words between two links, in French "où" or "là".
-# Seen with main_content=False: nothing is lost. Way around: put a noncharacter (U+FDD0) behind such nodes.
+# resiliparse: extract_plain_text(main_content=True) drops text nodes of three bytes.
+#
+# One expects: every word of a paragraph that is kept.
+# What happens: a text node that is one character of three bytes, or an ASCII character and one of two bytes, is lost: the
+#   Chinese character between two links, "où" in French. With main_content=False nothing is lost.
+# Who suffers: Chinese corpora: 20 to 42 characters of 7,000 in real pages, and the sentences no longer make sense.
+# qwen_jax: puts a noncharacter (U+FDD0) behind such nodes and takes it out of the text (qwen_jax/curation/html.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# resiliparse 2.0.1: extract_plain_text(main_content=True, comments=False) gives no text for an article whose class says
-# whether there are comments (WordPress: comments-open, no-comments); comments or not, none for an article in <aside> or in a dialog of class modal, and drops
-# every <ul> that stands less than three levels below <body>, inside <main> and <article> too; <ol> stays.
-# Way around: take such words out of class attributes, and put three <div> around each <ul>.
+# resiliparse: extract_plain_text(main_content=True, comments=False) drops articles and lists that are the main content.
+#
+# One expects: an <article> is main content whatever its class says about comments, and <ul> is treated as <ol>.
+# What happens: class "comments-open" or "no-comments" (WordPress), an <aside> or a "modal" around it leave no text; every
+#   <ul> less than three levels below <body> is gone, inside <main> and <article> too, while <ol> stays.
+# Who suffers: corpora of web pages: blogs vanish whole, lists and recipes lose their items, in silence.
+# qwen_jax: takes such words out of class attributes, puts three <div> around each <ul>, and extracts again without names
+#   where little is left (qwen_jax/curation/html.py); benchmarks/extraction.py measures it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
