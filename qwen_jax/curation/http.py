@@ -32,6 +32,7 @@ def split_response(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
 
     Headers may end their lines in LF alone. Data without a status line has no fields and is all body.
     """
+    informed = 0
     while True:
         if not data.startswith(b"HTTP/"):
             return None, {}, data
@@ -40,9 +41,11 @@ def split_response(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
         first, *lines = head.decode("latin-1").split("\n")
         words = first.split()
         status = int(words[1]) if len(words) > 1 and words[1].isascii() and words[1].isdigit() else None
-        if status is None or not 100 <= status < 200 or not body.startswith(b"HTTP/"):
+        before = status is not None and 100 <= status < 200 and body.startswith(b"HTTP/")
+        if not before or informed == _MAX_LAYERS:
             return status, _fields(lines), body
         data = body  # "100 Continue" comes before the response
+        informed += 1
 
 
 def _fields(lines: list[str]) -> dict[str, str]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from qwen_jax.curation.streams import Stream
 
 _START = re.compile(rb"WARC/\d\.\d+\r?\n")
-_HEADER_END = re.compile(rb"\r?\n\r?\n")
+# A header that was cut off runs into the next one.
+_HEADER_END = re.compile(rb"\r?\n\r?\n|\nWARC/\d")
 _LINE_ENDS = b"\r\n"
 _MAX_HEADER = 1 << 16
 _VERSION = 10  # bytes of b"WARC/1.0\r\n"
@@ -73,9 +74,11 @@ def _header(stream: Stream, start: int = 0) -> tuple[int, dict[str, str]] | None
         return None
     searched = start
     while (found := _HEADER_END.search(stream.data, searched)) is None:
-        searched = max(start, len(stream.data) - 3)
+        searched = max(start, len(stream.data) - 6)
         if searched - start > _MAX_HEADER or not stream.fill():
             return None
+    if not found[0].endswith(b"\n"):
+        return None
     headers: dict[str, str] = {}
     name = None
     for line in bytes(stream.data[start : found.start()]).decode("utf-8", "replace").split("\n")[1:]:

@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.curation import readers
@@ -27,8 +27,10 @@ DAMAGE = {
     "beyond the limit": lambda record: record.replace(b"\nContent-Length: ", b"\nContent-Length: 99999"),
     "no number": lambda record: record.replace(b"\nContent-Length: ", b"\nContent-Length: x"),
     "no length": lambda record: record.replace(b"\nContent-Length: ", b"\nContent-Lenght: "),
+    "cut in its header": lambda record: record[: record.index(b"Content-Type")],
     "no version": lambda record: record.replace(b"WARC/1.0", b"\x00\xfeRC/1"),
 }
+HEADLESS = ("cut in its header", "no version")
 
 
 def container(name: str, records: list[bytes]) -> bytes:
@@ -61,6 +63,8 @@ def make(tool):
     name=st.sampled_from(sorted(CONTAINERS)),
 )
 def test_damaged_records_cost_themselves(damage, name, make, tmp_path_factory):
+    # The rest of a header without its first line would complete the one that is cut.
+    assume(("cut in its header", "no version") not in zip(damage, damage[1:], strict=False))
     records = [DAMAGE[kind](make(number)) if kind else make(number) for number, kind in enumerate(damage)]
     path = tmp_path_factory.getbasetemp() / CONTAINERS[name][0]
     found, tally = read(path, container(name, records))
@@ -68,9 +72,9 @@ def test_damaged_records_cost_themselves(damage, name, make, tmp_path_factory):
     assert [one.url for one in found if one.problem is None] == intact
     broken = [one for one in found if one.problem]
     assert {one.problem for one in broken} <= {"broken_record"}
-    # Behind a damaged record, one without its first line cannot be told from the rest of the damage.
+    # Behind a damaged record, one without a whole header cannot be told from the rest of the damage.
     told = [
-        kind for place, kind in enumerate(damage) if kind and (kind != "no version" or not any(damage[:place][-1:]))
+        kind for place, kind in enumerate(damage) if kind and (kind not in HEADLESS or not any(damage[:place][-1:]))
     ]
     assert len(told) == len(broken) == tally.outcomes.get("broken_record", [0])[0]
     if name == "plain":
@@ -80,6 +84,17 @@ def test_damaged_records_cost_themselves(damage, name, make, tmp_path_factory):
     elif name in ("gzip members", "Zstandard frames"):
         sizes = [len(CONTAINERS[name][1](record)) for record, kind in zip(records, damage, strict=True) if kind is None]
         assert tally.outcomes.get("read", [0, 0]) == [len(intact), sum(sizes)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"WARC/1.0\r\n", b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 90000\r\n\r\n", b"WARC/1.0\r\nA: b\r\n"],
+)
+def test_nothing_but_headers_takes_linear_time(line, make, tmp_path):
+    """Each header could be the next record: 5 MB of them are left behind without looking far ahead from each."""
+    data = line * (5_000_000 // len(line)) + make(1)
+    found, tally = read(tmp_path / "x.warc", data, max_bytes=1000)
+    assert found[-1].url == "http://1" and tally.unread > 4_900_000
 
 
 @settings(max_examples=100, deadline=None)
