@@ -357,8 +357,9 @@ class _CountCharacters(beam.PTransform):
 
     def _count(self, example) -> int:
         tokenizer = self._vocabulary.tokenizer
-        ids = example[TOKENS]
-        return len(tokenizer.decode(ids[ids < tokenizer.num_ranks]))
+        # Taken out of the tensor at once: TensorFlow makes a tensor of each element that is asked for.
+        ids = np.asarray(example[TOKENS])
+        return len(tokenizer.decode(ids[ids < tokenizer.num_ranks].tolist()))
 
 
 class _Progress(beam.DoFn):
