@@ -29,7 +29,7 @@ def test_commands_of_the_page(tmp_path):
         assert row in PAGE.read_text(encoding="utf-8"), "the table is what the command prints"
     assert "resuming runs/job after step 12" in resumed and "step 14" in resumed
     # Steps of 8 examples: after step 8 the run would go on with example 64.
-    assert "passes over examples 64 to 79" in rewound and "resuming runs/job after step 8, example 64" in rewound
+    assert "passes over examples 64 to 79" in rewound and "resuming runs/job after step 8, at example 64 of" in rewound
     run = tmp_path / "runs" / "job"
     assert saved_steps(run / "rewound_1") == [12, 14] and max(saved_steps(run)) == 14
     assert json.loads((run / "rewinds.json").read_text())[0]["skipped"] == [64, 80]
