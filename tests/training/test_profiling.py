@@ -76,10 +76,9 @@ GPU_MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 171798
 
 
 def trainer(folder, cache=CompilationCache(None), **config):
-    config = small_model()
-    write_run_files(folder, config, None)
+    write_run_files(folder, small_model(), None)
     return prepared_trainer(
-        Qwen(config),
+        Qwen(small_model()),
         next_token_prediction(),
         OptimizerConfig(1e-2, warmup_steps=2),
         TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=100, **config),

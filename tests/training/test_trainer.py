@@ -61,10 +61,10 @@ def trainer(
     learning_rate=1e-2,
     make=prepared_trainer,
 ):
-    config = model or small_model()
+    model = model or small_model()
     mesh = make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     made = make(
-        Qwen(config),
+        Qwen(model),
         next_token_prediction(),
         OptimizerConfig(learning_rate, warmup_steps=2),
         config,
@@ -74,7 +74,7 @@ def trainer(
         folder,
         None if initial is None else InitialWeights(initial),
     )
-    write_run_files(folder, config, None)
+    write_run_files(folder, model, None)
     return made
 
 
