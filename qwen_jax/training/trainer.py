@@ -114,7 +114,8 @@ class Trainer:
         self._compile()
         self.checkpoints = Checkpoints(folder, self.config.keep_checkpoints, self.config.keep_every)
         self.run_folder.activity.now("restoring the state")
-        with explain_out_of_memory("restoring the state", folder, self.abstract):
+        # The program that makes the first state is kept like those of the steps.
+        with explain_out_of_memory("restoring the state", folder, self.abstract), self._cache.compiling():
             self.state = self._restored() or self._new_state()
         self.step = self.start_step = int(self.state.step)
         goodput.count("restoring")
