@@ -26,8 +26,11 @@ def settings(tree: Path) -> list[str]:
     files = ["gin/runs/pretrain_tiny.gin"]
     if not (tree / files[0]).exists():
         files = ["gin/models/tiny.gin", "gin/runs/pretrain.gin"]
+    # The same sizes in every checkout, whatever its tiny model is.
+    sizes = {"hidden_size": 256, "num_layers": 4, "num_heads": 2, "head_dim": 128, "ffn_size": 688}
     return [
         *(f"--gin_file={file}" for file in files),
+        *(f"--gin.ModelConfig.{name}={value}" for name, value in sizes.items()),
         f"--gin.VOCABULARY={WORK / 'tiny.tiktoken'}",
         f"--gin.CACHE_DIR={WORK / 'cache'}",
         "--gin.LOG_EVERY=1",

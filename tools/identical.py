@@ -32,10 +32,15 @@ WAYS = {
     "packed rows": (1, {"PACKING": "best_fit"}),
 }
 SETTINGS = {
+    "ModelConfig.hidden_size": 256,
     "ModelConfig.num_layers": 2,
+    "ModelConfig.num_heads": 2,
+    "ModelConfig.head_dim": 128,
+    "ModelConfig.ffn_size": 688,
     "SEQUENCE_LENGTH": 128,
     "BATCH_SIZE": 16,
     "TRAIN_STEPS": 6,
+    "PEAK_LEARNING_RATE": 3e-3,
     "WARMUP_STEPS": 2,
     "EVAL_EVERY": 3,
     "EVAL_BATCHES": 2,
