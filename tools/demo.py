@@ -21,6 +21,7 @@ TRAIN = [
     "-m",
     "qwen_jax.train",
     "--gin_file=gin/runs/pretrain_tiny.gin",
+    "--gin_file=gin/hardware/cpu.gin",
     f"--gin.OUTPUT_DIR={RUN}",
     f"--gin.CACHE_DIR={CACHE}",
     f"--gin.VOCABULARY={VOCABULARY}",

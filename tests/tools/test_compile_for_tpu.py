@@ -40,9 +40,9 @@ def test_a_run_compiles_for_sixteen_chips(tmp_path, compiler_environment, root):
     assert done.returncode == 0, done.stderr
     assert "of 15.75 GiB" in done.stdout and "fits" in done.stdout and "attention by splash" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["devices"] == 16 and report["parameters"] == 5_264_640 and report["fits"]
+    assert report["devices"] == 16 and report["parameters"] == 1_841_792 and report["fits"]
     # Sharded: no chip holds more than its share of parameters and moments, and the step gathers no more than twice.
-    assert report["memory_bytes"]["arguments"] < 1.3 * 3 * 4 * 5_264_640 / 16
+    assert report["memory_bytes"]["arguments"] < 1.3 * 3 * 4 * 1_841_792 / 16
     assert sum(report["state_bytes"].values()) < report["memory_need_bytes"]
     assert set(report["collectives"]) <= {"all-gather", "all-reduce", "reduce-scatter"}
     gathered = report["collectives"]["all-gather"]["payload_bytes"]
