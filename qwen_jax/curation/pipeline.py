@@ -159,8 +159,8 @@ def _describe(sources: Sequence[Source], config: stages.CurationConfig) -> dict:
     models = {}
     for one in config.scores:
         path = getattr(one.scorer, "path", None)
-        if path is not None and os.path.isfile(path):
-            models[one.name] = _sha256(Path(path))
+        if path is not None and files.as_path(path).is_file():
+            models[one.name] = _sha256(files.as_path(path))
     settings = _plain(config)
     settings["contamination"]["files"] = [os.path.basename(path) for path in config.contamination.files]
     benchmarks = [_sha256(Path(path)) for path in config.contamination.files]

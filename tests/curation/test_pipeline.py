@@ -14,7 +14,7 @@ import pytest
 from qwen_jax import files
 from qwen_jax.curation import pipeline, readers, report, sources, stages, storage
 from qwen_jax.curation.ledger import STAGES, Ledger
-from qwen_jax.curation.scoring import ScoreFilter
+from qwen_jax.curation.scoring import LinearClassifier, ScoreFilter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -328,3 +328,14 @@ def test_a_histogram_of_any_numbers_can_be_drawn():
     for numbers in ([1.0], [0.0, 0.0], [float("inf")], [1e-9, 1e9], [-3.0, 5.0], list(range(1000))):
         for low, high in ((None, None), (0.5, None), (None, 1e12), (-1, 2)):
             assert "nan" not in report._histogram("x", numbers, low, high)
+
+
+def test_a_model_in_the_home_folder_is_part_of_what_a_run_is_made_from(config, tmp_path, monkeypatch):
+    """Another model under the same name must not continue a run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    scored = dataclasses.replace(config, scores=(ScoreFilter("quality", LinearClassifier("~/model.npz")),))
+    fingerprints = set()
+    for content in (b"one", b"other"):
+        (tmp_path / "model.npz").write_bytes(content)
+        fingerprints.add(pipeline._describe([], scored)["fingerprint"])
+    assert len(fingerprints) == 2
