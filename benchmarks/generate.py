@@ -38,6 +38,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from random_weights import write_model  # noqa: E402
 
+from qwen_jax.command_line import path_argument  # noqa: E402
 from qwen_jax.conversion import load_pretrained  # noqa: E402
 from qwen_jax.conversion.mapping import parameter_shapes  # noqa: E402
 from qwen_jax.inference import Engine, Request  # noqa: E402
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that are generated after each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bandwidth", type=float, help="of the memory, in GB/s")
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="another checkout, to compare the engines")
+    parser.add_argument("--base", type=path_argument, metavar="FOLDER", help="another checkout, to compare the engines")
     arguments = parser.parse_args(argv)
     device = jax.devices()[0].device_kind
     gpu = jax.default_backend() == "gpu"

@@ -235,7 +235,7 @@ def test_in_parts_that_fit_a_device_it_is_the_same_run(corpus, plain_environment
         ({"ModelConfig.num_layers": 10**8}, "too little memory"),
         ({"OUTPUT_DIR": "UNBROKEN", "ModelConfig.num_layers": 3}, "num_layers 3 here, 2 there"),
         ({"OUTPUT_DIR": "UNBROKEN", "SEED": 1}, "other data"),
-        ({"OUTPUT_DIR": "FOREIGN"}, "holds 'thesis.doc' and is no run"),
+        ({"OUTPUT_DIR": "FOREIGN"}, "holds 'thesis.doc' and is not a run folder"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )

@@ -205,6 +205,7 @@ def test_a_process_killed_twice_gives_the_same_bytes(registry, vocabulary_file, 
         cache.prepare, "local_files", sequence_length=LENGTH, splits=("train",), num_shards=4, packing="best_fit"
     )
     with gin.unlock_config():
+        gin.clear_config()  # of a test before, in this process
         gin.bind_parameter("local_files.pattern", corpus)
         gin.bind_parameter("vocabulary_path.path", str(vocabulary_file))
     try:
