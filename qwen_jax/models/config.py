@@ -21,6 +21,7 @@ SAVED_NAMES = {
     "qkv": ("query", "key", "value", "attention"),
     "attention": ("attention",),
 }
+HEADS = ("tokens", "scalar")
 ATTENTION_KERNELS = ("auto", "xla", "splash", "cudnn")
 # Table 3 of the report follows dynamic NTK to eight times the training length.
 NTK_EXTENSION = 8
@@ -71,6 +72,8 @@ class ModelConfig:
       norm_epsilon: added to the mean square inside RMSNorm.
       qkv_bias: whether the query, key and value projections have a bias.
       tie_embeddings: whether the output projection is the embedding, transposed.
+      head: what stands on the final norm: "tokens", the output projection to logits, or "scalar", a projection without
+        bias to one number for each position (reward and value models, report 3.2).
       use_dynamic_ntk, use_logn: context extension past `context_length` (report 2.3.2), as in the released
         configuration: rotary frequencies that slow down with the prompt's length, and queries that grow with the
         logarithm of their position. Inference only: a training pass is not touched.
@@ -99,6 +102,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     qkv_bias: bool = True
     tie_embeddings: bool = False
+    head: str = "tokens"
     use_dynamic_ntk: bool = False
     use_logn: bool = False
     window_sizes: tuple[int, ...] | None = None
@@ -127,6 +131,7 @@ class ModelConfig:
             object.__setattr__(self, "attention_blocks", AttentionBlocks(**self.attention_blocks))
         self._check_context_extension()
         for field, allowed in (
+            ("head", HEADS),
             ("dtype", ("bfloat16", "float32")),
             ("remat", REMAT_POLICIES),
             ("attention_kernel", ATTENTION_KERNELS),

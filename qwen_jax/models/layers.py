@@ -12,12 +12,12 @@ from qwen_jax.models.ops import gather_weight, project
 from qwen_jax.sharding import constrain, num_shards
 
 
-def weight_init(std: float, names: tuple[str, ...]):
+def weight_init(std: float, names: tuple[str | None, ...]):
     """Initializer N(0, std) whose result carries logical axis names."""
     return named_init(nn.initializers.normal(std), names)
 
 
-def named_init(initializer: Callable, names: tuple[str, ...]) -> Callable:
+def named_init(initializer: Callable, names: tuple[str | None, ...]) -> Callable:
     """`initializer` with logical axis names on its result; `Module.param` stores the box and returns its array."""
     return nn.with_logical_partitioning(initializer, names)
 

@@ -174,7 +174,12 @@ class Qwen(nn.Module):
             "token_embedding", weight_init(c.init_std, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
         )
         self.final_norm = RMSNorm(c.norm_epsilon, c.compute_dtype)
-        if not c.tie_embeddings:
+        if c.head == "scalar":
+            # As OpenAI's reward models start (arXiv 2009.01325): scores of about unit size, whatever the width.
+            self.score = self.param(
+                "score", weight_init((c.hidden_size + 1) ** -0.5, ("embed", None)), (c.hidden_size, 1)
+            )
+        elif not c.tie_embeddings:
             self.output = self.param(
                 "output", weight_init(c.init_std, ("embed", "vocab")), (c.hidden_size, c.vocab_size)
             )
@@ -199,11 +204,29 @@ class Qwen(nn.Module):
         return hidden
 
     def output_kernel(self) -> jax.Array:
-        """The output projection, [hidden, vocab_size] in the compute dtype."""
+        """The output projection, [hidden, vocab_size] in the compute dtype.
+
+        Raises:
+          ValueError: the model has a scalar head.
+        """
+        if self.config.head != "tokens":
+            raise ValueError("a model with ModelConfig.head = 'scalar' has no output projection: it gives no logits")
         dtype = self.config.compute_dtype
         if self.config.tie_embeddings:
             return gather_weight(self.token_embedding, ("vocab", "embed"), dtype).T
         return gather_weight(self.output, ("embed", "vocab"), dtype)
+
+    def scalars(self, tokens, **arguments) -> jax.Array:
+        """The scalar head's number at each position, float32 [batch, length]; arguments as in `__call__`.
+
+        The number at position t depends on tokens 0 to t of its segment.
+
+        Raises:
+          ValueError: the model has no scalar head.
+        """
+        if self.config.head != "scalar":
+            raise ValueError("a model with ModelConfig.head = 'tokens' has no scalar head: set it to 'scalar'")
+        return self(tokens, **arguments)[..., 0]
 
     def hidden_states(
         self, tokens, *, embeddings: InputEmbeddings | None = None, positions=None, segment_ids=None, deterministic=True
@@ -228,7 +251,7 @@ class Qwen(nn.Module):
           deterministic: False applies dropout and needs an rng named "dropout".
 
         Returns:
-          float32 [batch, length, vocab_size].
+          float32 [batch, length, vocab_size]; [batch, length, 1] with a scalar head.
         """
         hidden = self.hidden_states(
             tokens,
@@ -257,7 +280,9 @@ class Qwen(nn.Module):
         return self._hidden(tokens, None, positions, None, mask, True, extension)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]."""
+        """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]; see `__call__`."""
+        if self.config.head == "scalar":
+            return output_logits(hidden.astype(jnp.float32), self.score)
         return constrain(output_logits(hidden, self.output_kernel()), "batch", "length", "vocab")
 
 

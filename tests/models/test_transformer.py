@@ -187,3 +187,21 @@ def test_initial_weights_have_the_released_spread():
 def test_a_configuration_that_cannot_be_is_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
         tiny_config(**changes)
+
+
+def test_a_scalar_head_gives_one_number_for_each_position():
+    model, params = make(tiny_config(head="scalar"))
+    assert params["score"].shape == (48, 1) and "output" not in params
+    tokens = tokens_of(2, 12)
+    score = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="scalars"))
+    scalars = score(params, tokens)
+    hidden = model.apply({"params": params}, tokens, method="hidden_states")
+    np.testing.assert_allclose(scalars, hidden @ params["score"][:, 0], rtol=1e-5)
+    changed = score(params, tokens.at[:, 7].set((tokens[:, 7] + 1) % 97))
+    np.testing.assert_array_equal(scalars[:, :7], changed[:, :7])
+    assert (scalars[:, 7:] != changed[:, 7:]).all()
+    with pytest.raises(ValueError, match="no output projection"):
+        model.apply({"params": params}, method="output_kernel")
+    with pytest.raises(ValueError, match="no scalar head"):
+        plain, plain_params = make(tiny_config())
+        plain.apply({"params": plain_params}, tokens, method="scalars")
