@@ -128,7 +128,7 @@ def test_a_file_overrides_what_it_includes_wherever_the_include_stands(tmp_path,
         made = gin.get_configurable("TrainerConfig")()
         assert (made.train_steps, made.seed, made.batch_size) == (2, 1, 16)
     assert [path.name for path in files_read([mine])] == [
-        "tiny.gin", "defaults.gin", "pretrain.gin", "pretrain_tiny.gin", "base.gin", "mine.gin"
+        "tiny.gin", "defaults.gin", "train.gin", "pretrain.gin", "pretrain_tiny.gin", "base.gin", "mine.gin"
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_commands_of_the_page(tmp_path):
 
 def test_every_flag_and_macro_that_the_page_names_exists():
     page = PAGE.read_text(encoding="utf-8")
-    recipe = (ROOT / "gin" / "runs" / "pretrain.gin").read_text(encoding="utf-8")
+    recipe = (ROOT / "gin" / "runs" / "train.gin").read_text(encoding="utf-8")
     macros = set(re.findall(r"--gin\.([A-Z_]+)=", page))
     assert {"SKIP_SPIKES", "KEEP_EVERY", "COMPILATION_CACHE"} <= macros
     assert all(re.search(rf"^{name} = ", recipe, re.MULTILINE) for name in macros)
