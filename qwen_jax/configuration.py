@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin
 import gin
 
 from qwen_jax import gin_internals
+from qwen_jax.alignment.preferences import pairwise_preference
 from qwen_jax.data import task_configuration
 from qwen_jax.files import PathLike, as_path, is_path_type
 from qwen_jax.hardware import HardwareConfig
@@ -102,6 +103,7 @@ for _configurable in (
     SkipConfig,
     TrainerConfig,
     next_token_prediction,
+    pairwise_preference,
 ):
     gin.external_configurable(_configurable, module="qwen_jax")
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 # What only the upper rooms know.
-ENTRY_POINTS = ("qwen_jax.train", "qwen_jax.generate", "qwen_jax.chat", "qwen_jax.configuration")
+ENTRY_POINTS = ("qwen_jax.train", "qwen_jax.rlhf", "qwen_jax.generate", "qwen_jax.chat", "qwen_jax.configuration")
 DATA_LIBRARIES = ("tensorflow", "seqio", "t5", "apache_beam", "tasks")
 TORCH = ("torch", "transformers")
 # Room (a folder or a file): prefixes of modules that nothing in it may import. Arrows run down, never back up.
@@ -86,6 +86,17 @@ WALLS = {
         "qwen_jax.data",
         "qwen_jax.inference",
         "qwen_jax.conversion",
+        "gin",
+        *DATA_LIBRARIES,
+        *TORCH,
+        *ENTRY_POINTS,
+    ),
+    "qwen_jax/alignment": (
+        "qwen_jax.data",
+        "qwen_jax.curation",
+        "qwen_jax.conversion",
+        "qwen_jax.evaluation",
+        "qwen_jax.reference_column",
         "gin",
         *DATA_LIBRARIES,
         *TORCH,

@@ -80,7 +80,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
         counts all (PaLM, appendix B).
     """
     multiplied = parameter_count(config)
-    if not config.tie_embeddings:
+    if not config.tie_embeddings or config.head == "scalar":
         multiplied -= config.vocab_size * config.hidden_size
     width = config.num_heads * config.head_dim
     attention = 12.0 * config.num_layers * width * sequence_length * (0.5 if causal else 1.0)
