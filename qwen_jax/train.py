@@ -58,6 +58,7 @@ def train(
     initial_checkpoint: PathLike | None = None,
     initial_subtree: str | Sequence[str] | Mapping[str, str] | None = None,
     data_seed: int = 0,
+    epochs: float | None = None,
     packing: str = "concat",
     compiler_options: dict | None = None,
     compilation_cache: PathLike | None = "auto",
@@ -73,6 +74,7 @@ def train(
       initial_checkpoint: initial weights of a new run: a run folder, or a model in an external format.
       initial_subtree: part of these weights; see `InitialWeights`. None: all.
       data_seed: seed for the order of the examples.
+      epochs: the run ends after so many passes over the examples, if `trainer.train_steps` does not end it before.
       packing: "concat" merges documents and cuts them to the sequence length, as the report does; "best_fit" puts whole
         documents into sequences, and attention and positions stay within each.
       compiler_options: options of XLA for the train step, by name; hardware files set them.
@@ -114,6 +116,7 @@ def train(
         check_same_data(
             mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None]
         )
+        trainer = trainer.within_epochs(epochs, len(train_set))
         shapes = batch_shapes(devices, trainer.batch_size, train_set.columns)
         training = Trainer(
             run_folder,

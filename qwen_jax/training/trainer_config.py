@@ -1,6 +1,7 @@
 """Lengths and intervals of a run."""
 
 import dataclasses
+import math
 
 from jax.sharding import Mesh
 
@@ -61,6 +62,21 @@ class TrainerConfig:
             raise ValueError(
                 f"TrainerConfig.trace_steps must be (FIRST, LAST) with 1 <= FIRST <= LAST, found {steps!r}"
             )
+
+    def within_epochs(self, epochs: float | None, examples: int) -> "TrainerConfig":
+        """This configuration with at most as many `train_steps` as `epochs` passes over `examples` rows take.
+
+        The last batch is filled up with rows of the next pass, so that every row is read. None: no limit.
+
+        Raises:
+          ValueError: `epochs` is not positive.
+        """
+        if epochs is None:
+            return self
+        if not isinstance(epochs, int | float) or not epochs > 0:
+            raise ValueError(f"EPOCHS must be a positive number, or None for no limit; found {epochs!r}")
+        steps = math.ceil(epochs * examples / self.batch_size)
+        return dataclasses.replace(self, train_steps=min(self.train_steps, steps))
 
     def accumulation(self, mesh: Mesh) -> int:
         """Parts that a batch is computed in on `mesh`: the update is the same for any number, memory is not.

@@ -1,6 +1,9 @@
 """Into how many parts a batch is divided so that it fits on a mesh."""
 
+import dataclasses
+
 import jax
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,3 +56,19 @@ def test_parts_are_the_fewest_that_fit(rows, length, limit, layout):
 
     assert fits(parts) or parts == rows
     assert not any(fits(number) for number in range(1, parts))
+
+
+@given(st.integers(1, 500), st.integers(1, 64), st.floats(0.01, 5), st.integers(1, 400))
+def test_epochs_end_a_run_once_every_row_was_read(examples, batch_size, epochs, most):
+    config = dataclasses.replace(trainer_config(batch_size), train_steps=most)
+    steps = config.within_epochs(epochs, examples).train_steps
+    assert config.within_epochs(None, examples) == config
+    assert 1 <= steps <= most
+    if steps < most:
+        assert (steps - 1) * batch_size < epochs * examples <= steps * batch_size
+
+
+def test_a_number_of_epochs_that_is_none_is_named():
+    for wrong in (0, -1.0, "one"):
+        with pytest.raises(ValueError, match="EPOCHS must be a positive number"):
+            trainer_config(8).within_epochs(wrong, 10)
