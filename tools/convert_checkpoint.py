@@ -21,6 +21,7 @@ formats:
   orbax   our run folder (OUTPUT_DIR of a run: its newest checkpoint), or OUTPUT_DIR/checkpoints/STEP
   qwen    QWenLMHeadModel, as Qwen was released in 2023
   qwen2   Qwen2ForCausalLM, which transformers, vLLM and SGLang read with no code of ours
+  qwen2_reward  Qwen2ForSequenceClassification with one label: a reward model for transformers
   gguf    a file with its tokenizer, for llama.cpp and software on top of it (needs the package gguf)
 
 examples:
@@ -28,6 +29,8 @@ examples:
   python tools/convert_checkpoint.py --from orbax:runs/sft --to qwen2:exports/sft --dtype bfloat16
   # train on from released weights
   python tools/convert_checkpoint.py --from qwen:Qwen-7B --to orbax:runs/qwen_7b
+  # use a reward model elsewhere
+  python tools/convert_checkpoint.py --from orbax:runs/reward --to qwen2_reward:exports/reward
   # give released weights to a current server, read back and compared
   python tools/convert_checkpoint.py --from qwen:Qwen-7B --to qwen2:exports/qwen_7b --verify --check
 
@@ -35,15 +38,19 @@ exit status: 0; 1 if --verify or --check found a difference; 2 for any other err
 """
 
 
+# Classes of transformers that load a written folder.
+LOADERS = {"qwen2": "AutoModelForCausalLM", "qwen2_reward": "AutoModelForSequenceClassification"}
+
+
 def loading(name: str, folder: Path) -> str:
     """Lines of Python that load the written model."""
     lines = ["from qwen_jax.conversion import load_pretrained", f'model, params = load_pretrained("{folder}")']
     if name == "gguf":
         lines = ["from llama_cpp import Llama", f'model = Llama("{folder}", n_ctx=0)']
-    if name == "qwen2":
+    if name in LOADERS:
         lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")',
+            f"from transformers import {LOADERS[name]}, AutoTokenizer",
+            f'model = {LOADERS[name]}.from_pretrained("{folder}", dtype="auto")',
         ]
         if (folder / TOKENIZER_FILE).is_file():
             lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')

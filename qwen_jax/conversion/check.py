@@ -35,12 +35,14 @@ class Comparison:
       largest: largest absolute difference.
       scale: largest magnitude of the first's logits.
       positions, agreeing: number of compared positions, and of those at which the most likely token is the same.
+      scores: whether the numbers are the scores of reward models, which have no most likely token.
     """
 
     largest: float
     scale: float
     positions: int
     agreeing: int
+    scores: bool = False
 
     @property
     def same(self) -> bool:
@@ -48,6 +50,11 @@ class Comparison:
         return self.largest <= TOLERANCE * self.scale
 
     def __str__(self) -> str:
+        if self.scores:
+            return (
+                f"scores differ by {self.largest:.3g} at most (their scale is {self.scale:.3g}) at {self.positions} "
+                f"positions"
+            )
         return (
             f"logits differ by {self.largest:.3g} at most (their scale is {self.scale:.3g}); the most likely token is "
             f"the same at {self.agreeing} of {self.positions} positions"
@@ -61,7 +68,7 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
       tokens: int [batch, length].
 
     Returns:
-      float32 [batch, length, vocab_size].
+      float32 [batch, length, vocab_size]; of a reward model its scores, [batch, length, 1].
     """
     config = dataclasses.replace(weights.config, dtype="float32", attention_kernel="xla")
     hidden, _ = decoder_states(
@@ -72,9 +79,12 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
         jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
         mask=causal_mask(tokens.shape[1], None),
     )
-    kernel = weights.read("token_embedding", None).T if config.tie_embeddings else weights.read("output", None)
-    logits = np.empty((*tokens.shape, config.vocab_size), np.float32)
-    for start in range(0, config.vocab_size, VOCABULARY_BLOCK):
+    if config.head == "scalar":
+        kernel = weights.read("score", None)
+    else:
+        kernel = weights.read("token_embedding", None).T if config.tie_embeddings else weights.read("output", None)
+    logits = np.empty((*tokens.shape, kernel.shape[1]), np.float32)
+    for start in range(0, kernel.shape[1], VOCABULARY_BLOCK):
         part = slice(start, start + VOCABULARY_BLOCK)
         logits[..., part] = output_logits(hidden, jnp.asarray(float32_copy(kernel[:, part])))
     return logits
@@ -94,9 +104,13 @@ def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress
     Tokens belong to the smaller vocabulary. Logits of rows that only one side has (see padding.py) do not count.
 
     Raises:
-      FileNotFoundError, ValueError: see `open_weights`; or the logits of a side are not finite.
+      FileNotFoundError, ValueError: see `open_weights`; or the logits of a side are not finite, or one side alone is a
+        reward model.
     """
     sides = [open_weights(first), open_weights(second)]
+    heads = [weights.config.head for weights in sides]
+    if heads[0] != heads[1]:
+        raise ValueError(f"{first} has the head {heads[0]!r} and {second} the head {heads[1]!r}: nothing to compare")
     rows = min(weights.config.vocab_size for weights in sides)
     length = min(64, *(weights.config.context_length for weights in sides))
     tokens = np.random.default_rng(0).integers(0, rows, (2, length))
@@ -110,4 +124,5 @@ def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress
         scale=float(np.abs(found[0]).max()),
         positions=tokens.size,
         agreeing=int((found[0].argmax(-1) == found[1].argmax(-1)).sum()),
+        scores=heads[0] == "scalar",
     )

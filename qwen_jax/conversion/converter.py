@@ -45,8 +45,8 @@ def convert(
     format cannot express. Memory holds one tensor at a time, never the model.
 
     Args:
-      source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel), "qwen2" (Qwen2ForCausalLM) or
-        "gguf" (a file for llama.cpp).
+      source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel), "qwen2" (Qwen2ForCausalLM),
+        "qwen2_reward" (Qwen2ForSequenceClassification with one label) or "gguf" (a file for llama.cpp).
       source: the folder or file to read; for orbax a run folder (newest step) or the folder of one step.
       target: the folder or file to write; must not exist, or be an empty folder. It appears whole, or not at all.
       dtype: dtype of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax.
@@ -78,6 +78,7 @@ def convert(
         weights = repad(weights, vocab_size, found, source)
         dtype = dtype or weights.dtype
         if target_format != ORBAX:
+            _check_pad_token(TABLES[target_format], found, source)
             _warn_of_losses(TABLES[target_format], weights.config)
         if target_format == ORBAX:
             side, ranks = run_folder, found.path if found else None
@@ -119,6 +120,14 @@ def _tokenizer(source, given, scratch: Path, config: ModelConfig) -> Tokenizer |
     else:
         check_rows(tokenizer, config)
     return tokenizer
+
+
+def _check_pad_token(table: Format, tokenizer: Tokenizer | None, source: Path) -> None:
+    """Refuses a reward model without a tokenizer: other software finds the end of a row by the pad token alone."""
+    if table.head == "scalar" and tokenizer is None:
+        raise ValueError(
+            f"format {table.name} needs the id of the pad token, and {source} has no tokenizer: name its .tiktoken file"
+        )
 
 
 def _warn_of_losses(table: Format, config: ModelConfig) -> None:
@@ -165,8 +174,9 @@ def _write_external(
     external = huggingface.external_config(table, config, dtype, endoftext, weights.position_limit)
     files.write_json(folder / huggingface.CONFIG_FILE, external)
     if tokenizer:
-        generation = huggingface.generation_config(table, config, tokenizer.endoftext_id, tokenizer.im_end_id)
-        files.write_json(folder / huggingface.GENERATION_FILE, generation)
+        if table.head == "tokens":
+            generation = huggingface.generation_config(table, config, tokenizer.endoftext_id, tokenizer.im_end_id)
+            files.write_json(folder / huggingface.GENERATION_FILE, generation)
         write_tokenizer(folder, tokenizer, config.context_length, config.vocab_size)
     tensors = external_tensors(table, config)
     huggingface.write_safetensors(

@@ -107,6 +107,7 @@ def read_config(folder: Path, table: Format) -> ModelConfig:
     _refuse_unsupported(path, content, table)
     if values.get("head_dim") is None:
         values["head_dim"] = values["hidden_size"] // values["num_heads"]
+    values["head"] = table.head
     try:
         return ModelConfig(**values)
     except (ValueError, TypeError) as error:
@@ -158,6 +159,9 @@ def _refuse_unsupported(path: Path, content: dict, table: Format) -> None:
     ]
     if windowed := sorted(set(content.get("layer_types") or ()) - {"full_attention"}):
         wrong.append(f"layer_types has {', '.join(windowed)}, supported is 'full_attention'")
+    labels = len(content["id2label"]) if content.get("id2label") else content.get("num_labels", 2)
+    if table.head == "scalar" and labels != 1:
+        wrong.append(f"it has {labels} labels (id2label), supported is 1")
     if content.get("quantization_config"):
         wrong.append("quantization_config is set, supported are unquantized weights")
     if wrong:
@@ -195,6 +199,9 @@ def external_config(
         content |= {"bf16": dtype == "bfloat16", "fp16": False, "fp32": dtype == "float32"}
     if endoftext_id is not None:
         content |= {"bos_token_id": endoftext_id, "eos_token_id": endoftext_id}
+    if table.head == "scalar":
+        # transformers scores a batch of several rows only with this id, and reads the score before the padding.
+        content["pad_token_id"] = endoftext_id
     return content
 
 

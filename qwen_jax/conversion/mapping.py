@@ -31,6 +31,7 @@ HEADS_OUT = "h k d -> d (h k)"
 FFN_IN = "d f -> f d"
 FFN_OUT = "f d -> d f"
 UNEMBED = "d v -> v d"
+SCORE = "d o -> o d"  # o: the one output
 EMBED = "v d -> v d"
 VECTOR = "d -> d"
 
@@ -84,6 +85,7 @@ class Format:
       redundant: pattern of names of buffers, which a checkpoint may hold and conversion ignores.
       tied_output: name of the output projection; checkpoints with tied embeddings may hold a copy under it.
       rope_parameters: whether the rotary base is in `rope_parameters` and `rope_theta` rather than in a ConfigField.
+      head: `ModelConfig.head` of its models.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Format:
     redundant: str
     tied_output: str | None = None
     rope_parameters: bool = False
+    head: str = "tokens"
 
 
 def _kernels(*names: str) -> tuple[str, ...]:
@@ -229,7 +232,26 @@ QWEN2 = Format(
     rope_parameters=True,
 )
 
-FORMATS: dict[str, Format] = {table.name: table for table in (QWEN, QWEN2)}
+# Reward models: Qwen2ForSequenceClassification of transformers with one label. It reads its score at the last token
+# that is not the pad token.
+QWEN2_REWARD = dataclasses.replace(
+    QWEN2,
+    name="qwen2_reward",
+    architecture="Qwen2ForSequenceClassification",
+    tensors=(*QWEN2.tensors[:-1], TensorMapping("score.weight", ("score",), SCORE)),
+    constants={
+        **QWEN2.constants,
+        # `num_labels` of transformers is the number of these names.
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+        # How transformers computes a loss from labels; scores do not depend on it.
+        "problem_type": "regression",
+    },
+    tied_output=None,
+    head="scalar",
+)
+
+FORMATS: dict[str, Format] = {table.name: table for table in (QWEN, QWEN2, QWEN2_REWARD)}
 
 
 class Weights(Protocol):
@@ -309,6 +331,8 @@ def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]
       ValueError: the format cannot express the configuration.
     """
     reasons = table.refuse(config)
+    if config.head != table.head:
+        reasons = [f"a model with the head {config.head!r} (its own are {table.head!r})", *reasons]
     if reasons:
         raise ValueError(
             f"format {table.name} ({table.architecture}) cannot express {'; '.join(reasons)}: choose another target"

@@ -75,6 +75,25 @@ def encode_prompt(
     return [*itertools.chain.from_iterable(whole), *_header(tokenizer, "assistant")]
 
 
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], system: str = DEFAULT_SYSTEM
+) -> list[int]:
+    """Token ids of a conversation up to the `<|im_end|>` of its last message, where reward models read their reward.
+
+    The line end after it is left out; `apply_chat_template` of other software renders it. Arguments as in `turns`.
+
+    Raises:
+      ValueError: as `turns`, or the last message is not the assistant's.
+    """
+    if not messages:
+        raise ValueError("the conversation has no message")
+    parts = turns(tokenizer, messages, system)
+    if parts[-1].role != "assistant":
+        raise ValueError(f"the last message is of role {parts[-1].role!r}: a reward is that of the assistant's answer")
+    ids = list(itertools.chain.from_iterable(turn.ids for turn in parts))
+    return ids[: len(ids) - len(parts[-1].footer) + 1]
+
+
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     """The ids that end a message of the assistant: `<|im_end|>` and `<|endoftext|>`."""
     return tokenizer.im_end_id, tokenizer.endoftext_id

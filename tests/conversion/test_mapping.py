@@ -20,7 +20,7 @@ from qwen_jax.models.transformer import parameter_count
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_layouts_are_exact_in_both_directions(name, config):
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(dataclasses.replace(config, head=FORMATS[name].head))
     for mapping in FORMATS[name].tensors:
         for part in mapping.parts:
             shape = shapes[part][1:] if is_stacked(part) else shapes[part]
@@ -44,6 +44,7 @@ def test_linear_weights_become_out_by_in(config):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_parameter_is_in_the_table(name, config):
+    config = dataclasses.replace(config, head=FORMATS[name].head)
     tensors = external_tensors(FORMATS[name], config)
     assert sum(np.prod(tensor.shape) for tensor in tensors) == parameter_count(config)
     assert len({tensor.name for tensor in tensors}) == len(tensors)
