@@ -24,7 +24,7 @@ from qwen_jax.conversion.initial_weights import InitialWeights
 from qwen_jax.data import task_configuration
 from qwen_jax.data.default_tokenizer import default_tokenizer
 from qwen_jax.data.loader import ExampleLoader
-from qwen_jax.data.packing import is_packed
+from qwen_jax.data.packing import has_segments, is_packed
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
@@ -76,7 +76,8 @@ def train(
       data_seed: seed for the order of the examples.
       epochs: the run ends after so many passes over the examples, if `trainer.train_steps` does not end it before.
       packing: "concat" merges documents and cuts them to the sequence length, as the report does; "best_fit" puts whole
-        documents into sequences, and attention and positions stay within each.
+        documents into sequences, and attention and positions stay within each; "whole" does so with conversations and
+        pairs, and cuts none into two sequences; "padded" has one document a sequence.
       compiler_options: options of XLA for the train step, by name; hardware files set them.
       compilation_cache: folder of compiled programs, for a quick next start; None: no cache. "auto" keeps them in
         `output_dir`; on CPUs, where a program may not run on another machine, in `shared_cache`.
@@ -103,7 +104,7 @@ def train(
         trainer.train_steps,
         devices,
         batch_size=trainer.batch_size,
-        columns=token_columns(trainer.sequence_length, packed=packing == "best_fit"),
+        columns=token_columns(trainer.sequence_length, packed=has_segments(packing)),
         accumulation=trainer.accumulation(devices),
         memory=device_memory(devices),
     )

@@ -17,7 +17,7 @@ from qwen_jax import command_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs `qwen_jax.data.cache.prepare` with arguments of the command line, and prints a table of packed splits."""
+    """Runs `qwen_jax.data.cache.prepare` with arguments of the command line; prints a table of packed splits."""
     parser = task_arguments.parser(__doc__)
     parser.add_argument("name", help="task or mixture")
     parser.add_argument(
@@ -34,13 +34,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed for the order of documents (default: %(default)s)")
     parser.add_argument(
         "--packing",
-        choices=("concat", "best_fit"),
+        choices=task_arguments.PACKINGS,
         default="concat",
-        help="concat merges and cuts documents, best_fit keeps them whole (default: %(default)s)",
+        help="concat merges and cuts documents, best_fit keeps them apart, whole never cuts one into two examples "
+        "(conversations, pairs), padded takes one an example (prompts) (default: %(default)s)",
     )
     arguments = task_arguments.parse(parser, argv)
     with command_line.quiet():
         from qwen_jax.data import cache
+        from qwen_jax.data.pack_cache import removed_lines
 
     prepared = cache.prepare(
         arguments.name,
@@ -57,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         m = one.manifest
         ratio = m.text_bytes / m.tokens
         print(f"{m.task:24} {m.split:10} {m.records:>12,} {m.tokens:>16,} {m.documents:>12,} {ratio:>11.3f}")
+        for line in removed_lines(m):
+            print(f"    {line}")
 
 
 def _positive(text: str) -> int:

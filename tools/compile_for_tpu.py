@@ -45,6 +45,7 @@ from qwen_jax import files, train
 from qwen_jax.batch_spec import is_packed, row_length, token_columns
 from qwen_jax.command_line import path_argument, run
 from qwen_jax.configuration import ROOT, ConfigurationError, parse_args
+from qwen_jax.data.packing import has_segments
 from qwen_jax.hardware import GIB, HardwareConfig
 from qwen_jax.inference import programs
 from qwen_jax.inference.sampling import RowSampling
@@ -97,7 +98,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     train.check_length(trainer, model)
     mesh = make_mesh(settings["mesh"], hardware.devices())
     accumulation = trainer.accumulation(mesh)
-    columns = token_columns(trainer.sequence_length, packed=settings.get("packing", "concat") == "best_fit")
+    columns = token_columns(trainer.sequence_length, packed=has_segments(settings.get("packing", "concat")))
     shape = {"batch_size": trainer.batch_size, "columns": columns, "accumulation": accumulation}
     state_bytes = check_run(Qwen(model), optimizer, trainer.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
     attention = Qwen(model).attention(row_length(columns), is_packed(columns), mesh)

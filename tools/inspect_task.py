@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         help="folder with packed examples (default: run the pipeline of the task)",
     )
     parser.add_argument("--sequence_length", type=int, help="tokens of a packed example")
-    parser.add_argument("--packing", choices=("concat", "best_fit"), default="concat", help="packing of the examples")
+    parser.add_argument("--packing", choices=task_arguments.PACKINGS, default="concat", help="packing of the examples")
     parser.add_argument("--seed", type=int, default=0, help="seed for the order of packed examples")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     arguments = task_arguments.parse(parser, argv)

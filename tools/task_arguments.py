@@ -15,6 +15,8 @@ if str(ROOT) not in sys.path:
 from qwen_jax.command_line import quiet
 
 _BEAM = "--beam."
+# Those of qwen_jax/data/packing.py, which `--help` does not import.
+PACKINGS = ("concat", "best_fit", "whole", "padded")
 
 
 def parser(description: str) -> argparse.ArgumentParser:

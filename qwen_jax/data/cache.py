@@ -8,26 +8,23 @@ order in which Beam delivers.
     cache_dir/<task>/{train,validation}.tfrecord-*  info.*.json  stats.*.json  COMPLETED    SeqIO's cache
     cache_dir/<task>/description.json                                                       vocabulary and corpus
     cache_dir/<task>/packed-<length>/<split>/*.array_record  manifest.json                  packed examples
-    cache_dir/<task>/packed-<length>-best_fit/<split>/…                               the same, packed by `best_fit`
+    cache_dir/<task>/packed-<length>-<packing>/<split>/…                        the same, packed not by `concat`
 """
 
 import contextlib
-import dataclasses
 import importlib
 import logging
 import math
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import apache_beam as beam
 import gin
 import numpy as np
 import seqio
-import tensorflow as tf
 from seqio import beam_utils
 
 from qwen_jax import files
@@ -35,27 +32,18 @@ from qwen_jax.beam import check_options, open_pipeline
 from qwen_jax.data import mixing, packing
 from qwen_jax.data.default_tokenizer import vocabulary_path
 from qwen_jax.data.merges import derive_merges
+from qwen_jax.data.pack_cache import TOKENS, Packer, Prepared, WorkerSetup
 from qwen_jax.data.packing import check_packing
 from qwen_jax.data.tokenizer import RELEASED_FINGERPRINT, Tokenizer
 from qwen_jax.data.vocabulary import QwenVocabulary
 
 logger = logging.getLogger(__name__)
 
-TOKENS, LOSS_WEIGHTS = "targets", "loss_weights"
 DESCRIPTION = "description.json"
 # A shard is sorted in the memory of one worker: 32M tokens are about 130 MB.
 TOKENS_PER_SHARD = 1 << 25
 _MAX_CACHE_FILES = 64
 _PROGRESS_SECONDS = 10
-_THIS_PROCESS = uuid.uuid4().hex
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """One packed split: its folder, and the content of its `manifest.json`."""
-
-    folder: Path
-    manifest: packing.Manifest
 
 
 def prepare(
@@ -82,7 +70,8 @@ def prepare(
         beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
         num_shards: shards of the packed data; None takes one for every 32M tokens.
         seed: seed for the order of documents.
-        packing: `concat` merges documents and cuts them; `best_fit` keeps them whole (`qwen_jax.data.packing`).
+        packing: a key of `PACKINGS` (`qwen_jax.data.packing`): `concat` merges documents and cuts them, `best_fit`
+            keeps them apart, `whole` never cuts one into two examples, `padded` takes one an example.
         task_modules: modules that register tasks, imported here and by Beam workers.
 
     Returns:
@@ -101,13 +90,11 @@ def prepare(
     for task in _tasks(mixture_or_task):
         vocabulary = _check_task(task, splits)
         folder = Path(cache_dir, *task.name.split(":"))
-        setup = _WorkerSetup(
-            tuple(task_modules), gin.config_str(), vocabulary_path(), task.name, vocabulary.fingerprint
-        )
+        setup = WorkerSetup(tuple(task_modules), gin.config_str(), vocabulary_path(), task.name, vocabulary.fingerprint)
         wanted = [split for split in splits if split in task.splits]
         description = _cache_task(task, wanted, folder, beam_options, setup)
         for split in _with_documents(task.name, wanted, description["splits"], folder):
-            packer = _Packer(
+            packer = Packer(
                 task=task.name,
                 split=split,
                 cache_folder=folder,
@@ -193,7 +180,7 @@ def _that_can_be_made(task: seqio.Task, missing: list[str], done: Sequence[str])
     return missing
 
 
-def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup") -> dict:
+def _cache_task(task, splits, folder: Path, beam_options, setup: WorkerSetup) -> dict:
     """Makes SeqIO's cache of the `splits` that it lacks; returns its description."""
     vocabulary = task.output_features[TOKENS].vocabulary
     path = folder / DESCRIPTION
@@ -234,7 +221,7 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: "_WorkerSetup")
 
 
 def _cache_split(
-    task, split: str, folder: Path, beam_options, setup: "_WorkerSetup", *, may_be_empty: bool = False
+    task, split: str, folder: Path, beam_options, setup: WorkerSetup, *, may_be_empty: bool = False
 ) -> None:
     logger.info("%s %s: tokenizing", task.name, split)
     started = time.monotonic()
@@ -306,45 +293,6 @@ def _default_shards(folder: Path, split: str) -> int:
     return max(1, math.ceil(_stats(folder, split).get(f"{TOKENS}_tokens", 0) / TOKENS_PER_SHARD))
 
 
-def _vocabulary(task: str) -> QwenVocabulary:
-    """The vocabulary of the tokens of a registered task."""
-    vocabulary = seqio.TaskRegistry.get(task).output_features[TOKENS].vocabulary
-    assert isinstance(vocabulary, QwenVocabulary)  # `_check_task` refuses others before a worker starts
-    return vocabulary
-
-
-@dataclasses.dataclass(frozen=True)
-class _WorkerSetup:
-    """Called in each Beam worker before it touches a task: registers tasks and configures them as in the launcher."""
-
-    task_modules: tuple[str, ...]
-    gin_config: str
-    vocabulary_path: str | None
-    task: str
-    fingerprint: str
-    launcher: str = _THIS_PROCESS
-
-    def __call__(self) -> None:
-        if self.launcher == _THIS_PROCESS:
-            return
-        # See `qwen_jax.beam`; workers have a logging level of their own.
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        for module in self.task_modules:
-            importlib.import_module(module)
-        with gin.unlock_config():
-            # Configurables of models and training are unknown here. One of them may have computed the path, so the
-            # path is bound as a value.
-            gin.parse_config(self.gin_config, skip_unknown=True)
-            gin.bind_parameter("vocabulary_path.path", self.vocabulary_path)
-        vocabulary = _vocabulary(self.task)
-        if vocabulary.fingerprint != self.fingerprint:
-            raise RuntimeError(
-                f"this worker has the vocabulary {vocabulary.tokenizer.path} (fingerprint "
-                f"{vocabulary.fingerprint[:12]}), the job was started with {self.fingerprint[:12]}: put the same file "
-                "on every worker"
-            )
-
-
 class _CountCharacters(beam.PTransform):
     """The number of characters in all documents, control tokens left out."""
 
@@ -377,201 +325,3 @@ class _Progress(beam.DoFn):
             self._logged = time.monotonic()
             logger.info("%s: %s documents so far in this worker", self._label, f"{self._count:,}")
         yield element
-
-
-@dataclasses.dataclass(frozen=True)
-class _Packer:
-    """Packs one split of a cached task; sent to Beam workers."""
-
-    task: str
-    split: str
-    cache_folder: Path
-    sequence_length: int
-    method: str  # a key of packing.PACKINGS
-    seed: int
-    num_shards: int
-    source: dict
-    setup: _WorkerSetup
-
-    @property
-    def folder(self) -> Path:
-        return packing.packed_folder(self.cache_folder, "", self.sequence_length, self.split, self.method)
-
-    def columns(self, vocabulary: QwenVocabulary) -> tuple[packing.Column, ...]:
-        return packing.columns_for(vocabulary.vocab_size, self.sequence_length, self.method)
-
-    def prepare(self, beam_options: Sequence[str], *, check_shards: bool) -> Prepared:
-        label = f"{self.task} {self.split}, length {self.sequence_length}"
-        label += "" if self.method == "concat" else f", {self.method}"
-        if (self.folder / packing.MANIFEST).exists():
-            manifest = packing.Manifest.load(self.folder)
-            self._check(manifest, check_shards)
-            logger.info("%s: packed already in %s", label, self.folder)
-            return Prepared(self.folder, manifest)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.remove_unfinished(self.folder)
-        done = {index for index in range(self.num_shards) if self._finished(index)}
-        logger.info("%s: packing, %d shards (%d done before)", label, self.num_shards, len(done))
-        started = time.monotonic()
-        cached = sorted(str(path) for path in self.cache_folder.glob(f"{self.split}.tfrecord-*-of-*"))
-        with open_pipeline(beam_options) as pipeline:
-            _ = (
-                pipeline
-                | "files" >> beam.Create(cached)
-                | "documents" >> beam.FlatMap(self.keyed_documents)
-                | "unfinished" >> beam.Filter(lambda item: item[0] not in done)
-                | "by_shard" >> beam.GroupByKey()
-                | "write" >> beam.Map(self.write)
-            )
-        manifest = self._manifest()
-        manifest.save(self.folder)
-        for index in range(self.num_shards):
-            self._sidecar(index).unlink(missing_ok=True)
-        seconds = time.monotonic() - started
-        counts = f"{manifest.records:,} examples, {manifest.tokens:,} tokens, {manifest.documents:,} documents"
-        counts += f", {manifest.tokens / (manifest.records * self.sequence_length):.2%} full"
-        logger.info("%s: %s in %.0f s, in %s", label, counts, seconds, self.folder)
-        return Prepared(self.folder, manifest)
-
-    def keyed_documents(self, file: str) -> Iterator[tuple[int, tuple[bytes, bytes, bytes]]]:
-        """(shard, (key, tokens, loss weights)) of the documents in one cache file, after the task's last steps."""
-        self.setup()
-        task = seqio.TaskRegistry.get(self.task)
-        vocabulary = task.output_features[TOKENS].vocabulary
-        eos_id, vocab_size = vocabulary.eos_id, vocabulary.vocab_size
-        dataset = task.preprocess_postcache(_read_cache(self.cache_folder, self.split, file), sequence_length=None)
-        for example in _undamaged(dataset, file):
-            tokens = example[TOKENS].astype("<i4")
-            if not len(tokens) or (len(tokens) == 1 and tokens[0] == eos_id):
-                continue  # a document without text
-            if tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(
-                    f"task {self.task} yields ids from {tokens.min()} to {tokens.max()}, outside [0, {vocab_size})"
-                )
-            weights = _whole_weights(self.task, example.get(LOSS_WEIGHTS), len(tokens))
-            key = packing.document_key(packing.Document(tokens, weights), self.seed)
-            yield packing.shard_of(key, self.num_shards), (key, tokens.tobytes(), weights.tobytes())
-
-    def write(self, item: tuple[int, Iterable[tuple[bytes, bytes, bytes]]]) -> int:
-        """Writes one shard, and beside it its entry of the manifest."""
-        self.setup()
-        index, raw = item
-        vocabulary = _vocabulary(self.task)
-        documents = (
-            (key, packing.Document(np.frombuffer(tokens, "<i4"), np.frombuffer(weights, np.uint8)))
-            for key, tokens, weights in raw
-        )
-        shard = packing.write_shard(
-            self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.array_record",
-            documents,
-            sequence_length=self.sequence_length,
-            eos_id=vocabulary.eos_id,
-            columns=self.columns(vocabulary),
-            token_bytes=_token_bytes(vocabulary),
-        )
-        files.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)}, sort_keys=True)
-        logger.info("%s %s: shard %d of %d done", self.task, self.split, index + 1, self.num_shards)
-        return index
-
-    def _sidecar(self, index: int) -> Path:
-        return self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.json"
-
-    def _settings(self) -> dict:
-        return {"seed": self.seed, "fingerprint": self.setup.fingerprint, "source": self.source}
-
-    def _finished(self, index: int) -> bool:
-        path = self._sidecar(index)
-        if not path.exists():
-            return False
-        content = files.read_json(path)
-        return {key: content.get(key) for key in self._settings()} == self._settings()
-
-    def _manifest(self) -> packing.Manifest:
-        # A shard that got no document has neither file nor entry.
-        sidecars = [self._sidecar(index) for index in range(self.num_shards) if self._sidecar(index).exists()]
-        shards = [files.read_json(path)["shard"] for path in sidecars]
-        if not shards:
-            shutil.rmtree(self.folder)
-            raise ValueError(f"task {self.task} yields only documents without text in split {self.split!r}")
-        vocabulary = _vocabulary(self.task)
-        return packing.Manifest(
-            task=self.task,
-            split=self.split,
-            sequence_length=self.sequence_length,
-            vocab_size=vocabulary.vocab_size,
-            vocabulary_fingerprint=vocabulary.fingerprint,
-            seed=self.seed,
-            columns=self.columns(vocabulary),
-            shards=tuple(packing.Shard(**shard) for shard in shards),
-            source=self.source,
-        )
-
-    def _check(self, manifest: packing.Manifest, check_shards: bool) -> None:
-        differences = []
-        if manifest.vocabulary_fingerprint != self.setup.fingerprint:
-            differences.append(
-                f"vocabulary {manifest.vocabulary_fingerprint[:12]} (now: {self.setup.fingerprint[:12]})"
-            )
-        if manifest.seed != self.seed:
-            differences.append(f"seed {manifest.seed} (now: {self.seed})")
-        if dict(manifest.source) != self.source:
-            differences.append("another corpus")
-        names = [shard.file for shard in manifest.shards]
-        if check_shards and not all(name.endswith(f"-of-{self.num_shards:05d}.array_record") for name in names):
-            differences.append(f"other shards than {self.num_shards} ({names[0]}, …)")
-        if differences:
-            raise ValueError(
-                f"{self.folder} was packed with {' and '.join(differences)}: delete that folder to pack anew, or give "
-                "another cache_dir"
-            )
-
-
-def _undamaged(dataset: tf.data.Dataset, file: str) -> Iterator[dict[str, np.ndarray]]:
-    """The examples of a dataset that reads `file`."""
-    try:
-        yield from dataset.as_numpy_iterator()
-    except tf.errors.DataLossError as error:
-        folder = Path(file).parent
-        raise ValueError(f"{file} is damaged: delete {folder} and cache the task again ({error.message})") from error
-
-
-def _whole_weights(task: str, weights: np.ndarray | None, length: int) -> np.ndarray:
-    if weights is None:
-        return np.ones(length, np.uint8)
-    if len(weights) != length or not np.isin(weights, (0, 1)).all():
-        raise ValueError(
-            f"task {task}: {LOSS_WEIGHTS!r} must have one 0 or 1 for each of the {length} tokens of {TOKENS!r}, found "
-            f"{len(weights)} values {np.unique(weights)[:5]}"
-        )
-    return weights.astype(np.uint8)
-
-
-def _token_bytes(vocabulary: QwenVocabulary) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for, int64 [vocab_size]; 0 for control tokens, which are not text."""
-    result = np.zeros(vocabulary.vocab_size, np.int64)
-    for token, rank in vocabulary.tokenizer.mergeable_ranks.items():
-        result[rank] = len(token)
-    return result
-
-
-def _read_cache(folder: Path, split: str, file: str) -> tf.data.Dataset:
-    """Examples of one file of SeqIO's cache, typed as its info file says."""
-    features = files.read_json(Path(seqio.get_cached_info_path(str(folder), split)))["features"]
-    stored = {}
-    for name, feature in features.items():
-        dtype = tf.as_dtype(feature["dtype"])
-        # The protocol buffer knows no other integers.
-        dtype = tf.int64 if dtype.is_integer or dtype.is_bool else dtype
-        if feature["shape"]:
-            stored[name] = tf.io.FixedLenSequenceFeature(feature["shape"][1:], dtype, allow_missing=True)
-        else:
-            stored[name] = tf.io.FixedLenFeature([], dtype)
-
-    def parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
-        example = tf.io.parse_single_example(record, stored)
-        return {
-            name: value if value.dtype == tf.string else tf.cast(value, features[name]["dtype"])
-            for name, value in example.items()
-        }
-
-    return tf.data.TFRecordDataset(file).map(parse)

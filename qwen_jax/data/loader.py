@@ -18,6 +18,7 @@ import numpy as np
 
 from qwen_jax.batch_spec import token_columns
 from qwen_jax.data import packing
+from qwen_jax.data.packing import has_segments
 from qwen_jax.files import as_path
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class ExampleLoader:
         seed: seed for the order, in [0, 2**32).
         shuffle: False reads in the order of packing (documents are in hashed order already).
         repeat: see above.
-        packing: packing of the cached task, `concat` or `best_fit` (`qwen_jax.data.packing`).
+        packing: packing of the cached task, a key of `PACKINGS` (`qwen_jax.data.packing`).
 
     Attributes:
         bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token); in a repeated mixture weighted
@@ -89,7 +90,7 @@ class ExampleLoader:
         _check_vocabularies(manifests)
         first = next(iter(manifests.values()))
         self.vocab_size, self.vocabulary_fingerprint = first.vocab_size, first.vocabulary_fingerprint
-        self.columns = token_columns(sequence_length, packed=first.packing == "best_fit")
+        self.columns = token_columns(sequence_length, packed=has_segments(first.packing))
         weights = _weights(rates) if repeat else [m.records for m in manifests.values()]
         self._sources = [
             _Source(manifest, _Records(folders[task], manifest), weight)
@@ -119,8 +120,8 @@ class ExampleLoader:
 
         Returns:
             `tokens` int32 and `loss_weights` float32, both [stop - start, sequence_length]; `loss_weights[i, t]` is
-            1.0 where token t carries loss as a target, else 0.0. With packing `best_fit` also `segment_ids` and
-            `positions`, int32 of the same shape: documents of a row count from 1, positions from 0 in each; both are 0
+            1.0 where token t carries loss as a target, else 0.0. With each packing but `concat` also `segment_ids` and
+            `positions`, int32 of the same shape: segments of a row count from 1, positions from 0 in each; both are 0
             in the filling.
 
         Raises:

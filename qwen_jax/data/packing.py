@@ -1,11 +1,16 @@
 """Packing: documents become examples of one length, and examples become files.
 
-A hash of (seed, tokens) orders the documents, and end-of-text follows each of them. `PACKINGS` has two ways to pack:
+A hash of (seed, tokens) orders the documents. `PACKINGS` has four ways to pack:
 
     concat    all are concatenated and cut into pieces of `sequence_length` tokens (report section 2.4)
-    best_fit  whole documents are fitted into sequences, each keeps to itself: `segment_ids`, `positions` say where
+    best_fit  documents are fitted into sequences, each keeps to itself: `segment_ids`, `positions` say where
+    whole     as `best_fit`, but no document is ever cut into two examples: for conversations and pairs
+    padded    one document an example: for prompts that a model is to continue
 
-No token is lost or repeated: end-of-text of loss weight 0 fills the free end of an example.
+In `concat` and `best_fit` end-of-text follows each document, and no token is lost or repeated. `whole` and `padded`
+take documents as they are, which may consist of several segments; one longer than an example is cut where the document
+allows it, or left out. The manifest counts both, by reason. End-of-text of loss weight 0 fills the free end of an
+example.
 
 On disk a split is a folder of ArrayRecord shards and one `manifest.json`. A record is one example: its columns one
 after the other, little-endian, without header, so that an example is read with one seek and no parsing. The manifest
@@ -23,6 +28,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from qwen_jax import files
+from qwen_jax.data.packers import Document, Fitted, Removed, add_removed, best_fit, fit, pack, padded, terminated, whole
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -30,27 +36,8 @@ MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:3"
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One tokenized document.
-
-    Attributes:
-        tokens: int array [length].
-        loss_weights: uint8 array [length], 1 where the token carries loss as a target; None means everywhere.
-    """
-
-    tokens: np.ndarray
-    loss_weights: np.ndarray | None = None
-
-    def weights(self) -> np.ndarray:
-        """Loss weights, uint8 [length]."""
-        if self.loss_weights is None:
-            return np.ones(len(self.tokens), np.uint8)
-        return np.asarray(self.loss_weights, np.uint8)
-
-
 def document_key(document: Document, seed: int) -> bytes:
-    """16 bytes that order a document among all others: a hash of seed, tokens and loss weights.
+    """16 bytes that order a document among all others: a hash of seed and content.
 
     It depends neither on the file that the document came from nor on the machine. Only equal documents have equal
     keys, and their order among each other cannot be seen.
@@ -58,6 +45,10 @@ def document_key(document: Document, seed: int) -> bytes:
     digest = hashlib.blake2b(digest_size=16, key=f"pack:{seed}".encode())
     digest.update(np.ascontiguousarray(document.tokens, "<i4").tobytes())
     digest.update(document.weights().tobytes())
+    for name, numbers in (("segments", document.segment_lengths), ("ends", document.ends)):
+        if numbers is not None:
+            digest.update(name.encode() + np.ascontiguousarray(numbers, "<i4").tobytes())
+    digest.update(document.left_out.encode())
     return digest.digest()
 
 
@@ -66,107 +57,9 @@ def shard_of(key: bytes, num_shards: int) -> int:
     return int.from_bytes(key[:8], "little") % num_shards
 
 
-def pack(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
-    """Merges documents in the given order and cuts them.
-
-    Args:
-        documents: in the order to merge. A document that does not end with `eos_id` gets one, with loss weight 1.
-        sequence_length: tokens of one example.
-        eos_id: ends documents and fills the last example.
-
-    Yields:
-        `tokens` int32 [sequence_length] and `loss_weights` uint8 [sequence_length].
-
-    Raises:
-        ValueError: `sequence_length` below 2.
-    """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length is {sequence_length}: it takes at least 2 tokens to predict one")
-    tokens = np.empty(sequence_length, np.int32)
-    weights = np.empty(sequence_length, np.uint8)
-    filled = 0
-    for document in documents:
-        source, source_weights = _terminated(document, eos_id)
-        start = 0
-        while start < len(source):
-            count = min(sequence_length - filled, len(source) - start)
-            tokens[filled : filled + count] = source[start : start + count]
-            weights[filled : filled + count] = source_weights[start : start + count]
-            start, filled = start + count, filled + count
-            if filled == sequence_length:
-                yield {"tokens": tokens.copy(), "loss_weights": weights.copy()}
-                filled = 0
-    if filled:
-        tokens[filled:], weights[filled:] = eos_id, 0
-        yield {"tokens": tokens, "loss_weights": weights}
-
-
-def best_fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
-    """Fits whole documents into sequences, so that neither attention nor positions need to cross documents.
-
-    A document longer than a sequence is cut into full sequences and a rest. The longest go first, each into the
-    sequence in which it leaves the least room ("best fit decreasing": Johnson et al. 1974; for language models Ding et
-    al. 2024, arXiv 2404.10830). Sequences come in the order of their first document, documents of one sequence in the
-    order given.
-
-    Args:
-        documents, sequence_length, eos_id: see `pack`; all documents are held in memory.
-
-    Yields:
-        `tokens`, `segment_ids` and `positions` int32, `loss_weights` uint8, each [sequence_length]. Segments count from
-        1, positions from 0 in each segment; filling has 0 for both (SeqIO's convention).
-
-    Raises:
-        ValueError: `sequence_length` below 2.
-    """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length is {sequence_length}: it takes at least 2 tokens to predict one")
-    pieces = []
-    for document in documents:
-        tokens, weights = _terminated(document, eos_id)
-        for start in range(0, len(tokens), sequence_length):
-            pieces.append((tokens[start : start + sequence_length], weights[start : start + sequence_length]))
-    for numbers in _assign_best_fit([len(tokens) for tokens, _ in pieces], sequence_length):
-        example = {
-            "tokens": np.full(sequence_length, eos_id, np.int32),
-            "loss_weights": np.zeros(sequence_length, np.uint8),
-            "segment_ids": np.zeros(sequence_length, np.int32),
-            "positions": np.zeros(sequence_length, np.int32),
-        }
-        start = 0
-        for segment, number in enumerate(numbers, start=1):
-            tokens, weights = pieces[number]
-            place = slice(start, start + len(tokens))
-            example["tokens"][place], example["loss_weights"][place] = tokens, weights
-            example["segment_ids"][place], example["positions"][place] = segment, np.arange(len(tokens))
-            start += len(tokens)
-        yield example
-
-
-def _assign_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Numbers of the pieces (ascending) in each bin; bins in the order of their first piece."""
-    bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where some bin has room for exactly r more tokens
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[number]
-        enough = rooms >> length
-        if enough:
-            room = length + (enough & -enough).bit_length() - 1
-            chosen = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(number)
-        if room > length:
-            by_room[room - length].append(chosen)
-            rooms |= 1 << (room - length)
-    return sorted((sorted(numbers) for numbers in bins), key=lambda numbers: numbers[0])
-
-
-PACKINGS = {"concat": pack, "best_fit": best_fit}
+PACKINGS = {"concat": pack, "best_fit": best_fit, "whole": whole, "padded": padded}
+# These take documents as they are, without end-of-text, and an example holds each of them whole.
+_WHOLE = ("whole", "padded")
 
 
 def check_packing(name: str) -> str:
@@ -180,13 +73,14 @@ def check_packing(name: str) -> str:
     return name
 
 
-def _terminated(document: Document, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens, weights = np.asarray(document.tokens), document.weights()
-    if len(tokens) != len(weights):
-        raise ValueError(f"a document has {len(tokens)} tokens and {len(weights)} loss weights: they must be aligned")
-    if len(tokens) and tokens[-1] == eos_id:
-        return tokens, weights
-    return np.append(tokens, eos_id), np.append(weights, np.uint8(1))
+def keeps_documents(name: str) -> bool:
+    """Whether `name` takes documents as they are, ends none with end-of-text, and counts those that do not fit."""
+    return check_packing(name) in _WHOLE
+
+
+def has_segments(name: str) -> bool:
+    """Whether examples packed by `name` have the columns `segment_ids` and `positions`."""
+    return check_packing(name) != "concat"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +94,7 @@ class Column:
 def columns_for(vocab_size: int, sequence_length: int, packing: str = "concat") -> tuple[Column, ...]:
     """Columns of an example; ids, segments and positions take two bytes each where that is enough."""
     columns = (Column("tokens", "uint16" if vocab_size <= 1 << 16 else "uint32"), Column("loss_weights", "uint8"))
-    if check_packing(packing) == "concat":
+    if not has_segments(packing):
         return columns
     dtype = "uint16" if sequence_length < 1 << 16 else "uint32"
     return (*columns, Column("segment_ids", dtype), Column("positions", dtype))
@@ -240,8 +134,10 @@ def decode_records(records: Sequence[bytes], columns: Sequence[Column], sequence
 class Shard:
     """One shard file and its contents.
 
-    `tokens` counts documents and their end-of-text, not the filling of the last example; `loss_tokens` those with loss
-    weight 1; `text_bytes` is the UTF-8 size of the documents' text after NFC; `file_bytes` the size of the file.
+    `tokens` counts documents and their end-of-text, not the filling of examples; `loss_tokens` those with loss weight
+    1; `text_bytes` is the UTF-8 size of the documents' text after NFC; `file_bytes` the size of the file. `truncated`
+    and `left_out` map a reason to the documents and tokens that no example holds (`Fitted`); the documents of
+    `truncated` are among `documents`, those of `left_out` are not.
     """
 
     file: str
@@ -251,11 +147,16 @@ class Shard:
     documents: int
     text_bytes: int
     file_bytes: int
+    truncated: Removed = dataclasses.field(default_factory=dict)
+    left_out: Removed = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`, for one packed split. Counts over all shards are properties."""
+    """The content of `manifest.json`, for one packed split. Counts over all shards are properties.
+
+    `method` is the packing, a key of `PACKINGS`; None in the files of `concat` and `best_fit`: columns tell them apart.
+    """
 
     task: str
     split: str
@@ -267,6 +168,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     source: Mapping
     format_version: int = FORMAT_VERSION
+    method: str | None = None
 
     @property
     def records(self) -> int:
@@ -294,19 +196,40 @@ class Manifest:
         return sum(shard.text_bytes for shard in self.shards)
 
     @property
+    def truncated(self) -> Removed:
+        """Reason to documents and tokens, of what was cut off."""
+        return _sum(shard.truncated for shard in self.shards)
+
+    @property
+    def left_out(self) -> Removed:
+        """Reason to documents and tokens, of what no example holds."""
+        return _sum(shard.left_out for shard in self.shards)
+
+    @property
     def packing(self) -> str:
         """How documents were packed: a key of `PACKINGS`."""
-        return "best_fit" if any(column.name == "segment_ids" for column in self.columns) else "concat"
+        segments = any(column.name == "segment_ids" for column in self.columns)
+        return self.method or ("best_fit" if segments else "concat")
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest: the identity of the packed data."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
+
+    def _fields(self) -> dict:
+        """The fields to write; those that only `whole` and `padded` need are left out where they are empty."""
+        fields = dataclasses.asdict(self)
+        fields["shards"] = [
+            {name: value for name, value in shard.items() if value or name not in ("truncated", "left_out")}
+            for shard in fields["shards"]
+        ]
+        return {name: value for name, value in fields.items() if value is not None}
 
     def save(self, folder: Path) -> Path:
         """Writes `folder/manifest.json` atomically."""
         totals = {name: getattr(self, name) for name in ("records", "tokens", "loss_tokens", "documents", "text_bytes")}
-        files.write_json(folder / MANIFEST, {"totals": totals} | dataclasses.asdict(self), sort_keys=True)
+        totals |= {name: value for name in ("truncated", "left_out") if (value := getattr(self, name))}
+        files.write_json(folder / MANIFEST, {"totals": totals} | self._fields(), sort_keys=True)
         return folder / MANIFEST
 
     @classmethod
@@ -333,10 +256,18 @@ class Manifest:
             ) from error
 
 
+def _sum(counts: Iterable[Removed]) -> Removed:
+    total: Removed = {}
+    for one in counts:
+        for reason, entry in sorted(one.items()):
+            add_removed(total, reason, entry["tokens"], entry["documents"])
+    return total
+
+
 def packed_folder(
     cache_dir: str | os.PathLike, task: str, sequence_length: int, split: str, packing: str = "concat"
 ) -> Path:
-    """Folder of the packed examples: `cache_dir/task/packed-<length>/split`, or `…/packed-<length>-best_fit/split`."""
+    """Folder of the packed examples: `cache_dir/task/packed-<length>/split`, or `…/packed-<length>-<packing>/split`."""
     ending = "" if check_packing(packing) == "concat" else f"-{packing}"
     return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}{ending}", split)
 
@@ -374,6 +305,7 @@ def write_shard(
     eos_id: int,
     columns: Sequence[Column],
     token_bytes: np.ndarray,
+    method: str,
 ) -> Shard:
     """Sorts documents by key, packs them and writes one ArrayRecord file, which appears only when it is whole.
 
@@ -381,16 +313,19 @@ def write_shard(
         path: the file; its bytes depend only on the set of documents.
         documents: (key, document) in any order; all are held in memory.
         sequence_length, eos_id: see `pack`.
-        columns: the columns to write; with `segment_ids`, documents are packed by `best_fit`, else by `pack`.
+        columns: the columns to write, of `columns_for`.
         token_bytes: int array [vocab_size], UTF-8 bytes of text that each id stands for (0 for control tokens).
+        method: a key of `PACKINGS`.
+
+    Raises:
+        ValueError: a document has misaligned weights or segments, or segments in a packing that cuts.
     """
     ordered = [document for _, document in sorted(spread_copies(documents), key=lambda item: item[0])]
-    terminated = [Document(*_terminated(document, eos_id)) for document in ordered]
+    fitted = fit(ordered, sequence_length) if keeps_documents(method) else _terminate_all(ordered, method, eos_id)
     records = 0
-    packer = best_fit if any(column.name == "segment_ids" for column in columns) else pack
     with files.new_file(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        for example in packer(terminated, sequence_length=sequence_length, eos_id=eos_id):
+        for example in PACKINGS[method](fitted.documents, sequence_length=sequence_length, eos_id=eos_id):
             writer.write(encode_record(example, columns))
             records += 1
         writer.close()
@@ -398,9 +333,28 @@ def write_shard(
     return Shard(
         file=path.name,
         records=records,
-        tokens=sum(len(document.tokens) for document in terminated),
-        loss_tokens=sum(int(document.weights().sum()) for document in terminated),
-        documents=len(terminated),
-        text_bytes=sum(int(token_bytes[document.tokens].sum()) for document in terminated),
+        tokens=sum(len(document.tokens) for document in fitted.documents),
+        loss_tokens=sum(int(document.weights().sum()) for document in fitted.documents),
+        documents=len(fitted.documents),
+        text_bytes=sum(int(token_bytes[document.tokens].sum()) for document in fitted.documents),
         file_bytes=file_bytes,
+        truncated=fitted.truncated,
+        left_out=fitted.left_out,
     )
+
+
+def _terminate_all(documents: Iterable[Document], method: str, eos_id: int) -> Fitted:
+    """The documents, each ended by `eos_id`; those for which the task gives no tokens are counted."""
+    kept: list[Document] = []
+    left_out: Removed = {}
+    for document in documents:
+        if document.left_out:
+            add_removed(left_out, document.left_out, 0)
+        elif document.segment_lengths is not None or document.ends is not None:
+            raise ValueError(
+                f"conversations, pairs and prompts cannot be packed by {method!r}, which cuts documents and ends them "
+                "with <|endoftext|>: pack them by 'whole' (--packing=whole, PACKING = 'whole'), or prompts by 'padded'"
+            )
+        else:
+            kept.append(Document(*terminated(document, eos_id)))
+    return Fitted(kept, {}, left_out)

@@ -1,5 +1,6 @@
 """Caching and packing on Beam, end to end; what is reused, what is refused, and what a failure leaves behind."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -15,8 +16,9 @@ import pytest
 import seqio
 
 from qwen_jax.batch_spec import token_columns
-from qwen_jax.data import cache, packing
+from qwen_jax.data import cache, pack_cache, packing
 from qwen_jax.data.loader import ExampleLoader
+from qwen_jax.data.pack_cache import WorkerSetup
 from qwen_jax.data.sources import Corpus, DocumentSource, documents, in_validation
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 from qwen_jax.data.vocabulary import QwenVocabulary
@@ -115,6 +117,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(registry, cache_dir, tmp_p
 
 def test_complete_data_is_used_again(registry, cache_dir, monkeypatch, caplog):
     monkeypatch.setattr(cache, "open_pipeline", None)
+    monkeypatch.setattr(pack_cache, "open_pipeline", None)
     before = _files(cache_dir)
     with caplog.at_level(logging.INFO, "qwen_jax"):
         prepared = cache.prepare("test_a", cache_dir=cache_dir, sequence_length=LENGTH)
@@ -461,20 +464,20 @@ def test_tasks_that_cannot_be_packed(registry, tmp_path, add_task):
 def test_a_worker_elsewhere_gets_the_configuration(registry, vocabulary_file):
     """Also where the path was computed by a function that the worker does not know, as in the files of gin/hardware."""
     config = "vocabulary_path.path = %PATH\nPATH = @unknown_here()\npython_corpus.max_bytes = 1234"
-    setup = cache._WorkerSetup(
+    setup = WorkerSetup(
         ("tasks",), config, str(vocabulary_file), "python_corpus", Tokenizer(vocabulary_file).fingerprint
     )
     gin.clear_config()
     try:
         setup()
         assert gin.config_str() == ""  # the launcher itself keeps what it has
-        elsewhere = cache.dataclasses.replace(setup, launcher="elsewhere")
+        elsewhere = dataclasses.replace(setup, launcher="elsewhere")
         elsewhere()
         vocabulary = seqio.TaskRegistry.get("python_corpus").output_features["targets"].vocabulary
         assert vocabulary.vocab_size == 600
         assert gin.query_parameter("python_corpus.max_bytes") == 1234
         with pytest.raises(RuntimeError, match="put the same file on every worker"):
-            cache.dataclasses.replace(elsewhere, fingerprint="f00d")()
+            dataclasses.replace(elsewhere, fingerprint="f00d")()
     finally:
         gin.clear_config()
         logging.getLogger("absl").setLevel(logging.NOTSET)

@@ -37,6 +37,7 @@ def _write(
                 eos_id=EOS,
                 columns=columns,
                 token_bytes=np.full(600, 3),
+                method=method,
             )
         )
     packing.Manifest(task, split, LENGTH, 600, vocabulary, 0, columns, tuple(shards), {}).save(target)
