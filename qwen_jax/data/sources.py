@@ -32,12 +32,15 @@ SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".parquet")
 _MAX_NUL = 0.01
 
 
-def list_files(pattern: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+def list_files(
+    pattern: str | os.PathLike | Sequence[str | os.PathLike], suffixes: tuple[str, ...] = SUFFIXES
+) -> list[Path]:
     """Files of a corpus, sorted, each once.
 
     Args:
-        pattern: a folder (all its files with one of `SUFFIXES` in any case, hidden ones left out), a file, a glob, or a
+        pattern: a folder (all its files with one of `suffixes` in any case, hidden ones left out), a file, a glob, or a
             list of these. A log line names files of a folder that have another suffix.
+        suffixes: ends of names, in lower case.
 
     Raises:
         FileNotFoundError: nothing matches.
@@ -49,20 +52,20 @@ def list_files(pattern: str | os.PathLike | Sequence[str | os.PathLike]) -> list
         if os.path.isdir(one):
             matches = glob.glob(os.path.join(glob.escape(one), "**", "*"), recursive=True)
             matches = [path for path in matches if os.path.isfile(path)]
-            chosen = [path for path in matches if path.lower().endswith(SUFFIXES)]
+            chosen = [path for path in matches if path.lower().endswith(suffixes)]
             if chosen and len(chosen) < len(matches):
                 _say_left_out(one, tuple(sorted(set(matches) - set(chosen))))
         else:
             # A name such as `part[1].jsonl` is itself before it is a pattern.
             matches = [one] if os.path.isfile(one) else glob.glob(one, recursive=True)
             chosen = [path for path in matches if os.path.isfile(path)]
-            unknown = sorted(path for path in chosen if not path.lower().endswith(SUFFIXES))
+            unknown = sorted(path for path in chosen if not path.lower().endswith(suffixes))
             if unknown:
-                raise ValueError(f"{unknown[0]}: unknown suffix; a corpus has files of {', '.join(SUFFIXES)}")
+                raise ValueError(f"{unknown[0]}: unknown suffix; a corpus has files of {', '.join(suffixes)}")
         if not chosen:
             raise FileNotFoundError(
                 f"no file of a corpus matches {one!r} (seen from {os.getcwd()}): expected a folder or glob with files "
-                f"of {', '.join(SUFFIXES)}"
+                f"of {', '.join(suffixes)}"
             )
         found.update(Path(path) for path in chosen)
     return sorted(found)
@@ -208,16 +211,16 @@ def validation_limit(corpus: "Corpus") -> float | int:
     if not corpus.validation_share:
         return 0
     state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in corpus.files)
-    return _validation_limit(tuple(corpus.files), state, corpus.text_field, corpus.validation_share)
+    return _validation_limit(corpus, state)
 
 
 @functools.lru_cache(maxsize=8)
-def _validation_limit(paths: tuple[Path, ...], state: tuple, text_field: str, share: float) -> float | int:
+def _validation_limit(corpus: "Corpus", state: tuple) -> float | int:
     del state  # part of the cache key only: files that changed are read again
-    limit, lowest, several = share * 2**64, None, False
-    for path in paths:
-        for text in read_file(path, text_field=text_field):
-            number = _hash(text)
+    limit, lowest, several = corpus.validation_share * 2**64, None, False
+    for path in corpus.files:
+        for group, _ in corpus.examples(path):
+            number = _hash(group)
             if number < limit:
                 return limit
             several = several or (lowest is not None and number != lowest)
@@ -248,6 +251,16 @@ class Corpus:
     def __post_init__(self):
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share is {self.validation_share}, expected a share in [0, 1)")
+        object.__setattr__(self, "files", tuple(self.files))  # so that it can be hashed
+
+    def examples(self, path: Path) -> Iterator[tuple[str, dict[str, str | bytes]]]:
+        """(group, `text` and `source`) of the documents of one file; those of one group are held out together."""
+        for text in read_file(path, text_field=self.text_field):
+            yield text, {"text": _utf8(text), "source": str(path)}
+
+    def settings(self) -> dict:
+        """What besides the files decides the examples; a cache keeps it, and refuses other settings."""
+        return {"text_field": self.text_field}
 
 
 class DocumentSource(seqio.DataSource):
@@ -295,9 +308,9 @@ class DocumentSource(seqio.DataSource):
 
         def generate():
             for path in corpus.files[index::count]:
-                for text in read_file(path, text_field=corpus.text_field):
-                    if (_hash(text) < limit) == (split == "validation"):
-                        yield {"text": _utf8(text), "source": str(path)}
+                for group, example in corpus.examples(path):
+                    if (_hash(group) < limit) == (split == "validation"):
+                        yield example
 
         signature = {name: tf.TensorSpec([], tf.string) for name in ("text", "source")}
         return tf.data.Dataset.from_generator(generate, output_signature=signature)
@@ -311,9 +324,8 @@ class DocumentSource(seqio.DataSource):
             "files": len(listing),
             "file_bytes": sum(size for _, size in listing),
             "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-            "text_field": corpus.text_field,
             "validation_share": corpus.validation_share,
-        }
+        } | corpus.settings()
 
     def _check(self, split: str) -> None:
         if split not in self.splits:

@@ -1,0 +1,229 @@
+"""Conversations as people have them in files: OpenAI's `messages` and ShareGPT's layout, read into one form.
+
+A row that has the fields of its layout and still cannot be trained on raises `Unusable`, with one of few reasons, so
+that rows can be left out and counted by reason. Other mistakes in a row are a plain `ValueError`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+ROLES = ("system", "user", "assistant", "tool")
+# Names in files to `ROLES`. `function` and `observation` are the results of tools.
+_OPENAI = {role: role for role in ROLES} | {"developer": "system", "function": "tool"}
+_SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+class Unusable(ValueError):
+    """A row that nothing can be learned from, or something wrong.
+
+    Attributes:
+        reason: one of few; rows are counted by it.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a tool: its name, and its arguments as text (JSON, as a rule). `id` is "" where the file has none."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message. `calls` are those of the assistant; `answers` is the id of the call that a tool's result is for."""
+
+    role: str
+    content: str
+    calls: tuple[Call, ...] = ()
+    answers: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages, oldest first, and the definitions of the tools that the assistant may call, as the file has them."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping, ...] = ()
+
+
+def from_openai(row: Mapping) -> Conversation:
+    """Reads `{"messages": [{"role", "content", "tool_calls"…}, …], "tools": […]}`.
+
+    Content is text, null, or a list of text parts. Tools and calls have the layout of OpenAI's chat completions, with
+    `tool_calls`, or the older one with `functions` and `function_call`; arguments may be an object instead of text.
+
+    Raises:
+        Unusable: see `check`; or content that is no text, such as a picture.
+        ValueError: the row has no list `messages`, or a message is no object.
+    """
+    return _conversation(row, "messages", "role", "content", _OPENAI)
+
+
+def from_sharegpt(row: Mapping) -> Conversation:
+    """Reads `{"conversations": [{"from", "value"}, …], "system": …, "tools": …}`; the last two are optional.
+
+    `from` is human, gpt, system, tool, function or observation (also user and assistant). The value of
+    `function_call` is a JSON object with name and arguments. `tools` is a list, or one as JSON text.
+
+    Raises:
+        Unusable, ValueError: as `from_openai`.
+    """
+    result = _conversation(row, "conversations", "from", "value", _SHAREGPT)
+    system = row.get("system")
+    if isinstance(system, str) and system:
+        if result.messages[:1] and result.messages[0].role == "system":
+            raise Unusable("two system messages", "one is the field `system`")
+        result = dataclasses.replace(result, messages=(Message("system", system), *result.messages))
+    return result
+
+
+def check(conversation: Conversation) -> Conversation:
+    """Returns `conversation`.
+
+    Raises:
+        Unusable: no message, a system message that is not the first, a turn without content, an assistant that speaks
+            first or never, a result without a call, or a call whose result is missing before the next turn.
+    """
+    messages = conversation.messages
+    if not messages:
+        raise Unusable("empty conversation")
+    for index, message in enumerate(messages):
+        if message.role == "system" and index:
+            first = messages[0].role == "system"
+            raise Unusable("two system messages" if first else "a system message that is not first", f"message {index}")
+        if message.role in ("user", "assistant") and not message.content and not message.calls:
+            raise Unusable(f"empty turn of the {message.role}", f"message {index}")
+    spoken = [message.role for message in messages if message.role != "system"]
+    if spoken[:1] == ["assistant"]:
+        raise Unusable("the assistant speaks first")
+    if "assistant" not in spoken:
+        raise Unusable("no turn of the assistant")
+    _check_calls(messages, {tool_name(tool) for tool in conversation.tools})
+    return conversation
+
+
+def _check_calls(messages: Sequence[Message], tools: set[str]) -> None:
+    open_calls: list[Call] = []
+    for index, message in enumerate(messages):
+        if message.role == "tool":
+            if not open_calls:
+                raise Unusable("a result without a call", f"message {index}")
+            open_calls.remove(answered(open_calls, message, index))
+        elif open_calls:
+            raise Unusable("a call without a result", f"message {index} follows the call of {open_calls[0].name}")
+        for call in message.calls:
+            if call.name not in tools:
+                listed = ", ".join(sorted(tools)) or "none"
+                raise Unusable("a call of an unknown tool", f"message {index}: {call.name}; listed are {listed}")
+        open_calls.extend(message.calls)
+    if len(open_calls) > 1 and messages[-1].calls:
+        raise Unusable("several calls without results", f"{len(open_calls)} in the last message")
+
+
+def answered(calls: Sequence[Call], message: Message, index: int) -> Call:
+    """The call that a result is for: that of its id, or the first one where the file gives none."""
+    if not message.answers or not any(call.id for call in calls):
+        return calls[0]
+    for call in calls:
+        if call.id == message.answers:
+            return call
+    raise Unusable("a result without a call", f"message {index}: id {message.answers!r}")
+
+
+def tool_name(tool: Mapping) -> str:
+    """Name by which the model calls a tool; "" where its definition has none."""
+    definition = tool_definition(tool)
+    return str(definition.get("name_for_model", definition.get("name", "")))
+
+
+def tool_definition(tool: Mapping) -> Mapping:
+    """The object with name and parameters: OpenAI's newer layout has it under `function`."""
+    inner = tool.get("function")
+    return inner if isinstance(inner, Mapping) else tool
+
+
+def _conversation(row: Mapping, field: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Conversation:
+    if not isinstance(row, Mapping) or not isinstance(row.get(field), list):
+        found = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"expected an object with a list {field!r}, found {found or 'no field'}")
+    messages = tuple(_message(one, index, role_key, text_key, roles) for index, one in enumerate(row[field]))
+    return Conversation(messages, _tools(row))
+
+
+def _message(one: object, index: int, role_key: str, text_key: str, roles: Mapping[str, str]) -> Message:
+    if not isinstance(one, Mapping):
+        raise ValueError(f"message {index}: expected an object, found {type(one).__name__}")
+    name = one.get(role_key)
+    if not isinstance(name, str) or name not in roles:
+        raise Unusable("unknown role", f"message {index}: {name!r} is none of {', '.join(roles)}")
+    content = text_of(one.get(text_key), f"message {index}")
+    if name == "function_call":
+        return Message("assistant", "", (_call(_json(content, f"message {index}"), index),))
+    given = one.get("tool_calls") or ([one["function_call"]] if one.get("function_call") else [])
+    if given and roles[name] != "assistant":
+        raise Unusable("a call by another than the assistant", f"message {index}: {name}")
+    calls = tuple(_call(call, index) for call in given)
+    return Message(roles[name], content, calls, str(one.get("tool_call_id") or ""))
+
+
+def text_of(content: object, where: str) -> str:
+    """Text of a message: a string, null (empty), or the parts of type `text` joined as they stand.
+
+    Raises:
+        Unusable: a part is no text, or `content` is something else.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+        ]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(text for text in texts if isinstance(text, str))
+    raise Unusable("content that is no text", where)
+
+
+def _call(given: object, index: int) -> Call:
+    inner = given.get("function", given) if isinstance(given, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(inner, Mapping) or not isinstance(name, str):
+        raise Unusable("a call without a name", f"message {index}")
+    arguments = inner.get("arguments")
+    if not isinstance(arguments, str):
+        arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    return Call(name, arguments, str(given.get("id") or ""))
+
+
+def _tools(row: Mapping) -> tuple[Mapping, ...]:
+    tools = row.get("tools") or row.get("functions") or []
+    if isinstance(tools, str):
+        tools = _json(tools, "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError("expected a list of objects in 'tools'")
+    return tuple(tools)
+
+
+def _json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Unusable("a call or a tool that is not JSON", f"{where}: {error}") from error
