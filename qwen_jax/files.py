@@ -150,6 +150,28 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
                 yield f"{path}:{number}", _json_value(line, f"{path}:{number}")
 
 
+def read_json_rows(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of each row of a file: of JSON lines, or of a file `.json` that holds one array.
+
+    Publishers give JSON lines the suffix `.json` too, so the first character decides. The place of an item of an array
+    is `FILE: item N`, from 0.
+
+    Raises:
+      OSError, ValueError: as `read_json_lines`.
+    """
+    if str(path).lower().endswith(".json"):
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            is_array = file.read(4096).lstrip().startswith("[")
+        if is_array:
+            try:
+                rows = read_json(path)
+            except ValueError as error:
+                raise ValueError(f"{path}: not JSON: {error}") from error
+            yield from ((f"{path}: item {index}", row) for index, row in enumerate(rows))
+            return
+    yield from read_json_lines(path)
+
+
 def _json_value(line: bytes, where: str):
     try:
         return json.loads(line.decode("utf-8"))

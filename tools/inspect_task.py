@@ -2,12 +2,15 @@
 
     python tools/inspect_task.py python_corpus
     python tools/inspect_task.py python_corpus --cache_dir=cache --sequence_length=2048
+    python tools/inspect_task.py chat_messages --gin.chat_messages.pattern=chat.jsonl
 
 Without `--cache_dir` the first documents go through the task's SeqIO pipeline; with it, packed examples are read as
 training reads them. On a terminal, text that carries loss is green and control tokens are inverted; elsewhere they
-are marked ⟦so⟧ and ⟪so⟫. Invisible characters of the documents are shown as escapes.
+are marked ⟦so⟧ and ⟪so⟫. Invisible characters of the documents are shown as escapes. Where an example has several
+segments, such as the two sides of a pair or the conversations of a packed row, a line before each says its number.
 """
 
+import collections
 import dataclasses
 import itertools
 import sys
@@ -65,6 +68,7 @@ def render(ids, loss_weights, tokenizer, *, color: bool) -> str:
 class Statistics:
     """Counts over tokenized documents or packed examples."""
 
+    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     lengths: list[int] = dataclasses.field(default_factory=list)
     loss_tokens: int = 0
     text_bytes: int = 0
@@ -88,10 +92,43 @@ class Statistics:
         yield f"{'tokens per ' + noun + ':':24}5% {low:,.0f}   50% {middle:,.0f}   95% {high:,.0f}   99% {highest:,.0f}"
         yield f"{'longest:':24}{max(self.lengths):,} tokens"
         yield f"{'tokens with loss:':24}{self.loss_tokens / tokens:.1%}"
+        for reason, count in sorted(self.left_out.items()):
+            yield f"{'left out:':24}{count:,}: {reason}"
 
 
-def _uncached(task, split: str, count: int) -> Iterator[tuple]:
-    """(ids, loss weights) of the first `count` documents of a task, through its whole SeqIO pipeline."""
+@dataclasses.dataclass
+class Sequence:
+    """Tokens, their loss weights and the lengths of segments, which filling may follow.
+
+    `left_out` is the reason for which a document has no tokens, as a rule "".
+    """
+
+    ids: list
+    loss_weights: list
+    segments: list[int]
+    left_out: str = ""
+
+    @classmethod
+    def of_document(cls, example) -> "Sequence":
+        """That of an example of a SeqIO task."""
+        ids = example["targets"]
+        weights = example.get("loss_weights", [1] * len(ids))
+        segments = [int(length) for length in example.get("segment_lengths", [])] or [len(ids)]
+        return cls(ids, weights, segments, example.get("left_out", b"").decode())
+
+    @classmethod
+    def of_row(cls, batch, row: int) -> "Sequence":
+        """That of a row of packed examples."""
+        import numpy as np
+
+        segments = [len(batch["tokens"][row])]
+        if "segment_ids" in batch:
+            segments = np.bincount(batch["segment_ids"][row]).tolist()[1:]
+        return cls(batch["tokens"][row], batch["loss_weights"][row], segments)
+
+
+def _uncached(task, split: str, count: int) -> Iterator[Sequence]:
+    """The first `count` documents of a task, through its whole SeqIO pipeline."""
     if split not in task.splits:
         raise ValueError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
     with command_line.quiet():
@@ -100,23 +137,41 @@ def _uncached(task, split: str, count: int) -> Iterator[tuple]:
     with short_errors():
         dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, use_cached=False)
         for example in dataset.take(count).as_numpy_iterator():
-            ids = example["targets"]
-            yield ids, example.get("loss_weights", [1] * len(ids))
+            yield Sequence.of_document(example)
+
+
+def _print_sequence(sequence: Sequence, tokenizer, max_tokens: int, *, color: bool) -> None:
+    start = 0
+    for number, length in enumerate(sequence.segments, start=1):
+        if start >= max_tokens:
+            break
+        if len(sequence.segments) > 1:
+            print(f"--- segment {number}: {length:,} tokens")
+        shown = slice(start, min(start + length, max_tokens))
+        print(render(sequence.ids[shown], sequence.loss_weights[shown], tokenizer, color=color))
+        start += length
+    content = sum(sequence.segments)
+    if content > max_tokens:
+        print(f"… {content - max_tokens:,} more tokens (--max_tokens)")
+    if content < len(sequence.ids):
+        print(f"--- filling: {len(sequence.ids) - content:,} tokens")
 
 
 def _show(sequences, tokenizer, arguments, noun: str) -> None:
     color = {"always": True, "never": False, "auto": sys.stdout.isatty()}[arguments.color]
     statistics = Statistics()
-    for number, (ids, weights) in enumerate(sequences):
-        statistics.add(ids, weights, tokenizer)
+    for sequence in sequences:
+        if sequence.left_out:
+            statistics.left_out[sequence.left_out] += 1
+            continue
+        number = len(statistics.lengths)
+        statistics.add(sequence.ids, sequence.loss_weights, tokenizer)
         if number < arguments.num_examples:
-            shown = slice(arguments.max_tokens)
-            print(f"--- {noun} {number}: {len(ids):,} tokens")
-            print(render(ids[shown], weights[shown], tokenizer, color=color))
-            if len(ids) > arguments.max_tokens:
-                print(f"… {len(ids) - arguments.max_tokens:,} more tokens (--max_tokens)")
+            print(f"--- {noun} {number}: {len(sequence.ids):,} tokens")
+            _print_sequence(sequence, tokenizer, arguments.max_tokens, color=color)
     if not statistics.lengths:
-        raise ValueError(f"there is no {noun} in split {arguments.split!r}")
+        reasons = "".join(f"; left out {count}: {reason}" for reason, count in statistics.left_out.items())
+        raise ValueError(f"there is no {noun} in split {arguments.split!r}{reasons}")
     print("---")
     print("\n".join(statistics.lines(noun)))
 
@@ -145,7 +200,7 @@ def _inspect_packed(arguments) -> None:
         print(f"    {rate:7.2%} {task}")
     count = min(len(loader), arguments.num_documents)
     batch = loader.read(0, count)
-    _show(zip(batch["tokens"], batch["loss_weights"], strict=True), tokenizer, arguments, "example")
+    _show((Sequence.of_row(batch, row) for row in range(count)), tokenizer, arguments, "example")
 
 
 def _inspect_pipeline(arguments) -> None:

@@ -69,7 +69,7 @@ class Records(Corpus):
 
     def examples(self, path: Path) -> Iterator[tuple[str, dict[str, str | bytes]]]:
         """(group, the row as JSON in `text` and its place in `source`) of the rows of one file."""
-        for where, row in read_rows(path):
+        for where, row in files.read_json_rows(path):
             group = self.rows.group(row) if isinstance(row, Mapping) else ""
             yield group, {"text": json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"), "source": where}
 
@@ -110,25 +110,6 @@ def _say_left_out(error: Unusable, where: str, named: collections.Counter[str]) 
     if named[error.reason] <= _MOST_NAMED:
         more = "; further ones are only counted" if named[error.reason] == _MOST_NAMED else ""
         logger.warning("%s: left out: %s%s", where, error, more)
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, value) of the rows of a file: JSON lines, or a file `.json` that holds one array or JSON lines.
-
-    Raises:
-        ValueError: the file is not JSON; the message names it, and the line.
-    """
-    if path.name.lower().endswith(".json"):
-        with open(path, encoding="utf-8-sig") as file:
-            head = file.read(4096).lstrip()[:1]
-        if head == "[":
-            try:
-                rows = files.read_json(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: not JSON: {error}") from error
-            yield from ((f"{path}: item {index}", row) for index, row in enumerate(rows))
-            return
-    yield from files.read_json_lines(path)
 
 
 def record_files(pattern, task: str) -> list[Path]:
