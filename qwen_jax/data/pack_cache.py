@@ -216,7 +216,10 @@ class Packer:
         if not manifest.records:
             shutil.rmtree(self.folder)
             reasons = "; ".join(removed_lines(manifest))
-            raise ValueError(f"task {self.task} leaves no document to train on in split {self.split!r}: {reasons}")
+            raise ValueError(
+                f"no document of task {self.task} is left in split {self.split!r}: {reasons}; give longer examples, "
+                "correct the documents, or hold out another share of them"
+            )
         return manifest
 
     def _check(self, manifest: packing.Manifest, check_shards: bool) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import seqio
@@ -36,6 +36,8 @@ _COLUMNS = ("targets", "loss_weights", "segment_lengths", "turn_ends")
 class Rows(Protocol):
     """How one kind of row becomes an example: `ChatRows`, `PairRows`, `QueryRows`, dataclasses of plain settings."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
     def group(self, row: Mapping) -> str:
         """Text by whose hash the row is held out."""
         ...
@@ -45,7 +47,7 @@ class Rows(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Records(Corpus):
     """Files of rows.
 
@@ -55,7 +57,7 @@ class Records(Corpus):
         task: name of the task, for errors.
     """
 
-    rows: Rows | None = None
+    rows: Rows
     unusable: str = "stop"
     task: str = ""
 
@@ -174,7 +176,7 @@ def add_task(name: str, records: Callable[[], Records]) -> None:
     """Registers a task of this name on `records`, with splits `train` and `validation`."""
     seqio.TaskRegistry.add(
         name,
-        source=DocumentSource(records),
+        source=DocumentSource(records),  # ty: ignore[invalid-argument-type]  SeqIO says int, its sources return None too
         preprocessors=[functools.partial(encode_rows, records=records), seqio.CacheDatasetPlaceholder()],
         output_features=features(),
     )

@@ -257,8 +257,8 @@ def test_another_packing_is_not_taken_for_the_one_asked_for(cache_dir):
         ExampleLoader("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="best_fit")
     with pytest.raises(ValueError, match="packing is 'fitted': it must be one of concat, best_fit"):
         ExampleLoader("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="fitted")
-    with pytest.raises(ValueError, match="packing is 'whole': it must be one of concat, best_fit"):
-        cache.prepare("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="whole")
+    with pytest.raises(ValueError, match="packing is 'fitted': it must be one of concat, best_fit"):
+        cache.prepare("test_b", cache_dir=cache_dir, sequence_length=LENGTH, packing="fitted")
 
 
 def test_another_length_needs_no_new_tokenizing(registry, cache_dir, tmp_path, caplog):

@@ -131,7 +131,8 @@ def test_bad_rows_stop_with_their_place(configure, tmp_path):
 def test_nothing_usable_at_all_is_an_error_with_the_reasons(configure, tmp_path):
     path = _write(tmp_path / "chat.jsonl", [{"messages": []}] * 3)
     configure(chat_messages__pattern=path, chat_messages__validation_share=0.0, chat_messages__unusable="leave_out")
-    with pytest.raises(ValueError, match="no document to train on.*left out 3 documents, 0 tokens: empty conversation"):
+    message = "no document of task chat_messages is left in split 'train': left out 3 documents, 0 tokens: empty"
+    with pytest.raises(ValueError, match=message):
         cache.prepare(
             "chat_messages", cache_dir=tmp_path / "cache", sequence_length=LENGTH, splits=("train",), packing="whole"
         )
@@ -256,3 +257,65 @@ def test_columns_of_the_files_of_each_packing(tmp_path):
     for name in packing.PACKINGS:
         names = [column.name for column in packing.columns_for(600, 8, name)]
         assert ("segment_ids" in names) == packing.has_segments(name) == (name != "concat")
+
+
+def test_the_mask_is_shown_for_conversations_pairs_and_prompts(configure, tool, vocabulary_file, tmp_path, capsys):
+    files = {
+        "chat_messages": [{"messages": []}, _chat(7, 2)],
+        "preference_pairs": [{"prompt": "q", "chosen": "good", "rejected": "bad"}],
+        "queries": [{"prompt": "6 * 7?", "answer": 42}],
+    }
+    shown = {}
+    for task, rows in files.items():
+        path = _write(tmp_path / f"{task}.jsonl", rows)
+        settings = {"pattern": path, "validation_share": 0.0, "unusable": "leave_out", "system": "s"}
+        settings |= {"loss_on": "report"} if task == "chat_messages" else {}
+        bindings = [f"--gin.{task}.{name}={value}" for name, value in settings.items()]
+        tool("inspect_task").main([task, f"--gin.vocabulary_path.path={vocabulary_file}", *bindings])
+        shown[task] = capsys.readouterr().out
+    start, end = "⟪<|im_start|>⟫", "⟪<|im_end|>⟫"
+    system = f"{start}system\ns{end}\n"
+    turn = f"{start}user\nq7{end}\n{start}assistant\n⟦a7{end}⟧\n"
+    assert f"{system}{turn}{turn}" in shown["chat_messages"]
+    assert re.search(r"left out: +1: empty conversation", shown["chat_messages"])
+    asked = f"{system}{start}user\nq{end}\n{start}assistant\n"
+    for number, answer in ((1, "good"), (2, "bad")):
+        header = rf"--- segment {number}: \d+ tokens\n"
+        assert re.search(header + re.escape(f"{asked}⟦{answer}{end}⟧\n"), shown["preference_pairs"])
+    assert f"⟦{system}{start}user\n6 * 7?{end}\n{start}assistant\n⟧\n--- segment 2: 2 tokens\n42\n" in shown["queries"]
+
+
+def test_a_packed_row_is_shown_by_segments(configure, tool, vocabulary_file, tmp_path, capsys):
+    path = _write(tmp_path / "chat.jsonl", [_chat(n) for n in range(3)])
+    configure(chat_messages__pattern=path, chat_messages__validation_share=0.0)
+    cache.prepare("chat_messages", cache_dir=tmp_path, sequence_length=256, packing="whole", splits=("train",))
+    where = [f"--cache_dir={tmp_path}", "--sequence_length=256", "--packing=whole", "--num_examples=1"]
+    tool("inspect_task").main(["chat_messages", *where, f"--gin.vocabulary_path.path={vocabulary_file}"])
+    shown = capsys.readouterr().out
+    assert [int(number) for number in re.findall(r"--- segment (\d):", shown)] == [1, 2, 3]
+    lengths = [int(length) for length in re.findall(r"--- (?:segment \d|filling): (\d+) tokens", shown)]
+    assert len(lengths) == 4 and sum(lengths) == 256
+
+
+def test_the_table_of_cache_task_says_what_is_missing(configure, tool, vocabulary_file, tmp_path, capsys):
+    path = _write(tmp_path / "chat.jsonl", [_chat(0), _chat(1, 9), {"messages": []}])
+    tool("cache_task").main(
+        [
+            "chat_messages",
+            f"--cache_dir={tmp_path / 'cache'}",
+            f"--sequence_length={LENGTH}",
+            "--packing=whole",
+            "--splits=train",
+            f"--gin.chat_messages.pattern={path}",
+            "--gin.chat_messages.validation_share=0",
+            "--gin.chat_messages.unusable=leave_out",
+            f"--gin.vocabulary_path.path={vocabulary_file}",
+        ]
+    )
+    shown = capsys.readouterr().out
+    assert re.search(r"\n    truncated 1 document, \d+ tokens: cut at the end of a turn\n", shown)
+    assert "    left out 1 document, 0 tokens: empty conversation\n" in shown
+
+
+def test_the_tools_know_every_packing(tool):
+    assert tool("task_arguments").PACKINGS == tuple(packing.PACKINGS)
