@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from tqdm import tqdm
 
 from qwen_jax.checkpoints import run_folder
-from qwen_jax.checkpoints.arrays import PIECE_BYTES, restore_params, tokenizer_path
+from qwen_jax.checkpoints.arrays import PARAMETER_TREES, PIECE_BYTES, StoredParams, restore_params, tokenizer_path
 from qwen_jax.conversion import gguf_file, huggingface
 from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked, parameter_shapes, read_parameter
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
@@ -72,6 +72,21 @@ def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
     if found == gguf_file.NAME:
         return gguf_file.GgufFile(path)
     return RunFolder(path) if found == ORBAX else huggingface.SafetensorsFolder(path, FORMATS[found])
+
+
+def weight_files(path: str | os.PathLike) -> list[Path]:
+    """The files that hold the parameters of a model in any known format, sorted.
+
+    Raises:
+      FileNotFoundError, ValueError: the path is no model.
+    """
+    path, found = as_path(path), detect_format(path)
+    if found == gguf_file.NAME:
+        return [path]
+    if found != ORBAX:
+        return sorted(path.glob("*.safetensors"))
+    step = StoredParams(path).folder
+    return sorted(file for tree in PARAMETER_TREES for file in (step / tree).rglob("*") if file.is_file())
 
 
 def read_model_config(path: str | os.PathLike) -> ModelConfig:
