@@ -17,12 +17,14 @@ from typing import Any, get_args, get_origin
 import gin
 
 from qwen_jax import gin_internals
+from qwen_jax.alignment.dpo import direct_preference
 from qwen_jax.alignment.preferences import pairwise_preference
 from qwen_jax.data import task_configuration
 from qwen_jax.files import PathLike, as_path, is_path_type
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.transformer import parameter_count
+from qwen_jax.reference_column import ReferenceModel
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -99,9 +101,11 @@ for _configurable in (
     HardwareConfig,
     OptimizerConfig,
     ParameterGroup,
+    ReferenceModel,
     ScheduleConfig,
     SkipConfig,
     TrainerConfig,
+    direct_preference,
     next_token_prediction,
     pairwise_preference,
 ):

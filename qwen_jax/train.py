@@ -13,6 +13,7 @@ from pathlib import Path
 import flax.linen as nn
 import gin
 import jax
+from jax.sharding import Mesh
 
 from qwen_jax import files
 from qwen_jax.batch_spec import token_columns
@@ -30,8 +31,9 @@ from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
+from qwen_jax.reference_column import ReferenceModel, with_reference
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.training.batches import Prefetcher
+from qwen_jax.training.batches import Examples, Prefetcher
 from qwen_jax.training.goodput import process_start_time
 from qwen_jax.training.objective import Objective
 from qwen_jax.training.objectives import next_token_prediction
@@ -59,6 +61,7 @@ def train(
     initial_subtree: str | Sequence[str] | Mapping[str, str] | None = None,
     data_seed: int = 0,
     epochs: float | None = None,
+    reference: ReferenceModel | None = None,
     packing: str = "concat",
     compiler_options: dict | None = None,
     compilation_cache: PathLike | None = "auto",
@@ -75,6 +78,7 @@ def train(
       initial_subtree: part of these weights; see `InitialWeights`. None: all.
       data_seed: seed for the order of the examples.
       epochs: the run ends after so many passes over the examples, if `trainer.train_steps` does not end it before.
+      reference: model whose log-probabilities become a column of the examples (DPO).
       packing: "concat" merges documents and cuts them to the sequence length, as the report does; "best_fit" puts whole
         documents into sequences, and attention and positions stay within each; "whole" does so with conversations and
         pairs, and cuts none into two sequences; "padded" has one document a sequence.
@@ -118,6 +122,8 @@ def train(
             mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None]
         )
         trainer = trainer.within_epochs(epochs, len(train_set))
+        if reference is not None:
+            train_set, eval_set = add_reference(reference, train_set, eval_set, model, trainer, devices, run_folder)
         shapes = batch_shapes(devices, trainer.batch_size, train_set.columns)
         training = Trainer(
             run_folder,
@@ -164,6 +170,29 @@ def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
     hosts.run_on_main("data", f"process 0 to cache and pack {mixture_or_task}", cache_and_pack)
     run_folder.goodput.count("preparing data")
     run_folder.activity.now("opening the data")
+
+
+def add_reference(
+    reference: ReferenceModel,
+    train_set: ExampleLoader,
+    eval_set: ExampleLoader | None,
+    model: ModelConfig,
+    trainer: TrainerConfig,
+    devices: Mesh,
+    run_folder: Run,
+) -> tuple[Examples, Examples | None]:
+    """The data sets with the column of the reference model, which is computed where it is missing."""
+    found = with_reference(
+        reference,
+        [one for one in (train_set, eval_set) if one is not None],
+        model,
+        devices,
+        batch_size=trainer.batch_size // trainer.accumulation(devices),
+        say=lambda what: run_folder.activity.now(what, limited=False),
+    )
+    run_folder.goodput.count("preparing data")
+    run_folder.activity.now("opening the data")
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def check_length(trainer: TrainerConfig, model: ModelConfig) -> None:

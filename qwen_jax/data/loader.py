@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -81,7 +82,8 @@ class ExampleLoader:
             raise ValueError(f"seed is {seed}: it must be in [0, 2**32)")
         self.name, self.split, self.sequence_length = mixture_or_task, split, sequence_length
         self.seed, self.shuffle, self.repeat, self.packing = seed, shuffle, repeat, packing
-        where = _Where(as_path(cache_dir, "cache_dir"), sequence_length, split, packing)
+        self.cache_dir = as_path(cache_dir, "cache_dir")
+        where = _Where(self.cache_dir, sequence_length, split, packing)
         rates = _rates(mixture_or_task, where)
         if not repeat:
             rates = _with_examples(mixture_or_task, rates, where)
@@ -110,6 +112,11 @@ class ExampleLoader:
         return f"ExampleLoader({self.name!r}, split={self.split!r}, {len(self)} examples of {self.sequence_length})"
 
     @property
+    def manifests(self) -> dict[str, packing.Manifest]:
+        """Task to the manifest of its packed split."""
+        return {source.manifest.task: source.manifest for source in self._sources}
+
+    @property
     def rates(self) -> dict[str, float]:
         """Task to its share of the examples; the shares sum to 1."""
         total = sum(source.weight for source in self._sources)
@@ -132,15 +139,20 @@ class ExampleLoader:
             end = "" if self.repeat else f" within the {len(self)} examples of {self.name} {self.split}"
             raise IndexError(f"expected 0 <= start <= stop{end}, got start={start}, stop={stop}")
         batch = {column.name: np.empty((stop - start, *column.shape), column.dtype) for column in self.columns}
+        for number, rows, records in self.places(start, stop):
+            columns = self._sources[number].records.read(records)
+            for name, array in batch.items():
+                array[rows] = columns[name]
+        return batch
+
+    def places(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, list[int]]]:
+        """Sources of the examples [start, stop): (index in `manifests`, places in the range, numbers of records)."""
         indices = np.arange(start, stop, dtype=np.int64)
         chosen, within = split_by_weight(indices, [source.weight for source in self._sources])
-        for number, (source, order) in enumerate(zip(self._sources, self._orders, strict=True)):
+        for number, order in enumerate(self._orders):
             rows = np.flatnonzero(chosen == number)
             if len(rows):
-                columns = source.records.read([order[int(i)] for i in within[rows]])
-                for name, array in batch.items():
-                    array[rows] = columns[name]
-        return batch
+                yield number, rows, [order[int(i)] for i in within[rows]]
 
     def _order(self, source: _Source):
         """A lookup from the index within a source's endless repetition to the record: grain's index shuffle."""
