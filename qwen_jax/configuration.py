@@ -23,6 +23,7 @@ from qwen_jax.data import task_configuration
 from qwen_jax.files import PathLike, as_path, is_path_type
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
+from qwen_jax.models.lora import LoraConfig
 from qwen_jax.models.transformer import parameter_count
 from qwen_jax.reference_column import ReferenceModel
 from qwen_jax.sharding import MeshConfig
@@ -99,6 +100,7 @@ for _configurable in (
     ModelConfig,
     MeshConfig,
     HardwareConfig,
+    LoraConfig,
     OptimizerConfig,
     ParameterGroup,
     ReferenceModel,

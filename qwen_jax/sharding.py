@@ -31,6 +31,7 @@ RULES = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "rank": None,
     "layers": None,
     "activation_embed": None,
 }

@@ -192,3 +192,12 @@ def test_the_two_dropouts_are_apart():
     load_gin(TINY, ["OUTPUT_DIR=x", "EMBEDDING_DROPOUT=0.1"])
     model = gin.get_configurable("ModelConfig")()
     assert (model.embedding_dropout, model.attention_dropout) == (0.1, 0.0)
+
+
+def test_lora_goes_onto_any_recipe():
+    load_gin([*TINY, "gin/runs/lora.gin"], ["OUTPUT_DIR=x", "LORA_RANK=8", "LORA_TARGETS=('up', 'query')"])
+    model = gin.get_configurable("ModelConfig")()
+    assert (model.lora.rank, model.lora.alpha, model.lora.targets) == (8, 16.0, ("query", "up"))
+    adapters, rest = gin.get_bindings("OptimizerConfig", resolve_references=True)["groups"]
+    assert adapters.schedule.peak_learning_rate == 6e-3 and adapters.schedule.warmup_steps == 20
+    assert rest.frozen and rest.dtype == "bfloat16"

@@ -104,6 +104,8 @@ class SelfAttention(nn.Module):
                 c.compute_dtype,
                 (axis, "head_dim") if c.qkv_bias else None,
                 bias_shape,
+                c.lora,
+                deterministic,
                 name=name,
             )(x)
             return y if cache is None else y.swapaxes(1, 2)
@@ -135,6 +137,8 @@ class SelfAttention(nn.Module):
             ("heads", "head_dim", "embed"),
             c.output_init_std,
             c.compute_dtype,
+            lora=c.lora,
+            deterministic=deterministic,
             name="output",
         )(mixed)
         return out, cache

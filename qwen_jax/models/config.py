@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from qwen_jax.models.lora import LoraConfig
+
 # What the backward pass finds in memory of each block; it computes the rest again from the block's input. From the
 # fastest to the smallest; `hidden` below is one residual stream in the compute dtype.
 REMAT_POLICIES = {
@@ -74,6 +76,7 @@ class ModelConfig:
       tie_embeddings: whether the output projection is the embedding, transposed.
       head: what stands on the final norm: "tokens", the output projection to logits, or "scalar", a projection without
         bias to one number for each position (reward and value models, report 3.2).
+      lora: adapters on projections of the blocks; None: none.
       use_dynamic_ntk, use_logn: context extension past `context_length` (report 2.3.2), as in the released
         configuration: rotary frequencies that slow down with the prompt's length, and queries that grow with the
         logarithm of their position. Inference only: a training pass is not touched.
@@ -103,6 +106,7 @@ class ModelConfig:
     qkv_bias: bool = True
     tie_embeddings: bool = False
     head: str = "tokens"
+    lora: LoraConfig | None = None
     use_dynamic_ntk: bool = False
     use_logn: bool = False
     window_sizes: tuple[int, ...] | None = None
@@ -129,6 +133,8 @@ class ModelConfig:
             raise ValueError(f"ModelConfig.head_dim must be even for rotary positions, found {self.head_dim}")
         if isinstance(self.attention_blocks, dict):  # from JSON
             object.__setattr__(self, "attention_blocks", AttentionBlocks(**self.attention_blocks))
+        if isinstance(self.lora, dict):
+            object.__setattr__(self, "lora", LoraConfig(**self.lora))
         self._check_context_extension()
         for field, allowed in (
             ("head", HEADS),
@@ -162,6 +168,12 @@ class ModelConfig:
     def inference_length(self) -> int:
         """Number of tokens that generation may reach: `context_length`, with dynamic NTK eight times that (Table 3)."""
         return self.context_length * (NTK_EXTENSION if self.use_dynamic_ntk else 1)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training pass drops anything."""
+        adapters = 0.0 if self.lora is None else self.lora.dropout
+        return max(self.embedding_dropout, self.attention_dropout, adapters) > 0
 
     @property
     def compute_dtype(self):

@@ -1,5 +1,6 @@
 """RMSNorm, projections and SwiGLU, with logical names on every parameter axis."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.lora import LoraConfig, adapter_equations, init_lora_a
 from qwen_jax.models.ops import gather_weight, project
 from qwen_jax.sharding import constrain, num_shards
 
@@ -38,15 +40,19 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A matrix product by einsum, with an optional bias; parameters `kernel` and `bias` in float32.
+    """A matrix product by einsum, with an optional bias and adapter; parameters are float32.
+
+    They are `kernel`, `bias`, `lora_a` and `lora_b`.
 
     Attributes:
-      equation: einsum of activation and kernel.
+      equation: einsum of activation and kernel, whose input axes come first.
       shape: shape of the kernel.
       names: logical names of the kernel's axes.
       std: standard deviation of the initial kernel.
       bias_names: logical names of the bias's axes (the kernel's last ones), or None for no bias.
       bias_shape: shape that makes the bias broadcast to the result; by default its own.
+      lora: adapters of the model; there is one here if its targets have the name of this module.
+      deterministic: whether the adapter goes without its dropout.
     """
 
     equation: str
@@ -56,6 +62,8 @@ class Projection(nn.Module):
     dtype: jnp.dtype
     bias_names: tuple[str, ...] | None = None
     bias_shape: tuple[int, ...] | None = None
+    lora: LoraConfig | None = None
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -74,21 +82,37 @@ class Projection(nn.Module):
             shape = self.shape[-len(self.bias_names) :]
             bias = self.param("bias", named_init(nn.initializers.zeros, self.bias_names), shape)
             y = y + bias.astype(self.dtype).reshape(self.bias_shape or shape)
+        if self.lora is not None and self.name in self.lora.targets:
+            y = y + self._adapter(x, self.lora)
         return y
+
+    def _adapter(self, x: jax.Array, lora: LoraConfig) -> jax.Array:
+        down, up, inputs = adapter_equations(self.equation)
+        a_names, b_names = (*self.names[:inputs], "rank"), ("rank", *self.names[inputs:])
+        a = self.param("lora_a", named_init(init_lora_a, a_names), (*self.shape[:inputs], lora.rank), jnp.float32)
+        b = self.param(
+            "lora_b", named_init(nn.initializers.zeros, b_names), (lora.rank, *self.shape[inputs:]), jnp.float32
+        )
+        if lora.dropout > 0:
+            x = nn.Dropout(lora.dropout)(x, deterministic=self.deterministic)
+        inner = project(down, x, gather_weight(a, a_names, self.dtype))
+        return lora.scale * project(up, inner, gather_weight(b, b_names, self.dtype))
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases. Einsum letters: b batch, l length, d hidden, f FFN width."""
 
     config: ModelConfig
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, length, hidden] to [batch, length, hidden]."""
         c = self.config
+        projection = functools.partial(Projection, lora=c.lora, deterministic=self.deterministic)
         wide = ((c.hidden_size, c.ffn_size), ("embed", "mlp"), c.init_std, c.compute_dtype)
-        gate = checkpoint_name(Projection("bld,df->blf", *wide, name="gate")(x), "gate")
-        up = checkpoint_name(Projection("bld,df->blf", *wide, name="up")(x), "up")
+        gate = checkpoint_name(projection("bld,df->blf", *wide, name="gate")(x), "gate")
+        up = checkpoint_name(projection("bld,df->blf", *wide, name="up")(x), "up")
         hidden = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
         shape, names = (c.ffn_size, c.hidden_size), ("mlp", "embed")
-        return Projection("blf,fd->bld", shape, names, c.output_init_std, c.compute_dtype, name="down")(hidden)
+        return projection("blf,fd->bld", shape, names, c.output_init_std, c.compute_dtype, name="down")(hidden)

@@ -46,7 +46,7 @@ class Block(nn.Module):
         )
         x = checkpoint_name(constrain(x + attended, "batch", "length", "activation_embed"), "residual")
         normed = RMSNorm(c.norm_epsilon, c.compute_dtype, name="mlp_norm")(x)
-        x = constrain(x + SwiGLU(c, name="mlp")(normed), "batch", "length", "activation_embed")
+        x = constrain(x + SwiGLU(c, self.deterministic, name="mlp")(normed), "batch", "length", "activation_embed")
         return (x, cache), None
 
 
@@ -157,7 +157,7 @@ class Qwen(nn.Module):
     @property
     def has_dropout(self) -> bool:
         """Whether a training pass needs random numbers."""
-        return self.config.embedding_dropout > 0 or self.config.attention_dropout > 0
+        return self.config.has_dropout
 
     @nn.nowrap
     def attention(self, length: int | None, packed: bool, mesh: Mesh) -> str:
