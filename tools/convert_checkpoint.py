@@ -23,6 +23,7 @@ formats:
   qwen2   Qwen2ForCausalLM, which transformers, vLLM and SGLang read with no code of ours
   qwen2_reward  Qwen2ForSequenceClassification with one label: a reward model for transformers
   gguf    a file with its tokenizer, for llama.cpp and software on top of it (needs the package gguf)
+  peft    a LoRA adapter, which peft loads on its base model; every other target gets the adapters merged
 
 examples:
   # serve a run
@@ -33,6 +34,9 @@ examples:
   python tools/convert_checkpoint.py --from orbax:runs/reward --to qwen2_reward:exports/reward
   # give released weights to a current server, read back and compared
   python tools/convert_checkpoint.py --from qwen:Qwen-7B --to qwen2:exports/qwen_7b --verify --check
+  # the adapter of a LoRA run for peft, and one that peft wrote as a whole model
+  python tools/convert_checkpoint.py --from orbax:runs/sft_lora --to peft:exports/adapter --base exports/base
+  python tools/convert_checkpoint.py --from peft:adapter --to qwen2:exports/merged
 
 exit status: 0; 1 if --verify or --check found a difference; 2 for any other error, with one line about it
 """
@@ -47,6 +51,11 @@ def loading(name: str, folder: Path) -> str:
     lines = ["from qwen_jax.conversion import load_pretrained", f'model, params = load_pretrained("{folder}")']
     if name == "gguf":
         lines = ["from llama_cpp import Llama", f'model = Llama("{folder}", n_ctx=0)']
+    if name == "peft":
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")',
+        ]
     if name in LOADERS:
         lines = [
             f"from transformers import {LOADERS[name]}, AutoTokenizer",
@@ -119,6 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="layout of an orbax target: blocks stacked, for training, or each with its own arrays (default: scanned)",
     )
     parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="base model of a peft adapter: to read one, its folder (default: the one that the adapter names); to "
+        "write one, the folder or name that peft is to load it on",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="read all tensors back from disk and compare hashes before the target appears",
@@ -138,6 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
             vocab_size=parsed.vocab_size,
             layout=parsed.layout,
             verify=parsed.verify,
+            base=parsed.base,
         )
     except ChecksumError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -147,12 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
         size = sum(path.stat().st_size for path in [file, *file.rglob("*")] if path.is_file())
         print(f"  {file.name:<36}{size:>16,} bytes")
     print(loading(target_format, Path(target)))
-    return check(source, written, parsed.dtype) if parsed.check else 0
+    return check(source, written, parsed.dtype, parsed.base) if parsed.check else 0
 
 
-def check(source: str, target: Path, dtype: str | None) -> int:
+def check(source: str, target: Path, dtype: str | None, base: str | None) -> int:
     """Prints the difference of the logits of two folders; returns 1 if they differ and nothing was rounded."""
-    comparison = compare_logits(source, target, progress=True)
+    comparison = compare_logits(source, target, progress=True, base=base)
     print(f"check: {comparison}")
     if comparison.same:
         return 0

@@ -169,6 +169,7 @@ class StoredParams:
 
     Attributes:
       shapes: path, such as "layers/mlp/up/kernel", to shape of every stored parameter.
+      trained: paths of those that the run trained; the others were frozen.
 
     Raises:
       CheckpointError: no such checkpoint, or it cannot be read.
@@ -179,14 +180,16 @@ class StoredParams:
         self.folder = _step_folder(path, None)
         self._context = ts.Context()
         try:
+            names = {tree: _stored_names(self.folder / tree, self._context) for tree in PARAMETER_TREES}
             self._arrays = {
                 name: ts.open(_array_spec(self.folder / tree, name), context=self._context).result()
                 for tree in PARAMETER_TREES
-                for name in _stored_names(self.folder / tree, self._context)
+                for name in names[tree]
             }
         except Exception as error:  # TensorStore and the file system each have their own kinds
             raise CheckpointError(f"checkpoint {self.folder} cannot be read: {one_line(error)}") from error
         self.shapes = {path: tuple(array.shape) for path, array in self._arrays.items()}
+        self.trained = frozenset(names["params"])
 
     def stored_together(self, path: str) -> int:
         """Number of indices of the first axis in one chunk: reading one index reads the whole chunk."""

@@ -98,8 +98,15 @@ def _layers(weights: Weights, progress: bool) -> Iterator[dict]:
         yield unflatten_dict(own, sep="/")
 
 
-def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress: bool = False) -> Comparison:
+def compare_logits(
+    first: str | os.PathLike,
+    second: str | os.PathLike,
+    progress: bool = False,
+    base: str | os.PathLike | None = None,
+) -> Comparison:
     """Compares two folders in any formats on two rows of 64 random tokens, or of the training length if that is less.
+
+    LoRA adapters are computed as they are, not merged; `base` is the base model of one of peft.
 
     Tokens belong to the smaller vocabulary. Logits of rows that only one side has (see padding.py) do not count.
 
@@ -107,7 +114,7 @@ def compare_logits(first: str | os.PathLike, second: str | os.PathLike, progress
       FileNotFoundError, ValueError: see `open_weights`; or the logits of a side are not finite, or one side alone is a
         reward model.
     """
-    sides = [open_weights(first), open_weights(second)]
+    sides = [open_weights(first, base=base), open_weights(second, base=base)]
     heads = [weights.config.head for weights in sides]
     if heads[0] != heads[1]:
         raise ValueError(f"{first} has the head {heads[0]!r} and {second} the head {heads[1]!r}: nothing to compare")

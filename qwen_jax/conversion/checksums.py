@@ -19,15 +19,19 @@ def digest(array: np.ndarray) -> bytes:
 
 
 class Checksums:
-    """Hashes of arrays by name; records nothing if `wanted` is False."""
+    """Hashes of arrays by name; records nothing if `wanted` is False.
+
+    Attributes:
+      wanted: see above.
+    """
 
     def __init__(self, wanted: bool):
-        self._wanted = wanted
+        self.wanted = wanted
         self._digests: dict[str, bytes] = {}
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Records an array under its name."""
-        if self._wanted:
+        if self.wanted:
             self._digests[name] = digest(array)
 
     def compare(self, stored: Iterable[tuple[str, np.ndarray]], progress: bool) -> int:

@@ -9,12 +9,13 @@ from collections.abc import Generator
 from pathlib import Path
 
 from qwen_jax import files
-from qwen_jax.conversion import gguf_file, huggingface, run_folder
+from qwen_jax.conversion import adapters, gguf_file, huggingface, run_folder
 from qwen_jax.conversion.checksums import Checksums, flush
 from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, check_rows, find_tokenizer, open_weights
 from qwen_jax.conversion.mapping import FORMATS, Format, Weights, external_tensors, gather
+from qwen_jax.conversion.merging import without_adapters
 from qwen_jax.conversion.padding import repad
-from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED
+from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import write_tokenizer
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.files import as_path
@@ -38,15 +39,18 @@ def convert(
     vocab_size: int | None = None,
     layout: str = SCANNED,
     verify: bool = False,
+    base: str | os.PathLike | None = None,
 ) -> Path:
     """Writes the model of one folder as a new folder, with its tokenizer.
 
-    The numbers are unchanged unless `dtype` rounds them. A log warning names features that the target
+    The numbers are unchanged unless `dtype` rounds them. LoRA adapters are merged into their kernels in float32, and
+    the sums rounded once; format "peft" alone keeps them apart. A log warning names features that the target
     format cannot express. Memory holds one tensor at a time, never the model.
 
     Args:
       source_format, target_format: "orbax" (our run folder), "qwen" (QWenLMHeadModel), "qwen2" (Qwen2ForCausalLM),
-        "qwen2_reward" (Qwen2ForSequenceClassification with one label) or "gguf" (a file for llama.cpp).
+        "qwen2_reward" (Qwen2ForSequenceClassification with one label), "gguf" (a file for llama.cpp) or "peft" (a LoRA
+        adapter; written from a run folder alone, without tokenizer).
       source: the folder or file to read; for orbax a run folder (newest step) or the folder of one step.
       target: the folder or file to write; must not exist, or be an empty folder. It appears whole, or not at all.
       dtype: dtype of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax.
@@ -57,6 +61,8 @@ def convert(
       vocab_size: rows of the vocabulary in the target. None: those of the source.
       layout: layout of a written run folder, "scanned" (blocks stacked, as training reads them) or "unscanned".
       verify: whether to read the files back from disk and compare hashes before `target` appears.
+      base: of an adapter, its base model. To read one: a folder (None: the one that the adapter names). To write one: a
+        name or a folder for adapter_config.json; a folder here is compared with the run's frozen parameters.
 
     Returns:
       The absolute path of `target`.
@@ -69,12 +75,15 @@ def convert(
     tokenizer = None if tokenizer is None else as_path(tokenizer)
     shard_size = huggingface.parse_size(max_shard_size)
     _check_arguments(source_format, target_format, dtype, target, layout)
-    weights = open_weights(source, source_format)
+    weights = open_weights(source, source_format, base)
+    checksums = Checksums(wanted=verify)
+    if target_format == adapters.NAME:
+        return _convert_adapter(weights, target, base, dtype or "float32", checksums, progress)
+    weights = without_adapters(weights)
     if target_format != ORBAX:
         external_tensors(TABLES[target_format], weights.config)  # refuses what the format cannot express
-    checksums = Checksums(wanted=verify)
     with _staged(target) as (scratch, result):
-        found = _tokenizer(source, tokenizer, scratch, weights.config)
+        found = _tokenizer(source, tokenizer, scratch, weights.config, base)
         weights = repad(weights, vocab_size, found, source)
         dtype = dtype or weights.dtype
         if target_format != ORBAX:
@@ -96,6 +105,27 @@ def convert(
     return target
 
 
+def _convert_adapter(
+    weights: Weights, target: Path, base: str | os.PathLike | None, dtype: str, checksums: Checksums, progress: bool
+) -> Path:
+    """Writes the adapter of a run folder; arguments and errors as in `convert`."""
+    if not isinstance(weights, RunFolder):
+        raise ValueError("an adapter is written from a run folder (orbax) alone: it knows what was trained")
+    if base is None:
+        raise ValueError("name the base model of the adapter (--base): the folder or name that peft loads it on")
+    if os.path.exists(base):
+        adapters.check_base(weights, open_weights(base), base)
+    else:
+        log.warning("warning: %s is no folder here, so the run's frozen parameters are not compared with it", base)
+    with _staged(target) as (_, result):
+        adapters.write_adapter(result, weights, base, dtype, checksums, progress)
+        if checksums.wanted:
+            flush(result)
+            count = checksums.compare(adapters.read_again(result), progress)
+            log.info("verified: %d tensors read back as they were written", count)
+    return target
+
+
 def _check_arguments(source_format: str, target_format: str, dtype: str | None, target: Path, layout: str) -> None:
     for name in (source_format, target_format):
         if name not in FORMAT_NAMES:
@@ -113,8 +143,8 @@ def _check_arguments(source_format: str, target_format: str, dtype: str | None, 
         raise ValueError(f"{target} exists and is not an empty folder: choose another target, or remove it")
 
 
-def _tokenizer(source, given, scratch: Path, config: ModelConfig) -> Tokenizer | None:
-    tokenizer = find_tokenizer(source, scratch) if given is None else Tokenizer(given)
+def _tokenizer(source, given, scratch: Path, config: ModelConfig, base) -> Tokenizer | None:
+    tokenizer = find_tokenizer(source, scratch, base) if given is None else Tokenizer(given)
     if tokenizer is None:
         log.warning("warning: %s has no tokenizer, so none is written: name a .tiktoken file to add one", source)
     else:

@@ -24,7 +24,6 @@ from qwen_jax.models.config import ModelConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-ADAPTER_FILE = "adapter_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WRITE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -61,12 +60,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object")
     return content
-
-
-def adapter_base(folder: Path) -> str:
-    """The model that the LoRA adapter of a folder was made for."""
-    base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
-    return base if isinstance(base, str) and base else "its base model"
 
 
 def format_of(folder: Path) -> Format:
@@ -238,7 +231,7 @@ def read_again(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Name to place of every tensor of a folder, from the headers of its files."""
     if (folder / SINGLE_FILE).is_file():
-        return _read_header(folder / SINGLE_FILE)
+        return read_header(folder / SINGLE_FILE)
     index = folder / INDEX_FILE
     if not index.is_file():
         others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
@@ -254,7 +247,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{index} names {len(absent)} of {len(files)} files that are not in the folder: {listing(absent)}. "
             "Download them again"
         )
-    headers = {file: _read_header(folder / file) for file in files}
+    headers = {file: read_header(folder / file) for file in files}
     lost = [f"{name} in {file}" for name, file in names.items() if name not in headers[file]]
     if lost:
         raise ValueError(f"{index} names tensors that are not in their file: {listing(lost)}. Download the files again")
@@ -263,7 +256,12 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return everything | {name: headers[file][name] for name, file in names.items()}
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Name to place of every tensor of a safetensors file.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     try:
         # The library's own checks: sizes, overlaps, and that the data is as long as the header says.
         with safe_open(file, "np"):
@@ -316,16 +314,23 @@ def write_safetensors(
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [SINGLE_FILE]
-    with tqdm(total=total * itemsize, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+    with progress_bar(total, dtype, progress) as bar:
         for file, shard in zip(names, shards, strict=True):
-            _write_file(folder / file, shard, produce, dtype, checksums, bar)
+            write_file(folder / file, shard, produce, dtype, checksums, bar)
     if len(shards) > 1:
         where = {tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
         metadata = {"total_parameters": total, "total_size": total * itemsize}
         files.write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
 
 
-def _write_file(path: Path, tensors, produce, dtype: str, checksums: Checksums, bar) -> None:
+def progress_bar(numbers: int, dtype: str, shown: bool) -> tqdm:
+    """A bar of the bytes of so many numbers."""
+    size = numbers * READ_DTYPES[WRITE_DTYPES[dtype]].itemsize
+    return tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=not shown)
+
+
+def write_file(path: Path, tensors, produce, dtype: str, checksums: Checksums, bar: tqdm) -> None:
+    """Writes one safetensors file; arguments as in `write_safetensors`."""
     kind = WRITE_DTYPES[dtype]
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
     end = 0

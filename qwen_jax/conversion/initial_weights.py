@@ -1,7 +1,8 @@
 """Initial weights of a new run: any known format, whole or in part, compared by shapes, not by configuration.
 
 A run may therefore have another context length than its initial weights (Code-Qwen-14B, with 8,192 tokens, from
-Qwen-14B with 2,048; report 4), other dropout, or parts that the other model lacks.
+Qwen-14B with 2,048; report 4), other dropout, or parts that the other model lacks. LoRA adapters that the checkpoint
+lacks start fresh; adapters that the model lacks are merged into their kernels.
 """
 
 import logging
@@ -15,6 +16,7 @@ from qwen_jax.checkpoints.arrays import restore_params
 from qwen_jax.checkpoints.run_folder import CheckpointError
 from qwen_jax.conversion.load import open_weights, place_parameter
 from qwen_jax.conversion.mapping import Weights, parameter_shapes
+from qwen_jax.conversion.merging import without_adapters
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
 from qwen_jax.files import as_path
 from qwen_jax.models.config import ModelConfig
@@ -37,7 +39,8 @@ class InitialWeights:
         """Names the weights.
 
         Args:
-          path: a run folder (or the folder of one of its steps), a folder in format qwen or qwen2, or a GGUF file.
+          path: a run folder (or the folder of one of its steps), a folder in format qwen, qwen2 or peft, or a
+            GGUF file.
           subtree: the parameters to take. None: all, and the two models must have the same. One or more paths, such
             as "layers" or "layers/mlp": these sub-trees. A mapping: path in the trained model to path in the
             checkpoint, where "" is its root, so that {"decoder": ""} starts the decoder of a larger model.
@@ -64,8 +67,15 @@ class InitialWeights:
           FileNotFoundError, ValueError: the path is no checkpoint, or a damaged one.
           CheckpointError: parameters do not fit; the message names them with both shapes.
         """
-        weights = open_weights(self.path)
+        weights = self._open(abstract)
         self._sources(weights, abstract)
+        here, there = (config.lora if config else None for config in (self._model, weights.config))
+        if here and there and here.scale != there.scale:
+            log.warning(
+                "the adapters of %s were trained with the scale alpha / rank = %g, and this run computes with %g: set "
+                "LoraConfig.alpha to %g to keep it",
+                *(self.path, there.scale, here.scale, there.alpha),
+            )
         for field in ARITHMETIC_FIELDS if self._model is not None else ():
             here, there = getattr(self._model, field), getattr(weights.config, field)
             if here != there:
@@ -86,7 +96,7 @@ class InitialWeights:
         Raises:
           FileNotFoundError, ValueError, CheckpointError: as `check`.
         """
-        weights, flat = open_weights(self.path), flatten_dict(abstract, sep="/")
+        weights, flat = self._open(abstract), flatten_dict(abstract, sep="/")
         sources = self._sources(weights, abstract)
         same = all(target == source for target, source in sources.items()) and len(sources) == len(flat)
         if same and isinstance(weights, RunFolder) and weights.layout == SCANNED:
@@ -98,9 +108,16 @@ class InitialWeights:
         }
         return unflatten_dict(placed, sep="/")
 
+    def _open(self, abstract: dict) -> Weights:
+        weights = open_weights(self.path)
+        adapted = any(_is_adapter(path) for path in flatten_dict(abstract, sep="/"))
+        return weights if adapted else without_adapters(weights)
+
     def _sources(self, weights: Weights, abstract: dict) -> dict[str, str]:
         """Path in the trained model to path in the checkpoint, for every parameter taken."""
         expected = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract, sep="/").items()}
+        if weights.config.lora is None:  # adapters start fresh
+            expected = {path: shape for path, shape in expected.items() if not _is_adapter(path)}
         found, sources, problems = parameter_shapes(weights.config), {}, []
         for ours, theirs in self._subtree.items():
             below = [path for path in expected if _is_below(path, ours)]
@@ -121,6 +138,10 @@ class InitialWeights:
                 f"shapes, or take a part of the weights (subtree)"
             )
         return sources
+
+
+def _is_adapter(path: str) -> bool:
+    return path.endswith(("/lora_a", "/lora_b"))
 
 
 def _is_below(path: str, prefix: str) -> bool:

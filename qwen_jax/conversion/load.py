@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from qwen_jax.checkpoints import run_folder
 from qwen_jax.checkpoints.arrays import PARAMETER_TREES, PIECE_BYTES, StoredParams, restore_params, tokenizer_path
-from qwen_jax.conversion import gguf_file, huggingface
+from qwen_jax.conversion import adapters, gguf_file, huggingface
 from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked, parameter_shapes, read_parameter
+from qwen_jax.conversion.merging import without_adapters
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
@@ -27,11 +28,11 @@ from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import tree_shardings
 
 ORBAX = "orbax"
-FORMAT_NAMES = (ORBAX, *FORMATS, gguf_file.NAME)
+FORMAT_NAMES = (ORBAX, *FORMATS, gguf_file.NAME, adapters.NAME)
 
 
 def detect_format(path: str | os.PathLike) -> str:
-    """The format of a folder, found by its files: "orbax", "qwen" or "qwen2"; of a file, "gguf".
+    """The format of a folder, found by its files: "orbax", "qwen", "qwen2" or "peft"; of a file, "gguf".
 
     Raises:
       FileNotFoundError: no such folder.
@@ -42,11 +43,8 @@ def detect_format(path: str | os.PathLike) -> str:
         return gguf_file.NAME
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder: name a run folder, or one with a {huggingface.CONFIG_FILE}")
-    if (path / huggingface.ADAPTER_FILE).is_file():
-        raise ValueError(
-            f"{path} holds a LoRA adapter, not a model: merge it into {huggingface.adapter_base(path)} first "
-            "(`merge_and_unload` of peft), and save the result"
-        )
+    if (path / adapters.CONFIG_FILE).is_file():
+        return adapters.NAME
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.format_of(path).name
     if (path / run_folder.CONFIG_FILE).is_file() or path.absolute().parent.name == run_folder.CHECKPOINTS:
@@ -57,11 +55,12 @@ def detect_format(path: str | os.PathLike) -> str:
     )
 
 
-def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
-    """The parameters of a folder, read one at a time.
+def open_weights(path: str | os.PathLike, name: str | None = None, base: str | os.PathLike | None = None) -> Weights:
+    """The parameters of a folder, read one at a time; those of a model with LoRA adapters are not merged.
 
     Args:
       name: the format that the folder must have; None: any.
+      base: the base model of an adapter of peft; None: the folder that the adapter names.
 
     Raises:
       FileNotFoundError, ValueError: the message names the wrong file, field or tensor.
@@ -71,6 +70,8 @@ def open_weights(path: str | os.PathLike, name: str | None = None) -> Weights:
         raise ValueError(f"{path} is a folder of format {found}, not {name}")
     if found == gguf_file.NAME:
         return gguf_file.GgufFile(path)
+    if found == adapters.NAME:
+        return adapters.AdapterFolder(Path(path), open_weights(adapters.base_folder(Path(path), base)))
     return RunFolder(path) if found == ORBAX else huggingface.SafetensorsFolder(path, FORMATS[found])
 
 
@@ -83,6 +84,8 @@ def weight_files(path: str | os.PathLike) -> list[Path]:
     path, found = as_path(path), detect_format(path)
     if found == gguf_file.NAME:
         return [path]
+    if found == adapters.NAME:
+        return [path / adapters.WEIGHTS_FILE, *weight_files(adapters.base_folder(Path(path)))]
     if found != ORBAX:
         return sorted(path.glob("*.safetensors"))
     step = StoredParams(path).folder
@@ -98,8 +101,8 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
       FileNotFoundError, ValueError: the message names the file and the wrong field.
     """
     path, found = as_path(path), detect_format(path)
-    if found == gguf_file.NAME:
-        return gguf_file.GgufFile(path).config
+    if found in (gguf_file.NAME, adapters.NAME):
+        return open_weights(path).config
     if found != ORBAX:
         return huggingface.read_config(path, FORMATS[found])
     in_step = path.absolute().parent.name == run_folder.CHECKPOINTS
@@ -109,8 +112,10 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
 def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Qwen, dict]:
     """The model of a folder in any known format, for training, evaluation or generation.
 
+    LoRA adapters are merged into their kernels in float32, so that this is the model that an export is.
+
     Args:
-      path: a run folder (or the folder of one of its steps), a folder in format qwen or qwen2, or a GGUF file.
+      path: a run folder (or the folder of one of its steps), a folder in format qwen, qwen2 or peft, or a GGUF file.
       dtype: compute dtype of the model, "float32" or "bfloat16".
       mesh: devices over which the parameters are sharded as in training. Host memory holds one layer of one
         parameter. None: the default device.
@@ -124,7 +129,7 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
         not divide.
     """
     path = as_path(path)
-    weights = open_weights(path)
+    weights = without_adapters(open_weights(path))
     model = Qwen(dataclasses.replace(weights.config, dtype=dtype))
     boxed = abstract_params(model)
     abstract = nn.meta.unbox(boxed)
@@ -162,8 +167,10 @@ def place_parameter(weights: Weights, path: str, sharding: Sharding, dtype=jnp.f
     return stacked
 
 
-def find_ranks(path: str | os.PathLike, scratch: Path) -> Path | None:
+def find_ranks(path: str | os.PathLike, scratch: Path, base: str | os.PathLike | None = None) -> Path | None:
     """The `.tiktoken` file of a model in any format, if necessary written into `scratch`; None: it has no tokenizer.
+
+    An adapter of peft has that of its base model; `base` as in `open_weights`.
 
     Raises:
       FileNotFoundError, ValueError: the path is no model, or its tokenizer is not Qwen's.
@@ -174,12 +181,14 @@ def find_ranks(path: str | os.PathLike, scratch: Path) -> Path | None:
         return tokenizer_path(path)
     if found == gguf_file.NAME:
         return gguf_file.recover_gguf_ranks(Path(path), scratch)
+    if found == adapters.NAME:
+        return find_ranks(adapters.base_folder(Path(path), base), scratch)
     return recover_ranks(path, scratch)
 
 
-def find_tokenizer(path: str | os.PathLike, scratch: Path) -> Tokenizer | None:
+def find_tokenizer(path: str | os.PathLike, scratch: Path, base: str | os.PathLike | None = None) -> Tokenizer | None:
     """The tokenizer of a model in any format, or None; arguments and errors as in `find_ranks`."""
-    ranks = find_ranks(path, scratch)
+    ranks = find_ranks(path, scratch, base)
     if ranks is None:
         return None
     return Tokenizer(ranks, path if ranks.parent == scratch else None)

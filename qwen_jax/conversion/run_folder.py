@@ -44,6 +44,7 @@ class RunFolder:
 
     Attributes:
       layout: "scanned" or "unscanned".
+      trained: paths of the parameters that the run trained; the others were frozen.
 
     Raises:
       ValueError: the folder holds no checkpoint, or one of another model than its configuration; from `read`: the
@@ -57,6 +58,7 @@ class RunFolder:
         in_step = path.parent.name == run_folder.CHECKPOINTS
         self.config = run_folder.read_config(path.parent.parent if in_step else path)
         self._stored = arrays.StoredParams(path)
+        self.trained = self._stored.trained
         first = unscanned_path("", 0)
         self.layout = UNSCANNED if any(name.startswith(first) for name in self._stored.shapes) else SCANNED
         self._check()

@@ -146,7 +146,9 @@ def test_a_model_with_no_more_rows_than_its_tokenizer_has_ids(tmp_path, config, 
 def test_an_adapter_is_not_taken_for_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen-7B", "peft_type": "LORA"}')
     for read in (load_pretrained, load_tokenizer):
-        with pytest.raises(ValueError, match="holds a LoRA adapter, not a model: merge it into Qwen/Qwen-7B first"):
+        with pytest.raises(
+            OSError, match="holds a LoRA adapter of Qwen/Qwen-7B, which is no folder here: name the folder"
+        ):
             read(tmp_path)
 
 
