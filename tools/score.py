@@ -22,12 +22,14 @@ import jax
 from tqdm import tqdm
 
 from qwen_jax import files
-from qwen_jax.alignment.rewards import RewardModel
+from qwen_jax.alignment.reward_model import RewardModel
 from qwen_jax.command_line import path_argument, run
 from qwen_jax.compilation_cache import programs_kept
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.conversion.load import weight_files
+from qwen_jax.data import react
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_conversation
+from qwen_jax.data.conversations import check, from_openai
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.sharding import MeshConfig, make_mesh
 
@@ -68,9 +70,10 @@ def encoded(value: object, tokenizer: Tokenizer, system: str) -> list[int]:
     Raises:
       ValueError: it has none.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-        raise ValueError('expected an object with a list "messages"')
-    return encode_conversation(tokenizer, value["messages"], system)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object with a list 'messages', found {type(value).__name__}")
+    said = react.say(check(from_openai(value)))
+    return encode_conversation(tokenizer, [{"role": one.role, "content": one.content} for one in said], system)
 
 
 def scored(lines: Sequence, model: RewardModel, tokenizer: Tokenizer, system: str) -> list[dict]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.alignment.rewards import RewardModel
+from qwen_jax.alignment.reward_model import RewardModel
 from qwen_jax.conversion import convert, load_pretrained, load_tokenizer
 from qwen_jax.data.chatml import encode_conversation
 from qwen_jax.sharding import MeshConfig, make_mesh
