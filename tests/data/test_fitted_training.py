@@ -4,7 +4,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from qwen_jax.data import packing
+from qwen_jax.data import chat, packing
+from qwen_jax.data.conversations import from_openai
+from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.training.objectives import next_token_loss
 from tests.fakes import small_model
@@ -31,3 +33,33 @@ def test_the_loss_of_a_row_is_that_of_its_documents():
     alone, sums_alone = loss_of(params, rows)
     assert float(sums["weight"]) == float(sums_alone["weight"]) == sum(len(piece) - 1 for piece in pieces)
     np.testing.assert_allclose(float(loss), float(alone), rtol=1e-5)
+
+
+def test_the_loss_of_a_conversation_does_not_depend_on_its_neighbours(tmp_path):
+    """Packing `whole`, with the released mask: the loss of a row is the sum of its conversations' own."""
+    path = tmp_path / "bytes.tiktoken"
+    write_ranks({bytes([byte]): byte for byte in range(256)}, path)
+    tokenizer = Tokenizer(path)
+    talks = [
+        (("user", "Hi"), ("assistant", "Hello!")),
+        (("user", "1+1?"), ("assistant", "2"), ("user", "?"), ("assistant", "Two")),
+    ]
+    encoded = [
+        chat.encode(tokenizer, from_openai({"messages": [{"role": r, "content": c} for r, c in talk]}), system="")
+        for talk in talks
+    ]
+    documents = [packing.Document(one.tokens, one.loss_weights) for one in encoded]
+    model = Qwen(small_model(vocab_size=tokenizer.vocab_size, context_length=256))
+
+    def batch(rows: list[packing.Document]) -> dict:
+        examples = list(packing.whole(rows, sequence_length=256, eos_id=tokenizer.endoftext_id))
+        assert len(examples) == 1
+        stacked = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        return stacked | {"loss_weights": stacked["loss_weights"].astype(np.float32)}
+
+    params = nn.unbox(model.init(jax.random.key(0), batch(documents)["tokens"])["params"])
+    loss_of = jax.jit(lambda params, batch: next_token_loss(model, params, batch, None))
+    together, sums = loss_of(params, batch(documents))
+    alone = [loss_of(params, batch([document])) for document in documents]
+    assert float(sums["weight"]) == sum(float(one["weight"]) for _, one in alone)
+    np.testing.assert_allclose(float(together), sum(float(loss) for loss, _ in alone), rtol=1e-5)
