@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.models.nucleus import nucleus_threshold
 from qwen_jax.models.ops import matmul_precision
 from qwen_jax.sharding import constrain, num_shards, split_shards, sum_shards
 
@@ -27,11 +28,14 @@ class TokenStatistics(NamedTuple):
       log_probs: float32, logarithm of the probability of the token, in nats.
       most_likely: float32, 1 where no other token has a larger logit, else 0. It has no gradient.
       entropy: float32, of the distribution over the vocabulary, in nats; None unless requested.
+      nucleus_log_probs: float32, logarithm of the probability of the token among those of the nucleus alone; minus
+        infinity, without a gradient, where the token is outside. None unless requested.
     """
 
     log_probs: jax.Array
     most_likely: jax.Array
-    entropy: jax.Array | None
+    entropy: jax.Array | None = None
+    nucleus_log_probs: jax.Array | None = None
 
 
 def output_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -47,12 +51,18 @@ def token_log_probs(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *,
 
 
 def token_statistics(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, temperature=1.0, with_entropy: bool = False
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature=1.0,
+    with_entropy: bool = False,
+    top_p: float | None = None,
 ) -> TokenStatistics:
     """Log-probability of each target under the softmax of logits / temperature, with further statistics.
 
-    The backward pass takes any cotangent, computes the logits of a chunk again, and keeps of the forward pass two
-    numbers for each token. Gradients go to `hidden` and `kernel`.
+    The backward pass takes any cotangent, computes the logits of a chunk again, and keeps of the forward pass a few
+    numbers for each token. Gradients go to `hidden` and `kernel`; the nucleus itself counts as constant.
 
     Args:
       hidden: [batch, length, hidden] in the compute dtype: normed final hidden states.
@@ -60,9 +70,12 @@ def token_statistics(
       targets: int32 [batch, length], each in [0, vocabulary): the token that each position predicts.
       temperature: positive scalar; the logits are divided by it in float32.
       with_entropy: whether to compute the entropy, too.
+      top_p: of the nucleus that `nucleus_log_probs` are of (`nucleus_threshold`); 1 is the whole vocabulary. None
+        leaves them out.
     """
-    found = _statistics(with_entropy, hidden, kernel.astype(hidden.dtype), targets, jnp.float32(temperature))
-    return TokenStatistics(*found, *[None] * (not with_entropy))
+    filtered = top_p if top_p is not None and top_p < 1 else None
+    found = _statistics(with_entropy, filtered, hidden, kernel.astype(hidden.dtype), targets, jnp.float32(temperature))
+    return found if top_p is None or filtered else found._replace(nucleus_log_probs=found.log_probs)
 
 
 def cross_entropy_sums(hidden, kernel, targets, weights) -> dict[str, jax.Array]:
@@ -195,55 +208,83 @@ def _cross_entropy_in_chunks(hidden, kernel, targets, weights, *, with_gradients
     return tuple(sums), gradients.finish(kernel.dtype) if with_gradients else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _statistics(with_entropy: bool, hidden, kernel, targets, temperature):
-    """The fields of `TokenStatistics`, with the entropy only if requested."""
-    return _statistics_forward(with_entropy, hidden, kernel, targets, temperature)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _statistics(with_entropy: bool, top_p: float | None, hidden, kernel, targets, temperature) -> TokenStatistics:
+    return _statistics_forward(with_entropy, top_p, hidden, kernel, targets, temperature)[0]
 
 
-def _statistics_forward(with_entropy, hidden, kernel, targets, temperature):
+class _Known(NamedTuple):
+    """What the backward pass keeps of the forward pass, each [batch, length]; None where it is not needed.
+
+    log_normalizer: of all logits.
+    entropy: of the distribution.
+    threshold: logits above it are in the nucleus.
+    nucleus_normalizer: of the logits in the nucleus.
+    """
+
+    log_normalizer: jax.Array
+    entropy: jax.Array | None = None
+    threshold: jax.Array | None = None
+    nucleus_normalizer: jax.Array | None = None
+
+
+def _chunk_statistics(with_entropy, top_p, logits, targets) -> tuple[TokenStatistics, _Known]:
+    """The statistics of a chunk, whose logits are divided by the temperature, and what its backward pass needs."""
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    picked = _target_logits(logits, targets)
+    most_likely = (picked >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+    found, known = TokenStatistics(picked - log_normalizer, most_likely), _Known(log_normalizer)
+    if with_entropy:
+        probabilities = jnp.exp(logits - log_normalizer[..., None])
+        entropy = log_normalizer - jnp.sum(probabilities * logits, axis=-1)
+        found, known = found._replace(entropy=entropy), known._replace(entropy=entropy)
+    if top_p is not None:
+        threshold = nucleus_threshold(logits, log_normalizer, top_p)
+        normalizer = jax.nn.logsumexp(jnp.where(logits > threshold[..., None], logits, -jnp.inf), axis=-1)
+        inside = jnp.where(picked > threshold, picked - normalizer, -jnp.inf)
+        found = found._replace(nucleus_log_probs=inside)
+        known = known._replace(threshold=threshold, nucleus_normalizer=normalizer)
+    return found, known
+
+
+def _statistics_forward(with_entropy, top_p, hidden, kernel, targets, temperature):
     parts, target_parts = split_shards(hidden), split_shards(targets)
 
     def one_chunk(carry, start, cut):
         logits = _chunk_logits(cut(parts), kernel) / temperature
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-        picked = _target_logits(logits, cut(target_parts))
-        found = [picked - log_normalizer, picked >= jnp.max(logits, axis=-1), log_normalizer]
-        if with_entropy:
-            probabilities = jnp.exp(logits - log_normalizer[..., None])
-            found.append(log_normalizer - jnp.sum(probabilities * logits, axis=-1))
-        return [
-            jax.lax.dynamic_update_slice_in_dim(whole, part.astype(jnp.float32), start, axis=3)
-            for whole, part in zip(carry, found, strict=True)
-        ]
+        found = _chunk_statistics(with_entropy, top_p, logits, cut(target_parts))
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=3), carry, found
+        )
 
     empty = constrain(jnp.zeros(target_parts.shape, jnp.float32), "batch", None, "length", None)
-    carry = _over_chunks(one_chunk, [empty] * (3 + with_entropy), parts, kernel.shape[1])
-    log_probs, most_likely, log_normalizer, *entropy = (whole.reshape(targets.shape) for whole in carry)
-    residuals = (hidden, kernel, targets, temperature, log_normalizer, *entropy)
-    return (log_probs, most_likely, *entropy), residuals
+    entropy, filtered = (empty if with_entropy else None), (empty if top_p is not None else None)
+    carry = TokenStatistics(empty, empty, entropy, filtered), _Known(empty, entropy, filtered, filtered)
+    carry = _over_chunks(one_chunk, carry, parts, kernel.shape[1])
+    found, known = jax.tree.map(lambda whole: whole.reshape(targets.shape), carry)
+    return found, (hidden, kernel, targets, temperature, known)
 
 
-def _statistics_backward(with_entropy, residuals, cotangents):
-    hidden, kernel, targets, temperature, *known = residuals
+def _statistics_backward(with_entropy, top_p, residuals, cotangents: TokenStatistics):
+    hidden, kernel, targets, temperature, known = residuals
     vocab_size = kernel.shape[1]
-    # Of log_probs, and of the entropy if there is one; most_likely has no gradient.
-    by_token = [split_shards(x) for x in (targets, *known, cotangents[0], *cotangents[2:])]
+    by_token = jax.tree.map(split_shards, (targets, known, cotangents))
 
     def one_chunk(gradients, start, cut):
         h = cut(gradients.hidden)
         logits = _chunk_logits(h, kernel) / temperature
-        t, log_normalizer, *rest = (cut(x)[..., None] for x in by_token)
-        log_probabilities = logits - log_normalizer
+        t, k, by = jax.tree.map(lambda x: cut(x)[..., None], by_token)
+        log_probabilities = logits - k.log_normalizer
         probabilities = jnp.exp(log_probabilities)
         of_target = jnp.arange(vocab_size) == t
+        error = by.log_probs * (of_target - probabilities)
         if with_entropy:
-            entropy, cotangent, entropy_cotangent = rest
-            error = cotangent * (of_target - probabilities)
-            error = error - entropy_cotangent * probabilities * (log_probabilities + entropy)
-        else:
-            (cotangent,) = rest
-            error = cotangent * (of_target - probabilities)
+            error = error - by.entropy * probabilities * (log_probabilities + k.entropy)
+        if top_p is not None:
+            inside = logits > k.threshold
+            among = jnp.where(inside, jnp.exp(logits - k.nucleus_normalizer), 0.0)
+            counts = jnp.any(of_target & inside, axis=-1, keepdims=True)
+            error = error + jnp.where(counts, by.nucleus_log_probs, 0.0) * (of_target - among)
         return gradients.add(start, h, kernel, (error / temperature).astype(kernel.dtype))
 
     parts = split_shards(hidden)

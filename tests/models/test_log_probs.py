@@ -1,11 +1,14 @@
 """Log-probabilities and cross-entropy against torch's, whole and in chunks, on one device and on a mesh."""
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from qwen_jax.models import log_probs
+from qwen_jax.models.nucleus import nucleus_threshold
 from qwen_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 
@@ -176,3 +179,75 @@ def test_gradients_follow_what_the_loss_is_multiplied_by(monkeypatch):
 
     for tripled, once in zip(gradients(3.0), gradients(1.0), strict=True):
         np.testing.assert_allclose(tripled, 3 * once, rtol=1e-6)
+
+
+def nucleus_and_gradients(hidden, kernel, targets, cotangents, temperature, top_p):
+    """(statistics, gradients by hidden and kernel); the cotangents are of log-probabilities, entropy, nucleus."""
+
+    def of(hidden, kernel):
+        found = log_probs.token_statistics(
+            hidden, kernel, targets, temperature=temperature, with_entropy=True, top_p=top_p
+        )
+        inside = jnp.isfinite(found.nucleus_log_probs)
+        nucleus = jnp.where(inside, found.nucleus_log_probs, 0.0)
+        terms = (found.log_probs, found.entropy, nucleus)
+        return sum(jnp.sum(c * x) for c, x in zip(cotangents, terms, strict=True)), found
+
+    return jax.jit(jax.grad(of, (0, 1), has_aux=True))(hidden, kernel)[::-1]
+
+
+@pytest.mark.parametrize("chunk", [4, 12])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.9), (0.7, 0.5), (1.3, 0.05), (1.0, 1.0)])
+def test_log_probabilities_in_the_nucleus_equal_those_of_transformers(chunk, temperature, top_p, monkeypatch):
+    """Values and gradients, the nucleus taken as constant; a token outside has minus infinity and no gradient."""
+    torch = pytest.importorskip("torch", reason="compares with transformers' warper")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' warper")
+    chunks_of(chunk, monkeypatch)
+    hidden, kernel, targets, *cotangents = arrays()
+    kernel = kernel * 4
+    cotangents.append(np.random.default_rng(1).standard_normal(targets.shape, np.float32))
+    found, gradients = nucleus_and_gradients(hidden, kernel, targets, cotangents, temperature, top_p)
+    h, k = (torch.tensor(x, requires_grad=True) for x in (hidden, kernel))
+    logits = h @ k / temperature
+    filtered = logits
+    if top_p < 1:
+        flat = logits.detach().reshape(-1, 50)
+        outside = transformers.TopPLogitsWarper(top_p)(None, flat).isneginf().reshape(logits.shape)
+        filtered = logits.masked_fill(outside, -torch.inf)
+    place = torch.tensor(targets)[..., None]
+    picked = torch.log_softmax(filtered, -1).gather(-1, place)[..., 0]
+    logs = torch.log_softmax(logits, -1)
+    entropy = -(logs.exp() * logs).sum(-1)
+    inside = torch.isfinite(picked)
+    assert top_p == 1 or 0 < inside.sum() < inside.numel()
+    terms = (logs.gather(-1, place)[..., 0], entropy, torch.where(inside, picked, 0.0))
+    sum((torch.tensor(c) * x).sum() for c, x in zip(cotangents, terms, strict=True)).backward()
+    np.testing.assert_array_equal(np.isfinite(found.nucleus_log_probs), inside.numpy())
+    np.testing.assert_allclose(found.nucleus_log_probs, picked.detach().numpy(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, (h.grad, k.grad), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [dict(fsdp=2, tensor=2, sequence=2), dict(data=4, tensor=2)])
+def test_the_nucleus_is_the_same_on_a_mesh(axes, monkeypatch):
+    chunks_of(3, monkeypatch)
+    hidden, kernel, targets, *cotangents = arrays()
+    inputs = (hidden, kernel * 4, targets, [*cotangents, cotangents[0]], 0.7, 0.8)
+    expected, wanted = nucleus_and_gradients(*inputs)
+    with use_mesh(make_mesh(MeshConfig(**axes))):
+        found, gradients = nucleus_and_gradients(*inputs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), (found, gradients), (expected, wanted))
+
+
+@hypothesis.given(
+    logits=st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40), top_p=st.floats(0.01, 0.995)
+)
+def test_the_nucleus_is_the_smallest_set_that_is_probable_enough(logits, top_p):
+    logits = np.asarray(logits, np.float32)
+    threshold = float(nucleus_threshold(jnp.asarray(logits), jax.nn.logsumexp(jnp.asarray(logits)), top_p))
+    probabilities = np.exp(logits.astype(float) - np.logaddexp.reduce(logits.astype(float)))
+    inside = logits > threshold
+    # Tokens about as probable as the last one may be in or out, and sums are rounded.
+    assert probabilities[inside].sum() >= top_p - 1e-4
+    close = np.abs(logits - logits[inside].min()) < 1e-5
+    assert probabilities[inside & ~close].sum() < top_p + 1e-4
