@@ -48,6 +48,7 @@ class Row:
         self.place: int | None = None
         self.tokens: list[int] = []
         self.log_probs: list[float] = []
+        self.behavior_log_probs: list[float] = []
         self.text = TextStream(handle.request.stop_strings) if tokenizer is not None else None
         self.finish_reason: str | None = None
 
@@ -66,12 +67,13 @@ class Row:
         """The largest number of positions that it may have."""
         return self.request.prompt_length + self.request.max_new_tokens
 
-    def take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> StreamChunk:
-        """Adds new tokens, up to the one that ends it."""
+    def take(self, tokens: Sequence[int], log_probs: Sequence[tuple[float, float]]) -> StreamChunk:
+        """Adds new tokens, up to the one that ends it; `log_probs` has the two of `next_tokens` for each."""
         before, text = len(self.tokens), ""
-        for token, log_prob in zip(tokens, log_probs, strict=True):
+        for token, (log_prob, behavior) in zip(tokens, log_probs, strict=True):
             self.tokens.append(token)
             self.log_probs.append(log_prob)
+            self.behavior_log_probs.append(behavior)
             if token in self.request.stop_ids:
                 self.finish_reason = STOP_ID
             elif self.text is not None:
@@ -98,6 +100,7 @@ class Row:
             self.request,
             tuple(self.tokens),
             np.asarray(self.log_probs, np.float32),
+            np.asarray(self.behavior_log_probs, np.float32),
             self.text.text if self.text is not None else None,
             finish_reason,
         )

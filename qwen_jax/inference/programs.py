@@ -245,11 +245,12 @@ def first_tokens(logits: jax.Array, seen: jax.Array, lengths: jax.Array, samplin
       greedy: whether no row draws.
 
     Returns:
-      (token int32 [rows], log-probability float32 [rows], `seen` with these tokens).
+      (token int32 [rows], log-probabilities float32 [rows, 2], `seen` with these tokens). The two log-probabilities
+      are those of `next_tokens`.
     """
-    token, log_probs = next_tokens(logits, seen, sampling, lengths, greedy)
+    token, *log_probs = next_tokens(logits, seen, sampling, lengths, greedy)
     seen = seen.at[jnp.arange(len(token)), token].set(True)
-    return constrain(token, None), constrain(log_probs, None), seen
+    return constrain(token, None), constrain(jnp.stack(log_probs, axis=-1), None, None), seen
 
 
 @_on_mesh(donated=("state",))
@@ -319,8 +320,8 @@ def generate(
       greedy: whether no row draws.
 
     Returns:
-      (state, tokens int32 [rows, MAX_STEPS], log-probabilities float32 [rows, MAX_STEPS], how many of them each row
-      has [rows]).
+      (state, tokens int32 [rows, MAX_STEPS], log-probabilities float32 [rows, MAX_STEPS, 2] as in `first_tokens`,
+      how many of them each row has [rows]).
     """
     rows = active.shape[0]
     index = jnp.arange(rows)
@@ -336,7 +337,7 @@ def generate(
         done, state, active, tokens, log_probs, counts = carry
         hidden, cache = decode(config, params, state.token[:, None], state.position, state.cache)
         logits = decoding_logits(config, params, hidden)[:, 0]
-        token, log_prob = next_tokens(logits, state.seen, rules.sampling, state.position + 1, greedy)
+        token, *log_prob = next_tokens(logits, state.seen, rules.sampling, state.position + 1, greedy)
         token = jnp.where(active, token, state.token)
         position = state.position + active
         new = BatchState(cache, token, position, state.seen.at[index, token].set(True)).placed()
@@ -346,11 +347,11 @@ def generate(
             new,
             active & ~finished(token, position),
             tokens.at[:, done].set(token),
-            log_probs.at[:, done].set(log_prob),
+            log_probs.at[:, done].set(jnp.stack(log_prob, axis=-1)),
             counts,
         )
 
-    empty = (jnp.zeros((rows, MAX_STEPS), jnp.int32), jnp.zeros((rows, MAX_STEPS), jnp.float32))
+    empty = (jnp.zeros((rows, MAX_STEPS), jnp.int32), jnp.zeros((rows, MAX_STEPS, 2), jnp.float32))
     carry = (jnp.int32(0), state, active, *empty, jnp.zeros(rows, jnp.int32))
     _, state, _, tokens, log_probs, counts = jax.lax.while_loop(going_on, step, carry)
-    return state, constrain(tokens, None, None), constrain(log_probs, None, None), constrain(counts, None)
+    return state, constrain(tokens, None, None), constrain(log_probs, None, None, None), constrain(counts, None)

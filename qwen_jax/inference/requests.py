@@ -98,6 +98,8 @@ class Result:
       tokens: the generated ids, with the one that ended the continuation.
       log_probs: float32 [len(tokens)], logarithm of the probability that the model gives each token after those before
         it: of the unmodified logits, before penalty, temperature, top-k and top-p.
+      behavior_log_probs: float32 [len(tokens)], the same of the distribution that each token was drawn from: after
+        penalty, temperature, top-k and top-p. Zeros at temperature 0.
       text: text of the tokens, without the stop id or stop string that ended it; None without a tokenizer.
       finish_reason: "stop_id", "stop_string", or "length": max_new_tokens were reached.
     """
@@ -106,6 +108,7 @@ class Result:
     request: Request
     tokens: tuple[int, ...]
     log_probs: np.ndarray
+    behavior_log_probs: np.ndarray
     text: str | None
     finish_reason: str
 

@@ -143,21 +143,29 @@ def _running_sums(x: jax.Array) -> jax.Array:
 
 
 def _draw_filtered(logits, uniform, sampling: RowSampling):
-    """(token [rows], whether the `CANDIDATES` most probable tokens were enough to know it [rows])."""
+    """(token [rows], its log-probability, whether the `CANDIDATES` most probable tokens were enough to know both)."""
     values, ids = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
     least, enough = _least_kept(values, jax.nn.logsumexp(logits, axis=-1), sampling.top_k, sampling.top_p)
-    chosen = _draw(jnp.where(values < least[:, None], -jnp.inf, values), uniform)
-    return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0], enough
+    kept = jnp.where(values < least[:, None], -jnp.inf, values)
+    chosen = _draw(kept, uniform)
+    return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0], _log_prob(kept, chosen), enough
 
 
-def _sampled(logits, sampling: RowSampling, positions):
+def _log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Logarithm of the probability [rows] of tokens [rows] under the softmax of logits [rows, vocabulary]."""
+    taken = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return taken - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _sampled(logits, sampling: RowSampling, positions) -> tuple[jax.Array, jax.Array]:
+    """(token [rows], log-probability [rows] of the distribution that it was drawn from)."""
     logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(sampling.seed, positions)
     uniform = jax.vmap(jax.random.uniform)(keys)
     filters = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1))
-    nothing = jnp.zeros(uniform.shape, jnp.int32)
-    filtered, enough = jax.lax.cond(
-        jnp.any(filters), lambda: _draw_filtered(logits, uniform, sampling), lambda: (nothing, filters)
+    nothing = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros(uniform.shape, jnp.float32)
+    *filtered, enough = jax.lax.cond(
+        jnp.any(filters), lambda: _draw_filtered(logits, uniform, sampling), lambda: (*nothing, filters)
     )
     # Which way a row's token is drawn depends on the row alone, never on the rows beside it.
     narrow = filters & enough
@@ -166,14 +174,20 @@ def _sampled(logits, sampling: RowSampling, positions):
         lambda: jnp.where(filters[:, None], filtered_logits(logits, sampling.top_k, sampling.top_p), logits),
         lambda: logits,
     )
-    whole = jax.lax.cond(jnp.all(narrow | (sampling.temperature == 0)), lambda: nothing, lambda: _draw(wide, uniform))
-    return jnp.where(narrow, filtered, whole)
+
+    def draw_wide():
+        token = _draw(wide, uniform)
+        return token, _log_prob(wide, token)
+
+    whole = jax.lax.cond(jnp.all(narrow | (sampling.temperature == 0)), lambda: nothing, draw_wide)
+    token, log_prob = (jnp.where(narrow, one, other) for one, other in zip(filtered, whole, strict=True))
+    return token, log_prob
 
 
 def next_tokens(
     logits: jax.Array, seen: jax.Array, sampling: RowSampling, positions: jax.Array, greedy: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, and its log-probability under the model.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next token of each row, and its log-probability under the model and under the rules that drew it.
 
     Args:
       logits: float32 [rows, vocabulary], as the model gives them.
@@ -183,8 +197,9 @@ def next_tokens(
       greedy: whether all temperatures are known to be 0: sampling is then not compiled.
 
     Returns:
-      (token int32 [rows], log-probability float32 [rows]). The latter is of the softmax of `logits`, before
-      penalty, temperature and filters.
+      (token int32 [rows], log-probability float32 [rows], behavior log-probability float32 [rows]). The first
+      log-probability is of the softmax of `logits`, before penalty, temperature and filters; the second of the
+      distribution after them, 0 at temperature 0.
     """
     penalized = jax.lax.cond(
         jnp.any(sampling.repetition_penalty != 1),
@@ -192,7 +207,9 @@ def next_tokens(
         lambda: logits,
     )
     tokens = jnp.argmax(penalized, axis=-1).astype(jnp.int32)
+    behavior = jnp.zeros(tokens.shape, jnp.float32)
     if not greedy:
-        tokens = jnp.where(sampling.temperature > 0, _sampled(penalized, sampling, positions), tokens)
-    taken = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, taken - jax.nn.logsumexp(logits, axis=-1)
+        drawn, drawn_log_prob = _sampled(penalized, sampling, positions)
+        tokens = jnp.where(sampling.temperature > 0, drawn, tokens)
+        behavior = jnp.where(sampling.temperature > 0, drawn_log_prob, behavior)
+    return tokens, _log_prob(logits, tokens), behavior

@@ -18,7 +18,7 @@ def draws(logits, config, count):
     """`count` draws for each row of logits [rows, vocabulary], by count different seeds: [rows, count]."""
     repeated = jnp.repeat(logits, count, axis=0)
     sampling = rows(*[config] * len(repeated))
-    tokens, _ = jax.jit(next_tokens)(repeated, jnp.zeros(repeated.shape, bool), sampling, jnp.full(len(repeated), 9))
+    tokens, *_ = jax.jit(next_tokens)(repeated, jnp.zeros(repeated.shape, bool), sampling, jnp.full(len(repeated), 9))
     return np.asarray(tokens).reshape(-1, count)
 
 
@@ -82,19 +82,34 @@ def test_a_row_draws_by_its_own_rules_seed_and_position_alone():
         SamplingConfig(repetition_penalty=3.0),
     ]
     positions = jnp.arange(6) * 10
-    together, log_probs = next_tokens(logits, seen, rows(*configs), positions)
+    together, log_probs, behavior = next_tokens(logits, seen, rows(*configs), positions)
     for row, config in enumerate(configs):
         one = slice(row, row + 1)
-        alone, log_prob = next_tokens(logits[one], seen[one], rows(config, seeds=[row]), positions[one])
+        alone, log_prob, alone_behavior = next_tokens(logits[one], seen[one], rows(config, seeds=[row]), positions[one])
         assert alone[0] == together[row]
         np.testing.assert_allclose(log_prob[0], log_probs[row], rtol=1e-6)
         np.testing.assert_allclose(log_prob[0], jax.nn.log_softmax(logits[row])[alone[0]], rtol=1e-5)
+        np.testing.assert_allclose(alone_behavior[0], behavior[row], rtol=1e-5)
+        assert config.temperature > 0 or behavior[row] == 0
     assert together[0] == logits[0].argmax()
-    moved, _ = next_tokens(logits, seen, rows(*configs), positions + 1)
-    reseeded, _ = next_tokens(logits, seen, rows(*configs, seeds=range(6, 12)), positions)
+    moved, *_ = next_tokens(logits, seen, rows(*configs), positions + 1)
+    reseeded, *_ = next_tokens(logits, seen, rows(*configs, seeds=range(6, 12)), positions)
     for other in (moved, reseeded):
         assert (other[jnp.asarray([0, 5])] == together[jnp.asarray([0, 5])]).all()
         assert (other[1:5] != together[1:5]).any()
+
+
+@pytest.mark.parametrize("values", [(1.3, 0, 1.0), (0.9, 20, 1.0), (0.9, 0, 0.8), (2.0, 30, 0.9), (3.0, 400, 0.97)])
+def test_behavior_log_probabilities_are_of_the_distribution_of_transformers(values):
+    """After temperature and filters, whether the most probable tokens are enough to know them or not."""
+    torch = pytest.importorskip("torch", reason="compares with transformers")
+    logits = np.random.default_rng(1).standard_normal((30, 1000)).astype(np.float32) * 2
+    sampling = rows(*[SamplingConfig(*values)] * 30)
+    seen = jnp.zeros(logits.shape, bool)
+    tokens, log_probs, behavior = next_tokens(jnp.asarray(logits), seen, sampling, jnp.arange(30))
+    wanted = torch.log_softmax(torch.tensor(theirs(logits, *values)), -1).numpy()
+    np.testing.assert_allclose(behavior, wanted[np.arange(30), tokens], rtol=1e-5, atol=1e-5)
+    assert (np.asarray(behavior) != np.asarray(log_probs)).all()
 
 
 def test_a_token_without_probability_is_never_drawn():
