@@ -64,6 +64,7 @@ def our_side(job: dict):
 
     from qwen_jax.batch_spec import token_columns
     from qwen_jax.conversion import load_pretrained
+    from qwen_jax.host_memory import keep_freed_memory
     from qwen_jax.models.kernels import resolve_kernel
     from qwen_jax.models.transformer import Qwen
     from qwen_jax.sharding import MeshConfig, make_mesh
@@ -72,6 +73,7 @@ def our_side(job: dict):
     from qwen_jax.training.program import compile_run
     from qwen_jax.training.state import TrainState
 
+    keep_freed_memory()  # as `python -m qwen_jax.train` does
     mesh = make_mesh(MeshConfig())
     model, params = load_pretrained(job["folder"], job["dtype"], mesh)
     model = Qwen(

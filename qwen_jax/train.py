@@ -29,6 +29,7 @@ from qwen_jax.data.packing import has_segments, is_packed
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
+from qwen_jax.host_memory import keep_freed_memory
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
 from qwen_jax.reference_column import ReferenceModel, with_reference
@@ -294,6 +295,7 @@ def main(argv=None) -> None:
     args = parse_args(parser, argv)
     if not args.gin_file:
         parser.error("name at least one --gin_file; see the example in --help")
+    keep_freed_memory()
     with join_job(hosts.job_config(args), gin.config_str()) as watchdog:
         result = configured(watchdog=watchdog, began=process_start_time())
     if jax.process_index() == 0:
