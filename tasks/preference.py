@@ -7,6 +7,9 @@
 | `stanford_shp` | Stanford's SHP: `reddit/askculinary/train.json`, … |
 | `openai_summaries` | OpenAI's summarize-from-feedback: `comparisons/batch*.json` |
 
+The mixture `preference_public` joins the three public ones, each in proportion to its size: a large set of comparisons
+for pretraining a preference model.
+
 Rows become pairs in `qwen_jax.data.pairs`; a pair is one example of two segments, which shuffling cannot part. Pairs
 of one prompt are all held out, or none. docs/how_to/preference_data.md shows them.
 """
@@ -14,6 +17,7 @@ of one prompt are all held out, or none. docs/how_to/preference_data.md shows th
 from collections.abc import Sequence
 
 import gin
+import seqio
 
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.pairs import PairRows
@@ -79,5 +83,8 @@ def _records(task: str, rows: PairRows, pattern, validation_share: float, unusab
     return Records(files, validation_share=validation_share, rows=rows, unusable=unusable, task=task)
 
 
-for _configurable in (preference_pairs, hh_rlhf, stanford_shp, openai_summaries):
+_PUBLIC = (hh_rlhf, stanford_shp, openai_summaries)
+for _configurable in (preference_pairs, *_PUBLIC):
     add_task(_configurable.__name__, _configurable)
+
+seqio.MixtureRegistry.add("preference_public", [(one.__name__, seqio.mixing_rate_num_examples) for one in _PUBLIC])

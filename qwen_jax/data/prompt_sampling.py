@@ -90,18 +90,27 @@ def sample(prompts: Sequence[Tagged], count: int, *, seed: int = 0, order: str =
         raise ValueError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
     if not 0 < count <= len(prompts):
         raise ValueError(f"asked for {count:,} prompts, and there are {len(prompts):,} to choose from: ask for fewer")
-    left = sorted(prompts, key=lambda one: (-len(one.tags) if order == "complexity" else 0, _place(one, seed)))
+    by_complexity = order == "complexity"
+    left = collections.deque(
+        sorted(prompts, key=lambda one: (-len(one.tags) if by_complexity else 0, _place(one, seed)))
+    )
+    waiting = collections.Counter(tag for one in left for tag in one.tags)
     chosen: list[Tagged] = []
     while len(chosen) < count:
         covered: set[str] = set()
-        rest = []
-        for one in left:
-            if len(chosen) < count and not covered.issuperset(one.tags):
+        passed: list[Tagged] = []
+        # The prompts after the one that completes the tags add none: with few tags, a round ends early.
+        possible = len(waiting)
+        while len(covered) < possible and len(chosen) < count:
+            one = left.popleft()
+            if covered.issuperset(one.tags):
+                passed.append(one)
+            else:
                 covered.update(one.tags)
                 chosen.append(one)
-            else:
-                rest.append(one)
-        left = rest
+                waiting.subtract(one.tags)
+        waiting = +waiting  # without the tags that no prompt left has
+        left.extendleft(reversed(passed))
     return chosen
 
 

@@ -336,3 +336,9 @@ def test_the_mask_is_shown_for_conversations_pairs_and_prompts(configure, tool, 
 
 def test_the_tools_know_every_packing(tool):
     assert tool("task_arguments").PACKINGS == tuple(packing.PACKINGS)
+
+
+def test_the_public_comparisons_are_mixed_by_their_sizes():
+    mixture = seqio.get_mixture_or_task("preference_public")
+    assert {task.name for task in mixture.tasks} == {"hh_rlhf", "stanford_shp", "openai_summaries"}
+    assert set(mixture.rate_per_task_name.values()) == {seqio.mixing_rate_num_examples}
