@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import files
-from qwen_jax.command_line import path_argument, run
-from qwen_jax.compilation_cache import programs_kept
-from qwen_jax.conversion.huggingface import GENERATION_FILE, read_json
+from qwen_jax.command_line import path_argument, quick_imports, run
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_prompt, stop_ids
-from qwen_jax.generate import load_engine
-from qwen_jax.inference import Engine, Request, SamplingConfig
+
+with quick_imports():
+    from qwen_jax.compilation_cache import programs_kept
+    from qwen_jax.conversion.huggingface import GENERATION_FILE, read_json
+    from qwen_jax.generate import load_engine
+    from qwen_jax.inference import Engine, Request, SamplingConfig
 
 # generation_config.json of the released chat models (7B and 14B); temperature is what transformers has without one.
 RELEASED = {"temperature": 1.0, "top_p": 0.8, "top_k": 0, "repetition_penalty": 1.1, "max_new_tokens": 512}

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen_jax import files
-from qwen_jax.command_line import path_argument, run
-from qwen_jax.compilation_cache import programs_kept
-from qwen_jax.conversion import check_rows, load_pretrained, load_tokenizer
-from qwen_jax.inference import Engine, Request, Result, SamplingConfig
+from qwen_jax.command_line import path_argument, quick_imports, run
+
+with quick_imports():
+    from qwen_jax.compilation_cache import programs_kept
+    from qwen_jax.conversion import check_rows, load_for_decoding, load_tokenizer
+    from qwen_jax.inference import Engine, Request, Result, SamplingConfig
 
 
 def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16) -> Engine:
@@ -25,7 +27,7 @@ def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16)
       ValueError, OSError: there is no such checkpoint, or it has no tokenizer.
     """
     tokenizer = load_tokenizer(checkpoint)
-    model, params = load_pretrained(checkpoint, dtype=dtype)
+    model, params = load_for_decoding(checkpoint, dtype=dtype)
     check_rows(tokenizer, model.config)
     return Engine(model, params, tokenizer, slots=slots)
 

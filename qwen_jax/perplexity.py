@@ -10,7 +10,7 @@ from pathlib import Path
 import gin
 import numpy as np
 
-from qwen_jax.conversion import load_pretrained, load_tokenizer
+from qwen_jax.conversion import load_for_decoding, load_tokenizer
 from qwen_jax.files import PathLike, as_path
 from qwen_jax.inference import Engine
 
@@ -55,4 +55,4 @@ class CheckpointPerplexity:
 @functools.lru_cache(maxsize=1)
 def _load(path: Path, dtype: str) -> Engine:
     tokenizer = load_tokenizer(path)
-    return Engine(*load_pretrained(path, dtype=dtype), tokenizer, slots=1)
+    return Engine(*load_for_decoding(path, dtype=dtype), tokenizer, slots=1)

@@ -23,7 +23,7 @@ PRIVATE = {
     "jax.experimental.topologies": ("qwen_jax/hardware.py",),
     "jax.experimental.mesh_utils": ("qwen_jax/sharding.py",),
     "jax.experimental.compilation_cache": ("qwen_jax/compilation_cache.py",),
-    "jax.experimental.pallas": ("qwen_jax/models/kernels.py",),
+    "jax.experimental.pallas": ("qwen_jax/models/splash.py",),
     "orbax.checkpoint.experimental": ("qwen_jax/checkpoints/manager.py", "qwen_jax/checkpoints/arrays.py"),
 }
 

@@ -6,7 +6,8 @@
 The metadata of a run is {"positions": {stream: index of the next example}, "fingerprints": {stream: of its data},
 "skipped_examples": {stream: [[start, stop], …]}}.
 
-Everything about Orbax's API stays in this file and in arrays.py, which reads and writes the weights alone.
+Everything about Orbax's API stays in this file and in arrays.py, which writes the weights alone, and restores them onto
+a mesh.
 """
 
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from qwen_jax.checkpoints.errors import unreadable_reason
 from qwen_jax.checkpoints.run_folder import CHECKPOINTS, CheckpointError
 from qwen_jax.distributed import hosts
 
@@ -177,30 +179,3 @@ def _check_keys(trees: dict) -> None:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)}: a checkpoint takes no key with a dot, found {dotted[0]}: rename it"
             )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether JAX raised an error because a device or its host has too little memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and (
-        "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
-    )
-
-
-def unreadable_reason(error: BaseException) -> str:
-    """Why a checkpoint could not be read, on one line.
-
-    Raises:
-      JaxRuntimeError: the memory did not suffice; the checkpoint may be intact.
-    """
-    # Orbax reports most errors as an incompatible handler, with the actual error as its cause.
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if is_out_of_memory(error):
-        raise error
-    return one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """Text of an error, short enough for one line of a log."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "…"

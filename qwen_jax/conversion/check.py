@@ -8,7 +8,6 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -19,7 +18,7 @@ from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, float32_copy, is_
 from qwen_jax.models.decoding import norm_with, single_blocks
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.log_probs import output_logits
-from qwen_jax.models.transformer import Block, decoder_states
+from qwen_jax.models.transformer import decoder_states
 
 # Columns of the output projection that are multiplied at a time.
 VOCABULARY_BLOCK = 16384
@@ -74,7 +73,7 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
     hidden, _ = decoder_states(
         config,
         jnp.asarray(weights.read("token_embedding", None)[tokens], jnp.float32),
-        single_blocks(config, _layers(weights, progress), jax.jit(Block(config, deterministic=True).apply)),
+        single_blocks(config, _layers(weights, progress)),
         norm_with(config, {"scale": float32_copy(weights.read("final_norm/scale", None))}),
         jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
         mask=causal_mask(tokens.shape[1], None),

@@ -17,7 +17,15 @@ from tqdm import tqdm
 from qwen_jax.checkpoints import run_folder
 from qwen_jax.checkpoints.arrays import PARAMETER_TREES, PIECE_BYTES, StoredParams, restore_params, tokenizer_path
 from qwen_jax.conversion import adapters, gguf_file, huggingface
-from qwen_jax.conversion.mapping import FORMATS, Weights, copy_moved, is_stacked, parameter_shapes, read_parameter
+from qwen_jax.conversion.mapping import (
+    FORMATS,
+    LAYER_PREFIX,
+    Weights,
+    copy_moved,
+    is_stacked,
+    parameter_shapes,
+    read_parameter,
+)
 from qwen_jax.conversion.merging import without_adapters
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, recover_ranks
@@ -143,6 +151,37 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
     # On a terminal only: this is a library call.
     named = tqdm(flatten_dict(shardings, sep="/").items(), desc="parameters", disable=None)
     return model, unflatten_dict({name: place_parameter(weights, name, sharding) for name, sharding in named}, sep="/")
+
+
+def load_for_decoding(path: str | os.PathLike, dtype: str = "float32") -> tuple[Qwen, dict]:
+    """The model of a folder in any known format, as `Engine` keeps it on one device.
+
+    The engine then shares the arrays and compiles no program to make them of others. Host memory holds one parameter,
+    and of a stacked one that is stored by layers, a layer.
+
+    Args:
+      path, dtype: as in `load_pretrained`.
+
+    Returns:
+      (model, params): parameters in the compute dtype, `layers` a tuple of the parameters of each block.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_pretrained`.
+    """
+    weights, device = without_adapters(open_weights(path)), jax.devices()[0]
+    model = Qwen(dataclasses.replace(weights.config, dtype=dtype))
+    dtype = model.config.compute_dtype
+    flat: dict[tuple[str, ...], jax.Array] = {}
+    layers: list[dict] = [{} for _ in range(weights.config.num_layers)]
+    for name, shape in tqdm(parameter_shapes(weights.config).items(), desc="parameters", disable=None):
+        if not is_stacked(name):
+            flat[tuple(name.split("/"))] = jax.device_put(read_parameter(weights, name).astype(dtype), device)
+            continue
+        for index, layer in enumerate(layers):
+            one = np.empty(shape[1:], dtype)
+            copy_moved(weights.read(name, index), one)
+            layer[tuple(name.removeprefix(LAYER_PREFIX).split("/"))] = jax.device_put(one, device)
+    return model, {**unflatten_dict(flat), "layers": tuple(map(unflatten_dict, layers))}
 
 
 def place_parameter(weights: Weights, path: str, sharding: Sharding, dtype=jnp.float32) -> jax.Array:

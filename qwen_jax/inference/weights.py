@@ -27,7 +27,8 @@ def prepare(model: Qwen, params, call: Programs) -> dict:
       ValueError: they are not of this model.
     """
     config = model.config
-    boxed, unstacked = abstract_params(model), _unstacked(abstract_params(model), config.num_layers)
+    boxed = abstract_params(model)
+    unstacked = _unstacked(boxed, config.num_layers)
     stacked = not (isinstance(params, dict) and isinstance(params.get("layers"), tuple | list))
     expected = boxed if stacked else unstacked
     if not stacked:

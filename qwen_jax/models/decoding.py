@@ -20,6 +20,7 @@ from qwen_jax.models.layers import RMSNorm
 from qwen_jax.models.ops import gather_weight
 from qwen_jax.models.positions import ContextExtension, dynamic_ntk_alpha
 from qwen_jax.models.transformer import Block, InputEmbeddings, Qwen, decoder_states, embed_inputs
+from qwen_jax.sharding import mesh_in_use
 
 
 def unstack_layers(params, num_layers: int) -> dict:
@@ -65,15 +66,25 @@ class DecodingCache:
         return self.layers[0].slots
 
 
-def single_blocks(config: ModelConfig, layers, apply=None) -> Iterator:
+# Inlined, so that the program is the same as without it: XLA rounds bfloat16 elsewhere around calls.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _block(config: ModelConfig, mesh, weights, carry, layer, *inputs):
+    """One block; within a larger program it is traced once for all layers.
+
+    Args:
+      mesh: the one in use, which the trace depends on.
+    """
+    del mesh
+    return Block(config, deterministic=True).apply({"params": weights}, carry, layer, *inputs)
+
+
+def single_blocks(config: ModelConfig, layers) -> Iterator:
     """The blocks that `decoder_states` calls one after the other.
 
     Args:
       layers: parameters of each block, in their order; a generator may make them as they are needed.
-      apply: `Block.apply`, or a compiled form of it.
     """
-    apply = Block(config, deterministic=True).apply if apply is None else apply
-    return (functools.partial(apply, {"params": weights}) for weights in layers)
+    return (functools.partial(_block, config, mesh_in_use(), weights) for weights in layers)
 
 
 def norm_with(config: ModelConfig, params):

@@ -1,5 +1,6 @@
 """The Qwen decoder of report 2.3.1: embedding, pre-norm blocks, final norm, output projection."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -288,6 +289,12 @@ class Qwen(nn.Module):
 
 def abstract_params(model: Qwen):
     """Shapes and logical axis names of the parameters: a pytree of boxed ShapeDtypeStructs. Allocates nothing."""
+    # A copy, which the caller may change.
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(model))  # ty: ignore[invalid-argument-type]
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_params(model: Qwen):
     return jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from qwen_jax.checkpoints.manager import is_out_of_memory
+from qwen_jax.checkpoints.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import pytest
 from qwen_jax.models import kernels
 from qwen_jax.models.blockwise import blockwise_attention
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
+from qwen_jax.models.splash import splash as splash_attention
 from qwen_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 LENGTH = 256
@@ -47,7 +48,7 @@ def test_the_tpu_kernel_equals_the_reference(kv_heads, packed, blocks):
     arrays, cotangent, segment_ids = inputs(2, 4, kv_heads, packed)
 
     def splash(query, key, value):
-        return kernels.splash(query, key, value, segment_ids, blocks=blocks, interpret=True)
+        return splash_attention(query, key, value, segment_ids, blocks=blocks, interpret=True)
 
     expected = output_and_gradients(reference(segment_ids), arrays, cotangent)
     for name, found, exact in zip(
@@ -62,7 +63,7 @@ def test_the_tpu_kernel_runs_on_each_device_of_a_mesh(packed):
     arrays, cotangent, segment_ids = inputs(4, 4, 2, packed)
     with use_mesh(make_mesh(MeshConfig(2, 2, 2))):
         found = output_and_gradients(
-            lambda *qkv: kernels.splash(*qkv, segment_ids, blocks=SMALL_BLOCKS, interpret=True), arrays, cotangent
+            lambda *qkv: splash_attention(*qkv, segment_ids, blocks=SMALL_BLOCKS, interpret=True), arrays, cotangent
         )
     for one, other in zip(found, output_and_gradients(reference(segment_ids), arrays, cotangent), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)

@@ -8,6 +8,7 @@ import pytest
 from qwen_jax.models import kernels
 from qwen_jax.models.config import AttentionBlocks
 from qwen_jax.models.sequence_parallel import balance, balanced_positions, unbalance
+from qwen_jax.models.splash import splash as splash_attention
 from qwen_jax.sharding import MeshConfig, make_mesh, spec, sum_over_replicas, use_mesh
 
 BLOCKS = AttentionBlocks(
@@ -74,7 +75,7 @@ def test_the_tpu_kernel_on_split_rows_equals_the_reference(layout, length, packe
         return kernels.dot_product_attention(query, key, value, kernels.causal_mask(length, ids))
 
     def splash(query, key, value, ids):
-        return kernels.splash(query, key, value, ids if packed else None, blocks=BLOCKS, interpret=True)
+        return splash_attention(query, key, value, ids if packed else None, blocks=BLOCKS, interpret=True)
 
     with use_mesh(make_mesh(MeshConfig(**layout), jax.devices()[: int(np.prod(list(layout.values())))])):
         found = gradients(splash, arrays, rows)
@@ -100,7 +101,7 @@ def test_the_tpu_kernel_on_the_rows_of_each_copy_equals_the_reference():
         return kernels.dot_product_attention(query, key, value, kernels.causal_mask(512, ids))
 
     def splash(query, key, value, ids):
-        return kernels.splash(query, key, value, ids, blocks=BLOCKS, interpret=True)
+        return splash_attention(query, key, value, ids, blocks=BLOCKS, interpret=True)
 
     with use_mesh(make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, sequence=2))):
         found = jax.jit(gradient(splash))(scale, batch)
