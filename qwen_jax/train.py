@@ -122,7 +122,7 @@ def train(
         check_same_data(
             mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None]
         )
-        trainer = trainer.within_epochs(epochs, len(train_set))
+        trainer, documents = trainer.within_epochs(epochs, len(train_set)), train_set.documents
         if reference is not None:
             train_set, eval_set = add_reference(reference, train_set, eval_set, model, trainer, devices, run_folder)
         shapes = batch_shapes(devices, trainer.batch_size, train_set.columns)
@@ -145,7 +145,7 @@ def train(
             files.write_text(run_folder.folder / "config.gin", gin.config_str())
             log.info(
                 "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
-                " per epoch",
+                " with %s documents per epoch, %s steps",
                 run_folder.folder,
                 f"{parameter_count(model):,}",
                 devices.size,
@@ -155,6 +155,8 @@ def train(
                 mixture_or_task,
                 f"{len(train_set):,}",
                 trainer.sequence_length,
+                f"{documents:,}",
+                f"{trainer.train_steps:,}",
             )
         return training.run()
 

@@ -112,6 +112,11 @@ class ExampleLoader:
         return f"ExampleLoader({self.name!r}, split={self.split!r}, {len(self)} examples of {self.sequence_length})"
 
     @property
+    def documents(self) -> int:
+        """Documents in one epoch: texts, conversations, or pairs."""
+        return sum(manifest.documents for manifest in self.manifests.values())
+
+    @property
     def manifests(self) -> dict[str, packing.Manifest]:
         """Task to the manifest of its packed split."""
         return {source.manifest.task: source.manifest for source in self._sources}
