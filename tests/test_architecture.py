@@ -127,6 +127,14 @@ WALLS = {
         *TORCH,
         *ENTRY_POINTS,
     ),
+    "qwen_jax/evaluation": (
+        "qwen_jax.training",
+        "qwen_jax.alignment",
+        "optax",
+        "gin",
+        *TORCH,
+        *ENTRY_POINTS,
+    ),
     "qwen_jax/conversion": (
         "qwen_jax.training",
         "qwen_jax.inference",

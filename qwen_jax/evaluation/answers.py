@@ -124,6 +124,6 @@ def tally(answered: Sequence[Answered], form: str | None = None) -> Tally:
     return Tally(
         len(answered),
         sum(one.ended for one in answered),
-        None if form is None else sum(re.fullmatch(form, one.text, re.DOTALL) is not None for one in answered),
+        None if form is None else sum(re.fullmatch(form, one.text) is not None for one in answered),
         sum(one.text == one.question.reference for one in references) if references else None,
     )
