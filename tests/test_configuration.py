@@ -201,3 +201,24 @@ def test_lora_goes_onto_any_recipe():
     adapters, rest = gin.get_bindings("OptimizerConfig", resolve_references=True)["groups"]
     assert adapters.schedule.peak_learning_rate == 6e-3 and adapters.schedule.warmup_steps == 20
     assert rest.frozen and rest.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("size", ["7b", "14b"])
+def test_sft_is_the_reports(size):
+    load_gin([f"gin/runs/sft_{size}.gin"], ["OUTPUT_DIR=x", "INITIAL_CHECKPOINT=base"])
+    made, optimizer = gin.get_configurable("TrainerConfig")(), gin.get_configurable("OptimizerConfig")()
+    assert (made.train_steps, made.batch_size, made.sequence_length) == (4000, 128, 2048)
+    assert (optimizer.peak_learning_rate, optimizer.warmup_steps, optimizer.schedule) == (2e-6, 1430, "constant")
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
+    model = gin.get_configurable("ModelConfig")()
+    assert (model.embedding_dropout, model.attention_dropout, model.lora) == (0.1, 0.0, None)
+    load_gin([f"gin/runs/sft_lora_{size}.gin"], ["OUTPUT_DIR=x", "INITIAL_CHECKPOINT=base"])
+    lora = gin.get_configurable("ModelConfig")().lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (64, 16.0, 0.05)
+    trained, frozen = gin.get_bindings("OptimizerConfig", resolve_references=True)["groups"]
+    assert (trained.schedule.peak_learning_rate, trained.schedule.schedule, frozen.dtype) == (
+        3e-4,
+        "cosine",
+        "bfloat16",
+    )
