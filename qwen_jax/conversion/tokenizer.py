@@ -31,6 +31,21 @@ CHAT_TEMPLATE = (
 )
 
 
+# The same text for trl's assistant_only_loss; `generation` marks what carries loss: the assistant's content and its
+# `<|im_end|>` (`loss_on='report'` of our tasks). The line end after it is an expression, because transformers removes
+# one that follows a block. No folder gets this template: servers with plain Jinja refuse the tag.
+TRAINING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{- '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' -}}",
+    "{{- '<|im_start|>' + turn['role'] + '\\n' -}}"
+    "{%- if turn['role'] == 'assistant' -%}"
+    "{% generation %}{{- turn['content'] + '<|im_end|>' -}}{% endgeneration %}"
+    "{%- else -%}"
+    "{{- turn['content'] + '<|im_end|>' -}}"
+    "{%- endif -%}"
+    "{{- '\\n' -}}",
+)
+
+
 def _byte_characters() -> list[str]:
     """The printable character of each byte in byte-level vocabularies (the table of GPT-2).
 

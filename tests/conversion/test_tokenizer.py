@@ -10,11 +10,16 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.conversion.tokenizer import (
+    CHAT_TEMPLATE,
+    TRAINING_TEMPLATE,
     recover_ranks,
+    tokenizer_config,
     tokenizer_json,
     write_tokenizer,
 )
+from qwen_jax.data.chat import encode
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
+from qwen_jax.data.conversations import Conversation, Message
 from qwen_jax.data.merges import derive_merges
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
@@ -214,3 +219,36 @@ def test_refuses_a_tokenizer_that_would_give_other_ids(tmp_path, tokenizer_file,
     # The file that was given, never one that was made from it.
     assert words in str(caught.value) and str(tmp_path / "tokenizer.json") in str(caught.value)
     assert "qwen.tiktoken" not in str(caught.value)
+
+
+def test_the_template_for_trl_is_the_same_text_and_marks_what_carries_loss(tmp_path, tokenizer_file):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    tokenizer = Tokenizer(tokenizer_file)
+    write_tokenizer(tmp_path, tokenizer, 64)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = [
+        {"role": "user", "content": "the fox"},
+        {"role": "assistant", "content": "a dog"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "over. "},
+    ]
+    for some in (turns, [{"role": "system", "content": "Be brief."}, *turns[:2]]):
+        plain = auto.apply_chat_template(some, tokenize=False)
+        assert auto.apply_chat_template(some, tokenize=False, chat_template=TRAINING_TEMPLATE) == plain
+        assert "<|im_end|>\n<|im_start|>" in plain and plain.endswith("<|im_end|>\n")
+        marked = auto.apply_chat_template(
+            some, chat_template=TRAINING_TEMPLATE, return_assistant_tokens_mask=True, return_dict=True
+        )
+        messages = tuple(Message(one["role"], one["content"]) for one in some)
+        ours = encode(tokenizer, Conversation(messages), loss_on="report")
+        assert marked["input_ids"] == ours.tokens.tolist()
+        assert marked["assistant_masks"] == ours.loss_weights.tolist()
+    # What a folder carries is read by plain Jinja, as llama.cpp and its like have it; the other is not.
+    assert "generation" not in tokenizer_config(tokenizer, 64)["chat_template"].replace("add_generation_prompt", "")
+    environment = jinja2.Environment()
+    assert environment.from_string(CHAT_TEMPLATE).render(messages=turns) == auto.apply_chat_template(
+        turns, tokenize=False
+    )
+    with pytest.raises(jinja2.TemplateSyntaxError, match="generation"):
+        environment.from_string(TRAINING_TEMPLATE)
