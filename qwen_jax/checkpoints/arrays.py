@@ -1,14 +1,14 @@
 """The weights of run folders without the optimizer: written as a run of their own, read as arrays or onto a mesh.
 
 A checkpoint holds the trained parameters as `params` and the frozen ones, if there are any, as `frozen`; here they are
-one tree.
+one tree. A run of several models (PPO) is read as its policy.
 
 Orbax is imported where it is used, which is not in generation: importing it takes a third of a second.
 """
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -34,6 +34,8 @@ from qwen_jax.models.transformer import Qwen, abstract_params
 PIECE_BYTES = 2**26
 # Trees of a checkpoint that hold parameters.
 PARAMETER_TREES = ("params", "frozen")
+# Sub-tree of a run of several models that the run folder stands for.
+POLICY = "policy"
 
 
 def tokenizer_path(path: str | Path) -> Path | None:
@@ -186,16 +188,18 @@ class StoredParams:
         self._context = ts.Context()
         try:
             names = {tree: _stored_names(self.folder / tree, self._context) for tree in PARAMETER_TREES}
+            prefix = _prefix(names["params"])
             opened = {
-                name: ts.open(_array_spec(self.folder / tree, name), context=self._context)
+                name.removeprefix(prefix): ts.open(_array_spec(self.folder / tree, name), context=self._context)
                 for tree in PARAMETER_TREES
                 for name in names[tree]
+                if name.startswith(prefix)
             }
             self._arrays = {name: array.result() for name, array in opened.items()}
         except Exception as error:  # TensorStore and the file system each have their own kinds
             raise CheckpointError(f"checkpoint {self.folder} cannot be read: {one_line(error)}") from error
         self.shapes = {path: tuple(array.shape) for path, array in self._arrays.items()}
-        self.trained = frozenset(names["params"])
+        self.trained = frozenset(name.removeprefix(prefix) for name in names["params"] if name.startswith(prefix))
 
     def stored_together(self, path: str) -> int:
         """Number of indices of the first axis in one chunk: reading one index reads the whole chunk."""
@@ -213,6 +217,11 @@ class StoredParams:
             return self._arrays[path][piece].read().result()
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.folder} cannot be read: {path}: {one_line(error)}") from error
+
+
+def _prefix(names: Sequence[str]) -> str:
+    """What stands before the paths of the model that a run folder stands for, given those of its trained parameters."""
+    return f"{POLICY}/" if any(name.startswith(f"{POLICY}/") for name in names) else ""
 
 
 def _run_folder(path: Path) -> tuple[Path, int | None]:
@@ -252,6 +261,11 @@ def restore_params(path: str | Path, abstract, step: int | None = None):
 
     folder = _step_folder(path, step)
     try:
+        if _prefix(_stored_names(folder / "params", ts.Context())):
+            context = ocp.Context()
+            context.pytree.loading.partial_load = True
+            with context:
+                return ocp.load_checkpointables(str(folder), {"params": {POLICY: abstract}})["params"][POLICY]
         if not (folder / "frozen").is_dir():
             return ocp.load_checkpointables(str(folder), {"params": abstract})["params"]
         flat = flatten_dict(abstract, sep="/")
