@@ -170,7 +170,7 @@ def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
         if not saved_steps(run_folder.folder):
             prepare_task(mixture_or_task, where)
 
-    hosts.run_on_main("data", f"process 0 to cache and pack {mixture_or_task}", cache_and_pack)
+    hosts.run_on_main(f"data/{mixture_or_task}", f"process 0 to cache and pack {mixture_or_task}", cache_and_pack)
     run_folder.goodput.count("preparing data")
     run_folder.activity.now("opening the data")
 
@@ -270,7 +270,7 @@ def check_same_data(name: str, cache_dir: PathLike, fingerprints: list[str]) -> 
     Raises:
       ValueError: the data differ; the watchdog reports the process.
     """
-    if hosts.run_on_main("same data", "process 0 to open the data", lambda: fingerprints) != fingerprints:
+    if hosts.run_on_main(f"same data/{name}", "process 0 to open the data", lambda: fingerprints) != fingerprints:
         raise ValueError(
             f"the data of {name} in {cache_dir} are not those of process 0: all hosts must see the same CACHE_DIR, or "
             f"copies of it"

@@ -8,6 +8,7 @@ import jax
 
 from qwen_jax.distributed import hosts
 from qwen_jax.training.batches import Examples, global_batch
+from qwen_jax.training.objective import Objective
 from qwen_jax.training.step import batch_shapes, compile_eval_step
 
 if TYPE_CHECKING:
@@ -60,21 +61,26 @@ class Callback:
 class Evaluation(Callback):
     """Measures the objective on held-out examples: before the first step, every `every` steps, and after the last."""
 
-    def __init__(self, examples: Examples, every: int, most_batches: int):
+    def __init__(self, examples: Examples, every: int, most_batches: int, objective: Objective | None = None):
         """Chooses the examples and the interval.
 
         Args:
           every: interval in steps; 0 measures only before the first and after the last step.
           most_batches: the largest number of batches to measure.
+          objective: what is measured; None: the objective of the trainer.
         """
         self._examples, self._every, self._most_batches = examples, every, most_batches
+        self._given = objective
+
+    def _objective(self, trainer: "Trainer") -> Objective:
+        return self._given or trainer.objective
 
     def compile(self, trainer):
         columns, config = self._examples.columns, trainer.config
         self._shapes = batch_shapes(trainer.mesh, config.batch_size, columns)
         self._step = compile_eval_step(
             trainer.model,
-            trainer.objective,
+            self._objective(trainer),
             trainer.abstract,
             self._shapes,
             columns,
@@ -93,7 +99,7 @@ class Evaluation(Callback):
             found = self._step(trainer.state.all_params, trainer.state.extra, batch)
             for name, value in jax.device_get(found).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        return trainer.objective.evaluate(sums | {"weight": max(sums["weight"], 1.0)}, self._examples)
+        return self._objective(trainer).evaluate(sums | {"weight": max(sums["weight"], 1.0)}, self._examples)
 
     def begin(self, trainer):
         if trainer.step == 0:
@@ -106,7 +112,7 @@ class Evaluation(Callback):
     def act(self, trainer):
         metrics = self.measure(trainer)
         trainer.write({f"eval/{name}": value for name, value in metrics.items()})
-        trainer.writer.say(f"step {trainer.step}: {trainer.objective.describe(metrics)}")
+        trainer.writer.say(f"step {trainer.step}: {self._objective(trainer).describe(metrics)}")
         trainer.run_folder.goodput.count("evaluation")
 
 
