@@ -18,7 +18,11 @@ import gin
 
 from qwen_jax import gin_internals
 from qwen_jax.alignment.dpo import direct_preference
+from qwen_jax.alignment.grpo import GRPOConfig
+from qwen_jax.alignment.ppo import PPOConfig
 from qwen_jax.alignment.preferences import pairwise_preference
+from qwen_jax.alignment.rewards import exact_answer, match_count, matches_format, near_length
+from qwen_jax.alignment.rollouts import RolloutConfig
 from qwen_jax.data import task_configuration
 from qwen_jax.files import PathLike, as_path, is_path_type
 from qwen_jax.hardware import HardwareConfig
@@ -110,6 +114,13 @@ for _configurable in (
     direct_preference,
     next_token_prediction,
     pairwise_preference,
+    PPOConfig,
+    GRPOConfig,
+    RolloutConfig,
+    exact_answer,
+    match_count,
+    matches_format,
+    near_length,
 ):
     gin.external_configurable(_configurable, module="qwen_jax")
 

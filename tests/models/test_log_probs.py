@@ -239,9 +239,7 @@ def test_the_nucleus_is_the_same_on_a_mesh(axes, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), (found, gradients), (expected, wanted))
 
 
-@hypothesis.given(
-    logits=st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40), top_p=st.floats(0.01, 0.995)
-)
+@hypothesis.given(logits=st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40), top_p=st.floats(0.01, 0.995))
 def test_the_nucleus_is_the_smallest_set_that_is_probable_enough(logits, top_p):
     logits = np.asarray(logits, np.float32)
     threshold = float(nucleus_threshold(jnp.asarray(logits), jax.nn.logsumexp(jnp.asarray(logits)), top_p))
