@@ -105,7 +105,7 @@ def rlhf(
     if not saved_steps(output):
         weights.check(nn.meta.unbox(jax.eval_shape(lambda: models.init_params(jax.random.key(0)))))
     devices = make_mesh(mesh)
-    trainer = _in_parts(trainer, algorithm, rollouts, devices)
+    trainer = in_parts(trainer, algorithm, rollouts, devices)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
         data = _load(prompts, pretraining, rollouts, run_folder, cache_dir, model)
         producer = Rollouts(
@@ -197,7 +197,7 @@ def _initial_weights(models: ActorCritic, policy: PathLike, reward: PathLike | N
     return SeveralInitialWeights(*parts)
 
 
-def _in_parts(trainer: TrainerConfig, algorithm: Algorithm, rollouts: RolloutConfig, devices: Mesh) -> TrainerConfig:
+def in_parts(trainer: TrainerConfig, algorithm: Algorithm, rollouts: RolloutConfig, devices: Mesh) -> TrainerConfig:
     """`trainer` with the number of parts of a minibatch: two models read a row, and one the pretraining text."""
     if trainer.sequence_length != rollouts.length:
         raise ValueError(

@@ -111,6 +111,21 @@ class RolloutConfig:
         return self.epochs * self.rows // batch_size
 
 
+def rollout_columns(
+    algorithm: Algorithm, length: int, beside: int, pretraining: Sequence[Column]
+) -> tuple[Column, ...]:
+    """The columns of a minibatch: those of the algorithm, and pretraining text.
+
+    Args:
+      length: tokens of a row.
+      beside: rows of pretraining text beside each row; 0: no such columns.
+      pretraining: the columns of that text; of further ones than an objective reads, none is taken.
+    """
+    text = [column for column in pretraining if beside and column.name in _PRETRAINING_COLUMNS]
+    named = [Column(f"{PRETRAINING}_{one.name}", one.dtype, (beside, *one.shape), (None, *one.axes)) for one in text]
+    return (*algorithm.columns(length), *named)
+
+
 class Rollouts(Callback):
     """Generates rollouts, and gives their minibatches to the Trainer: both its `Batches` and a callback.
 
@@ -168,7 +183,9 @@ class Rollouts(Callback):
         self.steps = config.steps(batch_size)
         self._beside = config.pretraining_rows if pretraining is not None else 0
         own = algorithm.columns(config.length)
-        self.columns = (*own, *self._pretraining_columns())
+        self.columns = rollout_columns(
+            algorithm, config.length, self._beside, pretraining.columns if pretraining is not None else ()
+        )
         self.shapes = batch_shapes(mesh, batch_size, self.columns)
         self._own = {column.name for column in own}
         identity = [prompts.fingerprint, dataclasses.asdict(config), batch_size]
@@ -183,16 +200,6 @@ class Rollouts(Callback):
         self._index = self._start = 0
         self._metrics: dict[str, float] = {}
         self._done: float | None = None
-
-    def _pretraining_columns(self) -> list[Column]:
-        if not self._beside:
-            return []
-        assert self._pretraining is not None  # `_beside` is 0 without it
-        return [
-            Column(f"{PRETRAINING}_{column.name}", column.dtype, (self._beside, *column.shape), (None, *column.axes))
-            for column in self._pretraining.columns
-            if column.name in _PRETRAINING_COLUMNS
-        ]
 
     # As Batches.
 

@@ -101,7 +101,7 @@ def compile_here(root, monkeypatch, tmp_path, capsys):
     tool = importlib.import_module("compile_for_tpu")
     monkeypatch.setattr(tool.HardwareConfig, "devices", lambda _: jax.devices()[:8])
 
-    def compile_it(*flags):
+    def compile_it(*flags, run="pretrain_tiny"):
         gin.clear_config()
         small = {
             "BATCH_SIZE": 16,
@@ -117,7 +117,8 @@ def compile_here(root, monkeypatch, tmp_path, capsys):
         }
         settings = [f"--gin.{name}={value}" for name, value in small.items()]
         report = tmp_path / "made" / "report.json"
-        code = tool.main([*COMMAND[2:], *settings, *flags, "--json", str(report)])
+        files = [f"--gin_file=gin/runs/{run}.gin", COMMAND[3]]
+        code = tool.main([*files, *settings, *flags, "--json", str(report)])
         return code, capsys.readouterr().out, json.loads(report.read_text())
 
     return compile_it
@@ -137,6 +138,36 @@ def test_every_program_is_compiled_and_read(compile_here, program, tokens):
     page = (ROOT / "docs" / "reference" / "compile_report.md").read_text(encoding="utf-8").partition("# Fields")[2]
     rows = [row.split("|")[1] for row in page.partition("\n\n**")[0].splitlines() if row.startswith("| `")]
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(report)
+
+
+PPO = [
+    "--gin.PRETRAINING_COEFFICIENT=1.0",
+    "--gin.PRETRAINING=none",
+    "--gin.INITIAL_CHECKPOINT=none",
+    "--gin.PROMPT_LENGTH=16",
+    "--gin.PRETRAINING_ROWS=2",
+    "--gin.FROZEN_DTYPE=bfloat16",
+    "--gin.rlhf.compiler_options=None",
+]
+
+
+@pytest.mark.parametrize(("program", "tokens"), [("ppo_update", 16 * 32 * (1 + 1 + 2)), ("ppo_rollout", 64)])
+def test_programs_of_ppo_count_all_its_models(compile_here, program, tokens):
+    slots = "--gin.ROLLOUT_SLOTS=64"
+    code, _, report = compile_here(f"--program={program}", *PPO, slots, run="ppo_tiny")
+    assert code == 0 and report["fits"] and report["tokens_per_step"] == tokens
+    parts, one_model = report["state_bytes"], 4 * report["parameters"] / 8
+    prefix = "training " if program == "ppo_rollout" else ""
+    # Policy and value model in float32, with two moments each; reference and reward model in bfloat16.
+    assert parts[f"{prefix}parameters"] == pytest.approx(2 * one_model, rel=0.2)
+    assert parts[f"{prefix}optimizer"] == pytest.approx(4 * one_model, rel=0.2)
+    assert parts[f"{prefix}frozen parameters"] == pytest.approx(one_model, rel=0.2)
+    assert report["memory_need_bytes"] > sum(parts.values()) - parts.get("gradients", 0)
+
+
+def test_ppo_needs_a_run_of_ppo(compile_here):
+    with pytest.raises(ValueError, match="needs a run of PPO or GRPO"):
+        compile_here("--program=ppo_update")
 
 
 def test_what_does_not_fit_has_its_own_exit_code(compile_here):
