@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qwen_jax.alignment.dpo import REFERENCE_COLUMN, response_log_probs
+from qwen_jax.alignment.dpo import REFERENCE_COLUMN, reference_column, response_log_probs
 from qwen_jax.batch_spec import is_packed, row_length
 from qwen_jax.conversion.load import find_tokenizer, load_pretrained, read_model_config, weight_files
 from qwen_jax.data.derived import DerivedColumn, WithColumn
@@ -148,7 +148,11 @@ def with_reference(
         _compute(reference.path, config, mesh, loaders, columns, missing, batch_size, say)
     hosts.run_on_main("reference kept", "process 0 to finish the column", lambda: _finish(columns))
     return [
-        WithColumn(loader, REFERENCE_COLUMN, {task: columns[task, loader.split] for task in loader.manifests})
+        WithColumn(
+            loader,
+            reference_column(loader.sequence_length),
+            {task: columns[task, loader.split] for task in loader.manifests},
+        )
         for loader in loaders
     ]
 

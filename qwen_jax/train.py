@@ -16,7 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from qwen_jax import files
-from qwen_jax.batch_spec import token_columns
+from qwen_jax.alignment.dpo import reference_column
+from qwen_jax.batch_spec import Column, token_columns
 from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps, write_run_files
 from qwen_jax.command_line import quiet, run
 from qwen_jax.compilation_cache import CompilationCache, shared_cache
@@ -109,7 +110,7 @@ def train(
         trainer.train_steps,
         devices,
         batch_size=trainer.batch_size,
-        columns=token_columns(trainer.sequence_length, packed=has_segments(packing)),
+        columns=batch_columns(trainer.sequence_length, packing, reference),
         accumulation=trainer.accumulation(devices),
         memory=device_memory(devices),
     )
@@ -173,6 +174,12 @@ def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
     hosts.run_on_main(f"data/{mixture_or_task}", f"process 0 to cache and pack {mixture_or_task}", cache_and_pack)
     run_folder.goodput.count("preparing data")
     run_folder.activity.now("opening the data")
+
+
+def batch_columns(length: int, packing: str, reference: ReferenceModel | None) -> tuple[Column, ...]:
+    """The columns of a batch of rows of `length` tokens, known before there are data."""
+    columns = token_columns(length, packed=has_segments(packing))
+    return columns if reference is None else (*columns, reference_column(length))
 
 
 def add_reference(

@@ -14,7 +14,6 @@ from qwen_jax.alignment.actor_critic import ActorCritic
 from qwen_jax.alignment.rollouts import rollout_columns
 from qwen_jax.batch_spec import is_packed, row_length, token_columns
 from qwen_jax.configuration import ConfigurationError
-from qwen_jax.data.packing import has_segments
 from qwen_jax.hardware import HardwareConfig
 from qwen_jax.inference import programs
 from qwen_jax.inference.sampling import RowSampling
@@ -72,7 +71,8 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     train.check_length(trainer, model)
     mesh = make_mesh(settings["mesh"], hardware.devices())
     accumulation = trainer.accumulation(mesh)
-    columns = token_columns(trainer.sequence_length, packed=has_segments(settings.get("packing", "concat")))
+    packing, reference = settings.get("packing", "concat"), settings.get("reference")
+    columns = train.batch_columns(trainer.sequence_length, packing, reference)
     shape = {"batch_size": trainer.batch_size, "columns": columns, "accumulation": accumulation}
     state_bytes = check_run(Qwen(model), optimizer, trainer.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
     attention = Qwen(model).attention(row_length(columns), is_packed(columns), mesh)

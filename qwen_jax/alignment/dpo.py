@@ -10,11 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.alignment.preferences import by_pair, held_out_text, preference_metrics, preference_sums, sum_by_segment
+from qwen_jax.batch_spec import Column
 from qwen_jax.models.log_probs import token_log_probs
 from qwen_jax.training.model import Model
 from qwen_jax.training.objective import Objective
 
 REFERENCE_COLUMN = "reference_log_probs"
+
+
+def reference_column(length: int) -> Column:
+    """The column of the log-probabilities under the reference, for rows of `length` tokens."""
+    return Column(REFERENCE_COLUMN, "float32", (length,), ("length",))
 
 
 def response_log_probs(model: Model, params, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:

@@ -125,19 +125,17 @@ class WithColumn:
       repeat, bytes_per_token: those of the loader.
     """
 
-    def __init__(self, loader: ExampleLoader, name: str, of_task: Mapping[str, DerivedColumn]):
+    def __init__(self, loader: ExampleLoader, column: Column, of_task: Mapping[str, DerivedColumn]):
         """Reads nothing.
 
         Args:
-          of_task: name of each task of the loader to its column.
+          column: name and shape of the column in a batch.
+          of_task: name of each task of the loader to its column on disk.
         """
-        self._loader, self._name = loader, name
+        self._loader, self._name = loader, column.name
         self.repeat, self.bytes_per_token = loader.repeat, loader.bytes_per_token
         self._columns = [of_task[task] for task in loader.manifests]
-        self.columns: tuple[Column, ...] = (
-            *loader.columns,
-            Column(name, "float32", (loader.sequence_length,), ("length",)),
-        )
+        self.columns: tuple[Column, ...] = (*loader.columns, column)
         identity = [loader.fingerprint, *(column.fingerprint for column in self._columns)]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 

@@ -124,6 +124,12 @@ def compile_here(root, monkeypatch, tmp_path, capsys):
     return compile_it
 
 
+@pytest.mark.parametrize("recipe", ["pmp_tiny", "dpo_tiny"])
+def test_recipes_on_pairs_are_compiled(compile_here, recipe):
+    code, shown, report = compile_here("--gin.MeshConfig.tensor=2", "--gin.INITIAL_CHECKPOINT=none", run=recipe)
+    assert code == 0 and report["fits"] and "512 tokens a step" in shown
+
+
 @pytest.mark.parametrize(("program", "tokens"), [("train", 16 * 32), ("prefill", 16 * 32), ("decode", 16)])
 def test_every_program_is_compiled_and_read(compile_here, program, tokens):
     code, shown, report = compile_here(f"--program={program}", "--gin.MeshConfig.data=2", "--gin.MeshConfig.tensor=2")
