@@ -124,6 +124,7 @@ def rlhf(
             watched=watched,
             skipped={stream: run_folder.skipped_examples(stream) for stream in data},
         )
+        producer.check_intervals(trainer)
         check_run(
             models,
             optimizer,

@@ -32,6 +32,7 @@ from qwen_jax.inference.text import token_bytes
 from qwen_jax.training.batches import Examples
 from qwen_jax.training.callbacks import Callback
 from qwen_jax.training.step import batch_shapes
+from qwen_jax.training.trainer_config import TrainerConfig
 
 PROMPTS, PRETRAINING = "prompts", "pretraining"
 # Folders of a run: examples of responses, and rollouts that a stop has cut through.
@@ -257,15 +258,23 @@ class Rollouts(Callback):
 
     # As a callback.
 
-    def compile(self, trainer):
-        """Compiles the program that judges rollouts; the engine compiles its own as it meets their sizes."""
+    def check_intervals(self, config: TrainerConfig) -> None:
+        """Refuses a run that is saved, or ends, within a rollout.
+
+        Raises:
+          ValueError: the message has the number that the intervals must be multiples of.
+        """
         for name in ("checkpoint_every", "train_steps"):
-            value = getattr(trainer.config, name)
+            value = getattr(config, name)
             if value % self.steps:
                 raise ValueError(
                     f"{name.upper()} is {value}, and a rollout gives {self.steps} updates ({self.config.epochs} epochs "
                     f"x {self.config.rows} rows / BATCH_SIZE {self._batch_size}): set it to a multiple of {self.steps}"
                 )
+
+    def compile(self, trainer):
+        """Compiles the program that judges rollouts; the engine compiles its own as it meets their sizes."""
+        self.check_intervals(trainer.config)
         self._scorer.compile(trainer.abstract.all_params)
 
     def before_step(self, trainer):
