@@ -9,8 +9,8 @@
 #   returns a full ranking of all four.
 # Who suffers: bootstrap intervals of Elo or Bradley-Terry over few annotations: some resamples have an unbeaten
 #   model, and their arbitrary numbers (or NaN) become the interval's end.
-# qwen_jax: has no preference evaluation yet. It must check that wins connect all models in both directions (one strongly
-#   connected component) in the data and in each resample, or use a prior (alpha > 0) and say so.
+# qwen_jax: `bradley_terry` without a prior refuses data in which wins do not connect all models in both directions (one
+#   strongly connected component); the ranking uses a weak prior in the data and in each resample, and marks such a model.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
