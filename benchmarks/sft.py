@@ -1,0 +1,351 @@
+"""Loss-carrying tokens per second of SFT on packed conversations, against trl's SFTTrainer, in one run.
+
+    python -m venv peer && peer/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0
+    python benchmarks/sft.py --peer_python peer/bin/python                 # 34M parameters on CPUs, float32
+    python benchmarks/sft.py --peer_python peer/bin/python --preset tiny --rounds 1 --length 128     # does it run?
+
+Both sides start from the same weights and train on the same conversations, of lengths that are mixed as chat data are
+(log-normal, mean about a fifth of a row), with loss on about half of their tokens. Each packs them with its own
+best-fit packing into rows of the same length, and updates with the same AdamW on the same number of rows: ours by the
+step that `python -m qwen_jax.train` compiles, theirs by SFTTrainer with `packing=True`, which joins the rows of a batch
+into one (padding-free) and attends within each conversation. SFTTrainer is measured with each of --peer_batches rows at
+once, and the rest by accumulation; its best counts.
+
+Each side is a process of its own; they take turns, and medians are printed, also per CPU second, summed over threads,
+which suffers less from other work on the machine. The first losses are compared: batches differ, since the packings
+do, so they agree only as far as batches of one data set do.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0
+# Mean losses of the first updates, on batches that each side packed for itself.
+TOLERANCE = 0.05
+
+
+def make_conversations(vocab_size: int, length: int, count: int):
+    """Random conversations: a list of (token ids, loss weights), each an int list of up to `length`.
+
+    A conversation is a header, then turns by user and assistant; what the assistant says carries loss.
+    """
+    import numpy as np
+
+    random, found = np.random.default_rng(2), []
+    for _ in range(count):
+        wanted = int(np.clip(random.lognormal(np.log(length / 7), 0.8), 16, length))
+        weights = np.zeros(wanted, int)
+        place = 8
+        while place < wanted:
+            asked, answered = random.integers(4, 24), random.integers(4, 64)
+            weights[place + asked : place + asked + answered] = 1
+            place += asked + answered
+        found.append((random.integers(1, vocab_size, wanted).tolist(), weights.tolist()))
+    return found
+
+
+# --- the two sides, each in its process ---------------------------------------------------------------------------
+
+
+def our_side(job: dict) -> None:
+    """Serves updates of qwen_jax."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from qwen_jax.batch_spec import token_columns
+    from qwen_jax.conversion import load_pretrained
+    from qwen_jax.data.packers import Document, whole
+    from qwen_jax.models.transformer import Qwen
+    from qwen_jax.sharding import MeshConfig, make_mesh
+    from qwen_jax.training.objectives import next_token_prediction
+    from qwen_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from qwen_jax.training.program import compile_run
+    from qwen_jax.training.state import TrainState
+
+    conversations = json.loads(Path(job["data"]).read_text())
+    documents = [Document(np.asarray(ids), np.asarray(weights)) for ids, weights in conversations]
+    examples = list(whole(documents, sequence_length=job["length"], eos_id=0))
+    order = np.random.default_rng(3).permutation(len(examples))
+    mesh = make_mesh(MeshConfig())
+    model, params = load_pretrained(job["folder"], "float32", mesh)
+    model = Qwen(dataclasses.replace(model.config, remat=job["remat"], context_length=job["length"]))
+    optimizer = OptimizerConfig(
+        peak_learning_rate=LEARNING_RATE,
+        schedule="constant",
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        epsilon=EPSILON,
+        weight_decay=WEIGHT_DECAY,
+        clip_norm=CLIP_NORM,
+    )
+    columns = token_columns(job["length"], packed=True)
+    step = compile_run(model, next_token_prediction(), optimizer, 10**6, mesh, batch_size=job["rows"], columns=columns)
+    moments = jax.jit(make_optimizer(optimizer, 10**6).init)(params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, moments, {})
+    state = jax.device_put(state, step.input_shardings[0][0])
+    filled = sum(int((one["segment_ids"] > 0).sum()) for one in examples)
+    about = f"jax {jax.__version__}, remat {job['remat']}"
+    serving = Serving(job, about, filled, sum(int(one["loss_weights"].sum()) for one in examples), len(examples))
+    place = 0
+    for _ in serving.updates():
+        rows = [examples[order[(place + row) % len(order)]] for row in range(job["rows"])]
+        place += job["rows"]
+        dtypes = {column.name: column.dtype for column in columns}
+        batch = {name: np.stack([row[name] for row in rows]).astype(dtypes[name]) for name in dtypes}
+        state, metrics = step(state, jax.device_put(batch, step.input_shardings[0][1]))
+        serving.updated(float(metrics["loss"]), int(batch["loss_weights"].sum()))
+
+
+def trl_side(job: dict) -> None:
+    """Serves updates of SFTTrainer: its own loop, which waits for the next order before each update."""
+    import datasets
+    import tokenizers
+    import torch
+    import transformers
+    import trl
+
+    conversations = json.loads(Path(job["data"]).read_text())
+    dataset = datasets.Dataset.from_dict(
+        {
+            "input_ids": [ids for ids, _ in conversations],
+            "labels": [
+                [token if weight else -100 for token, weight in zip(ids, weights, strict=True)]
+                for ids, weights in conversations
+            ],
+        }
+    )
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["folder"], dtype=torch.float32, attn_implementation="sdpa"
+    )
+    rows = job["peer_batch"]
+    config = trl.SFTConfig(
+        output_dir=job["scratch"],
+        max_steps=10**6,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=job["rows"] // rows,
+        max_length=job["length"],
+        packing=True,
+        packing_strategy="bfd",
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=WEIGHT_DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_epsilon=EPSILON,
+        max_grad_norm=CLIP_NORM,
+        optim="adamw_torch_fused",
+        gradient_checkpointing=job["remat"] != "none",
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        logging_steps=1,
+        logging_strategy="steps",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+    class Counting(trl.SFTTrainer):
+        """Counts the targets with loss of each update."""
+
+        targets = 0
+
+        def compute_loss(self, model, inputs, *arguments, **options):
+            """As SFTTrainer."""
+            self.targets += int((inputs["labels"][..., 1:] != -100).sum())
+            return super().compute_loss(model, inputs, *arguments, **options)
+
+    trainer = Counting(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    packed = trainer.train_dataset
+    about = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    filled = sum(len(ids) for ids in packed["input_ids"])
+    carrying = sum(label != -100 for labels in packed["labels"] for label in labels)
+    serving = Serving(job, about, filled, carrying, len(packed))
+    orders = serving.updates()
+
+    class Waiting(transformers.TrainerCallback):
+        """Waits before each update, and tells after each."""
+
+        def on_step_begin(self, arguments, state, control, **options):
+            """Waits for the next order, or stops."""
+            trainer.targets = 0
+            if next(orders, None) is None:
+                control.should_training_stop = True
+
+        def on_log(self, arguments, state, control, logs=None, **options):
+            """Tells the loss of the update."""
+            if logs and "loss" in logs:
+                serving.updated(float(logs["loss"]), trainer.targets)
+
+    trainer.add_callback(Waiting())
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+
+
+class Serving:
+    """A worker's end of the pipe: reads numbers of updates, answers with seconds, losses and loss-carrying tokens."""
+
+    def __init__(self, job: dict, about: str, filled: int, carrying: int, rows: int):
+        self._answers = os.fdopen(job["answers"], "w")
+        self._losses: list[float] = []
+        self._targets = 0
+        share = filled / rows / job["length"]
+        self._say({"about": about, "filled": share, "carrying": carrying, "rows": rows})
+
+    def _say(self, what: dict) -> None:
+        print(json.dumps(what), file=self._answers, flush=True)
+
+    def updates(self):
+        """Yields before each update that is wanted; what lies between two is timed."""
+        for line in sys.stdin:
+            self._losses, self._targets, began, cpu = [], 0, time.perf_counter(), time.process_time()
+            yield from range(int(line))
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            self._say({"seconds": seconds, "cpu": cpu, "losses": self._losses, "targets": self._targets})
+
+    def updated(self, loss: float, targets: int) -> None:
+        """Records an update."""
+        self._losses.append(loss)
+        self._targets += targets
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------
+
+
+class Side:
+    """One side's process and what it has measured."""
+
+    def __init__(self, name: str, python: str, job: dict):
+        import subprocess
+
+        read, write = os.pipe()
+        self.name, self.rates, self.cpu_rates, self.losses = name, [], [], []
+        self._process = subprocess.Popen(
+            [python, __file__, "--worker", json.dumps({**job, "answers": write})],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,
+            pass_fds=(write,),
+            text=True,
+        )
+        os.close(write)
+        self._answers = os.fdopen(read)
+        self.set_up = self._answer()
+
+    def _answer(self) -> dict:
+        line = self._answers.readline()
+        if not line:
+            raise ValueError(f"{self.name} ended with code {self._process.wait()}; its message is above")
+        return json.loads(line)
+
+    def run(self, steps: int, measured: bool = True) -> None:
+        """Makes `steps` updates."""
+        print(steps, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        self.losses += answer["losses"]
+        if measured:
+            self.rates.append(answer["targets"] / answer["seconds"])
+            self.cpu_rates.append(answer["targets"] / answer["cpu"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def report(sides: list[Side]) -> float:
+    """Prints the table; returns our loss-carrying tokens per second over the best peer's."""
+    rates = {side.name: statistics.median(side.rates) for side in sides}
+    by_cpu = {side.name: statistics.median(side.cpu_rates) for side in sides}
+    print("| | loss-carrying tokens/s | lowest to highest | ratio | ratio by CPU | rows | filled | first losses |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for side in sides:
+        name, shown = side.name, f"{min(side.rates):,.0f} to {max(side.rates):,.0f}"
+        ratio, of_cpu = rates["qwen_jax"] / rates[name], by_cpu["qwen_jax"] / by_cpu[name]
+        losses = ", ".join(f"{loss:.4f}" for loss in side.losses[:2])
+        print(
+            f"| {name} | {rates[name]:,.0f} | {shown} | {ratio:.2f} | {of_cpu:.2f} | {side.set_up['rows']} | "
+            f"{side.set_up['filled']:.1%} | {losses} |"
+        )
+    ours = sides[0]
+    for side in sides[1:]:
+        if side.set_up["carrying"] != ours.set_up["carrying"]:
+            print(
+                f"NOT THE SAME DATA: {side.name} has {side.set_up['carrying']} loss-carrying tokens, we {ours.set_up}"
+            )
+        if abs(side.losses[0] - ours.losses[0]) > TOLERANCE * ours.losses[0]:
+            print(f"NOT THE SAME TRAINING: {side.name} begins with the loss {side.losses[0]:.4f}")
+    print("; ".join(f"{side.name}: {side.set_up['about']}" for side in sides))
+    ratio = rates["qwen_jax"] / max(rates[side.name] for side in sides[1:])
+    print(f"qwen_jax / best of trl: {ratio:.2f}")
+    return ratio
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer_python", metavar="PYTHON", help="interpreter of an environment with trl")
+    parser.add_argument("--preset", choices=("tiny", "35m"), default="35m", help="model (35m)")
+    parser.add_argument("--rows", type=int, default=8, help="packed rows of an update (8)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row (512)")
+    parser.add_argument("--conversations", type=int, default=2000, help="in the data set (2000)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements, of which the median is taken (5)")
+    parser.add_argument("--steps", type=int, default=1, help="updates of a round (1)")
+    parser.add_argument("--warm_up", type=int, default=1, help="updates before the first round (1)")
+    parser.add_argument("--remat", default="none", choices=("none", "full"), help="full: both compute layers again")
+    parser.add_argument(
+        "--peer_batches", type=int, nargs="+", default=[1, 8], help="rows that SFTTrainer takes at once (1 8)"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.worker:
+        job = json.loads(arguments.worker)
+        return our_side(job) if job["side"] == "ours" else trl_side(job)
+    if not arguments.peer_python:
+        parser.error("name the interpreter of an environment with trl: --peer_python (see --help)")
+    from random_weights import write_model
+    from train_step import preset
+
+    config = preset(arguments.preset, arguments.length)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, data = write_model(config, Path(temporary), spread=0.02), Path(temporary) / "conversations.json"
+        data.write_text(json.dumps(make_conversations(config.vocab_size, arguments.length, arguments.conversations)))
+        job = {"folder": str(folder), "data": str(data), "length": arguments.length, "rows": arguments.rows}
+        job |= {"remat": arguments.remat, "scratch": str(Path(temporary) / "trl")}
+        sides = [Side("qwen_jax", sys.executable, {**job, "side": "ours"})]
+        for rows in dict.fromkeys(min(rows, arguments.rows) for rows in arguments.peer_batches):
+            name = f"trl, {rows} row(s) at once"
+            sides.append(Side(name, arguments.peer_python, {**job, "side": "trl", "peer_batch": rows}))
+        for side in sides:
+            side.run(arguments.warm_up, measured=False)
+        for number in range(arguments.rounds):
+            for side in sides:
+                side.run(arguments.steps)
+            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+        for side in sides:
+            side.close()
+        print(
+            f"{arguments.preset}, {os.cpu_count()} cores, float32, {arguments.rows} rows of {arguments.length} tokens "
+            f"an update, {arguments.conversations} conversations, remat {arguments.remat}\n"
+        )
+        report(sides)
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:  # the peer's environment lacks our packages
+        main()
+    else:
+        from qwen_jax.command_line import run
+
+        run(main)
