@@ -1,4 +1,4 @@
-"""docs/how_to/reward_model.md: its commands, in order, on a smaller model of random weights and fewer pairs."""
+"""docs/how_to/reward_model.md and dpo.md: their commands, in order, on fewer pairs and a smaller, random model."""
 
 import json
 import random
@@ -63,3 +63,21 @@ def test_the_page_on_reward_models(folder):
     assert len(rows) == 500 and all("reward" in row for row in rows)
     polite, rude = names["rewards"]
     assert polite > rude
+
+
+@pytest.mark.slow
+def test_the_page_on_dpo(folder):
+    names = {}
+    for kind, text in blocks("dpo.md"):
+        if kind == "sh":
+            shell(text, folder)
+        elif kind == "python":
+            exec(text, names)
+    assert names["after"] > names["before"]
+    rows = [row for row in read_metrics(folder / "runs/dpo_tiny") if "eval/accuracy" in row]
+    assert rows[0]["eval/margin"] == pytest.approx(0, abs=1e-3) and rows[0]["eval/loss"] == pytest.approx(
+        0.6931, abs=1e-3
+    )
+    assert rows[-1]["eval/accuracy"] > 0.7 and rows[-1]["eval/margin"] > 0
+    columns = list((folder / "runs/cache/dpo/preference_pairs").rglob("reference_log_probs-*/manifest.json"))
+    assert len(columns) == 2
