@@ -74,6 +74,7 @@ class ReferenceModel:
             attention_blocks=model.attention_blocks,
             embedding_dropout=0.0,
             attention_dropout=0.0,
+            lora=None,  # loading merges adapters
         )
 
 

@@ -11,6 +11,7 @@ from qwen_jax.alignment.dpo import REFERENCE_COLUMN, response_log_probs
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.data import derived
 from qwen_jax.data.loader import ExampleLoader
+from qwen_jax.models.lora import LoraConfig
 from qwen_jax.reference_column import ReferenceModel, with_reference
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.alignment.hand_made_pairs import pack_pairs
@@ -133,6 +134,14 @@ def test_a_copy_of_the_reference_is_the_same_reference(reference, cache, compute
     shutil.copytree(reference, tmp_path / "moved")
     add(tmp_path / "moved", cache)
     assert len(computed) == 3
+
+
+def test_adapters_of_a_reference_are_merged(cache, computed, tmp_path_factory):
+    adapted = random_run(tmp_path_factory.mktemp("adapted"), spread=0.1, lora=LoraConfig(rank=2, alpha=4.0), **SIZES)
+    train_set, _ = add(adapted, cache)
+    model, params = load_pretrained(adapted)
+    batch = train_set.read(0, 4)
+    np.testing.assert_allclose(batch[REFERENCE_COLUMN], response_log_probs(model, params, batch), atol=1e-5)
 
 
 def test_references_that_do_not_fit_are_named(reference, cache, tmp_path, tmp_path_factory):
