@@ -5,6 +5,7 @@ Archives keep headers that the body no longer matches: many crawlers unpack a bo
 encoding that the headers name or that its first bytes show; otherwise it is taken as it stands.
 """
 
+import functools
 import re
 import zlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import zstandard
 from qwen_jax.curation.streams import GZIP_MAGIC, ZSTD_MAGIC
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
+_FIELD = re.compile(r"\n([^:\n]*):([^\n]*)")
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
 _CHUNK_END = re.compile(rb"\r?\n")
 _CHARSET = re.compile(r"charset\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s;,\"']+))", re.IGNORECASE)
@@ -38,20 +40,23 @@ def split_response(data: bytes) -> tuple[int | None, dict[str, str], bytes]:
             return None, {}, data
         end = _HEAD_END.search(data)
         head, body = (data[: end.start()], data[end.end() :]) if end else (data, b"")
-        first, *lines = head.decode("latin-1").split("\n")
-        words = first.split()
+        text = head.decode("latin-1")
+        words = text.partition("\n")[0].split()
         status = int(words[1]) if len(words) > 1 and words[1].isascii() and words[1].isdigit() else None
         before = status is not None and 100 <= status < 200 and body.startswith(b"HTTP/")
         if not before or informed == _MAX_LAYERS:
-            return status, _fields(lines), body
+            return status, _fields(text), body
         data = body  # "100 Continue" comes before the response
         informed += 1
 
 
-def _fields(lines: list[str]) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    name = None
-    for line in lines:
+def _fields(head: str) -> dict[str, str]:
+    pairs = _FIELD.findall(head)
+    fields = {name.strip().lower(): value.strip() for name, value in pairs}
+    if len(fields) == len(pairs) and "\n " not in head and "\n\t" not in head:
+        return fields
+    fields, name = {}, None
+    for line in head.split("\n")[1:]:
         if line[:1] in (" ", "\t") and name is not None:
             fields[name] += " " + line.strip()
             continue
@@ -63,6 +68,7 @@ def _fields(lines: list[str]) -> dict[str, str]:
     return fields
 
 
+@functools.lru_cache(maxsize=256)
 def charset(content_type: str) -> str | None:
     """The `charset` of a Content-Type, without its quotes."""
     found = _CHARSET.search(content_type) if content_type else None
@@ -75,8 +81,8 @@ def decode_body(fields: Mapping[str, str], body: bytes, max_bytes: int) -> bytes
     Raises:
         BrokenBody: the body is compressed and cut off or damaged.
     """
-    named = f"{fields.get('content-encoding', '')},{fields.get('transfer-encoding', '')}".lower()
-    names = {name.strip().removeprefix("x-") for name in named.split(",")} if len(named) > 1 else ()
+    named = f"{fields.get('content-encoding', '')},{fields.get('transfer-encoding', '')}"
+    names = {name.strip().removeprefix("x-") for name in named.lower().split(",")} if len(named) > 1 else ()
     if "chunked" in names:
         body = _join_chunks(body)
     layers = 0

@@ -5,10 +5,10 @@ is read as a stream, and no record larger than a limit is ever held in memory. E
 `Tally`, as read or as left out.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -24,8 +24,7 @@ _PAGES = ("response", "resource", "conversion")
 _OTHER_SCHEMES = ("metadata:", "urn:", "dns:", "whois:", "warcinfo:", "screenshot:")
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One record of a file.
 
     Attributes:

@@ -138,7 +138,7 @@ def extract(work: Work, number: int) -> None:
 
 def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> Iterator[tuple[tuple[int, int], dict]]:
     for file, path in enumerate(unit.files):
-        tally = Tally(unit.sizes[file])
+        tally, before = Tally(unit.sizes[file]), unit.document_id(file, 0).removesuffix("0")
         records = readers.read(path, text_field=config.text_field, max_bytes=config.max_document_bytes, tally=tally)
         for index, record in enumerate(records):
             url = record.url
@@ -146,7 +146,7 @@ def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> I
                 # The same corpus in another folder gives the same bytes.
                 url = url[len(unit.base) :].lstrip("/")
             row: dict[str, Any] = {
-                "id": unit.document_id(file, index),
+                "id": f"{before}{index}",
                 "url": html.printable(url),
                 "source": unit.source,
             }

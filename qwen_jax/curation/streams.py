@@ -11,7 +11,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import zstandard
 
@@ -31,8 +31,7 @@ _DICTIONARY = b"\x5d\x2a\x4d\x18"
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):
     """Bytes of the contents, which stand in the file from `start` to `end`."""
 
     content: bytes
