@@ -1,8 +1,11 @@
-"""Pages for benchmarks/extraction.py: main text of nine kinds, in the layouts that sites put around it.
+"""Pages for benchmarks/extraction.py. All text is written for this project; the pages lie in benchmarks/extraction/.
 
-All text is written for this project and lies in benchmarks/extraction/: contents.json, and one HTML file a layout. A
-content is a list of blocks; its HTML and the text that an extractor should give both come from the blocks, so the
-expected text is exact. `*word*` is a link, `_word_` emphasis.
+`composed_pages` puts main text of nine kinds (contents.json) into layouts of our own (layouts/). A content is a list of
+blocks; its HTML and the text that an extractor should give both come from the blocks, so the expected text is exact.
+`*word*` is a link, `_word_` emphasis.
+
+`marked_pages` have the markup of blogs, forums, documentation and shops as the common generators and sites write it
+(pages/). In each, a person has put the main text between `<!--[-->` and `<!--]-->`.
 """
 
 import dataclasses
@@ -14,6 +17,12 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).resolve().parent / "extraction"
 Block = tuple[str, object]
+_MARKED = re.compile(r"<!--\[-->(.*?)<!--\]-->", re.DOTALL)
+_BLOCK = re.compile(
+    r"</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|figcaption|figure|footer|form|h\d|"
+    r"header|hr|li|main|ol|p|pre|section|summary|table|tbody|td|th|thead|tr|ul)\b[^>]*>",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +92,8 @@ def to_text(blocks: list[Block]) -> str:
     return "\n\n".join(parts)
 
 
-def pages() -> Iterator[Page]:
-    """All pages: each content in three layouts."""
+def composed_pages() -> Iterator[Page]:
+    """Each content in three layouts."""
     layouts = sorted((_FOLDER / "layouts").glob("*.html"))
     for number, content in enumerate(json.loads((_FOLDER / "contents.json").read_text(encoding="utf-8"))):
         for step in range(3):
@@ -92,3 +101,23 @@ def pages() -> Iterator[Page]:
             source = layout.read_text(encoding="utf-8").replace("CONTENT", to_html(content["blocks"]))
             name = f"{content['kind']}/{content['title']}/{layout.stem}"
             yield Page(name, content["kind"], source, to_text(content["blocks"]))
+
+
+def _visible(source: str) -> str:
+    """The text of HTML without its markup; blocks are lines."""
+    source = re.sub(r"<(script|style)\b.*?</\1>", "", source, flags=re.DOTALL | re.IGNORECASE)
+    text = html.unescape(re.sub(r"<[^>]+>", "", _BLOCK.sub("\n", source)))
+    return "\n".join(line for line in (part.strip() for part in text.split("\n")) if line)
+
+
+def marked_pages() -> Iterator[Page]:
+    """Pages whose main text is marked, without the marks."""
+    for file in sorted((_FOLDER / "pages").glob("*/*.html")):
+        marked = file.read_text(encoding="utf-8")
+        text = "\n".join(_visible(part) for part in _MARKED.findall(marked))
+        yield Page(
+            f"{file.parent.name}/{file.stem}",
+            file.parent.name,
+            marked.replace("<!--[-->", "").replace("<!--]-->", ""),
+            text,
+        )

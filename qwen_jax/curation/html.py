@@ -7,6 +7,7 @@ import codecs
 import re
 
 from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.html import HTMLTree
 
 from qwen_jax.curation import charsets
 
@@ -37,6 +38,32 @@ _COMMENT_FLAG = re.compile(
 _WRAPPED_ARTICLE = re.compile(
     r"<(?:aside\b[^<>]*|div\b[^<>]*\bmodal\b[^<>]*)>(?=(?:\s*<div\b[^<>]*>){0,2}\s*<(?:article|main)\b)", re.IGNORECASE
 )
+# Elements that stand around a text: bylines, links to share it, menus, boxes of other pages. Those that say so by a
+# class or id are left out, if they hold little of the page.
+_SIDE = re.compile(
+    r"""<((?:div|p|span|ul|ol|dl|section|aside|footer|header|nav|table|td|form|small|h\d|a|time)\b)"""
+    r"""(?=[^<>]*\s(?:class|id)\s*=\s*["']?[^"'<>]*(?<![a-z])(?:byline|dateline|kicker|(?:entry|post|article|page)[-_]?"""
+    r"""(?:meta|info|date|header-meta|utility|footer|tags|time|author|stats|share)(?![a-z])|posted-on|date-header|"""
+    r"""publish[-_]?(?:date|time)|breadcrumbs?|crumbs?|shar(?:e|ing|edaddy|er)(?![a-z])|social|skip(?:links?|-link|-to)?(?![a-z])|"""
+    r"""related|recommend\w*|recirc|newsletter|subscri\w*|advert\w*|ad[-_](?:slot|label|inline|wireframe|banner)|taboola|outbrain|"""
+    r"""pagination|pager|prev-?next|cookie|noprint|signature|navbox|reflist|references?[-_]list|hatnote|editsection|"""
+    r"""postprofile|user-info|votecell|copyright|tag-?list|taglist|author-(?:bio|box|info)|comment-?respond|respond|"""
+    r"""leave-comment|show_author|author_mail|most-?read|popular|trending|ranking|page-?tools|jump-?(?:link|box)|"""
+    r"""rating|tagline|thead|permalinks?)(?![a-z]))""",
+    re.IGNORECASE,
+)
+_SIDE_SHARE = 0.3
+_SIDE_MARK = "data-qwen-jax-side"
+_TITLE_IN_HEADER = re.compile(
+    r"""<(?:div|header|section)\b[^<>]*\b(?:id|class)\s*=\s*["'][^"'<>]*header[^<>]*>"""
+    r"""(?=(?:\s*<(?:div|span)\b[^<>]*>){0,2}\s*<h1\b[^<>]*>(?!\s*<a\b[^<>]*href=["']/["']))""",
+    re.IGNORECASE,
+)
+_BUTTON_IN_HEADING = re.compile(r"(<h[1-6]\b[^<>]*>\s*)<button\b[^<>]*>((?:(?!</?button).)*)</button>", re.I | re.S)
+_FIGURE = re.compile(r"<(/?)fig(ure|caption)\b", re.IGNORECASE)
+_INVISIBLE = re.compile(r"visibility\s*:\s*hidden", re.IGNORECASE)
+# Where no line is so long without comments, and one is with them, they are the main text: the answers of a forum.
+_PROSE = 60
 _LIST = re.compile(r"<(/?)ul\b[^<>]*>", re.IGNORECASE)
 _ASIDE = re.compile(r"<(/?)aside\b", re.IGNORECASE)
 _NAMES = re.compile(
@@ -97,7 +124,8 @@ def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) ->
         # A page in another encoding has errors in most of its characters; one with a few is damaged. UTF-8 is declared
         # by templates whose pages are in something else, other encodings seldom.
         share = _MAX_ERRORS if encoding == "utf-8" else 4 * _MAX_ERRORS
-        if text.count("\ufffd") <= share * len(data.translate(None, _ASCII)):
+        errors = text.count("\ufffd")
+        if not errors or errors <= share * len(data.translate(None, _ASCII)):
             return _checked(text), encoding
         if first is None or first[1] == "utf-8":
             first = text, encoding
@@ -124,7 +152,11 @@ def extract(page: str) -> str:
     if page.count("<") > _MAX_DEPTH and _depth(page) > _MAX_DEPTH:
         raise Unreadable("nested_too_deeply")
     page = _SHORT.sub(rf"\1{_KEEP}", _renamed(printable(page)))
-    text = _plain_text(page)
+    text = _plain_text(_without_sides(page))
+    if "omment" in page and not _has_prose(text):
+        with_comments = _plain_text(_without_sides(page), comments=True)
+        if _has_prose(with_comments):
+            text = with_comments
     if len(text) * _MARKUP < len(page) and len(text) < _SHARE * len(_plain_text(page, main_content=False)):
         again = _plain_text(_NAMES.sub(" ", _ASIDE.sub(r"<\1div", page)))
         if len(again) > 2 * len(text):
@@ -132,18 +164,46 @@ def extract(page: str) -> str:
     return text
 
 
-def _plain_text(page: str, main_content: bool = True) -> str:
+def _plain_text(page: str | HTMLTree, main_content: bool = True, comments: bool = False) -> str:
     try:
-        text = extract_plain_text(page, main_content=main_content, alt_texts=False, comments=False)
+        text = extract_plain_text(page, main_content=main_content, alt_texts=False, comments=comments)
     except Exception as error:  # compiled code on arbitrary pages; one page must not end the run
         raise Unreadable("extraction_failed") from error
     return text.replace(_KEEP, "").strip()
+
+
+def _has_prose(text: str) -> bool:
+    return any(len(line) > _PROSE for line in text.split("\n"))
+
+
+def _without_sides(page: str) -> str | HTMLTree:
+    """The page without the small elements whose names say that they stand around its text."""
+    marked, found = _SIDE.subn(rf"<\1 {_SIDE_MARK}", page)
+    if not found:
+        return page
+    tree = HTMLTree.parse(marked)
+    if tree.body is None:
+        return page
+    limit = _SIDE_SHARE * len(tree.body.text or "")
+    for node in list(tree.body.query_selector_all(f"[{_SIDE_MARK}]")):
+        small = len(node.text or "") < limit
+        if small and node.parent is not None and node.query_selector("h1, article, main, pre") is None:
+            node.parent.remove_child(node)
+    return tree
 
 
 def _renamed(page: str) -> str:
     """The page without the names that make the extractor drop articles and lists."""
     if "omment" in page:
         page = _CLASS.sub(lambda found: _COMMENT_FLAG.sub("", found[0]), page)
+    if "isibility" in page:
+        page = _INVISIBLE.sub("", page)
+    if "<fig" in page:
+        page = _FIGURE.sub(lambda found: f"<{found[1]}{'div' if found[2] == 'ure' else 'p'}", page)
+    if "<button" in page:
+        page = _BUTTON_IN_HEADING.sub(r"\1\2", page)
+    if "eader" in page:
+        page = _TITLE_IN_HEADER.sub("<div>", page)
     if "<aside" in page or "odal" in page:
         page = _WRAPPED_ARTICLE.sub("<div>", page)
     # It drops lists at less than three levels below the body. Deeper, it drops lists of links alone.
