@@ -8,7 +8,7 @@
 # Who suffers: scores on MATH (base conversion is a theme of its number theory, percentages and units of its prealgebra)
 #   come out too high, and rewards computed so teach a policy to leave the conversion out.
 # qwen_jax: has no mathematics scorer yet. The evaluation of MATH must compare base subscripts, units and per cent
-#   itself before it asks math-verify, and the hand-labelled list of pairs should hold these.
+#   itself before it asks math-verify, and the hand-labeled list of pairs should hold these.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -3,7 +3,7 @@
 # ("\boxed{3}. Wait, \boxed{4}") is scored wrong for 4, and one that lists its guesses is right when the gold is a pair.
 #
 # One expects: the last \boxed is the answer, as in the graders of MATH, prm800k and the released evaluations.
-# What happens (version 0.9.0): neighbours are joined with a comma and parsed as {3, 4}. With more text between them
+# What happens (version 0.9.0): neighbors are joined with a comma and parsed as {3, 4}. With more text between them
 #   only the last one counts, so the verdict depends on how many characters the model puts in between.
 # Who suffers: scores of models that think aloud; rewards for such replies; "two answers: \boxed{1} and \boxed{2}"
 #   equals (1, 2), {2, 1} and "1, 2".

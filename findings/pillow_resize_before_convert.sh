@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Pillow: resize then convert("RGB") and convert("RGB") then resize give different pictures: transparent areas turn black in
-# one order and keep their colours in the other, and palette pictures are resized without any interpolation.
+# one order and keep their colors in the other, and palette pictures are resized without any interpolation.
 #
 # One expects: the order is a matter of speed; BICUBIC means bicubic for every mode.
-# What happens: RGBA and LA are resized with colours multiplied by alpha, which erases what lies under alpha 0 (black) and
-#   coarsens colours under low alpha; palette ("P") and 1-bit pictures silently take NEAREST whatever filter is named.
+# What happens: RGBA and LA are resized with colors multiplied by alpha, which erases what lies under alpha 0 (black) and
+#   coarsens colors under low alpha; palette ("P") and 1-bit pictures silently take NEAREST whatever filter is named.
 # Who suffers: picture-text data with PNG and GIF (logos, charts, screenshots of text): features differ between a
 #   loader that shrinks first (to save memory) and the released one, which converts first.
 # qwen_jax: has no pictures yet. Its one function for pictures must convert to RGB before it resizes, as Qwen-VL's

@@ -7,6 +7,7 @@ On several hosts: the same command on each (`qwen_jax.distributed.hosts`).
 
 import argparse
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from qwen_jax.command_line import quiet, run
 from qwen_jax.compilation_cache import CompilationCache, shared_cache
 from qwen_jax.configuration import parse_args
 from qwen_jax.conversion.initial_weights import InitialWeights
+from qwen_jax.conversion.load import find_tokenizer
 from qwen_jax.data import task_configuration
 from qwen_jax.data.default_tokenizer import default_tokenizer
 from qwen_jax.data.loader import ExampleLoader
@@ -101,28 +103,19 @@ def train(
     initial_weights = None
     if initial_checkpoint is not None:
         initial_weights = InitialWeights(initial_checkpoint, initial_subtree, model)
-        if not saved_steps(output):  # before the minutes of preparing data and compiling
-            initial_weights.check(nn.meta.unbox(abstract_params(Qwen(model))))
+        if not saved_steps(output):
+            check_initial_weights(initial_weights, model)
     devices = make_mesh(mesh)
-    check_run(
-        Qwen(model),
-        optimizer,
-        trainer.train_steps,
-        devices,
-        batch_size=trainer.batch_size,
-        columns=batch_columns(trainer.sequence_length, packing, reference),
-        accumulation=trainer.accumulation(devices),
-        memory=device_memory(devices),
-    )
+    columns = batch_columns(trainer.sequence_length, packing, reference)
+    check_state(model, optimizer, trainer, devices, columns)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
         where = {"cache_dir": cache_dir, "sequence_length": trainer.sequence_length, "packing": packing}
         prepare_data(mixture_or_task, where, run_folder)
         train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
         if eval_set is not None and not trainer.eval_batches:
             log.warning("EVAL_BATCHES is 0: no held-out loss is measured")
-        check_same_data(
-            mixture_or_task, cache_dir, [one.fingerprint for one in (train_set, eval_set) if one is not None]
-        )
+        fingerprints = [one.fingerprint for one in (train_set, eval_set) if one is not None]
+        check_same_data(mixture_or_task, cache_dir, fingerprints)
         trainer, documents = trainer.within_epochs(epochs, len(train_set)), train_set.documents
         if reference is not None:
             train_set, eval_set = add_reference(reference, train_set, eval_set, model, trainer, devices, run_folder)
@@ -144,22 +137,59 @@ def train(
         if hosts.process_index() == 0:
             write_run_files(run_folder.folder, model, default_tokenizer().path)
             files.write_text(run_folder.folder / "config.gin", gin.config_str())
-            log.info(
-                "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s of %s examples of %d tokens"
-                " with %s documents per epoch, %s steps",
-                run_folder.folder,
-                f"{parameter_count(model):,}",
-                devices.size,
-                dict(devices.shape),
-                hosts.process_count(),
-                training.kernel,
-                mixture_or_task,
-                f"{len(train_set):,}",
-                trainer.sequence_length,
-                f"{documents:,}",
-                f"{trainer.train_steps:,}",
-            )
+            examples = f"{mixture_or_task} of {len(train_set):,} examples of {trainer.sequence_length} tokens"
+            announce(run_folder, model, training, f"{examples} with {documents:,} documents", trainer.train_steps)
         return training.run()
+
+
+def check_state(
+    model: ModelConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, devices: Mesh, columns: Sequence[Column]
+) -> None:
+    """Checks that batch, model and mesh divide, and that the state can fit.
+
+    Raises:
+      ValueError: as `check_run`.
+    """
+    check_run(
+        Qwen(model),
+        optimizer,
+        trainer.train_steps,
+        devices,
+        batch_size=trainer.batch_size,
+        columns=columns,
+        accumulation=trainer.accumulation(devices),
+        memory=device_memory(devices),
+    )
+
+
+def announce(run_folder: Run, model: ModelConfig, training: Trainer, data: str, train_steps: int) -> None:
+    """Logs what is trained, where, and on which data."""
+    log.info(
+        "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s per epoch, %s steps",
+        *(run_folder.folder, f"{parameter_count(model):,}", training.mesh.size, dict(training.mesh.shape)),
+        *(hosts.process_count(), training.kernel, data, f"{train_steps:,}"),
+    )
+
+
+def check_initial_weights(weights: InitialWeights, model: ModelConfig) -> None:
+    """Compares initial weights with the model, before the minutes of preparing data and compiling.
+
+    Raises:
+      FileNotFoundError, ValueError: as `InitialWeights.check`.
+    """
+    weights.check(nn.meta.unbox(abstract_params(Qwen(model))))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            tokenizer = find_tokenizer(weights.path, Path(scratch))
+    except ValueError as error:
+        log.warning("the vocabulary of the initial weights is not compared with VOCABULARY: %s", error)
+        return
+    if tokenizer is not None and tokenizer.fingerprint != default_tokenizer().fingerprint:
+        log.warning(
+            "%s was trained with another vocabulary than VOCABULARY (%s): its embedding and output rows stand for "
+            "other tokens",
+            *(weights.path, default_tokenizer().path),
+        )
 
 
 def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:

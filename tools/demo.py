@@ -5,6 +5,7 @@ command, printed before it runs, that works the same on its own. Everything lies
 """
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,7 @@ def title(text: str) -> None:
 def show(arguments: list) -> list[str]:
     """The command for these arguments, after printing it as one would type it."""
     words = [str(argument) for argument in arguments]
-    print("$ python " + " ".join(repr(word) if any(c in word for c in " \n(") else word for word in words), flush=True)
+    print(f"$ python {shlex.join(words)}", flush=True)
     return [sys.executable, *words]
 
 

@@ -66,7 +66,7 @@ def curate(
         ValueError: something in the configuration, or `output` was made from another corpus or configuration.
         RuntimeError: the counts of some stage do not add up.
     """
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.abspath(files.as_path(output, "output")))
     sources = [list_source(name, patterns) for name, patterns in inputs.items()]
     _check(config, sources)
     description = _describe(sources, config)

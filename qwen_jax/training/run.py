@@ -65,7 +65,7 @@ def open_run(
       CheckpointError: the folder is a file, holds something else than a run, or another run.
       ValueError: another process holds it.
     """
-    folder, watchdog = Path(folder), watchdog or Watchdog()
+    folder, watchdog = files.as_path(folder, "OUTPUT_DIR"), watchdog or Watchdog()
     hosts.run_on_main(
         "output folder", "process 0 to look into OUTPUT_DIR", lambda: _check_folder(folder, check_same_run)
     )

@@ -25,6 +25,12 @@ def test_a_folder_has_one_holder_and_its_parts_go_together(tmp_path):
     assert (tmp_path / "run" / "model_config.json").exists()
 
 
+def test_a_folder_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with open_run("~/run", same) as run:
+        assert run.folder == tmp_path / "run"
+
+
 def test_a_start_that_made_nothing_leaves_no_folder(tmp_path):
     with pytest.raises(RuntimeError), open_run(tmp_path / "run", same):
         raise RuntimeError("the corpus is not there")
