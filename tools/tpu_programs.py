@@ -34,6 +34,7 @@ from qwen_jax.training.program import (
     model_flops_per_token,
     shard_bytes,
     state_bytes_per_device,
+    trained_count,
 )
 from qwen_jax.training.state import abstract_state
 from qwen_jax.training.step import batch_shapes
@@ -90,14 +91,15 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
         )
 
     tokens = trainer.batch_size * trainer.sequence_length
+    trained = trained_count(Qwen(model), optimizer, trainer.train_steps, mesh)
     work = Work(
         parameters=parameter_count(model),
         tokens=tokens,
         flops_per_token=model_flops_per_token(model, trainer.sequence_length).total,
         flops_per_token_all_keys=model_flops_per_token(model, trainer.sequence_length, causal=False).total,
-        least=least_collectives(model, mesh, tokens, accumulation),
+        least=least_collectives(model, mesh, tokens, accumulation, trained),
         parts=accumulation,
-        between_slices=least_between_slices(model, mesh, hardware.slices),
+        between_slices=least_between_slices(model, mesh, hardware.slices, trained),
     )
     return Prepared(compile_step, work, dict(mesh.shape), state_bytes, attention)
 

@@ -160,6 +160,12 @@ def check_run(
     return needed
 
 
+def trained_count(model: Model, optimizer: OptimizerConfig, train_steps: int, mesh: Mesh) -> int:
+    """Number of the parameters of a model that the groups of `optimizer` do not freeze."""
+    state = abstract_state(model, make_optimizer(optimizer, train_steps), mesh, optimizer.groups)
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
 def check_memory(needed: dict[str, int], memory: int, parameters: int, mesh: Mesh) -> None:
     """Refuses a state that does not fit on a device.
 
@@ -181,17 +187,21 @@ def check_memory(needed: dict[str, int], memory: int, parameters: int, mesh: Mes
         )
 
 
-def least_between_slices(config: ModelConfig, mesh: Mesh, slices: int) -> float:
+def least_between_slices(config: ModelConfig, mesh: Mesh, slices: int, trained: int | None = None) -> float:
     """Bytes that a device must send to other slices in one step, in the compute dtype.
 
     Parameters are split within a slice only, so it is the all-reduce of the gradients of its share.
+
+    Args:
+      trained: number of parameters that are not frozen; None: all.
     """
-    share = parameter_count(config) / (mesh.size / mesh.shape["data"])
+    trained = parameter_count(config) if trained is None else trained
+    share = trained / (mesh.size / mesh.shape["data"])
     return 2 * (slices - 1) / slices * share * config.compute_dtype.itemsize
 
 
 def least_collectives(
-    config: ModelConfig, mesh: Mesh, tokens: int, accumulation: int = 1
+    config: ModelConfig, mesh: Mesh, tokens: int, accumulation: int = 1, trained: int | None = None
 ) -> dict[str, CollectiveTotal]:
     """What one device must exchange in one step, however the layout of `mesh` is programmed, by kind.
 
@@ -206,10 +216,14 @@ def least_collectives(
         in the backward pass), once after the embedding and once before the output projection.
       sequence: keys and values of each block gathered for the forward and for the backward pass, their gradients
         scattered.
-    Norms, biases, the loss's sums and token ids are left out.
+    Norms, biases, the loss's sums and token ids are left out. Frozen parameters are gathered, and have no gradients.
+
+    Args:
+      trained: number of parameters that are not frozen; None: all.
     """
     size, axis = config.compute_dtype.itemsize, lambda name: mesh.shape.get(name, 1)
     held = parameter_count(config) / axis("tensor")
+    with_gradients = held if trained is None else trained / axis("tensor")
     once = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size / axis("tensor")
     split = axis("fsdp") * axis("sequence")
     rows = tokens / (axis("data") * axis("fsdp"))  # tokens of the rows that a device works on, in all parts
@@ -223,8 +237,8 @@ def least_collectives(
             total.wire_bytes += wire * times
 
     add("all-gather", (2 * held - once) * size, split, accumulation)
-    add("reduce-scatter", held * size, split)
-    add("all-reduce", held / split * size, axis("data"))
+    add("reduce-scatter", with_gradients * size, split)
+    add("all-reduce", with_gradients / split * size, axis("data"))
     activations = rows / axis("sequence") * config.hidden_size * size
     add("all-reduce", activations, axis("tensor"), 4 * config.num_layers + 2)
     keys_and_values = 2 * rows * config.num_kv_heads * config.head_dim / axis("tensor") * size

@@ -1,5 +1,7 @@
 """What a compiled step needs: collectives counted as often as they run, memory, operations against a known model."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from qwen_jax.programs.account import collectives_per_device
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.parameter_groups import ParameterGroup, ScheduleConfig
 from qwen_jax.training.program import (
     TooLittleMemory,
     check_run,
@@ -19,6 +22,7 @@ from qwen_jax.training.program import (
     least_collectives,
     memory_per_device,
     model_flops_per_token,
+    trained_count,
 )
 from tests.fakes import small_model
 
@@ -139,3 +143,16 @@ def test_the_least_of_7b_on_256_chips():
     two_slices = jax.sharding.AbstractMesh((2, 64, 1), ("data", "fsdp", "tensor"))
     assert least_between_slices(config, two_slices, 2) == 2 * 7_721_324_544 / 64
     assert least_between_slices(config, mesh, 1) == 0
+    # Frozen parameters are gathered as before; they have no gradients to send.
+    frozen = least_collectives(config, mesh, 2048 * 2048, trained=1_000_000)
+    assert frozen["all-gather"] == least["all-gather"] and frozen["reduce-scatter"].payload_bytes == 2 * 1_000_000
+    assert least_between_slices(config, two_slices, 2, trained=1_000_000) == 2 * 1_000_000 / 64
+
+
+def test_frozen_parameters_are_not_counted_as_trained():
+    config = small_model()
+    groups = (ParameterGroup("frozen", "layers/.*", None), ParameterGroup("rest", ".*", ScheduleConfig(1e-3)))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    count = functools.partial(trained_count, Qwen(config), train_steps=10, mesh=mesh)
+    assert count(OptimizerConfig(1e-3)) == parameter_count(config)
+    assert count(OptimizerConfig(1e-3, groups=groups)) == (2 * config.vocab_size + 1) * config.hidden_size
