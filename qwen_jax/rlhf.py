@@ -33,6 +33,7 @@ from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
+from qwen_jax.host_memory import keep_freed_memory
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.train import check_length, check_same_data, find_cache, load_data, prepare_data, train
@@ -254,6 +255,7 @@ def main(argv=None) -> None:
     args = parse_args(parser, argv)
     if not args.gin_file:
         parser.error("name at least one --gin_file; see the example in --help")
+    keep_freed_memory()
     with join_job(hosts.job_config(args), gin.config_str()) as watchdog:
         result = configured(watchdog=watchdog, began=process_start_time())
     if jax.process_index() == 0:
