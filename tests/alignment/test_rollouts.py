@@ -257,6 +257,7 @@ def test_mistakes_are_named(tmp_path, change, message):
         trainer.run()
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_gives_nan_is_named(tmp_path):
     trainer = rollout_trainer(tmp_path, reward_model=True, steps=4)
     trainer.prepare()
@@ -308,7 +309,7 @@ def test_grpo_trains_without_a_value_model(tmp_path):
     assert abs(updates[0]["policy_loss"]) < 1
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_the_reward_rises(tmp_path, algorithm):
     """The share of one letter, from its share by chance to half of all."""
     rollouts = RolloutConfig(16, 8, 16, responses_per_prompt=4, epochs=2, pretraining_rows=0, slots=64)
