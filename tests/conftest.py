@@ -33,6 +33,11 @@ LONGEST = (
 )
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names bytes by their number: compressed ones hold the time, and all workers must collect the same names."""
+    return f"{argname}_of_{len(val)}_bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first, the others in their order; `--no-loadscope-reorder` keeps it so."""
     places = {name: place for place, name in enumerate(LONGEST)}
