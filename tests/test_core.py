@@ -64,6 +64,7 @@ def cached(tmp_path):
             eos_id=vocabulary.endoftext_id,
             columns=columns,
             token_bytes=np.ones(vocabulary.vocab_size, np.int64),
+            method="concat",
         )
         made = (vocabulary.vocab_size, vocabulary.fingerprint, 0, columns, (shard,), {})
         packing.Manifest("local_files", split, LENGTH, *made).save(folder)

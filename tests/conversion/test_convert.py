@@ -295,7 +295,10 @@ def test_the_program_converts_and_says_how_to_load(tmp_path, tokenizer_file, run
 
 @pytest.mark.parametrize(
     "name, words",
-    [("qwen2", "is a folder of format qwen, not qwen2"), ("ggml", "FORMAT one of orbax, qwen, qwen2, gguf")],
+    [
+        ("qwen2", "is a folder of format qwen, not qwen2"),
+        ("ggml", "FORMAT one of orbax, qwen, qwen2, qwen2_reward, gguf, peft"),
+    ],
 )
 def test_the_program_reports_errors_in_one_line(tmp_path, name, words):
     done = run(TOOL, "--from", f"{name}:{GOLDEN}", "--to", f"orbax:{tmp_path / 'out'}")
