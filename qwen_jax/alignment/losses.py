@@ -84,6 +84,7 @@ def pretraining_loss(model: ActorCritic, params, batch):
 
 
 def policy_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of a step from the sums of `policy_loss` and `pretraining_loss`: means over weighted tokens."""
     names = ("policy_loss", "policy_clipped", "policy_kl", "outside_nucleus", "entropy", "reference_kl")
     found = {name: sums[name] / sums["token_weight"] for name in names if name in sums}
     if "pretraining_loss" in sums:

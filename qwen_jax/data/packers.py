@@ -223,6 +223,7 @@ def fit(documents: Iterable[Document], sequence_length: int) -> Fitted:
 
 
 def add_removed(removed: Removed, reason: str, tokens: int, documents: int = 1) -> None:
+    """Counts documents and tokens that a packer truncates or leaves out, by reason."""
     entry = removed.setdefault(reason, {"documents": 0, "tokens": 0})
     entry["documents"] += documents
     entry["tokens"] += tokens
