@@ -1,0 +1,231 @@
+"""What a benchmark is: examples read from its publisher's files, how a model answers them, and how answers are judged.
+
+A file of `tasks/benchmarks/` declares one `Benchmark`. `add_benchmark` registers it as a SeqIO task whose metric
+functions are its scores; `qwen_jax.evaluate` lets a model answer the examples and calls SeqIO's evaluator. This module
+knows no model and no JAX.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NORMALIZATIONS = ("sum", "tokens", "characters", "bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question.
+
+    Attributes:
+        id: unique within the benchmark and equal in every reading, such as "anatomy/12".
+        prompt: what a base model continues, with its shots.
+        target: the right answer, of JSON types: for choices the index of the right one, else what `judge` takes.
+        choices: continuations of the prompt, of which the most likely one is the answer. Empty: the model writes one.
+        subject: part of the benchmark that is also scored alone, or "".
+        chat: what the user says to a chat model, or "" where the benchmark defines no such prompt.
+        extra: further fields of the publisher's row that `judge` needs, of JSON types.
+    """
+
+    id: str
+    prompt: str
+    target: Any
+    choices: tuple[str, ...] = ()
+    subject: str = ""
+    chat: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The example as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Example":
+        """The example of `to_json`."""
+        fields = json.loads(text)
+        return cls(**fields | {"choices": tuple(fields["choices"])})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The model ranks the choices by their log-likelihood after the prompt.
+
+    Attributes:
+        normalization: what the log-likelihood of a choice is divided by: "sum" by nothing, "tokens" by its number of
+            tokens, "characters" or "bytes" by its length without the blank that separates it from the prompt.
+        apart: whether prompt and choice are encoded apart, as the released C-Eval script does ("：" and "A" are two
+            tokens). Otherwise both are encoded as one text, and what follows the tokens of the prompt is the choice.
+    """
+
+    normalization: str = "sum"
+    apart: bool = False
+
+    def __post_init__(self):
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization is {self.normalization!r}, expected one of {', '.join(NORMALIZATIONS)}")
+
+    def answer(self, output: Mapping[str, Sequence[float]], choices: Sequence[str]) -> int:
+        """Index of the choice that the model takes; the first one of equal ones.
+
+        Args:
+            output: `log_likelihoods` (nats) and `tokens` (counts) of each choice.
+            choices: their texts.
+        """
+        scores = []
+        for text, total, tokens in zip(choices, output["log_likelihoods"], output["tokens"], strict=True):
+            text = text.removeprefix(" ")
+            by = {"sum": 1, "tokens": tokens, "characters": len(text), "bytes": len(text.encode())}
+            scores.append(total / max(by[self.normalization], 1))
+        return max(range(len(scores)), key=scores.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The model continues the prompt greedily, and an answer is extracted from its text.
+
+    Attributes:
+        max_new_tokens: largest number of tokens of the continuation.
+        stop: strings that end it; they are no part of the text. `<|endoftext|>` and `<|im_end|>` always end it.
+        extract: ways to find the answer in the text, by name; the first one counts, the others are reported beside it.
+            None is "no answer found".
+        judge: whether an extracted answer (never None) is right, or its share of the points, 0 to 1. It may run code in
+            the sandbox or other processes: it is called from several threads.
+        chat_extract: the same as `extract` for replies of chat models; empty: as `extract`.
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    extract: Mapping[str, Callable[[str, Example], Any]]
+    judge: Callable[[Any, Example], bool | float]
+    chat_extract: Mapping[str, Callable[[str, Example], Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsSet:
+    """The TFDS dataset of the same name.
+
+    Attributes:
+        name: with its version, such as "gsm8k:1.0.0".
+        read: the examples from a function that returns the rows of a split as dicts of Python values.
+    """
+
+    name: str
+    read: Callable[[Callable[[str], Iterator[dict]]], Iterator[Example]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A benchmark.
+
+    Attributes:
+        name: of its SeqIO task and on the command line, such as "arc_challenge".
+        title: in tables, such as "ARC-c".
+        folder: its folder under the data directory.
+        files: what the folder must hold, for the message that says what is missing.
+        shots: number of solved examples before the question.
+        read: the examples of the publisher's files in a folder.
+        answers: how a model answers.
+        tfds: the TFDS dataset of the same name, if there is one.
+        groups: names of groups of subjects with their subjects, each scored alone.
+        average: "examples" weighs every example equally, "subjects" every subject.
+        table: table of the report that has it, such as "Table 2", or "".
+        report: the report's figures in percent by model, such as {"Qwen-7B": 58.2}.
+        source: where prompt, shots and rules come from.
+    """
+
+    name: str
+    title: str
+    folder: str
+    files: str
+    shots: int
+    read: Callable[[Path], Iterator[Example]]
+    answers: Choices | Generation
+    tfds: TfdsSet | None = None
+    groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    average: str = "examples"
+    table: str = ""
+    report: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one example.
+
+    Attributes:
+        id, subject: of the example.
+        extracted: the answer by each way of extraction; for choices the index under "choice". None: no answer found.
+        score: 0 to 1 by each way of extraction, the first one counts.
+    """
+
+    id: str
+    subject: str
+    extracted: Mapping[str, Any]
+    score: Mapping[str, float]
+
+
+def judged(benchmark: Benchmark, example: Example, output: Any, chat: bool = False) -> Outcome:
+    """The outcome of an example.
+
+    Args:
+        output: of the model: for choices `log_likelihoods` and `tokens` of each, else the text of its continuation.
+        chat: whether the output is the reply of a chat model.
+    """
+    answers = benchmark.answers
+    if isinstance(answers, Choices):
+        choice = answers.answer(output, example.choices)
+        extracted: dict[str, Any] = {"choice": choice}
+        score = {"choice": float(choice == example.target)}
+    else:
+        ways = (answers.chat_extract if chat else {}) or answers.extract
+        extracted = {name: extract(output, example) for name, extract in ways.items()}
+        score = {
+            name: 0.0 if answer is None else float(answers.judge(answer, example)) for name, answer in extracted.items()
+        }
+    return Outcome(id=example.id, subject=example.subject, extracted=extracted, score=score)
+
+
+def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Scores of a benchmark in percent.
+
+    Returns:
+        `score` and its standard error `score_stderr` by the first way of extraction, `score_WAY` by each further one,
+        `group/NAME` and `subject/NAME` by the first one, and the counts `examples` and `no_answer`.
+    """
+    if not outcomes:
+        raise ValueError(f"{benchmark.name}: no example was answered")
+    first, *others = outcomes[0].score
+    result = dict(zip(("score", "score_stderr"), _average(benchmark, outcomes, first), strict=True))
+    result |= {f"score_{way}": _average(benchmark, outcomes, way)[0] for way in others}
+    subjects = {outcome.subject for outcome in outcomes} - {""}
+    for group, members in benchmark.groups.items():
+        part = [outcome for outcome in outcomes if outcome.subject in members]
+        if part:
+            result[f"group/{group}"] = _average(benchmark, part, first)[0]
+    for subject in sorted(subjects):
+        part = [outcome for outcome in outcomes if outcome.subject == subject]
+        result[f"subject/{subject}"] = _mean([outcome.score[first] for outcome in part])[0]
+    no_answer = sum(outcome.extracted[first] is None for outcome in outcomes)
+    return result | {"examples": float(len(outcomes)), "no_answer": float(no_answer)}
+
+
+def _average(benchmark: Benchmark, outcomes: Sequence[Outcome], way: str) -> tuple[float, float]:
+    """Percent and its standard error."""
+    if benchmark.average == "examples":
+        return _mean([outcome.score[way] for outcome in outcomes])
+    by_subject = collections.defaultdict(list)
+    for outcome in outcomes:
+        by_subject[outcome.subject].append(outcome.score[way])
+    means = [_mean(values) for values in by_subject.values()]
+    error = math.sqrt(sum(error**2 for _, error in means)) / len(means)
+    return sum(mean for mean, _ in means) / len(means), error
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean in percent and its standard error: sample standard deviation over the root of the count, 0 for one value."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return 100 * mean, 100 * math.sqrt(spread / len(values))
