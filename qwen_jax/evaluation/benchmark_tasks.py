@@ -22,7 +22,7 @@ class _Unchanged(seqio.FeatureConverter):
 
     TASK_FEATURES = dict.fromkeys(("inputs", "targets"), seqio.FeatureConverter.FeatureSpec(dtype=tf.string))
     MODEL_FEATURES = TASK_FEATURES
-    PACKING_FEATURE_DTYPES = None
+    PACKING_FEATURE_DTYPES = {}
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
         del task_feature_lengths
@@ -97,7 +97,7 @@ def add_benchmark(benchmark: Benchmark, data_dir: Callable[[], Path | None]) -> 
     _BENCHMARKS[benchmark.name] = benchmark
     seqio.TaskRegistry.add(
         benchmark.name,
-        source=seqio.FunctionDataSource(dataset, splits=[SPLIT]),
+        source=seqio.FunctionDataSource(dataset, splits=[SPLIT]),  # ty: ignore[invalid-argument-type]  as in data/records.py
         preprocessors=[],
         output_features={"inputs": _TEXT, "targets": _TEXT},
         postprocess_fn=functools.partial(_postprocess, benchmark),
@@ -147,5 +147,5 @@ def evaluate(name: str, predictions: Sequence[Any], num_examples: int | None = N
             raise ValueError(f"{name}: {len(predictions):,} predictions for {count:,} examples")
         return [(index, [json.dumps(prediction)]) for index, prediction in enumerate(predictions)]
 
-    found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
+    found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)  # ty: ignore[invalid-argument-type]  SeqIO calls it with the dataset alone
     return {key: float(value) for key, value in found.result()[name].items()}
