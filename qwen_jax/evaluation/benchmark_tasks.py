@@ -15,6 +15,8 @@ SPLIT = "test"
 # Text, one string each: the checkpoint's own tokenizer makes tokens of it, when a model answers.
 _TEXT = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.string)
 _BENCHMARKS: dict[str, Benchmark] = {}
+# What a task yields in place of the files' examples, while `evaluate` is given them.
+_GIVEN: dict[str, Sequence[Example]] = {}
 
 
 class _Unchanged(seqio.FeatureConverter):
@@ -82,9 +84,10 @@ def add_benchmark(benchmark: Benchmark, data_dir: Callable[[], Path | None]) -> 
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
+        given = _GIVEN.get(benchmark.name)
 
         def rows():
-            for example in read_examples(benchmark, data_dir()):
+            for example in read_examples(benchmark, data_dir()) if given is None else given:
                 yield {"inputs": [example.prompt], "targets": [example.to_json()]}
 
         one = tf.TensorSpec([1], tf.string)
@@ -121,25 +124,18 @@ def _postprocess(benchmark: Benchmark, value: Sequence[bytes | str], *, example,
     return judged(benchmark, of, prediction["output"], prediction.get("chat", False))
 
 
-def evaluate(name: str, predictions: Sequence[Any], num_examples: int | None = None) -> dict[str, float]:
+def evaluate(name: str, predictions: Sequence[Any], examples: Sequence[Example] | None = None) -> dict[str, float]:
     """Scores of a benchmark by SeqIO's evaluator.
 
     Args:
         name: of a registered benchmark.
         predictions: for each example in order, an object of JSON types: `{"output": …, "chat": …}` as `judged` takes
             them, or the fields of an `Outcome` that was judged before.
-        num_examples: how many examples there are predictions for, where not for all.
+        examples: those that there are predictions for. None: all that the task reads.
 
     Raises:
         ValueError: there is not one prediction for each example.
     """
-    evaluator = seqio.Evaluator(
-        name,
-        _Unchanged(pack=False),
-        eval_split=SPLIT,
-        num_examples=num_examples,
-        async_compute_metrics=False,
-    )
 
     def predict(dataset: tf.data.Dataset) -> list[tuple[int, list[str]]]:
         count = int(dataset.cardinality())
@@ -147,5 +143,12 @@ def evaluate(name: str, predictions: Sequence[Any], num_examples: int | None = N
             raise ValueError(f"{name}: {len(predictions):,} predictions for {count:,} examples")
         return [(index, [json.dumps(prediction)]) for index, prediction in enumerate(predictions)]
 
-    found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)  # ty: ignore[invalid-argument-type]  SeqIO calls it with the dataset alone
+    if examples is not None:
+        _GIVEN[name] = examples
+    try:
+        evaluator = seqio.Evaluator(name, _Unchanged(pack=False), eval_split=SPLIT, async_compute_metrics=False)
+        # SeqIO calls the function with the dataset alone.
+        found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)  # ty: ignore[invalid-argument-type]
+    finally:
+        _GIVEN.pop(name, None)
     return {key: float(value) for key, value in found.result()[name].items()}
