@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-NORMALIZATIONS = ("sum", "tokens", "characters", "bytes")
+NORMALIZATIONS = ("sum", "tokens", "characters", "bytes", "text")
+AVERAGES = ("examples", "subjects")
+WAY_OF_CHOICES = "choice"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class Example:
         choices: continuations of the prompt, of which the most likely one is the answer. Empty: the model writes one.
         subject: part of the benchmark that is also scored alone, or "".
         chat: what the user says to a chat model, or "" where the benchmark defines no such prompt.
-        extra: further fields of the publisher's row that `judge` needs, of JSON types.
+        extra: further fields of the publisher's row that `extract` and `judge` need, of JSON types.
+        weight: points that the question is worth.
     """
 
     id: str
@@ -37,6 +40,7 @@ class Example:
     subject: str = ""
     chat: str = ""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
 
     def to_json(self) -> str:
         """The example as one line of JSON."""
@@ -50,12 +54,27 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A row that is no question on purpose, or a file of a whole set that is not there; readers yield it.
+
+    Attributes:
+        where: file and row.
+        reason: why, in the same words for all rows of a kind, so that they are counted together.
+    """
+
+    where: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Choices:
     """The model ranks the choices by their log-likelihood after the prompt.
 
     Attributes:
         normalization: what the log-likelihood of a choice is divided by: "sum" by nothing, "tokens" by its number of
-            tokens, "characters" or "bytes" by its length without the blank that separates it from the prompt.
+            tokens, "characters" or "bytes" by its length without the blank that separates it from the prompt. "text"
+            compares whole texts, prompt and choice, by their mean log-likelihood of a token (OpenCompass'
+            PPLInferencer, but that the first token counts too, after the token that begins a text).
         apart: whether prompt and choice are encoded apart, as the released C-Eval script does ("：" and "A" are two
             tokens). Otherwise both are encoded as one text, and what follows the tokens of the prompt is the choice.
     """
@@ -67,18 +86,27 @@ class Choices:
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization is {self.normalization!r}, expected one of {', '.join(NORMALIZATIONS)}")
 
+    def pairs(self, example: Example) -> list[tuple[str, str]]:
+        """(context, continuation) of each choice: `answer` compares the log-likelihoods of these continuations.
+
+        The context is the prompt; with the normalization "text" it is empty, and the continuation is the whole text.
+        """
+        if self.normalization == "text":
+            return [("", example.prompt + choice) for choice in example.choices]
+        return [(example.prompt, choice) for choice in example.choices]
+
     def answer(self, output: Mapping[str, Sequence[float]], choices: Sequence[str]) -> int:
         """Index of the choice that the model takes; the first one of equal ones.
 
         Args:
-            output: `log_likelihoods` (nats) and `tokens` (counts) of each choice.
+            output: `log_likelihoods` (nats) and `tokens` (counts) of the continuations of `pairs`.
             choices: their texts.
         """
         scores = []
         for text, total, tokens in zip(choices, output["log_likelihoods"], output["tokens"], strict=True):
             text = text.removeprefix(" ")
-            by = {"sum": 1, "tokens": tokens, "characters": len(text), "bytes": len(text.encode())}
-            scores.append(total / max(by[self.normalization], 1))
+            by = {"sum": 1, "characters": len(text), "bytes": len(text.encode())}.get(self.normalization, tokens)
+            scores.append(total / max(by, 1))
         return max(range(len(scores)), key=scores.__getitem__)
 
 
@@ -113,7 +141,7 @@ class TfdsSet:
     """
 
     name: str
-    read: Callable[[Callable[[str], Iterator[dict]]], Iterator[Example]]
+    read: Callable[[Callable[[str], Iterator[dict]]], Iterator[Example | LeftOut]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,14 +154,18 @@ class Benchmark:
         folder: its folder under the data directory.
         files: what the folder must hold, for the message that says what is missing.
         shots: number of solved examples before the question.
-        read: the examples of the publisher's files in a folder.
+        read: the examples of the publisher's files in a folder, and the rows that it leaves out.
         answers: how a model answers.
+        written: where `answers` ranks: how texts are read, of a chat model that answers `Example.chat`, and of a model
+            that continues the prompt of an example without choices. Its first way of extraction is named "choice".
+            None: there are no such texts.
         tfds: the TFDS dataset of the same name, if there is one.
         groups: names of groups of subjects with their subjects, each scored alone.
-        average: "examples" weighs every example equally, "subjects" every subject.
+        average: "examples" weighs every example by its points, "subjects" every subject equally.
         table: table of the report that has it, such as "Table 2", or "".
         report: the report's figures in percent by model, such as {"Qwen-7B": 58.2}.
         source: where prompt, shots and rules come from.
+        size: number of examples of the whole publication, or 0 where it is not known.
     """
 
     name: str
@@ -141,14 +173,37 @@ class Benchmark:
     folder: str
     files: str
     shots: int
-    read: Callable[[Path], Iterator[Example]]
+    read: Callable[[Path], Iterator[Example | LeftOut]]
     answers: Choices | Generation
+    written: Generation | None = None
     tfds: TfdsSet | None = None
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     average: str = "examples"
     table: str = ""
     report: Mapping[str, float] = dataclasses.field(default_factory=dict)
     source: str = ""
+    size: int = 0
+
+    def __post_init__(self):
+        if self.average not in AVERAGES:
+            raise ValueError(f"{self.name}: average is {self.average!r}, expected one of {', '.join(AVERAGES)}")
+        if self.written and next(iter(self.written.extract)) != WAY_OF_CHOICES:
+            raise ValueError(f"{self.name}: the first way of extraction of `written` must be named {WAY_OF_CHOICES!r}")
+
+    def answered_by(self, example: Example, chat: bool = False) -> Choices | Generation:
+        """How a model answers an example: `answers`, or `written` for texts where `answers` ranks.
+
+        Args:
+            chat: whether the model is a chat model that gets `Example.chat`; without effect where there is none.
+
+        Raises:
+            ValueError: the example has no choices to rank, and the benchmark does not say how to read a text.
+        """
+        if isinstance(self.answers, Generation) or (example.choices and not (chat and example.chat and self.written)):
+            return self.answers
+        if self.written is None:
+            raise ValueError(f"{self.name}: example {example.id} has no choices, and the benchmark has no `written`")
+        return self.written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,33 +214,36 @@ class Outcome:
         id, subject: of the example.
         extracted: the answer by each way of extraction; for choices the index under "choice". None: no answer found.
         score: 0 to 1 by each way of extraction, the first one counts.
+        weight: points that the example is worth.
     """
 
     id: str
     subject: str
     extracted: Mapping[str, Any]
     score: Mapping[str, float]
+    weight: float = 1.0
 
 
 def judged(benchmark: Benchmark, example: Example, output: Any, chat: bool = False) -> Outcome:
     """The outcome of an example.
 
     Args:
-        output: of the model: for choices `log_likelihoods` and `tokens` of each, else the text of its continuation.
-        chat: whether the output is the reply of a chat model.
+        output: of the model: of choices that it ranks, `log_likelihoods` and `tokens` of each, else the text that it
+            wrote.
+        chat: whether the output is the reply of a chat model to `Example.chat`.
     """
-    answers = benchmark.answers
+    answers = benchmark.answered_by(example, chat)
     if isinstance(answers, Choices):
         choice = answers.answer(output, example.choices)
-        extracted: dict[str, Any] = {"choice": choice}
-        score = {"choice": float(choice == example.target)}
+        extracted: dict[str, Any] = {WAY_OF_CHOICES: choice}
+        score = {WAY_OF_CHOICES: float(choice == example.target)}
     else:
         ways = (answers.chat_extract if chat else {}) or answers.extract
         extracted = {name: extract(output, example) for name, extract in ways.items()}
         score = {
             name: 0.0 if answer is None else float(answers.judge(answer, example)) for name, answer in extracted.items()
         }
-    return Outcome(id=example.id, subject=example.subject, extracted=extracted, score=score)
+    return Outcome(id=example.id, subject=example.subject, extracted=extracted, score=score, weight=example.weight)
 
 
 def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -206,8 +264,7 @@ def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float
         if part:
             result[f"group/{group}"] = _average(benchmark, part, first)[0]
     for subject in sorted(subjects):
-        part = [outcome for outcome in outcomes if outcome.subject == subject]
-        result[f"subject/{subject}"] = _mean([outcome.score[first] for outcome in part])[0]
+        result[f"subject/{subject}"] = _mean([one for one in outcomes if one.subject == subject], first)[0]
     no_answer = sum(outcome.extracted[first] is None for outcome in outcomes)
     return result | {"examples": float(len(outcomes)), "no_answer": float(no_answer)}
 
@@ -215,17 +272,22 @@ def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float
 def _average(benchmark: Benchmark, outcomes: Sequence[Outcome], way: str) -> tuple[float, float]:
     """Percent and its standard error."""
     if benchmark.average == "examples":
-        return _mean([outcome.score[way] for outcome in outcomes])
+        return _mean(outcomes, way)
     by_subject = collections.defaultdict(list)
     for outcome in outcomes:
-        by_subject[outcome.subject].append(outcome.score[way])
-    means = [_mean(values) for values in by_subject.values()]
+        by_subject[outcome.subject].append(outcome)
+    means = [_mean(part, way) for part in by_subject.values()]
     error = math.sqrt(sum(error**2 for _, error in means)) / len(means)
     return sum(mean for mean, _ in means) / len(means), error
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean in percent and its standard error: sample standard deviation over the root of the count, 0 for one value."""
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return 100 * mean, 100 * math.sqrt(spread / len(values))
+def _mean(outcomes: Sequence[Outcome], way: str) -> tuple[float, float]:
+    """Weighted mean in percent and its standard error.
+
+    With equal weights the error is the sample standard deviation over the root of the count; 0 for one outcome.
+    """
+    total = sum(outcome.weight for outcome in outcomes)
+    mean = sum(outcome.weight * outcome.score[way] for outcome in outcomes) / total
+    spread = sum((outcome.weight * (outcome.score[way] - mean)) ** 2 for outcome in outcomes)
+    count = len(outcomes)
+    return 100 * mean, 100 * math.sqrt(spread * count / max(count - 1, 1)) / total

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from qwen_jax.evaluation.benchmark import Benchmark, Example, Outcome, judged, scores
+from qwen_jax.evaluation.benchmark import Benchmark, Example, LeftOut, Outcome, judged, scores
 
 SPLIT = "test"
 # Text, one string each: the checkpoint's own tokenizer makes tokens of it, when a model answers.
@@ -34,11 +35,14 @@ class _Unchanged(seqio.FeatureConverter):
         return task_feature_lengths
 
 
-def read_examples(benchmark: Benchmark, data_dir: Path | None) -> Iterator[Example]:
+def read_examples(
+    benchmark: Benchmark, data_dir: Path | None, left_out: list[LeftOut] | None = None
+) -> Iterator[Example]:
     """The examples of a benchmark.
 
     Args:
         data_dir: has the folder of the benchmark with its publisher's files. None: its TFDS dataset.
+        left_out: gets the rows that are left out, as they are met.
 
     Raises:
         FileNotFoundError: the folder, or a file in it, is not there.
@@ -59,6 +63,10 @@ def read_examples(benchmark: Benchmark, data_dir: Path | None) -> Iterator[Examp
         examples = benchmark.read(folder)
     seen = set()
     for example in examples:
+        if isinstance(example, LeftOut):
+            if left_out is not None:
+                left_out.append(example)
+            continue
         if example.id in seen:
             raise ValueError(f"{benchmark.name}: two examples have the id {example.id}: is a file there twice?")
         seen.add(example.id)
@@ -72,7 +80,18 @@ def _tfds_rows(name: str, split: str) -> Iterator[dict]:
     import tensorflow_datasets as tfds
 
     for row in tfds.as_numpy(tfds.load(name, split=split)):
-        yield tf.nest.map_structure(lambda value: value.decode() if isinstance(value, bytes) else value, row)
+        yield python_values(row)
+
+
+def python_values(value: Any) -> Any:
+    """Values of TFDS as Python's: text for bytes, lists for arrays, numbers for scalars."""
+    if isinstance(value, Mapping):
+        return {name: python_values(one) for name, one in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return python_values(value.tolist())
+    if isinstance(value, list):
+        return [python_values(one) for one in value]
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def add_benchmark(benchmark: Benchmark, data_dir: Callable[[], Path | None]) -> None:
