@@ -11,6 +11,7 @@ and holds no control token (`qwen_jax.data.chatml`). As in `finetune.py`, a conv
 last turn, and no `<|endoftext|>` follows: packing `whole` keeps conversations apart by segments.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -18,10 +19,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qwen_jax.data import chatml, react
-from qwen_jax.data.conversations import Conversation, check, from_openai, from_sharegpt
+from qwen_jax.data.conversations import Conversation, check, from_openai, from_question, from_sharegpt
 from qwen_jax.data.tokenizer import Tokenizer, normalize
 
-LAYOUTS: dict[str, Callable[[Mapping], Conversation]] = {"messages": from_openai, "sharegpt": from_sharegpt}
+LAYOUTS: dict[str, Callable[[Mapping], Conversation]] = {
+    "messages": from_openai,
+    "sharegpt": from_sharegpt,
+    "questions": from_question,
+}
 LOSS_ON = ("released", "report")
 
 
@@ -57,11 +62,16 @@ class ChatRows:
     system: str = chatml.DEFAULT_SYSTEM
 
     def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}: it must be one of {', '.join(LAYOUTS)}")
         if self.loss_on not in LOSS_ON:
             raise ValueError(f"loss_on is {self.loss_on!r}: it must be one of {', '.join(LOSS_ON)}")
 
     def group(self, row: Mapping) -> str:
-        """Text by whose hash a row is held out: the whole row."""
+        """Text by whose hash a row is held out: the question, so that all its answers are; else the whole row."""
+        if self.layout == "questions":
+            with contextlib.suppress(ValueError):  # `encode` says what is wrong with the row
+                return from_question(row).messages[-2].content
         return json.dumps(row, sort_keys=True, ensure_ascii=False)
 
     def encode(self, row: Mapping, tokenizer: Tokenizer) -> Encoded:

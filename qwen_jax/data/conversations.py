@@ -1,4 +1,4 @@
-"""Conversations as people have them in files: OpenAI's `messages` and ShareGPT's layout, read into one form.
+"""Conversations as people have them in files: OpenAI's `messages`, ShareGPT's layout, and questions with an answer.
 
 A row that has the fields of its layout and still cannot be trained on raises `Unusable`, with one of few reasons, so
 that rows can be left out and counted by reason. Other mistakes in a row are a plain `ValueError`.
@@ -22,6 +22,15 @@ _SHAREGPT = {
     "function": "tool",
     "observation": "tool",
 }
+
+# Names of question and answer: GSM8K, MATH, MetaMathQA and Math401, Alpaca and MathInstruct, messages of one turn.
+_QUESTIONS = (
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("query", "response"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+)
 
 
 class Unusable(ValueError):
@@ -92,6 +101,29 @@ def from_sharegpt(row: Mapping) -> Conversation:
             raise Unusable("two system messages", "one is the field `system`")
         result = dataclasses.replace(result, messages=(Message("system", system), *result.messages))
     return result
+
+
+def from_question(row: Mapping) -> Conversation:
+    """Reads a question and its answer: one turn of the user, one of the assistant.
+
+    The fields are `question` and `answer`, `problem` and `solution`, `query` and `response`, `instruction` and
+    `output`, or `prompt` and `completion`. A text `input` stands a line below the question, and `system` before it.
+
+    Raises:
+        Unusable: see `check`; or content that is no text.
+        ValueError: the row has none of these pairs.
+    """
+    pairs = [pair for pair in _QUESTIONS if isinstance(row, Mapping) and set(pair) <= set(row)]
+    if not pairs:
+        found = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
+        expected = ", ".join(" and ".join(pair) for pair in _QUESTIONS)
+        raise ValueError(f"expected a question and an answer ({expected}), found {found or 'no field'}")
+    question, answer = (text_of(row[field], field) for field in pairs[0])
+    given, system = text_of(row.get("input"), "input"), text_of(row.get("system"), "system")
+    if given:
+        question = f"{question}\n{given}"
+    turns = (Message("user", question), Message("assistant", answer))
+    return Conversation((Message("system", system), *turns) if system else turns)
 
 
 def check(conversation: Conversation) -> Conversation:

@@ -198,7 +198,7 @@ def in_validation(text: str, share: float) -> bool:
 
 def _hash(text: str) -> int:
     """A number in [0, 2**64)."""
-    return int.from_bytes(hashlib.blake2b(_utf8(text), digest_size=8, key=b"validation").digest(), "little")
+    return int.from_bytes(hashlib.blake2b(utf8(text), digest_size=8, key=b"validation").digest(), "little")
 
 
 def validation_limit(corpus: "Corpus") -> float | int:
@@ -228,7 +228,8 @@ def _validation_limit(corpus: "Corpus", state: tuple) -> float | int:
     return lowest + 1 if lowest is not None and several else 0
 
 
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
+    """UTF-8 of a text that may hold lone surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -256,7 +257,7 @@ class Corpus:
     def examples(self, path: Path) -> Iterator[tuple[str, dict[str, str | bytes]]]:
         """(group, `text` and `source`) of the documents of one file; those of one group are held out together."""
         for text in read_file(path, text_field=self.text_field):
-            yield text, {"text": _utf8(text), "source": str(path)}
+            yield text, {"text": utf8(text), "source": str(path)}
 
     def settings(self) -> dict:
         """What besides the files decides the examples; a cache keeps it, and refuses other settings."""
