@@ -15,7 +15,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -243,28 +242,27 @@ def _document(file: File, of_repository: str | None, config: CodeConfig) -> tupl
 def _write(folder: Path, staged: Iterable[tuple[str, bool]], leave_out: _LeavesOut, part_bytes: int) -> dict:
     """Writes the documents that stay in parts; counts of them."""
     folder.mkdir()
-    counts = {name: collections.Counter[str]() for name in ("languages", "licenses")}
-    total = collections.Counter[str]()
-    room, part = 0, contextlib.ExitStack()
-    with contextlib.ExitStack() as whole:
-        whole.callback(lambda: part.close())
-        lines: io.TextIOBase | None = None
+    languages, license_names = collections.Counter[str](), collections.Counter[str]()
+    count, total, part_end = 0, 0, 0
+    with contextlib.ExitStack() as part:
         for line, stays in staged:
             document = json.loads(line)
             if not stays:
                 leave_out(document["repository"], document["path"], "near-duplicate")
                 continue
-            if lines is None or room <= 0:
+            if total >= part_end:
                 part.close()
-                path = folder / f"part-{total['parts']:05d}.jsonl.zst"
+                path = folder / f"part-{total // part_bytes:05d}.jsonl.zst"
                 lines = part.enter_context(zstandard.open(path, "wt", encoding="utf-8"))
-                room = part_bytes
-                total["parts"] += 1
+                part_end = (total // part_bytes + 1) * part_bytes
             lines.write(line)
-            size = len(document["text"].encode())
-            room -= size
-            total.update(documents=1, bytes=size)
-            counts["languages"][document["language"]] += 1
-            counts["licenses"][document["license"] or "unknown"] += 1
-    named = {name: dict(counter.most_common()) for name, counter in counts.items()}
-    return {"documents": total["documents"], "bytes": total["bytes"], **named}
+            count += 1
+            total += len(document["text"].encode())
+            languages[document["language"]] += 1
+            license_names[document["license"] or "unknown"] += 1
+    return {
+        "documents": count,
+        "bytes": total,
+        "languages": dict(languages.most_common()),
+        "licenses": dict(license_names.most_common()),
+    }
