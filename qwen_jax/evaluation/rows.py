@@ -55,10 +55,10 @@ class Row:
             raise self.error(f"{'' if count is None else f'{count} '}texts in {name!r}, found {_shown(value)}")
         return value
 
-    def one_of(self, name: str, options: Collection[Any]) -> Any:
-        """A field that is one of the options."""
-        value = self.fields.get(name)
-        if value not in options or isinstance(value, bool) != any(isinstance(one, bool) for one in options):
+    def one_of(self, name: str, options: Iterable[Any]) -> Any:
+        """A field that is one of the options, of the same type."""
+        options, value = list(options), self.fields.get(name)
+        if not any(type(value) is type(option) and value == option for option in options):
             raise self.error(f"{name!r} to be one of {', '.join(map(str, options))}, found {_shown(value)}")
         return value
 
@@ -121,6 +121,12 @@ def csv_rows(file: Path, columns: Sequence[str], header: bool = True) -> Iterato
             raise ValueError(f"{file}: not UTF-8 past row {number}: {error}") from error
     if number < 1 + header:
         raise ValueError(f"{file} has no rows: is it cut?")
+
+
+def numbered(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Row]:
+    """Rows that are in no file, such as those of a TFDS dataset; they count from 0."""
+    for index, fields in enumerate(rows):
+        yield Row(f"{name}: row {index}", fields)
 
 
 def first_rows(file: Path, rows: Iterable[Row], count: int) -> list[Row]:
