@@ -60,7 +60,7 @@ def read_examples(
         folder = data_dir / benchmark.folder
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; {benchmark.name} expects {benchmark.files} there")
-        examples = benchmark.read(folder)
+        examples = _named(benchmark, folder)
     seen = set()
     for example in examples:
         if isinstance(example, LeftOut):
@@ -72,7 +72,18 @@ def read_examples(
         seen.add(example.id)
         yield example
     if not seen:
-        raise ValueError(f"{benchmark.name}: no example in {data_dir or benchmark.tfds}")
+        raise ValueError(f"{benchmark.name}: no example in {data_dir or 'its TFDS dataset'}")
+
+
+def _named(benchmark: Benchmark, folder: Path) -> Iterator[Example | LeftOut]:
+    """What a benchmark reads; a file that is not there is named together with those that are expected."""
+    try:
+        yield from benchmark.read(folder)
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise
+        expected = f"{benchmark.name} expects {benchmark.files} in {folder}"
+        raise FileNotFoundError(f"{error.filename}: no such file; {expected}") from error
 
 
 def _tfds_rows(name: str, split: str) -> Iterator[dict]:

@@ -1,0 +1,225 @@
+"""Benchmarks whose choices are ranked."""
+
+from pathlib import Path
+
+from tests.evaluation.published import Published, write_csv, write_json_lines
+
+LETTERS = "ABCD"
+
+
+def _four(name: str, n: int) -> list[str]:
+    return [f"{name} {n}, which one?", "one", "two", 'three, or "3"', "four\nand more", LETTERS[n % 4]]
+
+
+def mmlu(folder: Path) -> None:
+    for subject in ("anatomy", "world_religions"):
+        write_csv(folder / "dev" / f"{subject}_dev.csv", [_four(f"solved {subject}", n) for n in range(5)])
+        write_csv(folder / "test" / f"{subject}_test.csv", [_four(subject, n) for n in range(3)])
+
+
+def ceval(folder: Path) -> None:
+    header = ["id", "question", *LETTERS, "answer"]
+    for subject in ("law", "logic", "college_physics"):
+        solved = [[n, *_four(f"已解{subject}", n), "因为。"] for n in range(5)]
+        write_csv(folder / "dev" / f"{subject}_dev.csv", [[*header, "explanation"], *solved])
+        write_csv(folder / "val" / f"{subject}_val.csv", [header, *([n, *_four(subject, n)] for n in range(2))])
+
+
+def cmmlu(folder: Path) -> None:
+    header = ["", "Question", *LETTERS, "Answer"]
+    for subject in ("arts", "chinese_history"):
+        for split, rows in (("dev", 5), ("test", 3)):
+            write_csv(
+                folder / "data" / split / f"{subject}.csv", [header, *([n, *_four(split, n)] for n in range(rows))]
+            )
+
+
+def arc(name: str, folder: Path) -> None:
+    def row(n: int, labels: str) -> dict:
+        choices = [{"text": f"matter {label}", "label": label} for label in labels]
+        return {
+            "id": f"Mercury_{n}",
+            "question": {"stem": f"What is {n}?", "choices": choices},
+            "answerKey": labels[n % len(labels)],
+        }
+
+    rows = [row(n, labels) for n, labels in enumerate(("ABCD", "1234", "ABC", "ABCD", "ABCDE"))]
+    write_json_lines(folder / "ARC-V1-Feb2018-2" / name / f"{name}-Dev.jsonl", rows)
+
+
+def boolq(folder: Path) -> None:
+    passage = "Coal -- Coal is a black rock. It burns."
+    rows = [
+        {"question": f"is coal {word}", "passage": passage, "idx": n, "label": label}
+        for n, (word, label) in enumerate((("black", True), ("green", False), ("a rock", "true"), ("a fish", "false")))
+    ]
+    write_json_lines(folder / "SuperGLUE" / "BoolQ" / "val.jsonl", rows)
+
+
+def commonsenseqa(folder: Path) -> None:
+    def row(split: str, n: int) -> dict:
+        choices = [{"label": letter, "text": f"place {letter}"} for letter in "ABCDE"]
+        stem = f"Where is {split} {n}?"
+        return {
+            "answerKey": "ABCDE"[n % 5],
+            "id": f"{split}{n}",
+            "question": {"question_concept": "place", "choices": choices, "stem": stem},
+        }
+
+    write_json_lines(folder / "train_rand_split.jsonl", [row("train", n) for n in range(9)])
+    write_json_lines(folder / "dev_rand_split.jsonl", [row("dev", n) for n in range(4)])
+
+
+def hellaswag(folder: Path) -> None:
+    scenes = [
+        ("Sailing", "A boat lies in the harbor.", "the sailor"),
+        ("Home and Garden", "How to sow: [header] Choose a bed. [title] Dig it over [step] Use a spade.", ""),
+        ("Baking", "A woman kneads dough.", "she"),
+    ]
+    rows = [
+        {
+            "ind": n,
+            "activity_label": label,
+            "ctx_a": before,
+            "ctx_b": after,
+            "ctx": f"{before} {after}".strip(),
+            "split": "val",
+            "split_type": "indomain",
+            "label": n,
+            "endings": [f"goes to place {place}. [substeps] Rests." for place in range(4)],
+            "source_id": f"activitynet~v_{n}",
+        }
+        for n, (label, before, after) in enumerate(scenes)
+    ]
+    write_json_lines(folder / "data" / "hellaswag_val.jsonl", rows)
+
+
+def piqa(folder: Path) -> None:
+    rows = [{"goal": f"open jar {n}", "sol1": "turn the lid", "sol2": "turn the table "} for n in range(4)]
+    write_json_lines(folder / "piqa" / "data" / "valid.jsonl", rows)
+    (folder / "piqa" / "data" / "valid-labels.lst").write_text("0\n1\n1\n0\n")
+
+
+def siqa(folder: Path) -> None:
+    rows = [
+        {"context": f"Kim lent {n} books to Lee.", "question": "Why?", "answerA": "to help", "answerB": "to eat"}
+        | {"answerC": "to sleep"}
+        for n in range(4)
+    ]
+    write_json_lines(folder / "socialiqa-train-dev" / "dev.jsonl", rows)
+    (folder / "socialiqa-train-dev" / "dev-labels.lst").write_text("1\n2\n3\n1\n")
+
+
+def ocnli(folder: Path) -> None:
+    rows = [
+        {
+            "level": "easy",
+            "sentence1": f"今天第{n}次下雨",
+            "sentence2": "地是湿的",
+            "label": label,
+            "genre": "lit",
+            "id": n,
+        }
+        for n, label in enumerate(("entailment", "neutral", "-", "contradiction"))
+    ]
+    write_json_lines(folder / "data" / "ocnli" / "dev.json", rows)
+
+
+FILES = {
+    "mmlu": Published(
+        write=mmlu,
+        right=lambda example: f"The answer is {LETTERS[example.target]}.",
+        false=lambda example: f"The answer is {LETTERS[example.target - 1]}.",
+        examples=6,
+        left_out=55,
+        shot="Question: ",
+        file="test/anatomy_test.csv",
+        wrong=(",one,", ",one,one,"),
+        data=(14042, 0),
+    ),
+    "ceval": Published(
+        write=ceval,
+        right=lambda example: f"答案是 {LETTERS[example.target]}.",
+        false=lambda example: f"答案是 {LETTERS[example.target - 1]}.",
+        examples=6,
+        left_out=49,
+        shot="问题：",
+        file="val/law_val.csv",
+        wrong=("question", "Frage"),
+        data=(96, 44),
+    ),
+    "cmmlu": Published(
+        write=cmmlu,
+        examples=6,
+        left_out=65,
+        shot="问题：",
+        file="data/test/arts.csv",
+        wrong=("Answer", "answer"),
+    ),
+    "arc_easy": Published(
+        write=lambda folder: arc("ARC-Easy", folder),
+        examples=3,
+        left_out=2,
+        shot="Question: ",
+        file="ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Dev.jsonl",
+        wrong=('"stem"', '"text"'),
+        data=(47, 1),
+    ),
+    "arc_challenge": Published(
+        write=lambda folder: arc("ARC-Challenge", folder),
+        examples=3,
+        left_out=2,
+        shot="Question: ",
+        file="ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Dev.jsonl",
+        wrong=('"answerKey": "2"', '"answerKey": "B"'),
+        data=(47, 1),
+    ),
+    "boolq": Published(
+        write=boolq,
+        examples=4,
+        shot="\nQuestion: ",
+        file="SuperGLUE/BoolQ/val.jsonl",
+        wrong=("false", "0"),
+        data=(180, 0),
+    ),
+    "commonsenseqa": Published(
+        write=commonsenseqa,
+        examples=4,
+        shot="Question: ",
+        file="dev_rand_split.jsonl",
+        wrong=("answerKey", "answer"),
+        data="train_rand_split.jsonl: 5 rows, but 8 solved examples are needed",
+    ),
+    "hellaswag": Published(
+        write=hellaswag,
+        examples=3,
+        shot="\n",
+        file="data/hellaswag_val.jsonl",
+        wrong=('"label": 2', '"label": ""'),
+        data=(2, 0),
+    ),
+    "piqa": Published(
+        write=piqa,
+        examples=4,
+        shot="\nQ: ",
+        file="piqa/data/valid.jsonl",
+        wrong=("sol2", "sol3"),
+        data=(100, 0),
+    ),
+    "siqa": Published(
+        write=siqa,
+        examples=4,
+        shot="\nQuestion: ",
+        file="socialiqa-train-dev/dev.jsonl",
+        wrong=("answerC", "answerD"),
+        data=(200, 0),
+    ),
+    "ocnli": Published(
+        write=ocnli,
+        examples=3,
+        left_out=1,
+        shot="语句一",
+        file="data/ocnli/dev.json",
+        wrong=('"neutral"', "1"),
+    ),
+}
