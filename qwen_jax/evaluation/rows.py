@@ -89,6 +89,26 @@ def json_rows(file: Path) -> Iterator[Row]:
         raise ValueError(f"{file} has no rows: is it cut?")
 
 
+def json_items(file: Path, name: str) -> Iterator[Row]:
+    """The objects of the list `name` in a file of one JSON object; items count from 0.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON, has no such list, or the list holds something else or nothing.
+    """
+    try:
+        content = files.read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}: is the file cut?") from error
+    items = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{file}: expected an object with a list {name!r}, found {_shown(content)}")
+    for index, fields in enumerate(items):
+        if not isinstance(fields, dict):
+            raise ValueError(f"{file}: item {index}: expected an object, found {_shown(fields)}")
+        yield Row(f"{file}: item {index}", fields)
+
+
 def csv_rows(file: Path, columns: Sequence[str], header: bool = True) -> Iterator[Row]:
     """The rows of a file of comma-separated values in UTF-8; rows count from 1, the header too.
 

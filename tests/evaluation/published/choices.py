@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.evaluation.published import Published, write_csv, write_json_lines
+from tests.evaluation.published import Published, write_csv, write_json, write_json_lines
 
 LETTERS = "ABCD"
 
@@ -125,7 +125,47 @@ def ocnli(folder: Path) -> None:
     write_json_lines(folder / "data" / "ocnli" / "dev.json", rows)
 
 
+def gaokao_bench(folder: Path) -> None:
+    kinds = {
+        "2010-2022_Math_I_MCQs": ("single_choice", [["A"], ["D"]], 5),
+        "2010-2022_Physics_MCQs": ("multi_choice", [["AC"], ["B"]], 6),
+        "2010-2022_Geography_MCQs": ("multi_question_choice", [["A", "B", "C"]], 4),
+        "2012-2022_English_Cloze_Test": ("five_out_of_seven", [["G", "A", "B", "C", "D"]], 2),
+    }
+    prompts = [
+        {"type": kind, "keyword": name, "prefix_prompt": "请你做一道题\n"} for name, (kind, _, _) in kinds.items()
+    ]
+    write_json(folder / "Bench" / "Obj_Prompt.json", {"examples": prompts})
+    for name, (_, answers, score) in kinds.items():
+        rows = [
+            {"year": "2010", "category": "（卷）", "question": f"第{n}题 A．一 B．二", "answer": answer}
+            | {"analysis": "", "index": n, "score": score}
+            for n, answer in enumerate(answers)
+        ]
+        write_json(folder / "Data" / "Objective_Questions" / f"{name}.json", {"keywords": name, "example": rows})
+
+
+def _marked(letters) -> str:
+    """An answer as GAOKAO-Bench asks for it."""
+    return "".join(f"（{n}）【答案】 {one} <eoa>\n" for n, one in enumerate(letters, 1))
+
+
 FILES = {
+    "gaokao_bench": Published(
+        write=gaokao_bench,
+        examples=6,
+        left_out=10,
+        right=lambda example: _marked(example.extra["answer"]),
+        false=lambda example: _marked(
+            next(letter for letter in "BDF" if letter not in "".join(answer))
+            for answer in [example.extra["answer"]]
+            for _ in answer
+        ),
+        shot="请你做一道题",
+        file="Data/Objective_Questions/2010-2022_Physics_MCQs.json",
+        wrong=('"AC"', '"E"'),
+        data=(140, 0),
+    ),
     "mmlu": Published(
         write=mmlu,
         right=lambda example: f"The answer is {LETTERS[example.target]}.",
