@@ -8,6 +8,7 @@ _EXTRAS = {
     **dict.fromkeys(("apache_beam", "pyarrow", "zstandard", "sentencepiece"), "data"),
     **dict.fromkeys(("fastwarc", "resiliparse", "py3langid", "sklearn"), "curation"),
     "t5": "t5",
+    **dict.fromkeys(("math_verify", "latex2sympy2_extended"), "evaluation"),
     "gguf": "gguf",
     **dict.fromkeys(("pytest", "hypothesis", "datasketch", "torch", "transformers"), "test"),
 }
