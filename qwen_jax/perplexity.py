@@ -11,6 +11,7 @@ import gin
 import numpy as np
 
 from qwen_jax.conversion import load_for_decoding, load_tokenizer
+from qwen_jax.evaluation.perplexity import log_probs
 from qwen_jax.files import PathLike, as_path
 from qwen_jax.inference import Engine
 
@@ -48,8 +49,8 @@ class CheckpointPerplexity:
         ids = engine.tokenizer.encode(text[: 16 * self.max_tokens])[: self.max_tokens]
         if len(ids) < 2:
             return float("inf")
-        (score,) = engine.score([ids[:1]], [ids[1:]])
-        return float(np.exp(-score.log_probs.mean()))
+        (found,) = log_probs(engine, [ids])
+        return float(np.exp(-found.mean()))
 
 
 @functools.lru_cache(maxsize=1)

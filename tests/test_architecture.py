@@ -7,7 +7,14 @@ import sys
 import pytest
 
 # What only the upper rooms know.
-ENTRY_POINTS = ("qwen_jax.train", "qwen_jax.rlhf", "qwen_jax.generate", "qwen_jax.chat", "qwen_jax.configuration")
+ENTRY_POINTS = (
+    "qwen_jax.train",
+    "qwen_jax.rlhf",
+    "qwen_jax.generate",
+    "qwen_jax.chat",
+    "qwen_jax.evaluate",
+    "qwen_jax.configuration",
+)
 DATA_LIBRARIES = ("tensorflow", "seqio", "t5", "apache_beam", "tasks")
 TORCH = ("torch", "transformers")
 # Room (a folder or a file): prefixes of modules that nothing in it may import. Arrows run down, never back up.
@@ -176,6 +183,8 @@ def test_training_knows_a_model_protocol_and_no_decoder_or_metric(root):
         ("qwen_jax.train", ("tensorflow", "seqio", "apache_beam", "torch", "transformers", "matplotlib")),
         ("qwen_jax.generate", ("tensorflow", "seqio", "torch", "transformers", "gin")),
         ("qwen_jax.chat", ("tensorflow", "seqio", "torch", "transformers", "gin")),
+        ("qwen_jax.evaluate", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
+        ("qwen_jax.evaluation.perplexity", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
         ("qwen_jax.data.tokenizer", ("tensorflow", "seqio", "jax", "torch")),
         ("qwen_jax.data.chatml", ("tensorflow", "seqio", "jax", "torch")),
     ],

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -109,14 +109,38 @@ def read_file(path: Path, *, text_field: str = "text") -> Iterator[str]:
     Raises:
         ValueError: the file is damaged, binary, or has a malformed row. The message names file and row in one line.
     """
+    return (text for text, _ in read_rows(path, text_field=text_field) if text)
+
+
+def read_rows(
+    path: Path, *, text_field: str = "text", labels: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """(text, labels) of each row of one file, also of rows without text; as `read_file` otherwise.
+
+    Args:
+        labels: further fields or columns; a row may lack them, or have null there.
+
+    Raises:
+        ValueError: as `read_file`, or a label is no text.
+    """
     name = str(path).lower()
     if name.endswith(TEXT_SUFFIXES):
-        texts: Iterable[str] = iter([_decode(path, path.read_bytes())])
+        yield _decode(path, path.read_bytes()), {}
     elif name.endswith(".parquet"):
-        texts = _parquet(path, text_field)
+        yield from _parquet(path, text_field, labels)
     else:
-        texts = (_text_of(row, where, text_field) for where, row in files.read_json_lines(path))
-    return (text for text in texts if text)
+        for where, row in files.read_json_lines(path):
+            text = _text_of(row, where, text_field)
+            assert isinstance(row, dict)
+            yield text, _labels(row, where, labels)
+
+
+def _labels(row: Mapping[str, object], where: str, labels: Sequence[str]) -> dict[str, str]:
+    found = {name: row[name] for name in labels if row.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: field {name!r} is {type(value).__name__}, expected a string")
+    return {name: str(value) for name, value in found.items()}
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -169,20 +193,23 @@ def _text_of(row: object, where: str, text_field: str) -> str:
     return row[text_field]
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
+def _parquet(path: Path, text_field: str, labels: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if text_field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
                 raise ValueError(f"{path}: expected a column {text_field!r}, found {columns}")
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+            present = [name for name in labels if name in table.schema_arrow.names and name != text_field]
+            for batch in table.iter_batches(batch_size=1024, columns=[text_field, *present]):
                 # By name: a struct column whose field has this dotted name is read along, and comes first.
-                for text in batch.column(text_field).to_pylist():
+                columns = {name: batch.column(name).to_pylist() for name in present}
+                for index, text in enumerate(batch.column(text_field).to_pylist()):
                     if not isinstance(text, str):
                         kind = type(text).__name__
                         raise ValueError(f"{path}: row {row}: {text_field!r} is {kind}, expected a string")
-                    yield text
+                    values = {name: column[index] for name, column in columns.items()}
+                    yield text, _labels(values, f"{path}: row {row}", present)
                     row += 1
     except FileNotFoundError:
         raise

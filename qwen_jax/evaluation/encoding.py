@@ -81,6 +81,24 @@ def cut_left(ids: Sequence[int], room: int) -> CutPrompt:
     return CutPrompt(list(ids[cut:]), cut)
 
 
+def cut_pair(
+    prompt: Sequence[int], following: Sequence[int], context_length: int, *, whole_text: bool = False
+) -> tuple[CutPrompt, list[int]]:
+    """A prompt that leaves room for what follows it, and what follows.
+
+    Args:
+        whole_text: nothing but the token that begins a text stands before it. If the text is too long, it is cut from
+            the left itself, and the last token that is cut off takes the place of the prompt.
+
+    Raises:
+        ValueError: what follows a prompt fills the context.
+    """
+    if whole_text and len(following) >= context_length:
+        cut = len(following) - context_length
+        return CutPrompt([following[cut]], cut + 1), list(following[cut + 1 :])
+    return cut_left(prompt, context_length - len(following)), list(following)
+
+
 def chat_prompt(tokenizer: Tokenizer, question: str, room: int) -> CutPrompt:
     """A question to a chat model in ChatML, with the default system message and the header of the answer.
 
