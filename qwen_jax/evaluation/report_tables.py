@@ -100,8 +100,9 @@ def report_tables(model: str, entries: Mapping[str, Entry], registry: Mapping[st
     }
     for name, entry in entries.items():
         if groups := [key for key in entry.metrics if key.startswith("group/")]:
-            title = GROUP_TABLES.get(name, f"{entry.benchmark.title} by group")
-            found[title] = _columns_of_groups(title, model, entry, groups)
+            shown = f"{entry.benchmark.title} by group ({entry.benchmark.shots}-shot)"
+            caption = f"{GROUP_TABLES[name]}: {shown}" if name in GROUP_TABLES else shown
+            found[caption] = _columns_of_groups(caption, model, entry, groups)
     placed = {name for names in layouts.values() for name in names}
     others = [entry.benchmark for name, entry in entries.items() if name not in placed]
     tables = [found[title] for title in sorted(found, key=_place)]
@@ -109,7 +110,7 @@ def report_tables(model: str, entries: Mapping[str, Entry], registry: Mapping[st
 
 
 def _place(title: str) -> tuple[int, str]:
-    number = title.removeprefix("Table ").split()[0]
+    number = title.removeprefix("Table ").split()[0].removesuffix(":")
     return (int(number) if number.isdigit() else 1000, title)
 
 
@@ -129,13 +130,12 @@ def _columns_of_benchmarks(
     return Table(title, header, (*rows, ours), 1)
 
 
-def _columns_of_groups(title: str, model: str, entry: Entry, groups: Sequence[str]) -> Table:
-    benchmark = entry.benchmark
+def _columns_of_groups(caption: str, model: str, entry: Entry, groups: Sequence[str]) -> Table:
     nothing = [NOTHING] * len(groups)
-    rows = [(f"{name} (report)", *nothing, _figure(figure)) for name, figure in benchmark.report.items()]
+    rows = [(f"{name} (report)", *nothing, _figure(figure)) for name, figure in entry.benchmark.report.items()]
     ours = (model, *(f"{entry.metrics[group]:.1f}" for group in groups), entry.score)
     header = ("model", *(group.removeprefix("group/") for group in groups), "all")
-    return Table(f"{title}: {benchmark.title} ({benchmark.shots}-shot)", header, (*rows, ours), 1)
+    return Table(caption, header, (*rows, ours), 1)
 
 
 def _figure(value: float | None) -> str:
@@ -153,6 +153,9 @@ def counts_table(entries: Mapping[str, Entry]) -> Table:
             if key.startswith("score_") and key != "score_stderr"
         }
         counted = f"{entry.examples:,}" + (f" of {benchmark.size:,}" if benchmark.size > entry.examples else "")
+        if entry.limit is not None:
+            each = " of each subject" if any(key.startswith("subject/") for key in metrics) else ""
+            counted += f" (first {entry.limit:,}{each})"
         rows.append(
             (
                 benchmark.title,
@@ -160,7 +163,7 @@ def counts_table(entries: Mapping[str, Entry]) -> Table:
                 str(benchmark.shots),
                 entry.score,
                 ", ".join(f"{name} {value:.1f}" for name, value in others.items()) or NOTHING,
-                counted + ("" if entry.limit is None else f" (first {entry.limit:,} of each subject)"),
+                counted,
                 "; ".join(f"{count:,}: {reason}" for reason, count in entry.left_out.items()) or "0",
                 f"{entry.cut:,}",
                 f"{metrics['no_answer']:,.0f}" if entry.written else NOTHING,

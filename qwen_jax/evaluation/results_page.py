@@ -23,7 +23,7 @@ h1, h2, h3 { line-height: 1.2; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8886; }
 th { vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 tr.ours td { font-weight: 600; background: #4c9f7022; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
@@ -131,7 +131,7 @@ def _markdown(model: str, settings: Mapping[str, Any], tables: list[Table], entr
         parts += [f"## {table.caption}", markdown_table(table)]
     for entry in entries:
         if entry.wrong:
-            parts.append(f"## {entry.benchmark.title}: the first {len(entry.wrong)} wrong answers")
+            parts.append(f"## {entry.benchmark.title}: wrong answers, the first {len(entry.wrong)}")
         for row in entry.wrong:
             parts.append(f"### {_cell(row['id'])}")
             for name, text in _parts(row).items():
@@ -180,7 +180,7 @@ def _page(model: str, settings: Mapping[str, Any], tables: list[Table], entries:
             parts.append(f"<details><summary>{len(subjects.rows)} subjects</summary>{_html_table(subjects)}</details>")
         if entry.wrong:
             wrong = "".join(map(_html_answer, entry.wrong))
-            summary = f"the first {len(entry.wrong)} wrong answers"
+            summary = f"wrong answers: the first {len(entry.wrong)}"
             parts.append(f"<details open><summary>{summary}</summary>{wrong}</details>")
     policy = f"default-src 'none'; style-src 'sha256-{style}'"
     return (
@@ -198,11 +198,15 @@ def _html_table(table: Table) -> str:
     rows = []
     for index, row in enumerate(table.rows):
         mark = ' class="ours"' if index >= len(table.rows) - table.ours else ""
-        rows.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        rows.append(f"<tr{mark}>" + "".join(f"<td>{_unbroken(cell)}</td>" for cell in row) + "</tr>")
     return (
         f'<h3>{html.escape(table.caption)}</h3><div class="wide"><table><thead><tr>{header}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _unbroken(cell: str) -> str:
+    return html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def _html_answer(row: Mapping[str, Any]) -> str:

@@ -85,7 +85,12 @@ def test_tables_are_those_of_the_report(entries):
         ("tiny", "50.0 ± 1.2", "50.0 ± 1.2", "–"),
     )
     assert (twelve.caption, [row[0] for row in twelve.rows]) == ("Table 12", ["Math-Qwen-7B-Chat (report)", "tiny"])
-    assert thirteen.caption == "Table 13: MMLU (5-shot)" and thirteen.header == ("model", "STEM", "Other", "all")
+    assert thirteen.caption == "Table 13: MMLU by group (5-shot)" and thirteen.header == (
+        "model",
+        "STEM",
+        "Other",
+        "all",
+    )
     assert thirteen.rows[-1] == ("tiny", "40.0", "60.0", "50.0 ± 1.2")
     assert others.caption == "Not in the report" and others.rows == (("tiny", "50.0 ± 1.2"),)
     (eleven,) = report_tables(
