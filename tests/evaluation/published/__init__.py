@@ -30,6 +30,7 @@ class Published:
       right: for texts that a model writes, a right one; None: the target itself.
       false: a wrong one that an answer is found in.
       data: what the copy in the shared data gives: (examples, rows left out), or an error; None: there is no copy.
+      tfds: rows of its TFDS dataset by split, with labels by name or number; each becomes an example.
     """
 
     write: Callable[[Path], None]
@@ -41,6 +42,7 @@ class Published:
     right: Callable[[Example], str] = lambda example: str(example.target)
     false: Callable[[Example], str] = lambda example: "-17"
     data: tuple[int, int] | str | None = None
+    tfds: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=dict)
 
 
 def write_json_lines(file: Path, rows: Iterable[Mapping]) -> None:

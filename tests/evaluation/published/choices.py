@@ -73,7 +73,7 @@ def commonsenseqa(folder: Path) -> None:
 def hellaswag(folder: Path) -> None:
     scenes = [
         ("Sailing", "A boat lies in the harbor.", "the sailor"),
-        ("Home and Garden", "How to sow: [header] Choose a bed. [title] Dig it over [step] Use a spade.", ""),
+        ("Home and Garden", "How to sow: [header] Choose a bed [title] Dig it over [step] Use a spade.", ""),
         ("Baking", "A woman kneads dough.", "she"),
     ]
     rows = [
@@ -145,6 +145,30 @@ def gaokao_bench(folder: Path) -> None:
         write_json(folder / "Data" / "Objective_Questions" / f"{name}.json", {"keywords": name, "example": rows})
 
 
+def agieval(folder: Path) -> None:
+    def row(n: int, label, count: int, passage=None) -> dict:
+        options = [f"({letter})option {letter}" for letter in "ABCDE"[:count]]
+        return {"passage": passage, "question": f"Question {n}?", "options": options, "label": label, "answer": None}
+
+    sets = {
+        "lsat-ar": [row(0, "E", 5, "Eight people. "), row(1, "A", 5, "Nine people. ")],
+        "gaokao-mathqa": [row(0, "C", 4), row(1, "A C", 4)],
+        "gaokao-physics": [row(0, "B", 4), row(1, ["A", "D"], 4)],
+        "jec-qa-kd": [row(0, ["A"], 4), row(1, [], 4)],
+        "math": [
+            {
+                "passage": None,
+                "question": "Question 0: half of 1?",
+                "options": None,
+                "label": None,
+                "answer": "\\frac{1}{2}",
+            }
+        ],
+    }
+    for name, rows in sets.items():
+        write_json_lines(folder / "data" / "v1" / f"{name}.jsonl", rows)
+
+
 def _marked(letters) -> str:
     """An answer as GAOKAO-Bench asks for it."""
     return "".join(f"（{n}）【答案】 {one} <eoa>\n" for n, one in enumerate(letters, 1))
@@ -165,6 +189,15 @@ FILES = {
         file="Data/Objective_Questions/2010-2022_Physics_MCQs.json",
         wrong=('"AC"', '"E"'),
         data=(140, 0),
+    ),
+    "agieval": Published(
+        write=agieval,
+        examples=7,
+        left_out=18,
+        shot="Question ",
+        file="data/v1/lsat-ar.jsonl",
+        wrong=('"E"', '"F"'),
+        false=lambda example: "C, 3" if example.target != "C" else "D",
     ),
     "mmlu": Published(
         write=mmlu,
@@ -203,6 +236,13 @@ FILES = {
         shot="Question: ",
         file="ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Dev.jsonl",
         wrong=('"stem"', '"text"'),
+        tfds={
+            "validation": [
+                {"id": f"Mercury_{n}", "question": f"What is {n}?", "answerKey": "BDA"[n]}
+                | {"choices": {"text": ["one", "two", "three", "four"], "label": ["A", "B", "C", "D"]}}
+                for n in range(3)
+            ]
+        },
         data=(47, 1),
     ),
     "arc_challenge": Published(
@@ -212,6 +252,13 @@ FILES = {
         shot="Question: ",
         file="ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Dev.jsonl",
         wrong=('"answerKey": "2"', '"answerKey": "B"'),
+        tfds={
+            "validation": [
+                {"id": f"Mercury_{n}", "question": f"What is {n}?", "answerKey": "BDA"[n]}
+                | {"choices": {"text": ["one", "two", "three", "four"], "label": ["A", "B", "C", "D"]}}
+                for n in range(3)
+            ]
+        },
         data=(47, 1),
     ),
     "boolq": Published(
@@ -220,6 +267,11 @@ FILES = {
         shot="\nQuestion: ",
         file="SuperGLUE/BoolQ/val.jsonl",
         wrong=("false", "0"),
+        tfds={
+            "validation": [
+                {"question": f"is it {n}", "passage": "It is one.", "answer": n == 1, "title": "It"} for n in range(3)
+            ]
+        },
         data=(180, 0),
     ),
     "commonsenseqa": Published(
@@ -236,6 +288,13 @@ FILES = {
         shot="\n",
         file="data/hellaswag_val.jsonl",
         wrong=('"label": 2', '"label": ""'),
+        tfds={
+            "validation": [
+                {"context": f"{n} men sail. they", "endings": ["sing.", "eat.", "swim.", "sleep."], "label": n}
+                | {"activity_label": "Sailing", "split_type": "indomain", "source_id": "activitynet~v_1"}
+                for n in range(3)
+            ]
+        },
         data=(2, 0),
     ),
     "piqa": Published(
@@ -244,6 +303,18 @@ FILES = {
         shot="\nQ: ",
         file="piqa/data/valid.jsonl",
         wrong=("sol2", "sol3"),
+        tfds={
+            "validation": [
+                {
+                    "id": str(n),
+                    "goal": f"open jar {n}",
+                    "sol1": "turn the lid",
+                    "sol2": "turn the table",
+                    "label": n % 2,
+                }
+                for n in range(3)
+            ]
+        },
         data=(100, 0),
     ),
     "siqa": Published(
