@@ -195,5 +195,15 @@ def test_importing_a_module_does_not_load_what_it_does_not_need(module, absent, 
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_the_sandbox_imports_the_standard_library_and_itself_alone(root):
+    for file in (root / "qwen_jax/sandbox").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for name in names:
+                own = name == "qwen_jax.sandbox" or name.startswith("qwen_jax.sandbox.")
+                assert own or name.partition(".")[0] in sys.stdlib_module_names, f"{file}: {name}"
+
+
 def test_nothing_but_gin_files_lies_in_the_gin_folder(root):
     assert {path.suffix for path in (root / "gin").rglob("*") if path.is_file()} == {".gin"}

@@ -1,0 +1,44 @@
+"""The sandbox of the tests, and what there is of processes before and after a run."""
+
+import os
+
+import pytest
+
+from qwen_jax import sandbox as sandboxes
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """A sandbox for all installed languages; skips where this system cannot isolate programs."""
+    made = sandboxes.default_sandbox()
+    try:
+        made.run(sandboxes.Plan({"main.py": ""}, [sandboxes.Step("run", file="main.py")]))
+    except sandboxes.SandboxUnavailableError as error:
+        pytest.skip(str(error))
+    return made
+
+
+def descendants() -> set[int]:
+    """Processes that this one started, and those that they started."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = {os.getpid()}
+    while more := {process for process, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+@pytest.fixture
+def nothing_left(sandbox):
+    """After the test there are the processes, mounts and temporary files that there were before."""
+    before = descendants(), open("/proc/self/mountinfo").read(), set(os.listdir("/tmp"))
+    yield
+    after = descendants(), open("/proc/self/mountinfo").read()
+    assert after == before[:2]
+    left = set(os.listdir("/tmp")) - before[2]
+    assert not [name for name in left if "box" in name or "sandbox" in name]
