@@ -122,6 +122,8 @@ class Generation:
         judge: whether an extracted answer (never None) is right, or its share of the points, 0 to 1. It may run code in
             the sandbox or other processes: it is called from several threads.
         chat_extract: the same as `extract` for replies of chat models; empty: as `extract`.
+        figures: further figures of the publisher, by name, of the first extracted answer (None: none was found), such
+            as its relative error; their means are reported as they are, not in percent.
     """
 
     max_new_tokens: int
@@ -129,6 +131,7 @@ class Generation:
     extract: Mapping[str, Callable[[str, Example], Any]]
     judge: Callable[[Any, Example], bool | float]
     chat_extract: Mapping[str, Callable[[str, Example], Any]] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Callable[[Any, Example], float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,6 +218,7 @@ class Outcome:
         extracted: the answer by each way of extraction; for choices the index under "choice". None: no answer found.
         score: 0 to 1 by each way of extraction, the first one counts.
         weight: points that the example is worth.
+        figures: further figures by name; see `Generation.figures`.
     """
 
     id: str
@@ -222,6 +226,7 @@ class Outcome:
     extracted: Mapping[str, Any]
     score: Mapping[str, float]
     weight: float = 1.0
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def judged(benchmark: Benchmark, example: Example, output: Any, chat: bool = False) -> Outcome:
@@ -237,13 +242,23 @@ def judged(benchmark: Benchmark, example: Example, output: Any, chat: bool = Fal
         choice = answers.answer(output, example.choices)
         extracted: dict[str, Any] = {WAY_OF_CHOICES: choice}
         score = {WAY_OF_CHOICES: float(choice == example.target)}
+        figures: dict[str, float] = {}
     else:
         ways = (answers.chat_extract if chat else {}) or answers.extract
         extracted = {name: extract(output, example) for name, extract in ways.items()}
         score = {
             name: 0.0 if answer is None else float(answers.judge(answer, example)) for name, answer in extracted.items()
         }
-    return Outcome(id=example.id, subject=example.subject, extracted=extracted, score=score, weight=example.weight)
+        first = next(iter(extracted.values()))
+        figures = {name: float(figure(first, example)) for name, figure in answers.figures.items()}
+    return Outcome(
+        id=example.id,
+        subject=example.subject,
+        extracted=extracted,
+        score=score,
+        weight=example.weight,
+        figures=figures,
+    )
 
 
 def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -251,7 +266,8 @@ def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float
 
     Returns:
         `score` and its standard error `score_stderr` by the first way of extraction, `score_WAY` by each further one,
-        `group/NAME` and `subject/NAME` by the first one, and the counts `examples` and `no_answer`.
+        `group/NAME` and `subject/NAME` by the first one, `mean/NAME` of each further figure (not in percent), and the
+        counts `examples` and `no_answer`.
     """
     if not outcomes:
         raise ValueError(f"{benchmark.name}: no example was answered")
@@ -265,6 +281,8 @@ def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float
             result[f"group/{group}"] = _average(benchmark, part, first)[0]
     for subject in sorted(subjects):
         result[f"subject/{subject}"] = _mean([one for one in outcomes if one.subject == subject], first)[0]
+    for name in outcomes[0].figures:
+        result[f"mean/{name}"] = sum(outcome.figures[name] for outcome in outcomes) / len(outcomes)
     no_answer = sum(outcome.extracted[first] is None for outcome in outcomes)
     return result | {"examples": float(len(outcomes)), "no_answer": float(no_answer)}
 

@@ -125,15 +125,6 @@ def stated(text: str) -> str | None:
     return None
 
 
-def bbh_answer(text: str) -> str:
-    """What stands after the first "the answer is ", to the end of the line and without its last stop.
-
-    Without such words, the whole text: as the evaluation of BIG-Bench Hard in lm-evaluation-harness and OpenCompass.
-    """
-    answer = text.partition("the answer is ")[2] or text
-    return answer.split("\n")[0].strip().removesuffix(".").strip()
-
-
 def mathematical(text: str) -> str | None:
     r"""The answer to a mathematical problem: the last \boxed{…}, else what is stated, else the last number."""
     text = without_thinking(text)

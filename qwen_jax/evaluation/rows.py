@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import itertools
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,66 @@ def json_items(file: Path, name: str) -> Iterator[Row]:
         if not isinstance(fields, dict):
             raise ValueError(f"{file}: item {index}: expected an object, found {_shown(fields)}")
         yield Row(f"{file}: item {index}", fields)
+
+
+def json_object(file: Path) -> Row:
+    """The one object of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON, or something else than an object.
+    """
+    try:
+        content = files.read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}: is the file cut?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {_shown(content)}")
+    return Row(str(file), content)
+
+
+def json_objects(file: Path) -> Iterator[Row]:
+    """The objects of a file that has them one after the other, over several lines each, or in one JSON array.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: something in it is no JSON object (the message has the line where it begins), or there is none.
+    """
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        yield from json_rows(file)
+        return
+    decoder, place = json.JSONDecoder(), 0
+    while (place := place + len(text[place:]) - len(text[place:].lstrip())) < len(text):
+        where = f"{file}:{text.count(chr(10), 0, place) + 1}"
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}: is the file cut?") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {_shown(value)}")
+        yield Row(where, value)
+    if not place:
+        raise ValueError(f"{file} has no rows: is it cut?")
+
+
+def text_lines(file: Path) -> Iterator[Row]:
+    """The lines of a text file in UTF-8, as the field `text`; they count from 1, and blank ones are none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not UTF-8, does not end with a line end, or has no line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from error
+    lines = text.split("\n")
+    if not text.strip() or lines[-1]:
+        raise ValueError(f"{file}:{len(lines)}: expected a line end at the end of the file: is the file cut?")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield Row(f"{file}:{number}", {"text": line})
 
 
 def csv_rows(file: Path, columns: Sequence[str], header: bool = True) -> Iterator[Row]:

@@ -111,15 +111,3 @@ def test_a_box_in_the_thinking_is_no_answer():
     assert extraction.mathematical(r"<think>perhaps \boxed{1}</think>The answer is \boxed{2}.") == "2"
     assert extraction.mathematical(r"<think>perhaps \boxed{1}</think>So 3 of them.") == "3"
     assert extraction.mathematical("<think>perhaps 1") is None
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("We look at it. So the answer is (B).", "(B)"),
-        ("So the answer is False.\n\nQ: more. So the answer is True.", "False"),
-        ("Yes", "Yes"),
-    ],
-)
-def test_answers_to_big_bench_hard(text, answer):
-    assert extraction.bbh_answer(text) == answer
