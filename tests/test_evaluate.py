@@ -118,7 +118,7 @@ import time
 from qwen_jax import command_line, evaluate
 from qwen_jax.evaluation import evaluator
 from qwen_jax.inference import Engine
-evaluator.WINDOW = 2
+evaluator.FIRST_WINDOW, evaluator.next_window = 2, lambda size, seconds: 2
 score, calls = Engine.score, []
 def held(*arguments):
     calls.append(None)

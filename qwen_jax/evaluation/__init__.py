@@ -1,1 +1,1 @@
-"""Evaluation of chat models: their answers to held-out prompts, and how people rank them (report 3.3, A.2.2)."""
+"""Evaluation: benchmarks (report 2.5, A.2.1), perplexity, and how people rank answers of chat models (3.3, A.2.2)."""

@@ -3,11 +3,13 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +33,10 @@ from qwen_jax.evaluation.report_tables import Entry
 from qwen_jax.inference import Engine, Request
 from qwen_jax.inference.requests import LENGTH
 
-# Ranked examples that are computed and recorded together: a kill loses no more.
-WINDOW = 256
+# Ranked examples that are computed and recorded together, at first; see `next_window`.
+FIRST_WINDOW = 32
+_SMALLEST_WINDOW, _LARGEST_WINDOW = 8, 1024
+_SHORT_SECONDS, _LONG_SECONDS = 10.0, 60.0
 # A line of progress so often where there is no terminal, in seconds.
 _LOG_SECONDS = 30.0
 
@@ -77,6 +81,16 @@ def check_chat(benchmark: Benchmark, examples: Sequence[Example]) -> None:
 def new_tokens(answers: Generation, context_length: int) -> int:
     """The largest number of tokens of an answer: the protocol's, or half of the context where that is less."""
     return min(answers.max_new_tokens, context_length // 2)
+
+
+def next_window(size: int, seconds: float) -> int:
+    """Number of ranked examples to compute together after `size` of them took so long.
+
+    Large windows share more prefixes; a kill loses a window, and the progress bar moves with each.
+    """
+    if seconds < _SHORT_SECONDS:
+        return min(2 * size, _LARGEST_WINDOW)
+    return max(size // 2, _SMALLEST_WINDOW) if seconds > _LONG_SECONDS else size
 
 
 def answer(
@@ -151,8 +165,7 @@ class _Answer:
 
 def _ranked(engine: Engine, benchmark: Benchmark, examples: Sequence[Example]) -> Iterator[_Answer]:
     """Log-likelihoods (nats), numbers of tokens and greediness of the choices of each example."""
-    for start in range(0, len(examples), WINDOW):
-        window = examples[start : start + WINDOW]
+    for window in _windows(benchmark.name, examples):
         pairs = [_encoded_pairs(engine, benchmark, example) for example in window]
         found = iter(
             engine.score([prompt.ids for of in pairs for prompt, _ in of], [choice for of in pairs for _, choice in of])
@@ -173,6 +186,19 @@ def _ranked(engine: Engine, benchmark: Benchmark, examples: Sequence[Example]) -
             yield _Answer(example, False, output, max(prompt.cut for prompt, _ in of))
 
 
+def _windows(name: str, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """The examples in parts, whose sizes follow the time that the parts before took in process 0."""
+    start, size = 0, FIRST_WINDOW
+    while start < len(examples):
+        began = time.monotonic()
+        yield examples[start : start + size]
+        seconds = time.monotonic() - began
+        start += size
+        size = hosts.run_on_main(
+            f"window/{name}/{start}", "process 0 to rank", functools.partial(next_window, size, seconds)
+        )
+
+
 def _encoded_pairs(engine: Engine, benchmark: Benchmark, example: Example) -> list[tuple[CutPrompt, list[int]]]:
     answers = benchmark.answered_by(example)
     assert isinstance(answers, Choices) and engine.tokenizer is not None
@@ -189,6 +215,8 @@ def _encoded_pairs(engine: Engine, benchmark: Benchmark, example: Example) -> li
 
 def _written(engine: Engine, benchmark: Benchmark, examples: Sequence[Example], chat: bool) -> Iterator[_Answer]:
     """The text that continues the prompt of each example, as they finish."""
+    if not examples:
+        return
     assert engine.tokenizer is not None
     stop_ids = chatml.stop_ids(engine.tokenizer)
     requests, asked = [], []

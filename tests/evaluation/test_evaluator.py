@@ -76,7 +76,7 @@ def answered(engine, one, asked, folder, **options):
 
 
 def test_choices_are_ranked_and_each_example_is_recorded_once(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluator, "WINDOW", 3)
+    monkeypatch.setattr(evaluator, "FIRST_WINDOW", 3)
     right = RuleEngine(tokenizer, lambda text: -1.0 - (int(text[0]) % 2 != " A B".index(text[-1]) // 2))
     rows = answered(right, benchmark(Choices()), examples(7), tmp_path / "right")
     assert all(row["right"] and row["score"] == {"choice": 1.0} for row in rows) and len(right.scored) == 14
@@ -204,6 +204,11 @@ def test_a_judge_that_fails_ends_the_evaluation_and_answers_stay(tokenizer, tmp_
 def test_a_damaged_model_is_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="toy, example 0: log-likelihoods .* are not finite: is the"):
         answered(RuleEngine(tokenizer, lambda text: float("nan")), benchmark(Choices()), examples(2), tmp_path)
+
+
+def test_windows_grow_until_they_take_a_while():
+    assert [evaluator.next_window(32, seconds) for seconds in (1, 30, 100)] == [64, 32, 16]
+    assert (evaluator.next_window(8, 100), evaluator.next_window(1024, 1)) == (8, 1024)
 
 
 def test_the_limit_is_of_each_subject():
