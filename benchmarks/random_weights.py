@@ -8,20 +8,30 @@ from flax.traverse_util import unflatten_dict
 from qwen_jax.checkpoints.arrays import save_params
 from qwen_jax.conversion import convert
 from qwen_jax.conversion.mapping import parameter_shapes
+from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
 
 
 def write_model(config: ModelConfig, folder: Path, spread: float) -> Path:
-    """Writes `folder`/qwen2 with weights N(0, spread), those of stacked matrices N(0, 0.02), norms about 1.
+    """Writes a model with weights N(0, spread), those of stacked matrices and heads N(0, 0.02), norms about 1.
+
+    Args:
+      config: with a scalar head it becomes a Qwen2ForSequenceClassification, over a vocabulary of single bytes.
 
     Returns:
-      That folder.
+      Its folder: `folder`/qwen2.
     """
-    random = np.random.default_rng(0)
+    random, reward = np.random.default_rng(0), config.head == "scalar"
     flat = {
-        path: random.standard_normal(shape, np.float32) * (0.02 if len(shape) > 2 or "output" in path else spread)
+        path: random.standard_normal(shape, np.float32)
+        * (0.02 if len(shape) > 2 or path in ("output", "score") else spread)
         + np.float32("scale" in path)
         for path, shape in parameter_shapes(config).items()
     }
-    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), None)
-    return convert("orbax", folder / "run", "qwen2", folder / "qwen2", progress=False)
+    folder.mkdir(exist_ok=True)
+    vocabulary = folder / "bytes.tiktoken" if reward else None
+    if vocabulary is not None:
+        write_ranks({bytes([byte]): byte for byte in range(256)}, vocabulary)
+    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), vocabulary)
+    target = "qwen2_reward" if reward else "qwen2"
+    return convert("orbax", folder / "run", target, folder / "qwen2", progress=False)

@@ -19,15 +19,14 @@ do, so they agree only as far as batches of one data set do.
 import argparse
 import dataclasses
 import json
-import os
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from workers import Side, Worker, machine, take_turns  # noqa: E402
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0
 # Mean losses of the first updates, on batches that each side packed for itself.
@@ -95,16 +94,21 @@ def our_side(job: dict) -> None:
     state = TrainState(jnp.zeros((), jnp.int32), params, {}, moments, {})
     state = jax.device_put(state, step.input_shardings[0][0])
     filled = sum(int((one["segment_ids"] > 0).sum()) for one in examples)
-    about = f"jax {jax.__version__}, remat {job['remat']}"
-    serving = Serving(job, about, filled, sum(int(one["loss_weights"].sum()) for one in examples), len(examples))
+    worker = Worker(
+        job,
+        about=f"jax {jax.__version__}, remat {job['remat']}",
+        filled=filled / len(examples) / job["length"],
+        carrying=sum(int(one["loss_weights"].sum()) for one in examples),
+        rows=len(examples),
+    )
     place = 0
-    for _ in serving.updates():
+    for _ in worker.units():
         rows = [examples[order[(place + row) % len(order)]] for row in range(job["rows"])]
         place += job["rows"]
         dtypes = {column.name: column.dtype for column in columns}
         batch = {name: np.stack([row[name] for row in rows]).astype(dtypes[name]) for name in dtypes}
         state, metrics = step(state, jax.device_put(batch, step.input_shardings[0][1]))
-        serving.updated(float(metrics["loss"]), int(batch["loss_weights"].sum()))
+        worker.record(losses=float(metrics["loss"]), targets=int(batch["loss_weights"].sum()))
 
 
 def trl_side(job: dict) -> None:
@@ -169,11 +173,14 @@ def trl_side(job: dict) -> None:
 
     trainer = Counting(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     packed = trainer.train_dataset
-    about = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    filled = sum(len(ids) for ids in packed["input_ids"])
-    carrying = sum(label != -100 for labels in packed["labels"] for label in labels)
-    serving = Serving(job, about, filled, carrying, len(packed))
-    orders = serving.updates()
+    worker = Worker(
+        job,
+        about=f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
+        filled=sum(len(ids) for ids in packed["input_ids"]) / len(packed) / job["length"],
+        carrying=sum(label != -100 for labels in packed["labels"] for label in labels),
+        rows=len(packed),
+    )
+    orders = worker.units()
 
     class Waiting(transformers.TrainerCallback):
         """Waits before each update, and tells after each."""
@@ -181,112 +188,47 @@ def trl_side(job: dict) -> None:
         def on_step_begin(self, arguments, state, control, **options):
             """Waits for the next order, or stops."""
             trainer.targets = 0
-            if next(orders, None) is None:
+            if next(orders, True):
                 control.should_training_stop = True
 
         def on_log(self, arguments, state, control, logs=None, **options):
             """Tells the loss of the update."""
             if logs and "loss" in logs:
-                serving.updated(float(logs["loss"]), trainer.targets)
+                worker.record(losses=float(logs["loss"]), targets=trainer.targets)
 
     trainer.add_callback(Waiting())
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
-class Serving:
-    """A worker's end of the pipe: reads numbers of updates, answers with seconds, losses and loss-carrying tokens."""
-
-    def __init__(self, job: dict, about: str, filled: int, carrying: int, rows: int):
-        self._answers = os.fdopen(job["answers"], "w")
-        self._losses: list[float] = []
-        self._targets = 0
-        share = filled / rows / job["length"]
-        self._say({"about": about, "filled": share, "carrying": carrying, "rows": rows})
-
-    def _say(self, what: dict) -> None:
-        print(json.dumps(what), file=self._answers, flush=True)
-
-    def updates(self):
-        """Yields before each update that is wanted; what lies between two is timed."""
-        for line in sys.stdin:
-            self._losses, self._targets, began, cpu = [], 0, time.perf_counter(), time.process_time()
-            yield from range(int(line))
-            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-            self._say({"seconds": seconds, "cpu": cpu, "losses": self._losses, "targets": self._targets})
-
-    def updated(self, loss: float, targets: int) -> None:
-        """Records an update."""
-        self._losses.append(loss)
-        self._targets += targets
-
-
 # --- the comparison ------------------------------------------------------------------------------------------------
-
-
-class Side:
-    """One side's process and what it has measured."""
-
-    def __init__(self, name: str, python: str, job: dict):
-        import subprocess
-
-        read, write = os.pipe()
-        self.name, self.rates, self.cpu_rates, self.losses = name, [], [], []
-        self._process = subprocess.Popen(
-            [python, __file__, "--worker", json.dumps({**job, "answers": write})],
-            stdin=subprocess.PIPE,
-            stdout=sys.stderr,
-            pass_fds=(write,),
-            text=True,
-        )
-        os.close(write)
-        self._answers = os.fdopen(read)
-        self.set_up = self._answer()
-
-    def _answer(self) -> dict:
-        line = self._answers.readline()
-        if not line:
-            raise ValueError(f"{self.name} ended with code {self._process.wait()}; its message is above")
-        return json.loads(line)
-
-    def run(self, steps: int, measured: bool = True) -> None:
-        """Makes `steps` updates."""
-        print(steps, file=self._process.stdin, flush=True)
-        answer = self._answer()
-        self.losses += answer["losses"]
-        if measured:
-            self.rates.append(answer["targets"] / answer["seconds"])
-            self.cpu_rates.append(answer["targets"] / answer["cpu"])
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def report(sides: list[Side]) -> float:
     """Prints the table; returns our loss-carrying tokens per second over the best peer's."""
-    rates = {side.name: statistics.median(side.rates) for side in sides}
-    by_cpu = {side.name: statistics.median(side.cpu_rates) for side in sides}
+    rates = {side.name: side.rate(of="targets") for side in sides}
+    by_cpu = {side.name: side.rate("cpu", of="targets") for side in sides}
+    losses = {side.name: side.recorded("losses") for side in sides}
     print("| | loss-carrying tokens/s | lowest to highest | ratio | ratio by CPU | rows | filled | first losses |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for side in sides:
-        name, shown = side.name, f"{min(side.rates):,.0f} to {max(side.rates):,.0f}"
+        name, found = side.name, side.rates(of="targets")
         ratio, of_cpu = rates["qwen_jax"] / rates[name], by_cpu["qwen_jax"] / by_cpu[name]
-        losses = ", ".join(f"{loss:.4f}" for loss in side.losses[:2])
+        first = ", ".join(f"{loss:.4f}" for loss in losses[name][:2])
         print(
-            f"| {name} | {rates[name]:,.0f} | {shown} | {ratio:.2f} | {of_cpu:.2f} | {side.set_up['rows']} | "
-            f"{side.set_up['filled']:.1%} | {losses} |"
+            f"| {name} | {rates[name]:,.0f} | {min(found):,.0f} to {max(found):,.0f} | {ratio:.2f} | {of_cpu:.2f} | "
+            f"{side.about['rows']} | {side.about['filled']:.1%} | {first} |"
         )
     ours = sides[0]
     for side in sides[1:]:
-        if side.set_up["carrying"] != ours.set_up["carrying"]:
+        if side.about["carrying"] != ours.about["carrying"]:
             print(
-                f"NOT THE SAME DATA: {side.name} has {side.set_up['carrying']} loss-carrying tokens, we {ours.set_up}"
+                f"NOT THE SAME DATA: {side.name} has {side.about['carrying']} loss-carrying tokens, we "
+                f"{ours.about['carrying']}"
             )
-        if abs(side.losses[0] - ours.losses[0]) > TOLERANCE * ours.losses[0]:
-            print(f"NOT THE SAME TRAINING: {side.name} begins with the loss {side.losses[0]:.4f}")
-    print("; ".join(f"{side.name}: {side.set_up['about']}" for side in sides))
+        if abs(losses[side.name][0] - losses[ours.name][0]) > TOLERANCE * losses[ours.name][0]:
+            print(f"NOT THE SAME TRAINING: {side.name} begins with the loss {losses[side.name][0]:.4f}")
+    print("; ".join(f"{side.name}: {side.about['about']}" for side in sides))
     ratio = rates["qwen_jax"] / max(rates[side.name] for side in sides[1:])
     print(f"qwen_jax / best of trl: {ratio:.2f}")
     return ratio
@@ -323,20 +265,14 @@ def main(argv: list[str] | None = None) -> None:
         data.write_text(json.dumps(make_conversations(config.vocab_size, arguments.length, arguments.conversations)))
         job = {"folder": str(folder), "data": str(data), "length": arguments.length, "rows": arguments.rows}
         job |= {"remat": arguments.remat, "scratch": str(Path(temporary) / "trl")}
-        sides = [Side("qwen_jax", sys.executable, {**job, "side": "ours"})]
+        sides = [Side("qwen_jax", __file__, {**job, "side": "ours"})]
         for rows in dict.fromkeys(min(rows, arguments.rows) for rows in arguments.peer_batches):
             name = f"trl, {rows} row(s) at once"
-            sides.append(Side(name, arguments.peer_python, {**job, "side": "trl", "peer_batch": rows}))
-        for side in sides:
-            side.run(arguments.warm_up, measured=False)
-        for number in range(arguments.rounds):
-            for side in sides:
-                side.run(arguments.steps)
-            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-        for side in sides:
-            side.close()
+            peer = {**job, "side": "trl", "peer_batch": rows}
+            sides.append(Side(name, __file__, peer, arguments.peer_python))
+        take_turns(sides, arguments.rounds, arguments.steps, arguments.warm_up)
         print(
-            f"{arguments.preset}, {os.cpu_count()} cores, float32, {arguments.rows} rows of {arguments.length} tokens "
+            f"{arguments.preset} on {machine()}; float32, {arguments.rows} rows of {arguments.length} tokens "
             f"an update, {arguments.conversations} conversations, remat {arguments.remat}\n"
         )
         report(sides)

@@ -16,16 +16,15 @@ Medians are printed. Model operations: 6 per weight and token, attention's causa
 import argparse
 import dataclasses
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from workers import Side, Worker, WorkerEnded, machine, take_turns  # noqa: E402
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 # The most that losses after the last compared update may differ, as a part of them: rounding, and what it grows to.
@@ -157,54 +156,14 @@ def torch_side(job: dict):
 
 
 def serve(job: dict) -> None:
-    """A worker: sets up, then reads numbers of updates from its input and answers with their seconds and losses."""
+    """A worker: sets up, then makes updates."""
     set_up, update = (our_side if job["side"] == "ours" else torch_side)(job)
-    answers = os.fdopen(job["answers"], "w")
-    print(json.dumps(set_up), file=answers, flush=True)
-    for line in sys.stdin:
-        began, losses = time.perf_counter(), [update() for _ in range(int(line))]
-        print(json.dumps({"seconds": time.perf_counter() - began, "losses": losses}), file=answers, flush=True)
+    worker = Worker(job, **set_up)
+    for _ in worker.units():
+        worker.record(losses=update())
 
 
 # --- the comparison ------------------------------------------------------------------------------------------------
-
-
-class Side:
-    """One side's process and what it has measured."""
-
-    def __init__(self, name: str, job: dict):
-        read, write = os.pipe()
-        self.name, self.seconds, self.losses = name, [], []
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps({**job, "answers": write})],
-            stdin=subprocess.PIPE,
-            pass_fds=(write,),
-            text=True,
-            env=environment,
-        )
-        os.close(write)
-        self._answers = os.fdopen(read)
-        self.set_up = self._answer()
-
-    def _answer(self) -> dict:
-        line = self._answers.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with code {self._process.wait()}; its message is above")
-        return json.loads(line)
-
-    def run(self, steps: int, measured: bool = True) -> None:
-        """Makes `steps` updates."""
-        print(steps, file=self._process.stdin, flush=True)
-        answer = self._answer()
-        self.losses += answer["losses"]
-        if measured:
-            self.seconds.append(answer["seconds"] / steps)
-
-    def close(self) -> None:
-        """Ends the process and waits for it, so that its memory is free."""
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def variants(dtype: str, arguments) -> dict[str, dict]:
@@ -234,25 +193,18 @@ def measure(dtype: str, folder: Path, arguments, taking_turns: bool) -> list[Sid
     for name, one in jobs.items():
         print(f"{dtype}: {name} …", file=sys.stderr, flush=True)
         try:
-            side = Side(name, one)
+            side = Side(name, __file__, one, XLA_PYTHON_CLIENT_PREALLOCATE="false")
             side.run(arguments.warm_up, measured=False)
-        except (RuntimeError, BrokenPipeError) as error:
+        except (WorkerEnded, BrokenPipeError) as error:
             if name == "qwen_jax":
                 raise ValueError(f"{dtype}: {error}") from error
             print(f"{dtype}: {name} left out: {error}", file=sys.stderr, flush=True)
             continue
         sides.append(side)
         if not taking_turns:
-            for _ in range(arguments.rounds):
-                side.run(arguments.steps)
-            side.close()
+            take_turns([side], arguments.rounds, arguments.steps)
     if taking_turns:
-        for number in range(arguments.rounds):
-            for side in sides:
-                side.run(arguments.steps)
-            print(f"{dtype}: round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-        for side in sides:
-            side.close()
+        take_turns(sides, arguments.rounds, arguments.steps)
     return sides
 
 
@@ -265,21 +217,22 @@ def report(dtype: str, sides: list[Side], config, arguments, peak: float | None)
     print(f"\n{dtype}, {arguments.batch} x {arguments.length} tokens a step, {flops / 1e9:.3f} GFLOP per token")
     print("| | tokens/s | lowest to highest | TFLOP/s | MFU | ratio | loss after the first and last common update |")
     print("|---|--:|--:|--:|--:|--:|--:|")
-    rates = {side.name: tokens / statistics.median(side.seconds) for side in sides}
-    common = min(len(side.losses) for side in sides) - 1
+    rates = {side.name: tokens * side.rate() for side in sides}
+    losses = {side.name: side.recorded("losses") for side in sides}
+    common = min(map(len, losses.values())) - 1
     for side in sides:
-        rate = rates[side.name]
+        rate, lowest, highest = rates[side.name], min(side.rates()), max(side.rates())
         mfu = f"{100 * rate * flops / peak:.1f}%" if peak else ""
         print(
-            f"| {side.name} | {rate:,.0f} | {tokens / max(side.seconds):,.0f} to {tokens / min(side.seconds):,.0f} | "
+            f"| {side.name} | {rate:,.0f} | {tokens * lowest:,.0f} to {tokens * highest:,.0f} | "
             f"{rate * flops / 1e12:.3f} | {mfu} | {rates['qwen_jax'] / rate:.2f} | "
-            f"{side.losses[0]:.4f}, {side.losses[common]:.4f} |"
+            f"{losses[side.name][0]:.4f}, {losses[side.name][common]:.4f} |"
         )
-    for side in sides:
-        for mine, theirs in ((sides[0].losses[i], side.losses[i]) for i in (0, common)):
-            if abs(mine - theirs) > TOLERANCE[dtype] * abs(theirs):
-                print(f"NOT THE SAME TRAINING: {side.name} has the loss {theirs:.5f} where ours is {mine:.5f}")
-    print("; ".join(f"{side.name}: {side.set_up['about']}" for side in sides))
+    for name, theirs in losses.items():
+        for ours, other in ((losses[sides[0].name][i], theirs[i]) for i in (0, common)):
+            if abs(ours - other) > TOLERANCE[dtype] * abs(other):
+                print(f"NOT THE SAME TRAINING: {name} has the loss {other:.5f} where ours is {ours:.5f}")
+    print("; ".join(f"{side.name}: {side.about['about']}" for side in sides))
     peers = [rates[side.name] for side in sides[1:]]
     ratio = rates["qwen_jax"] / max(peers) if peers else float("nan")
     print(f"qwen_jax / fastest peer: {ratio:.2f}")
@@ -319,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else peak
     with tempfile.TemporaryDirectory() as folder:
         written = write_model(config, Path(folder), spread=0.02)
-        print(f"{arguments.preset} on {device.device_kind}, {os.cpu_count()} cores")
+        print(f"{arguments.preset} on {device.device_kind}; {machine()}")
         for dtype in arguments.dtypes:
             sides = measure(dtype, written, arguments, taking_turns=device.platform == "cpu")
             report(dtype, sides, dataclasses.replace(config, dtype=dtype), arguments, peak)
