@@ -7,6 +7,7 @@ writes a mark, so that a program that ends early, with whatever exit code, does 
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from qwen_jax.evaluation import code_answers
 from qwen_jax.sandbox import Plan, languages
@@ -44,6 +45,7 @@ _CPP_IMPORTS = """#include<stdlib.h>
 #include<fstream>
 using namespace std;
 """
+_CPP_FOLDERS = ("/usr/include", "/usr/local/include")
 _GO_PACKAGES = (
     *("math", "strings", "fmt", "strconv", "time", "bytes", "regexp", "sort", "math/rand", "crypto/md5"),
     *("os", "errors", "unicode"),
@@ -129,6 +131,11 @@ def solution(row: Mapping[str, str], language: str, completion: str, *, cut: boo
 def missing_library(row: Mapping[str, str], language: str) -> str | None:
     """The library that a problem itself needs and that is not here, as one line, or None."""
     text = row["declaration"] + row["canonical_solution"] + row["test"]
+    if language == "javascript" and "js-md5" in text:
+        return "not run: javascript: the package js-md5 is not part of the sandbox"
+    for header in re.findall(r"#include\s*<((?:boost|openssl)/[^>]+)>", text):
+        if not any((Path(folder) / header).exists() for folder in _CPP_FOLDERS):
+            return f"not run: cpp: {header} is not installed"
     if language == "rust":
         body = "\n".join(line for line in text.splitlines() if not line.strip().startswith("use "))
         for crate, uses in (("rand", r"\brand::|\bRng\b"), ("regex", r"\bRegex\b"), ("md5", r"\bmd5::")):
@@ -160,6 +167,9 @@ def plan(row: Mapping[str, str], language: str, text: str, mark: str, timeout_s:
         compile_timeout_s=max(timeout_s, 30.0),
         unit_test=unit_test,
     )
+    if language == "cpp" and "openssl/" in row["declaration"]:
+        compiler = dataclasses.replace(made.steps[0], argv=[*(made.steps[0].argv or ()), "-lcrypto"])
+        return dataclasses.replace(made, steps=[compiler, *made.steps[1:]])
     if language == "go":
         files = {
             "mark_test.go": _GO_MARK.replace("MARK", mark),

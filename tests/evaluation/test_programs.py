@@ -1,7 +1,12 @@
 """Verdicts on programs: extraction of code, tests of three benchmarks, pass@k."""
 
+import concurrent.futures
+import gzip
 import json
+import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +95,7 @@ PACK_ROWS = {
     },
 }
 LIMIT_S = 60.0
+SHARED = Path(os.environ.get("QWEN_JAX_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -262,3 +268,54 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_sample():
 
 def test_verdicts_are_plain_data():
     assert json.dumps(vars(programs.Verdict(True, "passed"))) == '{"correct": true, "reason": "passed", "run": true}'
+
+
+# ------------------------------------------------------------------------------------------ the publishers' own rows
+def published(name: str) -> list[dict]:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    with gzip.open(path, "rt") if name.endswith(".gz") else open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def verdicts(language: str, rows: list[dict], field: str) -> list[programs.Verdict]:
+    limit_s = 4 * LIMIT_S if field == "canonical_solution" else 20.0  # some of the buggy ones do not end
+
+    def one(row: dict) -> programs.Verdict:
+        return programs.judge_humanevalpack(row, language, row["prompt"] + row[field], timeout_s=limit_s)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, rows))
+
+
+def test_all_canonical_solutions_of_humaneval_pass():
+    rows = published("humaneval/HumanEval.jsonl.gz")
+
+    def one(row: dict) -> programs.Verdict:
+        return programs.judge_humaneval(row, row["prompt"] + row["canonical_solution"], timeout_s=LIMIT_S)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(one, rows)) == [programs.Verdict(True, "passed")] * 164
+
+
+@pytest.mark.parametrize("language", ["python", "js", "rust"])
+def test_some_published_solutions_pass_and_their_buggy_versions_fail(language):
+    if isinstance(missing := sandboxes.toolchain(pack_programs.NAMES[language]), str):
+        pytest.skip(missing)
+    rows = published(f"humanevalpack/{language}.jsonl")[:40:8]
+    assert all(verdict.correct or not verdict.run for verdict in verdicts(language, rows, "canonical_solution"))
+    assert not any(verdict.correct for verdict in verdicts(language, rows, "buggy_solution"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", PACK_ROWS)
+def test_every_published_solution_passes_and_no_buggy_version_does(language):
+    if isinstance(missing := sandboxes.toolchain(pack_programs.NAMES[language]), str):
+        pytest.skip(missing)
+    rows = published(f"humanevalpack/{language}.jsonl")
+    found = verdicts(language, rows, "canonical_solution")
+    wrong = {row["task_id"]: verdict.reason for row, verdict in zip(rows, found, strict=True) if not verdict.correct}
+    assert all("not run" in reason for reason in wrong.values()), wrong
+    assert not any(verdict.correct for verdict in verdicts(language, rows, "buggy_solution"))
+    print(f"{language}: {len(rows) - len(wrong)} of {len(rows)} pass; not run: {wrong}", file=sys.stderr)

@@ -9,7 +9,6 @@ import builtins
 import linecache
 import os
 import sys
-import threading
 import types
 
 
@@ -84,9 +83,11 @@ def exit_code(error: SystemExit) -> int:
 
 def _finish(code: int) -> int:
     """What the interpreter does at its end, in its order."""
-    for task in (getattr(threading, "_shutdown"), atexit._run_exitfuncs):  # noqa: B009 (private, so the stubs lack it)
+    threads = sys.modules.get("threading")
+    for task in (getattr(threads, "_shutdown", None), atexit._run_exitfuncs):
         try:
-            task()
+            if task is not None:
+                task()
         except BaseException:
             code = code or 1
     for stream in (sys.stdout, sys.stderr):

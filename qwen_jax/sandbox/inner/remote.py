@@ -127,8 +127,18 @@ def _contents(item, base: type) -> object:
     return {str: str.__str__, float: float.__float__}.get(base, int.__int__)(item)
 
 
-def _serve(connection: socket.socket, file: str) -> None:
-    """Executes the solution, then answers the test until it hangs up."""
+def serve(connection: socket.socket, file: str) -> None:
+    """Executes the solution, answers the test until it hangs up, and never returns."""
+    try:
+        _answer_all(connection, file)
+    except SystemExit:
+        os.write(2, b"the solution ends the program\n")
+    finally:
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _answer_all(connection: socket.socket, file: str) -> None:
     python_program.prepare([])
     sys.argv[:] = [file]
     path = os.path.join(os.getcwd(), file)
@@ -274,44 +284,26 @@ class _TestUnpickler(pickle.Unpickler):
         raise SolutionError("the solution sent a reference of another form")
 
 
-def check(test: int, *, solution: str, prelude: str, names: list[str]) -> None:
-    """Executes a test against a solution in another process, and exits with 0 only where the test came to its end.
+def check(connection: socket.socket, test: str, *, prelude: str, names: list[str]) -> int:
+    """Executes a test against the solution at the other end of a connection; 0 only where the test came to its end.
 
     Args:
-      test: descriptor of the test's text, which the solution's process never reads.
-      solution: file of the working folder.
+      test: text of the test, which the solution's process has never read.
       prelude: trusted text that is executed before the test, such as the imports and helpers of a prompt.
       names: what the test means of the solution even where the prelude or Python define the name, too. Other names
         that only the solution defines are found there as well.
     """
-    ours, theirs = socket.socketpair()
-    if os.fork() == 0:
-        try:
-            ours.close()
-            os.close(test)
-            _serve(theirs, solution)
-        except SystemExit:
-            os.write(2, b"the solution ends the program\n")
-        finally:
-            sys.stdout.flush()
-            os._exit(1)
-    theirs.close()
     code = 1
     try:
-        os.lseek(test, 0, os.SEEK_SET)
-        with open(test, encoding="utf-8") as file:
-            text = file.read()
-        _execute(text, prelude, names, _Connection(ours))
+        _execute(test, prelude, names, _Connection(connection))
         code = 0
     except SystemExit as error:
         code = python_program.exit_code(error) or 1
     except BaseException as error:
         python_program.show(error)
-    finally:
-        try:
-            sys.stdout.flush()
-        finally:
-            os._exit(code)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    return code
 
 
 def _execute(text: str, prelude: str, names: list[str], connection: _Connection) -> None:

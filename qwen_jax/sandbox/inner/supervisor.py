@@ -6,6 +6,7 @@ host's end of its socket closes. It never reads what a run executes: each run re
 
 import gc
 import json
+import math
 import os
 import select
 import signal
@@ -70,13 +71,14 @@ def _try_filter(program: bytes) -> None:
 
 
 class _Run:
-    """A run: its first process, the socket on which it reports, and its limit."""
+    """A run: its first process, the socket on which it reports, and its limits."""
 
-    def __init__(self, process: int, reports: socket.socket, memory_mb: int):
+    def __init__(self, process: int, reports: socket.socket, limits: dict):
         self.process = process
         self.reports = reports
-        self.memory_bytes = memory_mb << 20
+        self.memory_bytes = limits["memory_mb"] << 20
         self.began = time.monotonic()
+        self.deadline = self.began + limits["timeout_s"]
 
     def kill(self, reason: str) -> None:
         self.tell({"killed": reason})
@@ -108,7 +110,7 @@ class _Supervisor:
         gc.collect()
         gc.freeze()  # what is shared by all runs stays shared: a collection in one of them does not write to it
         while True:
-            for descriptor, _ in self._poll.poll(int(1000 * _CHECK_EVERY_S) if self._runs else None):
+            for descriptor, _ in self._poll.poll(self._patience_ms()):
                 if descriptor == wake:
                     os.read(wake, 512)
                 elif descriptor == self._control.fileno():
@@ -117,7 +119,7 @@ class _Supervisor:
                     self._runs[descriptor].kill("abandoned")
                     self._poll.unregister(descriptor)
             self._collect()
-            self._watch_memory()
+            self._watch()
 
     def _accept(self) -> None:
         message, descriptors, _, _ = socket.recv_fds(self._control, _MESSAGE, _DESCRIPTORS)
@@ -132,7 +134,7 @@ class _Supervisor:
         for descriptor in descriptors:
             if descriptor != reports:
                 os.close(descriptor)
-        run = _Run(process, socket.socket(fileno=reports), json.loads(message)["memory_mb"])
+        run = _Run(process, socket.socket(fileno=reports), json.loads(message))
         self._runs[reports] = run
         self._poll.register(reports, select.POLLIN)  # readable once the host has closed its end
 
@@ -163,7 +165,7 @@ class _Supervisor:
             for descriptor, run in self._runs.items():
                 if run.process == process:
                     cpu_s = used.ru_utime + used.ru_stime
-                    run.tell({"ended": status, "cpu_s": cpu_s, "largest_process_kb": used.ru_maxrss})
+                    run.tell({"ended": status, "cpu_s": cpu_s, "wall_s": time.monotonic() - run.began})
                     self._forget(descriptor)
                     break
 
@@ -174,9 +176,19 @@ class _Supervisor:
             pass  # abandoned before
         self._runs.pop(descriptor).reports.close()
 
-    def _watch_memory(self) -> None:
-        """Kills runs whose processes hold more memory together than they may."""
+    def _patience_ms(self) -> int | None:
+        """How long to wait for news: until the next look at the memory of runs, or the first deadline."""
+        if not self._runs:
+            return None
+        until = min(time.monotonic() + _CHECK_EVERY_S, *(run.deadline for run in self._runs.values()))
+        return max(0, math.ceil(1000 * (until - time.monotonic())))
+
+    def _watch(self) -> None:
+        """Kills runs that have taken too long, or whose processes hold more memory together than they may."""
         now = time.monotonic()
+        for run in self._runs.values():
+            if now > run.deadline:
+                run.kill("timeout")
         if not self._runs or now < self._next_check:
             return
         self._next_check = now + _CHECK_EVERY_S
