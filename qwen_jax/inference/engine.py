@@ -186,11 +186,16 @@ class Engine:
         """Log-probabilities of given continuations, in the order given.
 
         Those of the softmax of the logits, without temperature: up to the training length equal to a training-mode
-        forward pass. Dynamic NTK goes by the length of prompt and continuation together.
+        forward pass. Dynamic NTK goes by the length of prompt and continuation together, without the last token, which
+        the model does not read.
+
+        Tokens with which several texts begin are computed once, within a call: pass all continuations of a prompt, and
+        all prompts with the same examples before the question, together. Their order does not matter.
 
         Args:
           prompts: token ids of each, at least one.
-          continuations: token ids of the continuation of each, at least one.
+          continuations: token ids of the continuation of each, at least one. Prompt and continuation together may have
+            one token more than `context_length`.
 
         Raises:
           ValueError: naming the pair that is empty, too long, or not of the model's ids.

@@ -20,8 +20,16 @@ from jax.sharding import Mesh
 from qwen_jax.inference.sampling import RowSampling, next_tokens
 from qwen_jax.models.attention import KVCache
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, output_kernel, unstack_layers
+from qwen_jax.models.decoding import (
+    DecodingCache,
+    decode,
+    decode_branches,
+    decoding_logits,
+    output_kernel,
+    unstack_layers,
+)
 from qwen_jax.models.log_probs import token_statistics
+from qwen_jax.models.positions import dynamic_ntk_alpha
 from qwen_jax.models.transformer import InputEmbeddings
 from qwen_jax.sharding import constrain, use_mesh
 
@@ -211,29 +219,50 @@ def prefill(
     return cache, decoding_logits(config, params, last)[:, 0], constrain(seen, "batch", None)
 
 
-@_on_mesh(static=("config",))
-def score(
-    config: ModelConfig,
-    params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    targets: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of given continuations.
+@flax.struct.dataclass
+class ScoringStep:
+    """Tokens that are scored at once: texts side by side, as `decode_branches` takes them.
+
+    tokens, positions, ends: int32 [rows, length], as there.
+    text_length: int32 [rows], number of tokens of any of the texts, which dynamic NTK goes by: the same for all.
+    at: int32 [rows, reads], the places in the row after which the model is asked for the next token.
+    targets: int32 [rows, reads], the tokens that it is asked for.
+    """
+
+    tokens: jax.Array | np.ndarray
+    positions: jax.Array | np.ndarray
+    ends: jax.Array | np.ndarray
+    text_length: jax.Array | np.ndarray
+    at: jax.Array | np.ndarray
+    targets: jax.Array | np.ndarray
+
+
+@_on_mesh(static=("config", "rows", "slots"))
+def empty_cache(config: ModelConfig, rows: int, slots: int) -> tuple[KVCache, ...]:
+    """A cache of no tokens for each block."""
+    return tuple(KVCache.empty(config, rows, slots) for _ in range(config.num_layers))
+
+
+@_on_mesh(static=("config",), donated=("cache",))
+def score(config: ModelConfig, params, cache: tuple[KVCache, ...], step: ScoringStep) -> tuple:
+    """Log-probabilities of given tokens after texts that go on from what the cache holds.
 
     Args:
-      tokens, lengths: prompts with their continuations, as in `prefill`; the last token may be left out.
-      starts: int32 [rows], the position that predicts the first token of each continuation.
-      targets: int32 [rows, width], the continuations, filled up at the end.
+      params: as `unstack_layers` gives them.
+      cache: of the tokens before those of `step`, with slots for them.
 
     Returns:
-      (log-probabilities, whether each target is the most likely token), both float32 [rows, width].
+      (log-probabilities, whether each target is the most likely token, both float32 [rows, reads]; the cache with the
+      tokens of `step`).
     """
-    at = starts[:, None] + jnp.arange(targets.shape[1])
-    _, hidden = _prompt_states(config, params, tokens, lengths, at, None)
-    found = token_statistics(hidden, output_kernel(config, params), targets)
-    return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None)
+    tokens, positions, ends, lengths = map(jnp.asarray, (step.tokens, step.positions, step.ends, step.text_length))
+    alpha = jnp.ones(len(tokens), jnp.float32)
+    if config.use_dynamic_ntk:
+        alpha = dynamic_ntk_alpha(lengths, config.context_length)
+    hidden, written = decode_branches(config, params, tokens, positions, ends, DecodingCache(cache, alpha))
+    hidden = jnp.take_along_axis(hidden, jnp.asarray(step.at)[..., None], axis=1)
+    found = token_statistics(hidden, output_kernel(config, params), jnp.asarray(step.targets))
+    return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None), written.layers
 
 
 @_on_mesh(static=("greedy",), donated=("seen",))

@@ -1,23 +1,33 @@
-"""Log-probabilities of given continuations, many at a time, in the buckets of prompts."""
+"""Log-probabilities of given continuations, many at a time: what prompts share is computed once."""
 
-from collections.abc import Sequence
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.inference import programs
-from qwen_jax.inference.batch import PREFILL_ROWS, SMALLEST_PROMPT, bucket, prefill_rows
-from qwen_jax.inference.programs import Programs
+from qwen_jax.inference.batch import PREFILL_TOKENS
+from qwen_jax.inference.prefix_tree import PrefixTree, Reads, Step
+from qwen_jax.inference.programs import Programs, ScoringStep
 from qwen_jax.inference.requests import Score, check_ids
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.positions import dynamic_ntk_alpha
 
-SMALLEST_CONTINUATION = 8
+# Tokens of a lane that are computed at once, and lanes of a device. CPUs are busy with few; and attention is computed
+# between all tokens of a step, also those that must not see each other.
+CPU_STEP_TOKENS, STEP_TOKENS, STEP_UNIT, LANES = 512, 1024, 64, 4
+SMALLEST_SLOTS, SMALLEST_READS = 256, 16
+# Steps that are computed before the host waits for the results of the first.
+STEPS_AHEAD = 2
 
 
 def checked_pairs(
     prompts: Sequence, continuations: Sequence, config: ModelConfig, context_length: int, length_rule: str
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Pairs of prompt and continuation as tuples of integers.
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of prompt and continuation as int32 arrays; a prompt that comes several times in a row is checked once.
 
     Raises:
       ValueError: naming the pair that is empty, too long, or not of the model's ids; or their numbers differ.
@@ -25,57 +35,146 @@ def checked_pairs(
     if len(prompts) != len(continuations):
         raise ValueError(f"one continuation for each prompt: found {len(continuations)} for {len(prompts)} prompts")
     pairs = []
+    last, ids = None, np.zeros(0, np.int32)
     for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        prompt = check_ids(prompt, f"prompt {index}", config.vocab_size)
-        continuation = check_ids(continuation, f"continuation {index}", config.vocab_size)
-        for name, ids in (("prompt", prompt), ("continuation", continuation)):
-            if not ids:
+        if prompt is not last:
+            last, ids = prompt, np.asarray(check_ids(prompt, f"prompt {index}", config.vocab_size), np.int32)
+        after = np.asarray(check_ids(continuation, f"continuation {index}", config.vocab_size), np.int32)
+        for name, found in (("prompt", ids), ("continuation", after)):
+            if not len(found):
                 raise ValueError(f"{name} {index} is empty: give at least one token, such as <|endoftext|>")
-        if len(prompt) + len(continuation) > context_length:
+        # The model does not read the last token.
+        if len(ids) + len(after) > context_length + 1:
             raise ValueError(
-                f"prompt {index} of {len(prompt)} tokens + its continuation of {len(continuation)}: both together may "
-                f"have at most {context_length} tokens, {length_rule}; cut the prompt from the left"
+                f"prompt {index} of {len(ids)} tokens + its continuation of {len(after)}: both together may have at "
+                f"most {context_length} tokens, {length_rule}, and one more; cut the prompt from the left"
             )
-        pairs.append((prompt, continuation))
+        pairs.append((ids, after))
     return pairs
 
 
 def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequence) -> list[Score]:
-    """The score of each of `checked_pairs`; rows of similar lengths are computed together.
+    """The score of each of `checked_pairs`.
+
+    Tokens that several texts begin with are computed once, whether they are of one prompt with several continuations or
+    of prompts with the same examples before the question; `prefix_tree` has the plan.
 
     Args:
       params: as `weights.prepare` gives them.
       ways: into how many parts the mesh splits rows.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, (prompt, continuation) in enumerate(pairs):
-        # The last token predicts no token of the continuation.
-        size = bucket(len(prompt) + len(continuation) - 1, SMALLEST_PROMPT)
-        groups.setdefault((size, bucket(len(continuation), SMALLEST_CONTINUATION)), []).append(index)
-    scores: dict[int, Score] = {}
-    for (size, width), indices in sorted(groups.items()):
-        most = prefill_rows(size) * ways
-        for start in range(0, len(indices), most):
-            some = indices[start : start + most]
-            found = _score_rows(call, config, params, ways, [pairs[index] for index in some], size, width)
-            for index, one in zip(some, found, strict=True):
-                scores[index] = one
-    return [scores[index] for index in range(len(pairs))]
+    if not pairs:
+        return []
+    texts, reads = _texts(pairs)
+    targets = np.concatenate([continuation for _, continuation in pairs])
+    log_probs, most_likely = np.empty(len(targets), np.float32), np.empty(len(targets), bool)
+    for group in _alike(config, texts):
+        on = _Lanes(call, config, params, ways, [texts[index] for index in group], [reads[index] for index in group])
+        for ids, found_log_probs, found_most_likely in on.results(targets):
+            log_probs[ids], most_likely[ids] = found_log_probs, found_most_likely
+    ends = np.cumsum([len(continuation) for _, continuation in pairs])[:-1]
+    return list(map(Score, np.split(log_probs, ends), np.split(most_likely, ends)))
 
 
-def _score_rows(call, config, params, ways, pairs, size: int, width: int) -> list[Score]:
-    count = next(count * ways for count in PREFILL_ROWS if count * ways >= len(pairs))
-    tokens, targets = np.zeros((count, size), np.int32), np.zeros((count, width), np.int32)
-    lengths, starts = np.ones(count, np.int32), np.zeros(count, np.int32)
-    for row, (prompt, continuation) in enumerate(pairs):
-        whole = (*prompt, *continuation[:-1])
-        tokens[row, : len(whole)] = whole
-        targets[row, : len(continuation)] = continuation
-        lengths[row], starts[row] = len(whole), len(prompt) - 1
-    key = ("score", f"{count} x {size} tokens", f"{width} of the continuation")
-    found = call(programs.score, key, config, params, tokens, lengths, starts, targets)
-    log_probs, most_likely = jax.device_get(found)
-    return [
-        Score(log_probs[row, : len(continuation)], most_likely[row, : len(continuation)] > 0)
-        for row, (_, continuation) in enumerate(pairs)
-    ]
+def _texts(pairs: Sequence) -> tuple[list[np.ndarray], list[Reads]]:
+    """The tokens that the model reads, each text once, and where the continuations of all pairs are read in it."""
+    places: dict[bytes, int] = {}
+    texts: list[np.ndarray] = []
+    found: list[list[tuple[int, int, int]]] = []
+    number = 0
+    for prompt, continuation in pairs:
+        text = np.concatenate([prompt, continuation[:-1]])
+        place = places.setdefault(text.tobytes(), len(texts))
+        if place == len(texts):
+            texts.append(text)
+            found.append([])
+        found[place].append((len(prompt) - 1, number, len(continuation)))
+        number += len(continuation)
+    reads = []
+    for of_text in found:
+        positions = np.concatenate([np.arange(at, at + count) for at, _, count in of_text])
+        ids = np.concatenate([np.arange(first, first + count) for _, first, count in of_text])
+        order = np.argsort(positions, kind="stable")
+        reads.append(Reads(positions[order], ids[order]))
+    return texts, reads
+
+
+def _alike(config: ModelConfig, texts: Sequence[np.ndarray]) -> list[list[int]]:
+    """Indices of texts in groups within which equal tokens have equal keys: with dynamic NTK, lengths decide, too."""
+    if not config.use_dynamic_ntk:
+        return [list(range(len(texts)))]
+    alphas = np.asarray(dynamic_ntk_alpha(jnp.asarray([len(text) for text in texts]), config.context_length))
+    return [np.flatnonzero(alphas == alpha).tolist() for alpha in np.unique(alphas)]
+
+
+def _size(count: int, smallest: int) -> int:
+    """`count` rounded up to a power of two or one and a half times one: few programs, little padding."""
+    power = max(smallest, 1 << (count - 1).bit_length())
+    return power * 3 // 4 if power > smallest and count <= power * 3 // 4 else power
+
+
+class _Lanes:
+    """Texts on the devices, in lanes that are computed side by side: rows of a batch, each with its own cache.
+
+    Args:
+      call, config, params, ways: as in `score`.
+      texts, reads: those of one group of `_alike`.
+    """
+
+    def __init__(self, call: Programs, config: ModelConfig, params, ways: int, texts: list, reads: list):
+        self.call, self.config, self.params = call, config, params
+        longest = max(map(len, texts))
+        platform = jax.default_backend() if call.mesh is None else call.mesh.devices.flat[0].platform
+        cpu = platform == "cpu"
+        most, lanes = (CPU_STEP_TOKENS, 1) if cpu else (STEP_TOKENS, max(1, min(LANES, PREFILL_TOKENS // longest)))
+        self.text_length = np.full(lanes * ways, longest, np.int32)
+        tree = PrefixTree(texts, reads, most, STEP_UNIT)
+        self.steps = list(itertools.zip_longest(*tree.lanes(lanes * ways)))
+
+    def results(self, targets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(ids, log-probabilities, whether the target is the most likely token) of reads, each once.
+
+        Args:
+          targets: token of each read, by its id.
+        """
+        rows = len(self.text_length)
+        lengths = [_size(max(len(step.tokens) for step in steps if step), STEP_UNIT) for steps in self.steps]
+        last = max(
+            length + max(step.start for step in steps if step)
+            for length, steps in zip(lengths, self.steps, strict=True)
+        )
+        slots = _size(last, SMALLEST_SLOTS)
+        shape = (f"{rows} rows", f"{slots} slots")
+        cache = self.call(programs.empty_cache, ("empty", *shape), self.config, rows, slots)
+        waiting: deque = deque()
+        for steps, length in zip(self.steps, lengths, strict=True):
+            reads = SMALLEST_READS
+            while reads < max(len(step.ids) for step in steps if step):
+                reads *= 4
+            step = self._step(steps, targets, length, reads)
+            key = ("score", *shape, f"{length} tokens", f"{reads} reads")
+            log_probs, most_likely, cache = self.call(programs.score, key, self.config, self.params, cache, step)
+            waiting.append((steps, log_probs, most_likely))
+            if len(waiting) > STEPS_AHEAD:
+                yield from _read(*waiting.popleft())
+        for one in waiting:
+            yield from _read(*one)
+
+    def _step(self, steps: Sequence[Step | None], targets: np.ndarray, length: int, reads: int) -> ScoringStep:
+        rows = len(steps)
+        tokens, positions, ends = (np.zeros((rows, length), np.int32) for _ in range(3))
+        at, wanted = (np.zeros((rows, reads), np.int32) for _ in range(2))
+        for row, step in enumerate(steps):
+            if step is None:
+                continue
+            count = len(step.tokens)
+            tokens[row, :count], positions[row, :count], ends[row, :count] = step.tokens, step.depths, step.ends
+            at[row, : len(step.ids)], wanted[row, : len(step.ids)] = step.slots, targets[step.ids]
+        return ScoringStep(tokens, positions, ends, self.text_length, at, wanted)
+
+
+def _read(steps: Sequence[Step | None], log_probs, most_likely) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    log_probs, most_likely = jax.device_get((log_probs, most_likely))
+    for row, step in enumerate(steps):
+        if step is not None and len(step.ids):
+            yield step.ids, log_probs[row, : len(step.ids)], most_likely[row, : len(step.ids)] > 0

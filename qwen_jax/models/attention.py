@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.models.branches import Branches, branch_attention
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.kernels import causal_attention, dot_product_attention
 from qwen_jax.models.layers import Projection
@@ -16,7 +17,7 @@ from qwen_jax.sharding import constrain
 
 @flax.struct.dataclass
 class KVCache:
-    """Rotated keys and values of one layer. Slot j of a row holds position j of that row.
+    """Rotated keys and values of one layer. Slot j of a row holds position j, unless several texts lie in the row.
 
     key, value: [batch, kv_heads, slots, head_dim] in the compute dtype.
     """
@@ -81,9 +82,11 @@ class SelfAttention(nn.Module):
           x: [batch, length, hidden].
           angles: (cos, sin) of the positions, each [batch, length, head_dim / 2].
           segment_ids: int32 [batch, length] or None, in a training pass.
-          mask: bool [1 or batch, length, keys], keys being `length`, or the slots of the cache; None: a training pass.
+          mask: bool [1 or batch, length, keys], keys being `length`, or the slots of the cache; or the `Branches` of
+            texts that go on from the cache. None: a training pass.
           layer, positions: index of this layer, and [batch, length] int32.
-          cache: KVCache of this layer, when decoding; the positions of a row then follow each other.
+          cache: KVCache of this layer, when decoding. New keys take the slots from the first position of a row on;
+            without branches the positions follow each other.
           extension: None in a training pass. `angles` are already those of its `ntk_alpha`.
 
         Returns:
@@ -120,14 +123,18 @@ class SelfAttention(nn.Module):
         if cache is not None:
             cache = cache.write(positions[:, 0], key, value)
             key, value = cache.key, cache.value
-        if extension is not None and extension.windows is not None:
+        windows = None if extension is None else extension.windows
+        if windows is not None and not isinstance(mask, Branches):
             key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
-            mask = mask & (positions[:, :, None] - key_positions[:, None, :] < extension.windows[layer])
+            mask = mask & (positions[:, :, None] - key_positions[:, None, :] < windows[layer])
         if mask is None:
             dropping = c.attention_dropout > 0 and not deterministic
             mixed = causal_attention(
                 query, key, value, segment_ids, c, dropout_rng=self.make_rng("dropout") if dropping else None
             )
+        elif isinstance(mask, Branches):
+            window = None if windows is None else windows[layer]
+            mixed = branch_attention(query, key, value, mask, positions, window)
         else:
             mixed = dot_product_attention(query, key, value, mask)
         mixed = constrain(mixed, "batch", "heads", "length", None)

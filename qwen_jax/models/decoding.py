@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.models.attention import KVCache
+from qwen_jax.models.branches import Branches
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.layers import RMSNorm
 from qwen_jax.models.ops import gather_weight
@@ -118,6 +119,34 @@ def decode(
       `Qwen.logits` makes logits of the first.
     """
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    mask = jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None]
+    return _decode(config, params, tokens, positions, mask, cache, embeddings)
+
+
+def decode_branches(
+    config: ModelConfig,
+    params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    ends: jax.Array,
+    cache: DecodingCache,
+) -> tuple[jax.Array, DecodingCache]:
+    """One inference-mode step over several texts that go on after the same tokens, side by side in a row.
+
+    Args:
+      config, params: as in `decode`.
+      tokens: int32 [batch, length].
+      positions: int32 [batch, length], of each token in its text; that of the first one is how many the cache holds.
+      ends: int32 [batch, length], see `Branches`.
+      cache: of the tokens before, with slots for those of the step, which they fill in the order of the row.
+
+    Returns:
+      As `decode`.
+    """
+    return _decode(config, params, tokens, positions, Branches(positions[:, 0], ends), cache, None)
+
+
+def _decode(config, params, tokens, positions, mask, cache, embeddings) -> tuple[jax.Array, DecodingCache]:
     table = gather_weight(params["token_embedding"], ("vocab", "embed"), config.compute_dtype)
     hidden, layers = decoder_states(
         config,
@@ -125,7 +154,7 @@ def decode(
         single_blocks(config, params["layers"]),
         norm_with(config, params["final_norm"]),
         positions,
-        mask=jnp.arange(cache.slots)[None, None, :] <= positions[:, :, None],
+        mask=mask,
         extension=ContextExtension.of(config, positions, cache.ntk_alpha),
         caches=cache.layers,
     )

@@ -231,7 +231,7 @@ def test_a_greedy_continuation_is_the_most_likely_and_has_its_own_log_probabilit
         ([[1], []], [[1], [1]], "prompt 1 is empty"),
         ([[1]], [[]], "continuation 0 is empty"),
         ([[1]], [[464]], r"continuation 0 has the id 464, outside \[0, 464\)"),
-        ([[1] * 100], [[1] * 29], "prompt 0 of 100 tokens . its continuation of 29.*at most 128"),
+        ([[1] * 100], [[1] * 30], "prompt 0 of 100 tokens . its continuation of 30.*at most 128"),
     ],
 )
 def test_pairs_that_cannot_be_scored_are_refused(engine, prompts, continuations, message):
