@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
+import unicodedata
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from qwen_jax.extras import missing_extra
 # Text that gin adds to the TypeError of a call without its arguments.
 _UNSET = "No values supplied by Gin"
 _TENSORFLOW_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+# Other characters than these control a terminal or cannot be seen: escapes, direction marks, line separators.
+_HARMLESS = {"\n", "\t"}
+_ESCAPED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -67,6 +71,16 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, TypeError) and _UNSET in message:
         message = f"{message.split(_UNSET)[0].strip()}: name the gin file that sets them with --gin_file"
     return " ".join(message.split()) or type(error).__name__
+
+
+def escape(text: str) -> str:
+    """Text that is safe to print: characters that control a terminal, or are invisible, become `\\x1b`-like escapes."""
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _ESCAPED_CATEGORIES and char not in _HARMLESS
+        else char
+        for char in text
+    )
 
 
 def path_argument(text: str) -> Path:

@@ -62,8 +62,10 @@ def load_engine(
         ValueError, OSError: there is no such checkpoint, its tokenizer is missing or another model's, or the mesh does
             not divide the devices or the model.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    check_rows(tokenizer, read_model_config(checkpoint))
+    tokenizer, config = load_tokenizer(checkpoint), read_model_config(checkpoint)
+    check_rows(tokenizer, config)
+    if config.head != "tokens":
+        raise ValueError(f"{checkpoint} is a reward model: it gives no probabilities of tokens; name a language model")
     if jax.device_count() == 1:
         model, params = load_for_decoding(checkpoint, dtype)
         return Engine(model, params, tokenizer, slots=slots, context_length=context_length)

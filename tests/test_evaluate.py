@@ -289,6 +289,11 @@ def test_a_checkpoint_with_the_vocabulary_of_another_model_is_named(run, data_di
     assert "this is the tokenizer of another model" in failure(flags(other, data_dir, tmp_path / "out"), capsys)
 
 
+def test_a_reward_model_is_named(data_dir, tmp_path, capsys):
+    other = random_run(tmp_path, **SIZES, head="scalar")
+    assert "is a reward model" in failure(flags(other, data_dir, tmp_path / "out"), capsys)
+
+
 def test_the_list_says_what_each_benchmark_expects(capsys):
     command.main(["--list"])
     header, *rows = capsys.readouterr().out.splitlines()

@@ -14,28 +14,15 @@ import collections
 import dataclasses
 import itertools
 import sys
-import unicodedata
 from collections.abc import Iterator
 
 import task_arguments
 
 from qwen_jax import command_line
+from qwen_jax.command_line import escape
 
 _LOSS, _CONTROL = ("\x1b[32m", "\x1b[0m"), ("\x1b[7m", "\x1b[0m")
 _PLAIN_LOSS, _PLAIN_CONTROL = ("⟦", "⟧"), ("⟪", "⟫")
-# Other characters than these control a terminal or cannot be seen: escapes, direction marks, line separators.
-_HARMLESS = {"\n", "\t"}
-_ESCAPED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-
-
-def escape(text: str) -> str:
-    """Text that is safe to print: characters that control a terminal, or are invisible, become `\\x1b`-like escapes."""
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in _ESCAPED_CATEGORIES and char not in _HARMLESS
-        else char
-        for char in text
-    )
 
 
 def render(ids, loss_weights, tokenizer, *, color: bool) -> str:

@@ -12,9 +12,7 @@ as escapes. Without `--data_dir` the TFDS dataset is read. `--table` prints the 
 import argparse
 import collections
 
-from inspect_task import escape
-
-from qwen_jax.command_line import path_argument, run
+from qwen_jax.command_line import escape, path_argument, run
 from qwen_jax.evaluate import find_benchmarks
 from qwen_jax.evaluation.benchmark import Benchmark, Choices, Example, LeftOut
 

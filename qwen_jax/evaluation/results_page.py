@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import files
+from qwen_jax.command_line import escape
 from qwen_jax.evaluation.benchmark import Benchmark
 from qwen_jax.evaluation.report_tables import Entry, Table, counts_table, report_tables, subjects_table
 
@@ -74,13 +75,8 @@ def write_results(
     }
     tables = [*report_tables(model, entries, registry), counts_table(entries)]
     files.write_json(folder / "results.json", content)
-    files.write_text(folder / "results.md", _encodable(_markdown(model, settings, tables, entries.values())))
-    files.write_text(folder / "results.html", _encodable(_page(model, settings, tables, entries.values())))
-
-
-def _encodable(text: str) -> str:
-    """Text with U+FFFD in place of lone surrogates, which publishers' JSON may hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    files.write_text(folder / "results.md", _markdown(model, settings, tables, entries.values()))
+    files.write_text(folder / "results.html", _page(model, settings, tables, entries.values()))
 
 
 def _notes(entries: Iterable[Entry]) -> list[str]:
@@ -102,7 +98,7 @@ def _shown(value: Any) -> str:
 
 
 def _parts(row: Mapping[str, Any]) -> dict[str, str]:
-    """What there is to read of a wrong answer, by name."""
+    """What there is to read of a wrong answer, by name; invisible characters are shown as escapes."""
     parts = {"prompt": row["prompt"]}
     if "finish_reason" not in row:
         output = row["output"]
@@ -117,7 +113,8 @@ def _parts(row: Mapping[str, Any]) -> dict[str, str]:
         parts["output"] = row["output"]
         extracted = {way: "none found" if value is None else _shown(value) for way, value in row["extracted"].items()}
         target = _shown(row["target"])
-    return parts | {f"extracted ({way})": value for way, value in extracted.items()} | {"target": target}
+    parts |= {f"extracted ({way})": value for way, value in extracted.items()} | {"target": target}
+    return {name: escape(text) for name, text in parts.items()}
 
 
 # Markdown.
@@ -133,7 +130,7 @@ def _markdown(model: str, settings: Mapping[str, Any], tables: list[Table], entr
         if entry.wrong:
             parts.append(f"## {entry.benchmark.title}: wrong answers, the first {len(entry.wrong)}")
         for row in entry.wrong:
-            parts.append(f"### {_cell(row['id'])}")
+            parts.append(f"### {_cell(escape(row['id']))}")
             for name, text in _parts(row).items():
                 shown = text if len(text) <= _PROMPT_END or name != "prompt" else f"… {text[-_PROMPT_END:]}"
                 parts.append(f"{name}:\n\n{_fenced(shown)}")
@@ -214,4 +211,4 @@ def _html_answer(row: Mapping[str, Any]) -> str:
     parts = "".join(
         f"<div>{html.escape(name)}</div><pre>\n{html.escape(text)}</pre>" for name, text in _parts(row).items()
     )
-    return f"<details><summary>{html.escape(row['id'])}</summary>{parts}</details>"
+    return f"<details><summary>{html.escape(escape(row['id']))}</summary>{parts}</details>"

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from qwen_jax.command_line import escape
 from qwen_jax.evaluation.benchmark import Benchmark, Choices, Generation
 from qwen_jax.evaluation.report_tables import Entry, counts_table, report_tables
 from qwen_jax.evaluation.results_page import write_results
@@ -12,7 +13,7 @@ from tests.browser import browser
 
 HOSTILE = (
     "<script>document.title = 'taken'</script></pre><img src=x onerror=\"document.title='taken'\">\n"
-    "```\n| a | b |\n<|im_end|> \u202e问题 " + "long" * 200
+    "```\n| a | b |\n<|im_end|> \u202e\x1b[31m\x00问题 " + "long" * 200
 )
 
 
@@ -115,7 +116,8 @@ def test_what_was_written_can_be_read_and_is_never_markup(entries, tmp_path):
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["benchmarks"]["gsm8k"]["metrics"]["score_released"] == 25.0 and content["model"] == "tiny"
     markdown = (tmp_path / "results.md").read_text()
-    assert "| **tiny** | **50.0 ± 1.2** |" in markdown and f"````text\n{HOSTILE}\n````" in markdown
+    assert "| **tiny** | **50.0 ± 1.2** |" in markdown and f"````text\n{escape(HOSTILE)}\n````" in markdown
+    assert '{"answer": "\\ud800 3"}' in markdown and "\x1b" not in markdown
     assert "Only a part of the examples was answered, unlike the report's figures: MMLU." in markdown
     page = (tmp_path / "results.html").read_text()
     assert "<script" not in page and "<img" not in page and "src=" not in page.replace("src=x", "")
@@ -133,5 +135,5 @@ def test_the_page_in_a_browser(entries, tmp_path, width):
         assert page.evaluate("document.title") == "Evaluation of tiny" and not page.problems
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         shown = page.evaluate("[...document.querySelectorAll('pre')].map(one => one.textContent)")
-        assert HOSTILE in shown and WRITTEN["prompt"] in shown
+        assert escape(HOSTILE) in shown and escape(WRITTEN["prompt"]) in shown
         assert page.evaluate("performance.getEntriesByType('resource').length") == 0
