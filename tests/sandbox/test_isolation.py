@@ -222,12 +222,16 @@ EARLY_ENDS = {
     "printed": "print('passed', 0)\ndef f(x): return 0",
     "at_exit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): 1/0",
     "no_definition": "g = 1",
+    "end_of_iteration": "def f(x): raise StopIteration",
+    "limits_of_the_test": "import os, resource\ndef f(x):\n    resource.prlimit(1, resource.RLIMIT_CPU, (0, 0))\n"
+    "    return 0",
 }
 
 
 @pytest.mark.parametrize("solution", EARLY_ENDS.values(), ids=EARLY_ENDS.keys())
 def test_no_solution_decides_its_own_verdict(sandbox, solution):
-    result = sandboxes.check(solution, "assert f(1) == 2\nassert f(2) == 3", names=["f"], timeout_s=20)
+    test = "assert all(map(f, [1])) and f(1) == 2\nassert f(2) == 3"
+    result = sandboxes.check(solution, test, names=["f"], timeout_s=20)
     assert result.exit_code != 0 and not result.ok
     assert sandboxes.check("def f(x): return x + 1", "assert f(1) == 2", names=["f"]).ok
 
@@ -243,6 +247,41 @@ def test_the_solution_cannot_read_its_test(sandbox):
     )
     result = sandboxes.check(solution, "hidden = 'fortytwo'\nprint(f(1))", names=["f"])
     assert result.ok and result.stdout == "False\n", result.stderr
+
+
+def test_plain_values_arrive_as_they_are_and_others_stay_with_the_solution(sandbox):
+    solution = (
+        "import collections, datetime, decimal, enum, fractions\nPoint = collections.namedtuple('Point', 'x y')\n"
+        "class Color(enum.IntEnum): RED = 2\nclass Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
+        "    def swapped(self): return Pair(self.b, self.a)\n"
+        "def make(kind):\n    return {'named': Point(1, 2), 'color': Color.RED, 'counter': collections.Counter('aab'),"
+        " 'half': fractions.Fraction(1, 2), 'tenth': decimal.Decimal('0.1'), 'day': datetime.date(2023, 9, 28),"
+        " 'nested': {(1, 2): [{3}, None, 1j, b'x', 1.5, True]}, 'keys': {'k': 1}.keys()}[kind]\n"
+        "def count():\n    yield from range(3)\ndef endless():\n    n = 0\n    while True:\n        n += 1; yield n\n"
+        "def total(pairs): return sum(p.a for p in pairs)\ndef fail(): raise KeyError('no')\n"
+        "def fail_oddly(): raise type('Odd', (Exception,), {})('text')\nLIMIT = 7"
+    )
+    test = (
+        "import collections, datetime, decimal, fractions, itertools\n"
+        "assert make('named') == (1, 2) and make('color') == 2 and make('counter') == {'a': 2, 'b': 1}\n"
+        "assert make('half') == fractions.Fraction(1, 2) and make('tenth') == decimal.Decimal('0.1')\n"
+        "assert make('day') == datetime.date(2023, 9, 28) and list(make('keys')) == ['k'] and LIMIT == 7\n"
+        "assert make('nested') == {(1, 2): [{3}, None, 1j, b'x', 1.5, True]}\n"
+        "assert list(count()) == [0, 1, 2] and list(itertools.islice(endless(), 3)) == [1, 2, 3]\n"
+        "pair = Pair(1, b=4)\nassert total([pair, pair.swapped()]) == 5 and pair.b == 4 and pair != Pair(1, 4)\n"
+        "try: fail()\nexcept KeyError as error: assert 'no' in str(error)\n"
+        "try: fail_oddly()\nexcept Exception as error: assert 'Odd: text' in str(error)\n"
+        "try: total(lambda: 0)\nexcept Exception as error: assert 'cannot go to another process' in str(error)\n"
+        "print('end')"
+    )
+    result = sandboxes.check(solution, test)
+    assert (result.stdout, result.ok) == ("end\n", True), result.stderr
+
+
+def test_a_check_has_limits_too(sandbox):
+    assert sandboxes.check("def f(): \n    while True: pass", "f()", timeout_s=0.4).stopped == "timeout"
+    assert sandboxes.check("while True: pass", "f()", timeout_s=0.4).stopped == "timeout"
+    assert "MemoryError" in sandboxes.check("def f(): return bytes(300 << 20)", "f()", memory_mb=200).stderr
 
 
 def test_all_runs_end_with_the_host(sandbox, tmp_path):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import subprocess
 import sys
 
 import pytest
@@ -162,6 +163,35 @@ def test_a_missing_toolchain_is_named(monkeypatch):
             run("", language="go")
     finally:
         sandboxes.toolchain.cache_clear()
+
+
+def test_the_filter_of_system_calls_may_be_missing_only_if_that_is_allowed(sandbox, monkeypatch, caplog):
+    launch = sandboxes.Sandbox._launch
+    monkeypatch.setattr(
+        sandboxes.Sandbox,
+        "_launch",
+        lambda self, with_filter: "no filter of system calls for vax" if with_filter else launch(self, with_filter),
+    )
+    plan = sandboxes.Plan({"main.py": "print(1)"}, [sandboxes.Step("run", file="main.py")])
+    with pytest.raises(sandboxes.SandboxUnavailableError, match="no filter of system calls for vax"):
+        sandboxes.Sandbox().run(plan)
+    made = sandboxes.Sandbox(allow_missing=["seccomp"])
+    assert made.run(plan).stdout == "1\n"
+    assert "WITHOUT a filter of system calls" in caplog.text
+    made.close()
+
+
+def test_a_user_who_may_make_no_namespaces_is_told_so(sandbox):
+    """The kernel refuses: within a user namespace whose limit of further ones is 0."""
+    program = (
+        "from qwen_jax import sandbox as s\ntry: s.run('print(1)')\nexcept s.SandboxUnavailableError as e: print(e)\n"
+    )
+    limit = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", limit, "sh", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unshare:" in done.stderr or "cannot create" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.stdout.startswith("this system cannot isolate programs: ") and done.stdout.count("\n") == 1, done.stderr
 
 
 def test_a_system_without_namespaces_is_refused_with_the_mend(monkeypatch):

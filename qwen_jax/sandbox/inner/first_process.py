@@ -157,7 +157,7 @@ def _become(step: dict, plan: dict, connection: socket.socket | None) -> None:
 
 
 def _limit(step: dict, disk_mb: int) -> None:
-    processor_s = int(step["timeout_s"]) + 2
+    processor_s = (int(step["timeout_s"]) + 2) * (os.cpu_count() or 1)  # threads may use every core
     memory = step["memory_mb"] * _MEGABYTE
     limits = {
         resource.RLIMIT_CORE: 0,

@@ -108,10 +108,11 @@ def _is_known(kind: type) -> bool:
 
 def _stays(item: object) -> bool:
     """Whether an object is sent as a handle: a class, a function, or an instance of neither known class nor base."""
-    kind = type(item)
-    if item is None or item is NotImplemented or item is Ellipsis or _is_known(kind):
+    if isinstance(item, type):
+        return not _is_known(item)
+    if item is None or item is NotImplemented or item is Ellipsis or _is_known(type(item)):
         return False
-    return kind is type or not isinstance(item, _BASES)
+    return not isinstance(item, _BASES)
 
 
 def _contents(item, base: type) -> object:
@@ -202,18 +203,21 @@ class _Connection:
             raise SolutionError(f"the test passes what cannot go to another process: {error}") from None
         try:
             _send(self._connection, file.getvalue())
-            return self.answer()
+            return self.answer(iterating=message[0] == "next")
         except (EOFError, OSError):
             raise SolutionError("the solution ended before its tests did") from None
 
-    def answer(self) -> object:
+    def answer(self, iterating: bool = False) -> object:
+        """What the solution's process sends; `iterating` says whether it was asked for the next item of an iterator."""
         kind, value = _TestUnpickler(io.BytesIO(_receive(self._connection)), self).load()
         if kind != "raised":
             return value
         name, text = value
         known = getattr(builtins, str(name), None)
         raised = SolutionError(f"{name}: {text}")
-        if isinstance(known, type) and issubclass(known, Exception):
+        # A loop of the test takes StopIteration for its end: only an iterator may say so.
+        iterates = isinstance(known, type) and issubclass(known, StopIteration | StopAsyncIteration) and not iterating
+        if isinstance(known, type) and issubclass(known, Exception) and not iterates:
             with contextlib.suppress(TypeError):  # a class that takes more than a text
                 raised = known(text)
         raise raised
