@@ -216,15 +216,20 @@ class Engine:
         self._waiting.append(row)
 
     def _advance(self) -> None:
-        """One round: begins waiting requests where rows are free, then generates for all; delivers the chunks."""
+        """One round: begins waiting requests where rows are free, then generates for all; delivers the chunks.
+
+        A round that begins the first requests, of a watching user, ends with their first tokens.
+        """
         if not self._rows:
             return
         try:
             batch = self._batch_for(len(self._rows))
             fresh = [self._waiting.popleft() for _ in range(min(batch.free, len(self._waiting)))]
+            # Who watches, and keeps nobody waiting, gets the first token before the program of the others is compiled.
+            watched = not batch.busy and any(row.streaming for row in fresh)
             if fresh:
                 self._deliver(batch.start(self.params, fresh))
-            if batch.busy:
+            if batch.busy and not watched:
                 self._deliver(batch.proceed(self.params, bool(self._waiting)))
         except BaseException:
             # The arrays on the devices may be half updated.

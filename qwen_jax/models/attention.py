@@ -127,7 +127,9 @@ class SelfAttention(nn.Module):
         if windows is not None and not isinstance(mask, Branches):
             key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
             mask = mask & (positions[:, :, None] - key_positions[:, None, :] < windows[layer])
-        if mask is None:
+        if self.is_initializing():
+            mixed = query  # parameters are made from shapes alone; attention has none of its own
+        elif mask is None:
             dropping = c.attention_dropout > 0 and not deterministic
             mixed = causal_attention(
                 query, key, value, segment_ids, c, dropout_rng=self.make_rng("dropout") if dropping else None

@@ -61,6 +61,14 @@ def test_requests_that_come_at_any_time_get_the_tokens_of_one_call(engine):
     assert engine.step() == [] and engine.live == 0
 
 
+def test_who_watches_gets_the_first_token_before_the_program_of_the_others_is_compiled(loaded, run_folder):
+    engine = Engine(*loaded, load_tokenizer(run_folder), slots=1)
+    first = next(stream := engine.stream(Request([1, 2, 3], 5)))
+    before = engine.compilations
+    assert len(first.tokens) == 1 and sum(len(chunk.tokens) for chunk in stream) == 4
+    assert engine.compilations > before
+
+
 def test_a_cancelled_request_makes_room_in_the_next_step(engine, monkeypatch):
     monkeypatch.setattr(batch, "STREAM_SECONDS", 1e-9)  # one token a step
     requests = [Request([i], 100) for i in range(4)]
