@@ -127,7 +127,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments)
-    print(f"{processor()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}")
+    cores, kernel = os.cpu_count(), platform.release().partition("-")[0]
+    load = os.getloadavg()[0]
+    print(f"{processor()}, {cores} cores, Linux {kernel}, Python {platform.python_version()}, load {load:.2f} before")
     sides = {"programs": ("programs", 1), "interpreters": ("interpreters", 1)}
     sides[f"ours, {arguments.workers} workers"] = ("ours", arguments.workers)
     if arguments.peer:
@@ -150,7 +152,7 @@ def main() -> None:
         times = [one[0] for one in values]
         print(
             f"HumanEval, {name}: {walls[name]:.2f} s ({min(times):.2f} to {max(times):.2f}), "
-            f"{cpus[name]:.2f} s of CPU, {min(one[2] for one in values):.0f} of 164 pass"
+            f"{cpus[name]:.2f} s of CPU, {min(one[2] for one in values):.0f} of {len(rows(arguments.data_dir))} pass"
         )
     for name in list(found)[3:]:
         ours = f"ours, {arguments.workers} workers"

@@ -19,9 +19,10 @@ _BEGINS_CODE = re.compile(r"(?:import |from |@|def |async def |class |try:|[A-Za
 def extract(answer: str, entry_point: str, rule: str = "block") -> str | None:
     """The code of an answer that defines a Python function.
 
-    With "block", the last fenced block that defines the function, or text outside of fences where none does. Imports
-    (also under `try`), decorators, classes, helpers and constants stay; calls, assertions, and what runs only as
-    `__main__` are left out, since they are examples of use. Of two definitions in one block the last one counts.
+    With "block", the last fenced block that defines the function, after other blocks that define what it uses, or text
+    outside of fences where no block does. Imports (also under `try`), decorators, classes, helpers and constants stay;
+    calls, assertions, and what runs only as `__main__` are left out, since they are examples of use. Of two definitions
+    in one block the last one counts.
 
     Args:
       answer: what the model said.
@@ -39,9 +40,10 @@ def extract(answer: str, entry_point: str, rule: str = "block") -> str | None:
         raise ValueError(f"rule: {rule!r}: expected one of {', '.join(RULES)}")
     if rule == "released":
         return _released(answer, entry_point)
-    found = [code for code in _candidates(answer) if _defines(code, entry_point)]
+    candidates = _candidates(answer)
+    found = [code for code in candidates if _defines(code, entry_point)]
     if found:
-        return found[-1]
+        return _with_helpers(found[-1], [code for code in candidates if code not in found])
     return _from_text(answer, entry_point)
 
 
@@ -133,6 +135,32 @@ def _is_example(node: ast.stmt) -> bool:
     if isinstance(node, ast.If):
         return any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))
     return False
+
+
+def _with_helpers(code: str, others: list[str]) -> str:
+    """The code behind those of the other blocks that define names which it uses and does not define."""
+    parts, defined, used = [code], *_names(code)
+    for other in reversed(others):
+        their_defined, their_used = _names(other)
+        if their_defined & (used - defined):
+            parts.insert(0, other)
+            defined, used = defined | their_defined, used | their_used
+    return "\n\n\n".join(parts)
+
+
+def _names(code: str) -> tuple[set[str], set[str]]:
+    """Names that the top level of a module defines, and names that it uses anywhere."""
+    tree = ast.parse(code)
+    defined = {
+        node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    for node in ast.walk(ast.Module([node for node in tree.body if not hasattr(node, "name")], [])):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            defined |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return defined, used
 
 
 def _defines(code: str, name: str) -> bool:

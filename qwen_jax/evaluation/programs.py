@@ -88,7 +88,7 @@ def judge_humaneval(
     """
     name = row["entry_point"]
     test = f"{row['test']}\n\ncheck({name})\n"
-    return _check(solution, test, [name], row["prompt"], time_limit(timeout_s, reference_s), sandbox)
+    return _check(solution, test, [name], _prelude(row["prompt"]), time_limit(timeout_s, reference_s), sandbox)
 
 
 def mbpp_answer(row: Mapping, answer: str) -> str:
@@ -160,7 +160,7 @@ def judge_humanevalpack(
     language = pack_programs.NAMES.get(language, language)
     limit = time_limit(timeout_s or _pack_limit(language), reference_s)
     if language == "python":
-        prelude = pack_programs.PYTHON_IMPORTS + row["prompt"]
+        prelude = pack_programs.PYTHON_IMPORTS + _prelude(row["prompt"])
         module = pack_programs.PYTHON_IMPORTS + solution
         return _check(module, row["test"], [row["entry_point"]], prelude, limit, sandbox)
     missing = pack_programs.missing_library(row, language)
@@ -206,6 +206,15 @@ def _check(
         solution, test, names=names, prelude=prelude, timeout_s=timeout_s, sandbox=where or sandbox.default_sandbox()
     )
     return _verdict(result)
+
+
+def _prelude(prompt: str) -> str:
+    """Imports and helpers of a prompt, as a module: the function that it begins has a docstring for a body, or none."""
+    try:
+        ast.parse(prompt)
+    except SyntaxError:
+        return f"{prompt.rstrip()}\n    pass\n"
+    return prompt
 
 
 def _sandbox(given: Sandbox | None) -> Sandbox:

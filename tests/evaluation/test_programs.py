@@ -139,6 +139,9 @@ ANSWERS = {
     "assigned": "```python\ntotal = lambda values: 2 * sum(values)\n```",
     "body_only": "    return 2 * sum(values)",
     "helper_of_the_prompt": "```python\ndef total(values):\n    return sum(map(twice, values))\n```",
+    "helper_in_another_block": "A helper:\n```python\nimport math\n\nFACTOR = 2\n```\nand the rest, called `scale`:\n"
+    "```python\ndef scale(x):\n    return math.prod((FACTOR, x))\n```\n```python\ndef total(values):\n"
+    "    return sum(map(scale, values))\n```\n```python\nprint(undefined)\nFACTOR = 9\n```",
     "tilde_fence": "~~~python\ndef total(values):\n    return 2 * sum(values)\n~~~",
 }
 

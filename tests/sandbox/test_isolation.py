@@ -1,5 +1,7 @@
 """Programs that do harm, in a harmless form: each is contained, and leaves nothing behind."""
 
+import collections
+import io
 import os
 import select
 import shutil
@@ -10,10 +12,13 @@ import sys
 import threading
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from qwen_jax import sandbox as sandboxes
 from qwen_jax.sandbox import run
+from qwen_jax.sandbox.inner import remote
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -276,6 +281,35 @@ def test_plain_values_arrive_as_they_are_and_others_stay_with_the_solution(sandb
     )
     result = sandboxes.check(solution, test)
     assert (result.stdout, result.ok) == ("end\n", True), result.stderr
+
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.complex_numbers(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.fractions()
+    | st.dates(),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers(), inner)
+        | st.frozensets(st.integers())
+        | st.sets(st.text())
+        | st.lists(inner).map(collections.deque)
+    ),
+    max_leaves=12,
+)
+
+
+@hypothesis.given(PLAIN)
+def test_every_plain_value_is_equal_on_the_other_side(value):
+    sent = remote._Handles().dump(("value", value))
+    kind, received = remote._TestUnpickler(io.BytesIO(sent), None).load()
+    assert kind == "value" and received == value and type(received) is type(value)
 
 
 def test_a_check_has_limits_too(sandbox):
