@@ -122,10 +122,9 @@ def judge_mbpp(
     Raises:
       SandboxUnavailableError: this system cannot isolate programs.
     """
-    setup = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", "")])
-    test = "\n".join(row["test_list"])
-    limit = time_limit(timeout_s, reference_s)
-    return _check(f"{setup}\n{solution}", test, _tested_names(row, test), setup, limit, sandbox)
+    # The set-up uses what the solution defines, so it belongs to the test.
+    test = "\n".join([*row.get("test_imports", []), row.get("test_setup_code") or "", *row["test_list"]])
+    return _check(solution, test, _tested_names(row, test), "", time_limit(timeout_s, reference_s), sandbox)
 
 
 def judge_humanevalpack(

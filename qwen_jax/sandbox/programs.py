@@ -59,13 +59,13 @@ def check(
 
     The test's process never executes the solution's code: it calls the solution's functions and gets plain values
     (`inner/remote.py`). So a solution that exits early, replaces built-in functions, or returns objects that equal
-    everything does not pass.
+    everything does not pass. Arguments are copies: what the solution does to them, the test does not see.
 
     Args:
       solution: text of the module that is tested. Its `__name__` is not `__main__`.
       test: text of the program that tests it.
       names: the test gets these from the solution, even where the prelude or Python define them. What only the
-        solution defines is found there, too.
+        solution defines is found there, too, and so are modules of the standard library that it imports.
       prelude: trusted text that is executed before the test, such as imports.
       timeout_s: seconds of wall time for both.
       memory_mb: MiB for both together.

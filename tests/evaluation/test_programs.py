@@ -210,6 +210,13 @@ def test_mbpp_verdicts():
     assert verdict(f"So:\n```python\n{MBPP_ROW['code']}\n```\nprint(1)").correct
     assert not verdict(MBPP_ROW["code"].replace("max", "min")).correct
     assert not verdict("import sys\nsys.exit(0)").correct
+    tree = {
+        "code": "import sys\nclass Node:\n    def __init__(self, value): self.value, self.left = value, None\n"
+        "def depth(node):\n    return 1 + depth(node.left) if node else 0",
+        "test_setup_code": "root = Node(1)\nroot.left = Node(2)",
+        "test_list": ["assert depth(root) == 2 and root.left.value == 2", "assert sys.getsizeof(depth(root)) > 0"],
+    }
+    assert programs.judge_mbpp(tree, tree["code"], timeout_s=LIMIT_S) == programs.Verdict(True, "passed")
     sanitized = {"prompt": "Add.", "code": "def add(a, b):\n  return a + b", "test_imports": ["import math"]}
     sanitized["test_list"] = ["assert math.sqrt(add(2, 2)) == 2"]
     assert programs.judge_mbpp(sanitized, sanitized["code"], timeout_s=LIMIT_S).correct

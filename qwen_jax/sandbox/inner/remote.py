@@ -9,6 +9,7 @@ equals everything makes no test pass.
 
 import builtins
 import contextlib
+import importlib
 import io
 import os
 import pickle
@@ -148,8 +149,9 @@ def _answer_all(connection: socket.socket, file: str) -> None:
     try:
         with open(path, "rb") as opened:
             exec(compile(opened.read(), path, "exec", dont_inherit=True), module.__dict__)
-        names = [name for name, value in module.__dict__.items() if not isinstance(value, types.ModuleType)]
-        _send(connection, handles.dump(("loaded", [name for name in names if not name.startswith("__")])))
+        defined = {name: value for name, value in module.__dict__.items() if not name.startswith("__")}
+        modules = {name: value.__name__ for name, value in defined.items() if isinstance(value, types.ModuleType)}
+        _send(connection, handles.dump(("loaded", ([name for name in defined if name not in modules], modules))))
     except Exception as error:
         python_program.show(error)
         _send(connection, handles.dump(("raised", _described(error))))
@@ -158,6 +160,7 @@ def _answer_all(connection: socket.socket, file: str) -> None:
         "name": lambda name: module.__dict__[name],
         "call": lambda what, positional, named: what(*positional, **named),
         "attribute": getattr,
+        "set": setattr,
         "iterate": iter,
         "next": next,
         "length": len,
@@ -226,8 +229,12 @@ class _Connection:
 class Remote:
     """An object that the solution's process holds."""
 
+    _number: int
+    _kind: str
+    _connection: _Connection
+
     def __init__(self, number: int, kind: str, connection: _Connection):
-        self._number, self._kind, self._connection = number, kind, connection
+        self.__dict__.update(_number=number, _kind=kind, _connection=connection)
 
     def __call__(self, *positional: object, **named: object) -> object:
         return self._connection.ask("call", self, positional, named)
@@ -236,6 +243,9 @@ class Remote:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._connection.ask("attribute", self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._connection.ask("set", self, name, value)
 
     def __iter__(self):
         iterator = self._connection.ask("iterate", self)
@@ -318,7 +328,14 @@ def _execute(text: str, prelude: str, names: list[str], connection: _Connection)
     space: dict[str, object] = {"__name__": "test"}
     exec(compile(prelude, "prelude", "exec", dont_inherit=True), space)
     program = compile(text, "test", "exec", dont_inherit=True)
-    defined = set(state) if isinstance(state, list) else set()
+    match state:
+        case (list(names_there), dict(modules)):
+            defined = set(names_there)
+        case _:
+            raise SolutionError("the solution ended before its tests began")
+    for name in _global_names(program) & modules.keys() - space.keys():
+        if str(modules[name]).partition(".")[0] in sys.stdlib_module_names:
+            space[name] = importlib.import_module(str(modules[name]))
     for name in _global_names(program) & defined:
         if name in names or (name not in space and not hasattr(builtins, name)):
             space[name] = connection.ask("name", name)
