@@ -202,7 +202,7 @@ def test_a_full_disk_ends_it_with_one_line_and_loses_nothing(run, data_dir, unbr
 
     monkeypatch.setattr(records.os, "write", limited)
     said = failure(flags(run, data_dir, tmp_path), capsys)
-    assert "answers.jsonl cannot be written: No space left on device. The" in said and "goes on from there" in said
+    assert "answers.jsonl cannot be written: No space left on device. The" in said and "goes on after them" in said
     monkeypatch.undo()
     kept = answers(tmp_path)
     assert 0 < len(kept) < 6 and sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mmlu", "settings.json"]

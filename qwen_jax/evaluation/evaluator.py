@@ -123,7 +123,8 @@ def answer(
     written = [one for one in left if isinstance(benchmark.answered_by(one, chat), Generation)]
     with _Judges(benchmark, records, len(examples), len(examples) - len(left)) as judges:
         for one in itertools.chain(_ranked(engine, benchmark, ranked), _written(engine, benchmark, written, chat)):
-            activity.now(f"answering {benchmark.name}")
+            # A process alone waits for no other, and may take long for a text.
+            activity.now(f"answering {benchmark.name}", limited=hosts.process_count() > 1)
             judges.take(one)
         activity.now(f"judging answers to {benchmark.name}", limited=False)
 

@@ -120,7 +120,7 @@ class Records:
         except OSError as error:
             os.ftruncate(self._file, self._size)
             raise OSError(
-                f"{self.path} cannot be written: {error.strerror}. The {len(self.rows):,} answers in it are whole; the "
-                f"same command goes on from there"
+                f"{self.path} cannot be written: {error.strerror}. The answers in it are whole; the same command goes "
+                f"on after them"
             ) from error
         self._size += len(line)

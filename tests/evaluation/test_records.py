@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     with Records(tmp_path, IDS) as one:
         monkeypatch.setattr(records.os, "write", limited)
         one.add(row(0))
-        with pytest.raises(OSError, match=r"answers.jsonl cannot be written: No space left on device. The 1 answers"):
+        with pytest.raises(OSError, match=r"answers.jsonl cannot be written: No space left on device. The answers"):
             one.add(row(1, output="y" * 100))
         assert lines(tmp_path) == [json.dumps(row(0))]
         free[0] = 10_000
