@@ -189,9 +189,7 @@ def csv_rows(file: Path, columns: Sequence[str], header: bool = True) -> Iterato
                 if names is None:
                     names = values
                     if missing := [column for column in columns if column not in names]:
-                        raise ValueError(
-                            f"{where}: expected columns {', '.join(columns)}; {', '.join(missing)} missing"
-                        )
+                        raise ValueError(f"{where}: no column {', '.join(missing)}; expected {', '.join(columns)}")
                     continue
                 if len(values) != len(names):
                     raise ValueError(f"{where}: expected {len(names)} columns, found {len(values)}")
