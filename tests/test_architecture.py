@@ -135,6 +135,7 @@ WALLS = {
         *ENTRY_POINTS,
     ),
     "qwen_jax/evaluation": (
+        "qwen_jax.conversion",
         "qwen_jax.training",
         "qwen_jax.alignment",
         "optax",

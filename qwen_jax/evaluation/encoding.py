@@ -69,8 +69,8 @@ def _or_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids or [tokenizer.endoftext_id]
 
 
-def cut_left(ids: Sequence[int], room: int) -> CutPrompt:
-    """The last `room` tokens of a prompt.
+def cut_left(ids: list[int], room: int) -> CutPrompt:
+    """The last `room` tokens of a prompt; of one that fits, the same list.
 
     Raises:
         ValueError: there is room for none.
@@ -78,25 +78,26 @@ def cut_left(ids: Sequence[int], room: int) -> CutPrompt:
     if room < 1:
         raise ValueError("the answer alone fills the context: no token of the prompt has room before it")
     cut = max(len(ids) - room, 0)
-    return CutPrompt(list(ids[cut:]), cut)
+    return CutPrompt(ids[cut:] if cut else ids, cut)
 
 
 def cut_pair(
-    prompt: Sequence[int], following: Sequence[int], context_length: int, *, whole_text: bool = False
+    prompt: list[int], following: list[int], room: int, *, whole_text: bool = False
 ) -> tuple[CutPrompt, list[int]]:
     """A prompt that leaves room for what follows it, and what follows.
 
     Args:
+        room: largest number of tokens of both together: one more than the context, as the model does not read the last.
         whole_text: nothing but the token that begins a text stands before it. If the text is too long, it is cut from
             the left itself, and the last token that is cut off takes the place of the prompt.
 
     Raises:
         ValueError: what follows a prompt fills the context.
     """
-    if whole_text and len(following) >= context_length:
-        cut = len(following) - context_length
-        return CutPrompt([following[cut]], cut + 1), list(following[cut + 1 :])
-    return cut_left(prompt, context_length - len(following)), list(following)
+    if whole_text and len(following) >= room:
+        cut = len(following) - room
+        return CutPrompt([following[cut]], cut + 1), following[cut + 1 :]
+    return cut_left(prompt, room - len(following)), following
 
 
 def chat_prompt(tokenizer: Tokenizer, question: str, room: int) -> CutPrompt:

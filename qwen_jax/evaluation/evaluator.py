@@ -208,7 +208,8 @@ def _encoded_pairs(engine: Engine, benchmark: Benchmark, example: Example) -> li
         texts = [continuation for _, continuation in group]
         prompt, choices = encode_continuations(engine.tokenizer, context, texts, apart=answers.apart)
         try:
-            pairs += [cut_pair(prompt, choice, engine.context_length, whole_text=not context) for choice in choices]
+            room, whole_text = engine.context_length + 1, not context.strip()
+            pairs += [cut_pair(prompt, choice, room, whole_text=whole_text) for choice in choices]
         except ValueError as error:
             raise ValueError(f"{benchmark.name}, example {example.id}: {error}") from error
     return pairs

@@ -29,7 +29,7 @@ class RuleEngine:
 
     def score(self, prompts, continuations):
         for prompt, continuation in zip(prompts, continuations, strict=True):
-            assert prompt and continuation and len(prompt) + len(continuation) <= self.context_length
+            assert prompt and continuation and len(prompt) + len(continuation) <= self.context_length + 1
             self.scored.append((prompt, continuation))
         texts = [self.tokenizer.decode([*p, *c]) for p, c in zip(prompts, continuations, strict=True)]
         return [
@@ -117,8 +117,8 @@ def test_long_prompts_are_cut_from_the_left_and_counted(tokenizer, tmp_path):
     asked = [Example(id="long", prompt="x" * 100 + "?", target=0, choices=(" A", " longer"))]
     engine = RuleEngine(tokenizer, context_length=20)
     (row,) = answered(engine, benchmark(Choices()), asked, tmp_path / "ranked")
-    assert [tokenizer.decode(prompt) for prompt, _ in engine.scored] == ["x" * 18 + "?", "x" * 12 + "?"]
-    assert row["cut_tokens"] == 88
+    assert [tokenizer.decode(prompt) for prompt, _ in engine.scored] == ["x" * 19 + "?", "x" * 13 + "?"]
+    assert row["cut_tokens"] == 87
     (row,) = answered(engine, benchmark(WRITTEN), asked, tmp_path / "written")
     (request,) = engine.requests
     assert (request.max_new_tokens, tokenizer.decode(request.prompt)) == (8, "x" * 11 + "?") and row["cut_tokens"] == 89
@@ -133,8 +133,8 @@ def test_whole_texts_are_scored_from_their_first_token_on(tokenizer, tmp_path):
     (row,) = answered(engine, benchmark(Choices(normalization="text")), asked, tmp_path)
     (short, long) = engine.scored
     assert (short[0], tokenizer.decode(short[1])) == ([tokenizer.endoftext_id], "abcd")
-    assert tokenizer.decode(long[0] + long[1]) == "defghijk" and row["output"]["tokens"] == [4, 7]
-    assert row["cut_tokens"] == 4  # the token before the text, and three of its own
+    assert tokenizer.decode(long[0] + long[1]) == "cdefghijk" and row["output"]["tokens"] == [4, 8]
+    assert row["cut_tokens"] == 3  # the token before the text, and two of its own
 
 
 def test_encoded_apart_or_as_one_text(tokenizer, tmp_path):
