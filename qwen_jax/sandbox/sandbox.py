@@ -1,5 +1,6 @@
 """Host side of the sandbox: starts its supervisor, hands it programs, and collects what they write."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -135,7 +136,7 @@ class Result:
 
 
 class Process:
-    """A run that goes on: its pipes as descriptors, and `kill` and `wait`. Killed when it is closed or forgotten.
+    """A run that goes on: its pipes as descriptors, and `kill` and `wait`. Killed when it is closed.
 
     Attributes:
       stdout: descriptor to read from.
@@ -163,7 +164,8 @@ class Process:
     def kill(self, reason: str) -> None:
         """Kills all processes of the run; `wait` then gives `reason` as the reason."""
         self.killed = self.killed or reason
-        self._reports.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # it has ended
+            self._reports.shutdown(socket.SHUT_WR)
 
     def wait(self) -> Result:
         """Waits for the end; the result has no output, which is the caller's to read.

@@ -326,6 +326,8 @@ def test_every_published_solution_passes_and_no_buggy_version_does(language):
     rows = published(f"humanevalpack/{language}.jsonl")
     found = verdicts(language, rows, "canonical_solution")
     wrong = {row["task_id"]: verdict.reason for row, verdict in zip(rows, found, strict=True) if not verdict.correct}
+    # The published solution reads a map in its order, which Go draws anew each time, and is right five times of six.
+    wrong.pop("Go/95", None)
     assert all("not run" in reason for reason in wrong.values()), wrong
     assert not any(verdict.correct for verdict in verdicts(language, rows, "buggy_solution"))
     print(f"{language}: {len(rows) - len(wrong)} of {len(rows)} pass; not run: {wrong}", file=sys.stderr)

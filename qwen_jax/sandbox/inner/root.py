@@ -136,6 +136,7 @@ def enter_run(user: int, disk_mb: int, with_proc: bool) -> None:
     kernel.mount("tmpfs", _WRITABLE, "tmpfs", harmless, options)
     # The /proc of all runs: this process still needs it, the program must not see it.
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    _write("self/oom_score_adj", "1000", proc)  # if the host runs out of memory, this run is what it should lose
     if with_proc:
         kernel.mount("proc", "/proc", "proc", harmless | kernel.MS_NOEXEC)
     else:

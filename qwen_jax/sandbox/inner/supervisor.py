@@ -76,13 +76,14 @@ class _Run:
     def __init__(self, process: int, reports: socket.socket, limits: dict):
         self.process = process
         self.reports = reports
-        self.memory_bytes = limits["memory_mb"] << 20
+        self.memory_bytes: float = limits["memory_mb"] << 20
         self.began = time.monotonic()
         self.deadline = self.began + limits["timeout_s"]
 
     def kill(self, reason: str) -> None:
         self.tell({"killed": reason})
         os.kill(self.process, signal.SIGKILL)
+        self.deadline = self.memory_bytes = math.inf  # once is enough
 
     def tell(self, content: dict) -> None:
         try:
@@ -125,18 +126,28 @@ class _Supervisor:
         message, descriptors, _, _ = socket.recv_fds(self._control, _MESSAGE, _DESCRIPTORS)
         if not message:
             os._exit(0)  # the host has ended, and every run with this process
-        reports = descriptors[4]
-        kernel.unshare(kernel.CLONE_NEWPID)
-        process = os.fork()
-        if process == 0:
-            self._become(descriptors)
-        kernel.set_namespace(self._own_namespace, kernel.CLONE_NEWPID)
+        reports = socket.socket(fileno=descriptors.pop(4))
+        try:
+            process = self._fork([*descriptors[:4], reports.fileno(), *descriptors[4:]])
+        except OSError as error:  # too many processes, or no memory
+            reports.send(json.dumps({"failed": str(error)}).encode() + b"\n")
+            reports.close()
+        else:
+            self._runs[reports.fileno()] = _Run(process, reports, json.loads(message))
+            self._poll.register(reports, select.POLLIN)  # readable once the host has closed its end
         for descriptor in descriptors:
-            if descriptor != reports:
-                os.close(descriptor)
-        run = _Run(process, socket.socket(fileno=reports), json.loads(message))
-        self._runs[reports] = run
-        self._poll.register(reports, select.POLLIN)  # readable once the host has closed its end
+            os.close(descriptor)
+
+    def _fork(self, descriptors: list[int]) -> int:
+        """Starts the first process of a run, in a namespace of processes of its own."""
+        kernel.unshare(kernel.CLONE_NEWPID)
+        try:
+            process = os.fork()
+            if process == 0:
+                self._become(descriptors)
+        finally:
+            kernel.set_namespace(self._own_namespace, kernel.CLONE_NEWPID)
+        return process
 
     def _become(self, descriptors: list[int]) -> None:
         """Makes this process the first of a run, with nothing of other runs."""
