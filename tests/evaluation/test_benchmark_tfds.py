@@ -10,7 +10,8 @@ from qwen_jax.evaluation.benchmark import Choices
 from qwen_jax.evaluation.benchmark_tasks import benchmarks, read_examples
 from tests.evaluation.published import FILES
 
-NAMES = sorted(name for name, benchmark in benchmarks().items() if benchmark.tfds)
+# GSM8K's shots are the publisher's own rows, found by their hashes: test_generation_benchmarks.py has it.
+NAMES = sorted(name for name, benchmark in benchmarks().items() if benchmark.tfds and name != "gsm8k")
 
 
 def arrays(value):

@@ -138,6 +138,7 @@ FILES = {
         right=lambda example: f" The answer is the {example.target[0]}.",
         false=lambda example: " nobody",
         data=(150, 0),
+        tfds={"validation": [{"question": "who sang it", "answer": ["Ann", "Ann Lee"]}]},
     ),
     "lambada": Published(
         write=lambada,
@@ -148,6 +149,7 @@ FILES = {
         right=lambda example: f" {example.target}, and",
         false=lambda example: " house",
         data=(80, 0),
+        tfds={"test": [{"passage": "he went to the door"}, {"passage": "she sang a song"}]},
     ),
     "bbh": Published(
         write=bbh,
