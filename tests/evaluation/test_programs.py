@@ -105,6 +105,8 @@ def sandbox():
         sandboxes.run("")
     except sandboxes.SandboxUnavailableError as error:
         pytest.skip(str(error))
+    yield
+    sandboxes.default_sandbox().close()
 
 
 def judge_answer(answer: str, rule: str = "block") -> programs.Verdict:
@@ -239,6 +241,11 @@ def test_a_missing_toolchain_or_library_is_no_verdict(monkeypatch):
     uses = {**row, "canonical_solution": '    Regex::new("x").unwrap();\n    return n + 1;\n}\n'}
     verdict = programs.judge_humanevalpack(uses, "rust", "")
     assert verdict == programs.Verdict(False, "not run: rust: the crate regex is not part of the sandbox", run=False)
+    hashes = {**PACK_ROWS["js"], "canonical_solution": "  var md5 = require('js-md5')\n  return md5(n)\n}\n"}
+    for name in ("js", "javascript"):
+        assert "js-md5" in (pack_programs.missing_library(hashes, name) or "")
+    boost = {**PACK_ROWS["cpp"], "declaration": "#include<boost/none_of_this_name.hpp>\n"}
+    assert "boost/none_of_this_name.hpp is not installed" in (pack_programs.missing_library(boost, "cpp") or "")
     monkeypatch.setattr("shutil.which", lambda _: None)
     sandboxes.toolchain.cache_clear()
     try:
