@@ -7,7 +7,8 @@
 the other, however it is written: 3+4 and 4+3 are one, and so are 3*4, 3×4 and 4×3.
 
 Kinds are the groups of Math401 (Yuan et al. 2023, README of the publisher); level 4 has its sizes of numbers, lower
-levels have smaller ones. As there, answers that need not be whole have four decimals.
+levels have smaller ones. As there, answers that need not be whole have four decimals. With --worked, those of
+`train.jsonl` show their working: a small model learns it from far fewer calculations.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from pathlib import Path
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from worked_sums import worked
 
 from qwen_jax import files
 from qwen_jax.command_line import path_argument, run
@@ -248,12 +251,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--levels", nargs="+", type=int, choices=LEVELS, default=list(LEVELS), metavar="LEVEL")
     parser.add_argument("--seed", type=int, default=0, help="seed for the calculations (default: %(default)s)")
+    parser.add_argument(
+        "--worked",
+        action="store_true",
+        help="show the working in answers of train.jsonl (tools/worked_sums.py)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.count < 0 or arguments.held_out < 0 or arguments.count + arguments.held_out < 1:
         raise ValueError("--count and --held_out are numbers of lines: at least 0, and not both 0")
+    if arguments.worked and arguments.kinds != [add.__name__]:
+        raise ValueError("--worked knows sums and differences of whole numbers alone: give --kinds add with it")
     train, test, exhausted = make(
         arguments.count, arguments.held_out, kinds=arguments.kinds, levels=arguments.levels, seed=arguments.seed
     )
+    if arguments.worked:
+        train = [row | {"answer": worked(row["question"])} for row in train]
     for name, rows in (("train.jsonl", train), ("test.jsonl", test)):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files.write_text(arguments.output / name, lines)
