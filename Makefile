@@ -1,6 +1,7 @@
 # make demo    the main job, start to end, on this machine
 # make test    lint and tests
-# Both first make .venv from requirements.txt; a second call reuses it.
+# make specialists    a code model and a math model from one base model, before and after
+# All first make .venv from requirements.txt; a second call reuses it.
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,10 +9,13 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-slow lint types identical findings lock clean
+.PHONY: demo specialists test test-slow lint types identical findings lock clean
 
 demo: $(VENV)/installed
 	$(PY) tools/demo.py
+
+specialists: $(VENV)/installed
+	$(PY) tools/specialists.py
 
 test: $(VENV)/installed-test lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -5,7 +5,6 @@ command, printed before it runs, that works the same on its own. Everything lies
 """
 
 import json
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from shown_commands import ROOT, call, show, title
+
 FOLDER = Path("runs/demo")
 VOCABULARY, CACHE, RUN, CONVERTED = (FOLDER / name for name in ("vocabulary.tiktoken", "cache", "run", "qwen2"))
 STOP_AT = 200
@@ -27,23 +27,6 @@ TRAIN = [
     f"--gin.CACHE_DIR={CACHE}",
     f"--gin.VOCABULARY={VOCABULARY}",
 ]
-
-
-def title(text: str) -> None:
-    """Announces a step."""
-    print(f"\n== {text}", flush=True)
-
-
-def show(arguments: list) -> list[str]:
-    """The command for these arguments, after printing it as one would type it."""
-    words = [str(argument) for argument in arguments]
-    print(f"$ python {shlex.join(words)}", flush=True)
-    return [sys.executable, *words]
-
-
-def call(*arguments) -> None:
-    """Runs a command to its end; ends the demo if it fails."""
-    subprocess.run(show(list(arguments)), cwd=ROOT, check=True)
 
 
 def output_of(*arguments) -> str:

@@ -15,8 +15,7 @@ def sandbox():
         made.run(sandboxes.Plan({"main.py": ""}, [sandboxes.Step("run", file="main.py")]))
     except sandboxes.SandboxUnavailableError as error:
         pytest.skip(str(error))
-    yield made
-    made.close()
+    return made
 
 
 def descendants() -> set[int]:

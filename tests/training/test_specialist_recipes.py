@@ -20,6 +20,11 @@ def settings(recipe, *bindings):
     return found
 
 
+def three_percent(steps):
+    """Rounded up."""
+    return -(-3 * steps // 100)
+
+
 def check_adamw(optimizer):
     assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
 
@@ -29,7 +34,7 @@ def test_the_reports_hyperparameters_of_code_qwen(size, rate):
     found = settings(f"code_{size}", "INITIAL_CHECKPOINT=runs/base")
     optimizer, trainer, model = found["optimizer"], found["trainer"], found["model"]
     assert (optimizer.peak_learning_rate, optimizer.schedule) == (rate, "constant")
-    assert optimizer.warmup_steps == round(0.03 * trainer.train_steps)
+    assert optimizer.warmup_steps == three_percent(trainer.train_steps)
     check_adamw(optimizer)
     assert trainer.sequence_length == model.context_length == 8192
     assert trainer.train_steps * trainer.batch_size * 8192 == pytest.approx(90e9, rel=1e-4)
@@ -44,7 +49,7 @@ def test_the_reports_hyperparameters_of_code_qwen_chat(size, rate):
     found = settings(f"code_sft_{size}", "INITIAL_CHECKPOINT=runs/code")
     optimizer, trainer, model = found["optimizer"], found["trainer"], found["model"]
     assert (optimizer.peak_learning_rate, optimizer.schedule) == (rate, "constant")
-    assert optimizer.warmup_steps == round(0.03 * trainer.train_steps)
+    assert optimizer.warmup_steps == three_percent(trainer.train_steps)
     check_adamw(optimizer)
     assert trainer.sequence_length == model.context_length == 8192
     assert parameter_count(model) == PARAMETERS[size]
@@ -81,4 +86,4 @@ def test_the_tiny_recipes_keep_the_reports_share_of_warm_up(recipe):
     found = settings(recipe)
     optimizer = found["optimizer"]
     assert optimizer.schedule == "constant"
-    assert optimizer.warmup_steps == round(0.03 * found["trainer"].train_steps)
+    assert optimizer.warmup_steps == three_percent(found["trainer"].train_steps)
