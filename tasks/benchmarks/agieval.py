@@ -59,6 +59,7 @@ FIVE = ("lsat-ar", "lsat-lr", "lsat-rc", "aqua-rat")
 
 def answer(text: str, example: Example) -> str | None:
     """The first run of letters that a text has, or the number or expression of its first paragraph; None: neither."""
+    text = extraction.without_thinking(text)
     if example.extra["set"] in CLOZE:
         # The prompt ends with these words, or the same in Chinese.
         return extraction.mathematical("The answer is " + text.strip().split("\n\n")[0])

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen_jax.evaluation import extraction
 from qwen_jax.evaluation.benchmark import Benchmark, Choices, Example, Generation, LeftOut
 from qwen_jax.evaluation.benchmark_tasks import add_benchmark
 from qwen_jax.evaluation.rows import json_items
@@ -40,7 +41,7 @@ def letters(text: str, example: Example) -> list[str] | int | None:
 
     None: the text has none.
     """
-    kind, parts = example.extra["kind"], len(example.extra["answer"])
+    kind, parts, text = example.extra["kind"], len(example.extra["answer"]), extraction.without_thinking(text)
     if kind == SINGLE:
         found = re.findall(f"[{LETTERS}]", text)
         return LETTERS.index(found[-1]) if found else None

@@ -25,6 +25,8 @@ QUESTION = "子网分为两类。属于资源子网的设备是____。"
         ("The answer is the heart", 0),
         ("Let A=2; then D follows.", 3),
         ("Choice: A", 0),
+        ("<think>The answer is A. No.</think>\n\nB", 1),
+        ("<think>The answer is A", None),
         ("I do not know.", None),
         ("", None),
     ],
@@ -45,6 +47,7 @@ def test_english_replies(reply, index):
         ("（D）因为……", 3),
         ("属于资源子网的设备是网桥", 1),
         ("交换机", 2),
+        ("<think>答案是A。</think>\n\n选B。", 1),
         ("我不知道。", None),
     ],
 )

@@ -105,6 +105,8 @@ def sandbox():
         sandboxes.run("")
     except sandboxes.SandboxUnavailableError as error:
         pytest.skip(str(error))
+    yield
+    sandboxes.default_sandbox().close()
 
 
 def judge_answer(answer: str, rule: str = "block") -> programs.Verdict:
@@ -201,6 +203,24 @@ def test_the_limit_grows_with_what_a_reference_took_here():
     assert programs.time_limit(3.0, 2.0) == 20.0
 
 
+def test_a_program_that_other_work_kept_waiting_gets_more_time():
+    """A sandbox in which programs use so much of a processor until they are stopped."""
+
+    class Busy:
+        def __init__(self, cpu_s: float):
+            self.cpu_s, self.limits = cpu_s, []
+
+        def run(self, plan):
+            self.limits.append(plan.steps[0].timeout_s)
+            stopped = "timeout" if len(self.limits) == 1 else None
+            code = None if stopped else 0
+            return sandboxes.Result(code, "", "", False, False, stopped, "run", self.limits[-1], self.cpu_s)
+
+    waiting, working = Busy(1.4), Busy(2.9)
+    assert programs.judge_humaneval(ROW, "", sandbox=waiting).correct and waiting.limits == [3.0, 12.0]
+    assert programs.judge_humaneval(ROW, "", sandbox=working).reason == "timeout" and working.limits == [3.0]
+
+
 def test_mbpp_verdicts():
     def verdict(answer: str) -> programs.Verdict:
         return programs.judge_mbpp(MBPP_ROW, programs.mbpp_answer(MBPP_ROW, answer), timeout_s=LIMIT_S)
@@ -239,6 +259,11 @@ def test_a_missing_toolchain_or_library_is_no_verdict(monkeypatch):
     uses = {**row, "canonical_solution": '    Regex::new("x").unwrap();\n    return n + 1;\n}\n'}
     verdict = programs.judge_humanevalpack(uses, "rust", "")
     assert verdict == programs.Verdict(False, "not run: rust: the crate regex is not part of the sandbox", run=False)
+    hashes = {**PACK_ROWS["js"], "canonical_solution": "  var md5 = require('js-md5')\n  return md5(n)\n}\n"}
+    for name in ("js", "javascript"):
+        assert "js-md5" in (pack_programs.missing_library(hashes, name) or "")
+    boost = {**PACK_ROWS["cpp"], "declaration": "#include<boost/none_of_this_name.hpp>\n"}
+    assert "boost/none_of_this_name.hpp is not installed" in (pack_programs.missing_library(boost, "cpp") or "")
     monkeypatch.setattr("shutil.which", lambda _: None)
     sandboxes.toolchain.cache_clear()
     try:

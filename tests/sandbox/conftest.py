@@ -15,7 +15,8 @@ def sandbox():
         made.run(sandboxes.Plan({"main.py": ""}, [sandboxes.Step("run", file="main.py")]))
     except sandboxes.SandboxUnavailableError as error:
         pytest.skip(str(error))
-    return made
+    yield made
+    made.close()
 
 
 def descendants() -> set[int]:
