@@ -3,6 +3,7 @@
     python tools/compile_for_tpu.py --gin_file=gin/runs/pretrain_7b.gin --gin_file=gin/hardware/v5p_256.gin
 
 By default it is the step that `python -m qwen_jax.train` runs with the same files, whatever its objective;
+--program=sft, reward (also of preference model pretraining) and dpo are that step, and refuse files of another stage;
 --program=prefill and --program=decode are those of `qwen_jax.inference`, for BATCH_SIZE rows of SEQUENCE_LENGTH tokens;
 --program=ppo_update and --program=ppo_rollout those of `python -m qwen_jax.rlhf`, all its models in memory.
 Nothing is allocated; it takes one to two minutes (of TPU v6e up to five) and 3 GB of memory. Needs libtpu

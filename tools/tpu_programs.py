@@ -1,6 +1,7 @@
 """Programs of a run that `compile_for_tpu.py` compiles, made from shapes alone: training, inference and PPO."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -102,6 +103,30 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
         between_slices=least_between_slices(model, mesh, hardware.slices, trained),
     )
     return Prepared(compile_step, work, dict(mesh.shape), state_bytes, attention)
+
+
+# Stage of alignment to whether these settings of `train.train` are of one of its recipes.
+_STAGES: dict[str, Callable[[dict], bool]] = {
+    "sft": lambda settings: settings["packing"] == "whole" and not _of_pairs(settings),
+    "reward": lambda settings: settings["model"].head == "scalar",
+    "dpo": lambda settings: settings.get("reference") is not None,
+}
+
+
+def _of_pairs(settings: dict) -> bool:
+    return _STAGES["reward"](settings) or _STAGES["dpo"](settings)
+
+
+def prepare_stage(stage: str, hardware: HardwareConfig) -> Prepared:
+    """The train step of a stage of alignment that `train.train` runs.
+
+    Raises:
+      ConfigurationError: the gin files are of another stage.
+      ValueError, TooLittleMemory: as `prepare_train_step`.
+    """
+    if not _STAGES[stage](gin.get_bindings("train")):
+        raise ConfigurationError(f"--program={stage} needs a run of that stage: --gin_file=gin/runs/{stage}_7b.gin")
+    return prepare_train_step(hardware)
 
 
 def prepare_prefill(hardware: HardwareConfig) -> Prepared:
@@ -311,6 +336,7 @@ def prepare_ppo_rollout(hardware: HardwareConfig) -> Prepared:
 
 PROGRAMS = {
     "train": prepare_train_step,
+    **{stage: functools.partial(prepare_stage, stage) for stage in _STAGES},
     "prefill": prepare_prefill,
     "decode": prepare_decode,
     "ppo_update": prepare_ppo_update,

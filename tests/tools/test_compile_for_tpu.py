@@ -124,10 +124,19 @@ def compile_here(root, monkeypatch, tmp_path, capsys):
     return compile_it
 
 
-@pytest.mark.parametrize("recipe", ["pmp_tiny", "dpo_tiny"])
-def test_recipes_on_pairs_are_compiled(compile_here, recipe):
-    code, shown, report = compile_here("--gin.MeshConfig.tensor=2", "--gin.INITIAL_CHECKPOINT=none", run=recipe)
-    assert code == 0 and report["fits"] and "512 tokens a step" in shown
+@pytest.mark.parametrize(("recipe", "stage"), [("pmp_tiny", "reward"), ("dpo_tiny", "dpo")])
+def test_recipes_on_pairs_are_compiled(compile_here, recipe, stage):
+    flags = (f"--program={stage}", "--gin.MeshConfig.tensor=2", "--gin.INITIAL_CHECKPOINT=none")
+    code, shown, report = compile_here(*flags, run=recipe)
+    assert code == 0 and report["fits"] and "512 tokens a step" in shown and report["program"] == stage
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe"), [("sft", "pretrain_tiny"), ("sft", "dpo_tiny"), ("reward", "sft_tiny"), ("dpo", "reward_tiny")]
+)
+def test_a_recipe_of_another_stage_is_refused(compile_here, stage, recipe):
+    with pytest.raises(ValueError, match=f"needs a run of that stage: --gin_file=gin/runs/{stage}_7b.gin"):
+        compile_here(f"--program={stage}", "--gin.INITIAL_CHECKPOINT=none", run=recipe)
 
 
 @pytest.mark.parametrize(("program", "tokens"), [("train", 16 * 32), ("prefill", 16 * 32), ("decode", 16)])
