@@ -7,7 +7,6 @@ On several hosts: the same command on each (`qwen_jax.distributed.hosts`).
 
 import argparse
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from qwen_jax.alignment.actor_critic import ActorCritic, SeveralInitialWeights
 from qwen_jax.alignment.experience import Algorithm
 from qwen_jax.alignment.rewards import RewardFunction
 from qwen_jax.alignment.rollouts import PRETRAINING, PROMPTS, RolloutConfig, Rollouts
-from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps, write_run_files
+from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps
 from qwen_jax.command_line import run
 from qwen_jax.configuration import parse_args
 from qwen_jax.conversion import load_tokenizer
@@ -36,17 +35,14 @@ from qwen_jax.files import PathLike
 from qwen_jax.host_memory import keep_freed_memory
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.train import check_length, check_same_data, find_cache, load_data, prepare_data, train
+from qwen_jax.train import carry_out, check_length, check_state, find_cache, open_data, train
 from qwen_jax.training.callbacks import Callback, Evaluation
 from qwen_jax.training.goodput import process_start_time
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
-from qwen_jax.training.program import check_run, device_memory
 from qwen_jax.training.run import Run, open_run
 from qwen_jax.training.trainer import Trainer, standard_callbacks
 from qwen_jax.training.trainer_config import TrainerConfig
-
-log = logging.getLogger(__name__)
 
 HELD_OUT = "held-out text"
 # Fields of the computation, which the value and the reward model take from the policy's configuration.
@@ -96,11 +92,7 @@ def rlhf(
     """
     output, cache_dir = files.as_path(output_dir, "OUTPUT_DIR"), files.as_path(cache_dir, "CACHE_DIR")
     check_length(trainer, model)
-    if algorithm.pretraining_coefficient and pretraining is None:
-        raise ValueError(
-            f"PRETRAINING_COEFFICIENT is {algorithm.pretraining_coefficient} and there is no pretraining text: set "
-            f"PRETRAINING to a task, or the coefficient to 0"
-        )
+    _check_pretraining(algorithm, pretraining)
     models = actor_critic(model, algorithm, reward_checkpoint)
     weights = _initial_weights(models, files.as_path(initial_checkpoint, "INITIAL_CHECKPOINT"), reward_checkpoint)
     if not saved_steps(output):
@@ -109,33 +101,8 @@ def rlhf(
     trainer = in_parts(trainer, algorithm, rollouts, devices)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
         data = _load(prompts, pretraining, rollouts, run_folder, cache_dir, model)
-        producer = Rollouts(
-            models,
-            algorithm,
-            rollouts,
-            devices,
-            run_folder.folder,
-            prompts=data[PROMPTS],
-            pretraining=data.get(PRETRAINING) if algorithm.pretraining_coefficient else None,
-            batch_size=trainer.batch_size,
-            rows_at_a_time=trainer.batch_size // trainer.accumulation(devices),
-            tokenizer=default_tokenizer(),
-            stop_ids=stop_ids(default_tokenizer()),
-            reward=reward,
-            watched=watched,
-            skipped={stream: run_folder.skipped_examples(stream) for stream in data},
-        )
-        producer.check_intervals(trainer)
-        check_run(
-            models,
-            optimizer,
-            trainer.train_steps,
-            devices,
-            batch_size=trainer.batch_size,
-            columns=producer.columns,
-            accumulation=trainer.accumulation(devices),
-            memory=device_memory(devices),
-        )
+        producer = _producer(models, algorithm, rollouts, trainer, devices, run_folder, data, reward, watched)
+        check_state(models, optimizer, trainer, devices, producer.columns)
         training = Trainer(
             run_folder,
             models,
@@ -149,21 +116,54 @@ def rlhf(
             cache=find_cache(compilation_cache, run_folder.folder),
             compiler_options=compiler_options,
         )
-        training.prepare()
-        if hosts.process_index() == 0:
-            write_run_files(run_folder.folder, model, default_tokenizer().path)
-            files.write_text(run_folder.folder / "config.gin", gin.config_str())
-            log.info(
-                "%s: %s, %d device(s) as %s, %d process(es); a rollout is %d responses, then come %d updates",
-                run_folder.folder,
-                ", ".join(sorted(training.abstract.all_params)),
-                devices.size,
-                dict(devices.shape),
-                hosts.process_count(),
-                rollouts.rows,
-                producer.steps,
-            )
-        return training.run()
+        what = ", ".join(sorted(training.abstract.all_params))
+        about = f"a rollout is {rollouts.rows} responses, then come {producer.steps} updates"
+        return carry_out(training, model, what, about)
+
+
+def _check_pretraining(algorithm: Algorithm, pretraining: str | None) -> None:
+    if algorithm.pretraining_coefficient and pretraining is None:
+        raise ValueError(
+            f"PRETRAINING_COEFFICIENT is {algorithm.pretraining_coefficient} and there is no pretraining text: set "
+            f"PRETRAINING to a task, or the coefficient to 0"
+        )
+
+
+def _producer(
+    models: ActorCritic,
+    algorithm: Algorithm,
+    rollouts: RolloutConfig,
+    trainer: TrainerConfig,
+    devices: Mesh,
+    run_folder: Run,
+    data: Mapping[str, ExampleLoader],
+    reward: RewardFunction | None,
+    watched: Mapping[str, RewardFunction] | None,
+) -> Rollouts:
+    """The rollouts of a run; arguments as in `rlhf`, with the data of `_load`.
+
+    Raises:
+      ValueError: the sizes do not divide, there is no reward, or are two.
+    """
+    tokenizer = default_tokenizer()
+    producer = Rollouts(
+        models,
+        algorithm,
+        rollouts,
+        devices,
+        run_folder.folder,
+        prompts=data[PROMPTS],
+        pretraining=data.get(PRETRAINING) if algorithm.pretraining_coefficient else None,
+        batch_size=trainer.batch_size,
+        rows_at_a_time=trainer.batch_size // trainer.accumulation(devices),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(tokenizer),
+        reward=reward,
+        watched=watched,
+        skipped={stream: run_folder.skipped_examples(stream) for stream in data},
+    )
+    producer.check_intervals(trainer)
+    return producer
 
 
 def actor_critic(model: ModelConfig, algorithm: Algorithm, reward_checkpoint: PathLike | None) -> ActorCritic:
@@ -233,9 +233,7 @@ def _load(
         wanted[PRETRAINING] = (pretraining, rollouts.length, "concat")
     for stream, (task, length, packing) in wanted.items():
         where = {"cache_dir": cache_dir, "sequence_length": length, "packing": packing}
-        prepare_data(task, where, run_folder)
-        found[stream], held_out = load_data(task, where, rollouts.seed, model)
-        check_same_data(task, cache_dir, [found[stream].fingerprint])
+        found[stream], held_out = open_data(task, where, rollouts.seed, model, run_folder)
         if stream == PRETRAINING and held_out is not None:
             found[HELD_OUT] = held_out
     return found

@@ -39,6 +39,7 @@ from qwen_jax.reference_column import ReferenceModel, with_reference
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.batches import Examples, Prefetcher
 from qwen_jax.training.goodput import process_start_time
+from qwen_jax.training.model import Model
 from qwen_jax.training.objective import Objective
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -100,22 +101,16 @@ def train(
     """
     output, cache_dir = files.as_path(output_dir, "OUTPUT_DIR"), files.as_path(cache_dir, "CACHE_DIR")
     check_length(trainer, model)
-    initial_weights = None
-    if initial_checkpoint is not None:
-        initial_weights = InitialWeights(initial_checkpoint, initial_subtree, model)
-        if not saved_steps(output):
-            check_initial_weights(initial_weights, model)
+    initial_weights = None if initial_checkpoint is None else InitialWeights(initial_checkpoint, initial_subtree, model)
+    check_initial_weights(initial_weights, model, output)
     devices = make_mesh(mesh)
     columns = batch_columns(trainer.sequence_length, packing, reference)
-    check_state(model, optimizer, trainer, devices, columns)
+    check_state(Qwen(model), optimizer, trainer, devices, columns)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
         where = {"cache_dir": cache_dir, "sequence_length": trainer.sequence_length, "packing": packing}
-        prepare_data(mixture_or_task, where, run_folder)
-        train_set, eval_set = load_data(mixture_or_task, where, data_seed, model)
+        train_set, eval_set = open_data(mixture_or_task, where, data_seed, model, run_folder)
         if eval_set is not None and not trainer.eval_batches:
             log.warning("EVAL_BATCHES is 0: no held-out loss is measured")
-        fingerprints = [one.fingerprint for one in (train_set, eval_set) if one is not None]
-        check_same_data(mixture_or_task, cache_dir, fingerprints)
         trainer, documents = trainer.within_epochs(epochs, len(train_set)), train_set.documents
         if reference is not None:
             train_set, eval_set = add_reference(reference, train_set, eval_set, model, trainer, devices, run_folder)
@@ -133,17 +128,35 @@ def train(
             cache=find_cache(compilation_cache, run_folder.folder),
             compiler_options=compiler_options,
         )
-        training.prepare()
-        if hosts.process_index() == 0:
-            write_run_files(run_folder.folder, model, default_tokenizer().path)
-            files.write_text(run_folder.folder / "config.gin", gin.config_str())
-            examples = f"{mixture_or_task} of {len(train_set):,} examples of {trainer.sequence_length} tokens"
-            announce(run_folder, model, training, f"{examples} with {documents:,} documents", trainer.train_steps)
-        return training.run()
+        rows = f"{len(train_set):,} examples of {trainer.sequence_length} tokens with {documents:,} documents"
+        about = f"attention by {training.kernel}, {mixture_or_task} of {rows} per epoch, {trainer.train_steps:,} steps"
+        return carry_out(training, model, f"{parameter_count(model):,} parameters", about)
+
+
+def carry_out(training: Trainer, model: ModelConfig, what: str, about: str) -> dict[str, float]:
+    """Compiles, restores or starts the run, writes the files beside its checkpoints, and trains.
+
+    Args:
+      model: the configuration that the run folder is known by elsewhere.
+      what, about: of the run, for the log: what is trained, and how.
+
+    Returns:
+      The last metrics, with "step".
+    """
+    training.prepare()
+    if hosts.process_index() == 0:
+        folder, mesh = training.run_folder.folder, training.mesh
+        write_run_files(folder, model, default_tokenizer().path)
+        files.write_text(folder / "config.gin", gin.config_str())
+        log.info(
+            "%s: %s, %d device(s) as %s, %d process(es), %s",
+            *(folder, what, mesh.size, dict(mesh.shape), hosts.process_count(), about),
+        )
+    return training.run()
 
 
 def check_state(
-    model: ModelConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, devices: Mesh, columns: Sequence[Column]
+    model: Model, optimizer: OptimizerConfig, trainer: TrainerConfig, devices: Mesh, columns: Sequence[Column]
 ) -> None:
     """Checks that batch, model and mesh divide, and that the state can fit.
 
@@ -151,7 +164,7 @@ def check_state(
       ValueError: as `check_run`.
     """
     check_run(
-        Qwen(model),
+        model,
         optimizer,
         trainer.train_steps,
         devices,
@@ -162,21 +175,16 @@ def check_state(
     )
 
 
-def announce(run_folder: Run, model: ModelConfig, training: Trainer, data: str, train_steps: int) -> None:
-    """Logs what is trained, where, and on which data."""
-    log.info(
-        "%s: %s parameters, %d device(s) as %s, %d process(es), attention by %s, %s per epoch, %s steps",
-        *(run_folder.folder, f"{parameter_count(model):,}", training.mesh.size, dict(training.mesh.shape)),
-        *(hosts.process_count(), training.kernel, data, f"{train_steps:,}"),
-    )
+def check_initial_weights(weights: InitialWeights | None, model: ModelConfig, output: Path) -> None:
+    """Compares initial weights, if any, with the model, before the minutes of preparing data and compiling.
 
-
-def check_initial_weights(weights: InitialWeights, model: ModelConfig) -> None:
-    """Compares initial weights with the model, before the minutes of preparing data and compiling.
+    A run that goes on in `output` does not read them.
 
     Raises:
       FileNotFoundError, ValueError: as `InitialWeights.check`.
     """
+    if weights is None or saved_steps(output):
+        return
     weights.check(nn.meta.unbox(abstract_params(Qwen(model))))
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -190,6 +198,21 @@ def check_initial_weights(weights: InitialWeights, model: ModelConfig) -> None:
             "other tokens",
             *(weights.path, default_tokenizer().path),
         )
+
+
+def open_data(
+    mixture_or_task: str, where: dict, seed: int, model: ModelConfig, run_folder: Run
+) -> tuple[ExampleLoader, ExampleLoader | None]:
+    """(training set, held-out set or None) of a task, cached and packed if it is not yet; the same in all processes.
+
+    Raises:
+      ValueError, OSError: see `prepare_task`, `load_data` and `check_same_data`.
+    """
+    prepare_data(mixture_or_task, where, run_folder)
+    train_set, eval_set = load_data(mixture_or_task, where, seed, model)
+    fingerprints = [one.fingerprint for one in (train_set, eval_set) if one is not None]
+    check_same_data(mixture_or_task, where["cache_dir"], fingerprints)
+    return train_set, eval_set
 
 
 def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
