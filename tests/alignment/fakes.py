@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -9,7 +10,10 @@ from qwen_jax.alignment.actor_critic import ActorCritic
 from qwen_jax.alignment.ppo import PPOConfig
 from qwen_jax.alignment.rollouts import RolloutConfig, Rollouts
 from qwen_jax.batch_spec import token_columns
+from qwen_jax.checkpoints.arrays import save_params
+from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.distributed.watchdog import Activity
+from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.goodput import Goodput
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -128,3 +132,12 @@ def rollout_trainer(
         producer,
         [*standard_callbacks(run, trainer_config, groups, None), *callbacks, producer],
     )
+
+
+def checkpoint(folder, name, config, ranks=range(256), seed=0):
+    """A run folder with random weights over the vocabulary of single bytes."""
+    vocabulary = folder / f"{name}.tiktoken"
+    write_ranks({bytes([byte]): rank for byte, rank in zip(range(256), ranks, strict=True)}, vocabulary)
+    params = nn.meta.unbox(jax.jit(Qwen(config).init_params)(jax.random.key(seed)))
+    save_params(folder / name, config, jax.tree.map(np.asarray, params), vocabulary)
+    return folder / name

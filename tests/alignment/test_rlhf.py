@@ -12,15 +12,14 @@ import qwen_jax.rlhf
 import qwen_jax.train
 from qwen_jax.alignment.grpo import GRPOConfig
 from qwen_jax.alignment.ppo import PPOConfig
-from qwen_jax.checkpoints.arrays import load_params, save_params
+from qwen_jax.checkpoints.arrays import load_params
 from qwen_jax.configuration import ConfigurationError, load_gin
 from qwen_jax.conversion import load_pretrained
 from qwen_jax.conversion.load import open_weights
 from qwen_jax.data.tokenizer import write_ranks
-from qwen_jax.models.transformer import Qwen
 from qwen_jax.rlhf import actor_critic
 from qwen_jax.training.parameter_groups import assign_groups
-from tests.alignment.fakes import rollout_trainer
+from tests.alignment.fakes import checkpoint, rollout_trainer
 from tests.fakes import small_model
 
 gin.configurable(qwen_jax.train.train)
@@ -65,15 +64,6 @@ def test_every_recipe_makes_rollouts_that_divide(recipe):
     assert trainer.train_steps % steps == trainer.checkpoint_every % steps == 0
     kind = GRPOConfig if "grpo" in recipe else PPOConfig
     assert isinstance(gin.query_parameter("rlhf.algorithm").configurable.wrapped(1.0, 1.0), kind)
-
-
-def checkpoint(folder, name, config, ranks=range(256), seed=0):
-    """A run folder with random weights over the vocabulary of single bytes."""
-    vocabulary = folder / f"{name}.tiktoken"
-    write_ranks({bytes([byte]): rank for byte, rank in zip(range(256), ranks, strict=True)}, vocabulary)
-    params = nn.meta.unbox(jax.jit(Qwen(config).init_params)(jax.random.key(seed)))
-    save_params(folder / name, config, jax.tree.map(np.asarray, params), vocabulary)
-    return folder / name
 
 
 @pytest.fixture(scope="module")
