@@ -28,3 +28,17 @@ def keep_freed_memory() -> bool:
         return False
     settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**28}
     return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def return_freed_memory() -> bool:
+    """Gives memory that malloc has kept back to the system, once: for what compiling and loading leave behind.
+
+    They take more than a step of a small model does. What a step needs of it comes back page by page with the next one.
+
+    Returns:
+      Whether there was any; False too where the C library is not glibc.
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):  # another C library than glibc
+        return False

@@ -2,10 +2,12 @@
 
 import ctypes
 import platform
+import subprocess
+import sys
 
 import pytest
 
-from qwen_jax.host_memory import keep_freed_memory
+from qwen_jax.host_memory import keep_freed_memory, return_freed_memory
 
 
 @pytest.fixture
@@ -42,3 +44,40 @@ def test_accelerators_keep_the_defaults(settings, monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_glibc_has_mallopt():
     assert ctypes.CDLL(None).mallopt(-8, 0) == 1  # 0: the default
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_memory_goes_back_to_the_system(root):
+    """Blocks below one that stays: malloc alone would keep them."""
+    program = """
+import ctypes, re
+from qwen_jax.host_memory import return_freed_memory
+library = ctypes.CDLL(None)
+library.mallopt(-4, 0)  # no block is a mapping of its own
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+blocks = [library.malloc(2**20) for _ in range(100)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**20)
+library.malloc(2**20)
+full = resident()
+for block in blocks:
+    library.free(block)
+kept = resident()
+assert return_freed_memory()
+print(full - kept, full - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    kept, given = map(int, done.stdout.split())
+    assert kept < 10 and given > 90
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    class Library:
+        def __init__(self, name):
+            pass
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert not return_freed_memory()

@@ -97,6 +97,7 @@ class Responder:
         self._policy, self._mesh, self._sampling, self._slots = policy, mesh, sampling, slots
         self._stop_ids, self._length = tuple(stop_ids), length
         self.engine: Engine | None = None
+        self._compilations = 0
 
     def take_weights(self, params: dict) -> None:
         """Goes on with these weights of a training state, which a later train step may donate; returns when it has."""
@@ -110,6 +111,12 @@ class Responder:
         """Frees what the engine holds beside the training state."""
         assert self.engine is not None  # `take_weights` has made it
         self.engine.params = {}
+
+    def has_compiled(self) -> bool:
+        """Whether the engine has compiled programs since the last call."""
+        assert self.engine is not None  # `take_weights` has made it
+        before, self._compilations = self._compilations, self.engine.compilations
+        return self._compilations > before
 
     def respond(
         self, prompts: Sequence[Prompt], count: int, new_tokens: int, seed: int, tell: Callable[[int], None]

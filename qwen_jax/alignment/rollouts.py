@@ -27,6 +27,7 @@ from qwen_jax.batch_spec import Column
 from qwen_jax.checkpoints.rewind import after_skipped
 from qwen_jax.checkpoints.run_folder import CheckpointError
 from qwen_jax.distributed import hosts
+from qwen_jax.host_memory import return_freed_memory
 from qwen_jax.inference import SamplingConfig
 from qwen_jax.inference.text import token_bytes
 from qwen_jax.training.batches import Examples
@@ -336,6 +337,8 @@ class Rollouts(Callback):
             lambda done: activity.now(f"generating, {done} of {config.rows} responses", trainer.step, together=True),
         )
         self._responder.release_weights()
+        if self._responder.has_compiled():
+            return_freed_memory()
         times.append(time.perf_counter())
         activity.now("judging the responses", trainer.step, together=True)
         judged = self._scorer(params, responses.tokens, responses.last, self._stop_ids[0])

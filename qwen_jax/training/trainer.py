@@ -13,6 +13,7 @@ from qwen_jax.checkpoints.manager import Checkpoints
 from qwen_jax.checkpoints.run_folder import CheckpointError, saved_steps
 from qwen_jax.compilation_cache import CompilationCache
 from qwen_jax.distributed import hosts
+from qwen_jax.host_memory import return_freed_memory
 from qwen_jax.training.batches import Batches, Examples
 from qwen_jax.training.callbacks import Callback, Evaluation, Saving, Trace
 from qwen_jax.training.metrics import MetricsWriter, NoMetrics
@@ -97,6 +98,7 @@ class Trainer:
         self.positions, self.step, self.start_step = dict.fromkeys(batches.fingerprints, 0), 0, 0
         self.writer: MetricsWriter | NoMetrics = NoMetrics()
         self.latest: dict[str, float] = {}
+        self._on_cpus = mesh.devices.flat[0].platform == "cpu"
         self._prepared = False
 
     def prepare(self) -> None:
@@ -118,6 +120,7 @@ class Trainer:
         with explain_out_of_memory("restoring the state", folder, self.abstract), self._cache.compiling():
             self.state = self._restored() or self._new_state()
         self.step = self.start_step = int(self.state.step)
+        return_freed_memory()
         goodput.count("restoring")
         goodput.resumed(self.start_step)
         self._prepared = True
@@ -240,6 +243,9 @@ class Trainer:
                 callback.before_step(self)
             batch = self._next_batch(metrics)
             self.run_folder.activity.now("computing", self.step, together=True)
+            if self._on_cpus:
+                # A program for CPUs takes its memory when it is called: two at once would take twice as much.
+                jax.block_until_ready(self.state.step)
             with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
                 self.state, metrics = self._train_step(self.state, batch)
             self.step += 1

@@ -104,6 +104,20 @@ def test_it_learns_and_writes_every_metric(unbroken):
     assert result["step"] == 12 and list((folder / "tensorboard").glob("events*"))
 
 
+def test_on_cpus_a_step_begins_when_the_one_before_has_ended(tmp_path):
+    """A program for CPUs takes its memory when it is called, so two steps at once would take twice as much."""
+    made, ended = trainer(tmp_path / "run", config=dataclasses.replace(CONFIG, eval_batches=0, train_steps=5)), []
+    step = made._train_step
+
+    def watched(state, batch):
+        ended.append(all(leaf.is_ready() for leaf in jax.tree.leaves(state)))
+        return step(state, batch)
+
+    made._train_step = watched
+    made.run()
+    assert ended == [True] * 5
+
+
 def test_no_batches_of_held_out_text_are_no_held_out_loss(tmp_path):
     result = trainer(tmp_path / "run", config=dataclasses.replace(CONFIG, eval_batches=0, train_steps=5)).run()
     assert result["step"] == 5 and not [row for row in read_metrics(tmp_path / "run") if "eval/loss" in row]
