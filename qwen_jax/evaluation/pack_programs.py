@@ -128,6 +128,32 @@ def solution(row: Mapping[str, str], language: str, completion: str, *, cut: boo
     return row["prompt"] + completion
 
 
+def answer(row: Mapping[str, str], language: str, text: str) -> str:
+    """The program text of a chat model's answer, in another language than Python.
+
+    The last fenced block that names the function counts, else the last one, with what stands before the function in the
+    declaration and is missing in the block: imports and helpers. Text without a block continues the prompt.
+    """
+    language = NAMES.get(language, language)
+    name = re.escape(row["entry_point"])
+    found = code_answers.blocks(text)
+    if not found:
+        return solution(row, language, text)
+    code = ([code for code in found if re.search(rf"\b{name}\b", code)] or found)[-1]
+    if language == "java":
+        code = code.split("public class Main")[0] if "class Solution" in code else f"class Solution {{\n{code}\n}}"
+    before = row["declaration"].rstrip().split("\n")[:-1]
+    if language == "java":
+        before = [line for line in before if line.startswith("import ")]
+    elif language == "rust":
+        before = []  # `plan` adds what the declaration has and the text lacks
+    helper = next((line for line in before if line.rstrip().endswith("{")), None)
+    if helper is not None and helper.strip() not in code:
+        return "\n".join([*before, code])
+    lines = [line for line in before if line.strip() and line.strip() not in code]
+    return "\n".join([*([] if helper else lines), code])
+
+
 def missing_library(row: Mapping[str, str], language: str) -> str | None:
     """The library that a problem itself needs and that is not here, as one line, or None."""
     language = NAMES.get(language, language)

@@ -72,8 +72,13 @@ def test_a_prompt_has_its_number_of_shots(name, data_dir):
     assert {example.prompt.count(FILES[name].shot) for example in examples} == {benchmark.shots + 1}
 
 
-@pytest.mark.parametrize("name", NAMES)
+JUDGED = [pytest.param(name, marks=pytest.mark.slow) if name in FILES and FILES[name].slow else name for name in NAMES]
+
+
+@pytest.mark.parametrize("name", JUDGED)
 def test_an_oracle_scores_100_and_its_opposite_0(name, data_dir):
+    if missing := FILES[name].missing():
+        pytest.skip(missing)
     right = evaluate(name, outputs(name, data_dir, right=True))
     assert right["score"] == pytest.approx(100) and right["examples"] == FILES[name].examples
     assert all(score == pytest.approx(100) for key, score in right.items() if key.startswith(("subject/", "group/")))
@@ -154,7 +159,8 @@ def test_the_publishers_files_are_read_whole(name):
             read(name, SHARED)
         return
     _, examples, left_out = read(name, SHARED)
-    assert (len(examples), len(left_out)) == expected
+    found = len(examples), len(left_out)
+    assert (sum(found) if isinstance(expected, int) else found) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import tasks  # noqa: F401
+from qwen_jax.evaluation import programs
 from qwen_jax.evaluation.benchmark import Example, judged, scores
 from qwen_jax.evaluation.benchmark_tasks import benchmarks, read_examples
 from tasks.benchmarks import bbh, gsm8k, math23k, math401, natural_questions
-from tests.evaluation.published import write_json, write_json_lines
+from tests.evaluation.published import FILES, write_json, write_json_lines
+from tests.evaluation.published.programs import PACKS, no_sandbox, no_toolchain
 
 SHARED = Path(os.environ.get("QWEN_JAX_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
@@ -178,3 +180,58 @@ def test_big_bench_hard_averages_over_tasks_and_refuses_cut_prompts(tmp_path):
     (tmp_path / "bbh" / "cot-prompts" / "snarks.txt").write_text("canary\n-----\nDo it.\n\nQ: a\nA: b")
     with pytest.raises(ValueError, match=r"snarks.txt: expected 3 worked examples .* is the file cut\?"):
         list(read_examples(bbh.BBH, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "language", [pytest.param(one, marks=pytest.mark.slow) if one != "js" else one for one in PACKS]
+)
+def test_the_program_in_a_reply_of_a_chat_model_is_judged(language):
+    if missing := no_toolchain(language):
+        pytest.skip(missing)
+    row = PACKS[language]
+    full = row["prompt"] + row["canonical_solution"]
+    bare = row["declaration"].rstrip().split("\n")[-1] + "\n" + row["canonical_solution"]
+    replies = {
+        f"Sure:\n```\n{full}\n```\nIt adds 1.": 1,
+        f"<think>```\nno\n```</think>\n```{language}\n{full}\n```": 1,
+        f"```\n{full.replace('1', '3').replace('+', '-')}\n```": 0,
+        row["canonical_solution"]: 1,
+        "I cannot.": 0,
+    }
+    if language not in ("java", "go"):  # what stands before the function is missing, and added
+        replies[f"```\n{bare}\n```"] = 1
+    for text, score in replies.items():
+        found = outcome(f"humanevalpack_{language}", text, "", chat=True, extra=row)
+        assert found.score == {"program": score}, text
+
+
+def test_a_language_without_a_compiler_is_an_error_and_no_score(monkeypatch):
+    if missing := no_sandbox():
+        pytest.skip(missing)
+    verdict = programs.Verdict(False, "not run: go: go is not installed", run=False)
+    monkeypatch.setattr(programs, "judge_humanevalpack", lambda *_: verdict)
+    with pytest.raises(ValueError, match="go is not installed: install it, or leave humanevalpack_go out"):
+        outcome("humanevalpack_go", "", "", extra=PACKS["go"])
+
+
+def test_humaneval_is_scored_by_both_cuts():
+    if missing := no_sandbox():
+        pytest.skip(missing)
+    row = PACKS["python"] | {"test": "def check(candidate):\n    assert candidate(1) == 2\n"}
+    text = "    one = 1\n\n    return n + one\n\n\nprint(1)\n"
+    assert outcome("humaneval", text, "", extra=row).score == {"released": 0, "function": 1}
+    reply = f"Sure:\n```python\nfrom operator import add\n\n{row['prompt']}    return add(n, 1)\n```"
+    assert outcome("humaneval", reply, "", chat=True, extra=row).score == {"block": 1, "released": 0}
+
+
+def test_solved_examples_of_mbpp_stand_between_begin_and_done(tmp_path):
+    (tmp_path / "mbpp").mkdir()
+    FILES["mbpp"].write(tmp_path / "mbpp")
+    left_out: list = []
+    first, last = read_examples(benchmarks()["mbpp"], tmp_path, left_out)
+    assert (first.id, last.id) == ("mbpp/11", "mbpp/510") and len(left_out) == 6
+    assert first.prompt.startswith(
+        "You are an expert Python programmer, and here is your task: Write a function to add 2. Your code should pass "
+        "these tests:\n\nassert add(0) == 2\nassert add(1) == 3\nassert add(2) == 4\n[BEGIN]\ndef add(a):\r\n"
+    )
+    assert first.prompt.endswith("assert add(2) == 13\n[BEGIN]\n") and first.prompt.count("\n[DONE]\n\n") == 3

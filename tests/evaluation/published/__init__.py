@@ -29,7 +29,8 @@ class Published:
         are replaced.
       right: for texts that a model writes, a right one; None: the target itself.
       false: a wrong one that an answer is found in.
-      data: what the copy in the shared data gives: (examples, rows left out), or an error; None: there is no copy.
+      data: what the copy in the shared data gives: (examples, rows left out), their sum, or an error; None: there is no
+        copy.
       tfds: rows of its TFDS dataset by split, with labels by name or number; each becomes an example.
     """
 
@@ -41,7 +42,9 @@ class Published:
     wrong: tuple[str, str]
     right: Callable[[Example], str] = lambda example: str(example.target)
     false: Callable[[Example], str] = lambda example: "-17"
-    data: tuple[int, int] | str | None = None
+    data: tuple[int, int] | int | str | None = None
+    missing: Callable[[], str | None] = lambda: None
+    slow: bool = False
     tfds: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=dict)
 
 
