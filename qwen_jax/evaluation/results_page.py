@@ -191,7 +191,7 @@ def _page(model: str, settings: Mapping[str, Any], tables: list[Table], entries:
 
 
 def _html_table(table: Table) -> str:
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    header = "".join(f"<th>{_unbroken(cell)}</th>" for cell in table.header)
     rows = []
     for index, row in enumerate(table.rows):
         mark = ' class="ours"' if index >= len(table.rows) - table.ours else ""
@@ -203,7 +203,7 @@ def _html_table(table: Table) -> str:
 
 
 def _unbroken(cell: str) -> str:
-    return html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;")
+    return html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;").replace("-shot)", "&#8209;shot)")
 
 
 def _html_answer(row: Mapping[str, Any]) -> str:
