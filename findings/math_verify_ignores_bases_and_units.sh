@@ -7,8 +7,8 @@
 #   and does not equal 100.
 # Who suffers: scores on MATH (base conversion is a theme of its number theory, percentages and units of its prealgebra)
 #   come out too high, and rewards computed so teach a policy to leave the conversion out.
-# qwen_jax: has no mathematics scorer yet. The evaluation of MATH must compare base subscripts, units and per cent
-#   itself before it asks math-verify, and the hand-labeled list of pairs should hold these.
+# qwen_jax: before `evaluation/mathematics.py` asks math-verify, it refuses bases and units that differ and reads numbers
+#   with exponents. One that is missing in an answer is accepted, as is per cent, since MATH leaves them out itself.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -5,7 +5,7 @@ math-verify 0.9.0 compares expressions; what it leaves open is decided here, bef
 - Order and brackets count where the gold answer has them: (1, 2) is no {1, 2}, [1, 2) no (1, 2). The order of a set, of
   a union or of answers in a row ("1, 3" or "3 and 1") does not.
 - Units and currencies may be missing. Where both answers have one that is known, it must be the same.
-- Words are compared as words; the library multiplies their letters ("dog" is "god" to it).
+- Words are compared as words; the library multiplies their letters ("east" is "seat" to it).
 - Digits and signs of full width, Chinese units and words around a number are read (the library takes none of them).
 
 A comparison has a time limit, kept by processes (`comparison_processes`), so this may be called from any thread.
