@@ -131,6 +131,19 @@ def test_a_long_living_process_is_talked_to_and_ends_when_it_is_closed(sandbox, 
         assert process.wait().stopped == "finished with"
 
 
+def test_a_supervisor_that_was_killed_is_named_and_replaced(sandbox):
+    made = sandboxes.Sandbox()
+    step = sandboxes.Step("run", file="main.py", timeout_s=3600)
+    endless = sandboxes.Plan({"main.py": "print('on', flush=True)\nwhile True: pass"}, [step])
+    with made.start(endless) as process:
+        assert os.read(process.stdout, 100) == b"on\n"
+        made._supervisor.kill()
+        with pytest.raises(sandboxes.SandboxUnavailableError, match="killed during the run; run it again"):
+            process.wait()
+    assert made.run(sandboxes.Plan({"main.py": "print(1)"}, [step])).stdout == "1\n"
+    made.close()
+
+
 def test_further_folders_are_seen_under_their_names_and_cannot_be_written(sandbox, tmp_path):
     tmp_path.chmod(0o755)  # an administrator's programs run as nobody
     made = sandboxes.Sandbox([tmp_path])
