@@ -318,7 +318,7 @@ def test_a_check_has_limits_too(sandbox):
     assert "MemoryError" in sandboxes.check("def f(): return bytes(300 << 20)", "f()", memory_mb=200).stderr
 
 
-def test_all_runs_end_with_the_host(sandbox, tmp_path):
+def test_all_runs_end_with_the_host(sandbox, root):
     """The host is killed with signal 9: no process of the sandbox outlives it."""
     program = (
         "import os, sys\nfrom qwen_jax import sandbox as s\n"
@@ -328,7 +328,7 @@ def test_all_runs_end_with_the_host(sandbox, tmp_path):
         "from tests.sandbox.conftest import descendants\nprint(*descendants(), flush=True)\nsys.stdin.read()"
     )
     host = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
     )
     assert host.stdin and host.stdout
     started = [os.pidfd_open(int(word)) for word in host.stdout.readline().split()]

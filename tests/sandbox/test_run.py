@@ -194,14 +194,14 @@ def test_the_filter_of_system_calls_may_be_missing_only_if_that_is_allowed(sandb
     made.close()
 
 
-def test_a_user_who_may_make_no_namespaces_is_told_so(sandbox):
+def test_a_user_who_may_make_no_namespaces_is_told_so(sandbox, root):
     """The kernel refuses: within a user namespace whose limit of further ones is 0."""
     program = (
         "from qwen_jax import sandbox as s\ntry: s.run('print(1)')\nexcept s.SandboxUnavailableError as e: print(e)\n"
     )
     limit = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", limit, "sh", sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if "unshare:" in done.stderr or "cannot create" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.stdout.startswith("this system cannot isolate programs: ") and done.stdout.count("\n") == 1, done.stderr
