@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gin
-import seqio
 
 from qwen_jax import files
+from qwen_jax.data.quick_seqio import seqio
 from qwen_jax.data.sources import LINE_SUFFIXES, Corpus, DocumentSource, list_files, utf8
 from qwen_jax.files import Pattern
 from tasks import pretrain

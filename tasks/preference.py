@@ -17,10 +17,10 @@ of one prompt are all held out, or none. docs/how_to/preference_data.md shows th
 from collections.abc import Sequence
 
 import gin
-import seqio
 
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.pairs import PairRows
+from qwen_jax.data.quick_seqio import seqio
 from qwen_jax.data.records import Records, add_task, record_files
 from qwen_jax.files import Pattern
 

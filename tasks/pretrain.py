@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gin
-import seqio
-import tensorflow as tf
 
+from qwen_jax.data.quick_seqio import seqio, tf
 from qwen_jax.data.sources import Corpus, DocumentSource, TfdsSource, list_files
 from qwen_jax.data.vocabulary import QwenVocabulary
 from qwen_jax.files import Pattern

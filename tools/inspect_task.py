@@ -191,7 +191,7 @@ def _inspect_packed(arguments) -> None:
 
 
 def _inspect_pipeline(arguments) -> None:
-    import seqio
+    from qwen_jax.data.quick_seqio import seqio
 
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     if arguments.name not in known:

@@ -193,8 +193,8 @@ def _documents(arguments, tokenizer) -> Iterator:
             yield tokenizer.encode(document["text"])
         return
     import gin
-    import seqio
 
+    from qwen_jax.data.quick_seqio import seqio
     from qwen_jax.data.tokenizer import write_ranks
 
     if arguments.task not in seqio.TaskRegistry.names():

@@ -24,7 +24,10 @@ from pathlib import Path
 import apache_beam as beam
 import gin
 import numpy as np
-import seqio
+
+from qwen_jax.data.quick_seqio import seqio
+
+# isort: split
 from seqio import beam_utils
 
 from qwen_jax import files

@@ -287,9 +287,8 @@ def _rates(name: str, where: _Where) -> dict[str, Fraction]:
     if where.folder(name).is_dir():
         return {name: Fraction(1)}
     try:
-        import seqio
-
         import tasks  # noqa: F401  registers tasks and mixtures
+        from qwen_jax.data.quick_seqio import seqio
     except ImportError as error:
         raise FileNotFoundError(
             f"{where.missing(name)}; nor can it be looked up as a mixture here ({error})"

@@ -5,7 +5,8 @@ import os
 from fractions import Fraction
 
 import numpy as np
-import seqio
+
+from qwen_jax.data.quick_seqio import seqio
 
 logger = logging.getLogger(__name__)
 

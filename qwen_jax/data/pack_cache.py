@@ -16,12 +16,11 @@ from pathlib import Path
 import apache_beam as beam
 import gin
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from qwen_jax import files
 from qwen_jax.beam import open_pipeline
 from qwen_jax.data import packing
+from qwen_jax.data.quick_seqio import seqio, tf
 from qwen_jax.data.vocabulary import QwenVocabulary
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from qwen_jax import files
 from qwen_jax.data.chat import Encoded
 from qwen_jax.data.conversations import Unusable
+from qwen_jax.data.quick_seqio import seqio, tf
 from qwen_jax.data.sources import LINE_SUFFIXES, Corpus, DocumentSource, list_files
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.data.vocabulary import QwenVocabulary

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-import seqio
-import tensorflow as tf
 
 from qwen_jax import files
+from qwen_jax.data.quick_seqio import seqio, tf
 
 logger = logging.getLogger(__name__)
 

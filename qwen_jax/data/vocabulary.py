@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from qwen_jax.data.default_tokenizer import vocabulary_path
+from qwen_jax.data.quick_seqio import seqio, tf
 from qwen_jax.data.tokenizer import Tokenizer
 
 # TensorFlow only prepares text here; it would take all memory of a GPU that JAX is to train on.

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
+from qwen_jax.data.quick_seqio import seqio, tf
 from qwen_jax.evaluation.benchmark import Benchmark, Example, LeftOut, Outcome, judged, scores
 
 SPLIT = "test"
