@@ -12,11 +12,12 @@ from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
 
 
-def write_model(config: ModelConfig, folder: Path, spread: float) -> Path:
+def write_model(config: ModelConfig, folder: Path, spread: float, tokenizer: Path | None = None) -> Path:
     """Writes a model with weights N(0, spread), those of stacked matrices and heads N(0, 0.02), norms about 1.
 
     Args:
       config: with a scalar head it becomes a Qwen2ForSequenceClassification, over a vocabulary of single bytes.
+      tokenizer: a .tiktoken file that goes with the model.
 
     Returns:
       Its folder: `folder`/qwen2.
@@ -29,8 +30,9 @@ def write_model(config: ModelConfig, folder: Path, spread: float) -> Path:
         for path, shape in parameter_shapes(config).items()
     }
     folder.mkdir(exist_ok=True)
-    vocabulary = folder / "bytes.tiktoken" if reward else None
-    if vocabulary is not None:
+    vocabulary = tokenizer
+    if reward and tokenizer is None:
+        vocabulary = folder / "bytes.tiktoken"
         write_ranks({bytes([byte]): byte for byte in range(256)}, vocabulary)
     save_params(folder / "run", config, unflatten_dict(flat, sep="/"), vocabulary)
     target = "qwen2_reward" if reward else "qwen2"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.inference import programs
-from qwen_jax.inference.batch import PREFILL_TOKENS
+from qwen_jax.inference.batch import PREFILL_TOKENS, bucket
 from qwen_jax.inference.prefix_tree import PrefixTree, Reads, Step
 from qwen_jax.inference.programs import Programs, ScoringStep
 from qwen_jax.inference.requests import Score, check_ids
@@ -143,7 +143,7 @@ class _Lanes:
             length + max(step.start for step in steps if step)
             for length, steps in zip(lengths, self.steps, strict=True)
         )
-        slots = _size(last, SMALLEST_SLOTS)
+        slots = bucket(last, SMALLEST_SLOTS)  # attention reads those in use, so that fewer sizes cost memory alone
         shape = (f"{rows} rows", f"{slots} slots")
         cache = self.call(programs.empty_cache, ("empty", *shape), self.config, rows, slots)
         waiting: deque = deque()
