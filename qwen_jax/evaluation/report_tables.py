@@ -46,6 +46,11 @@ class Entry:
     wrong: Sequence[Mapping[str, Any]] = ()
 
     @property
+    def heading(self) -> str:
+        """Title and name: titles of columns, such as Python, are not clear alone."""
+        return f"{self.benchmark.title} ({self.benchmark.name})"
+
+    @property
     def score(self) -> str:
         """Score and standard error in percent."""
         return f"{self.metrics['score']:.1f} ± {self.metrics['score_stderr']:.1f}"
@@ -158,7 +163,7 @@ def counts_table(entries: Mapping[str, Entry]) -> Table:
             counted += f" (first {entry.limit:,}{each})"
         rows.append(
             (
-                benchmark.title,
+                entry.heading,
                 " and ".join(["ranked"] * (entry.written < entry.examples) + ["written"] * (entry.written > 0)),
                 str(benchmark.shots),
                 entry.score,
@@ -180,4 +185,4 @@ def subjects_table(entry: Entry) -> Table | None:
     if not found:
         return None
     rows = tuple((key.removeprefix("subject/"), f"{value:.1f}") for key, value in found.items())
-    return Table(f"{entry.benchmark.title} by subject", ("subject", "score"), rows)
+    return Table(f"{entry.heading} by subject", ("subject", "score"), rows)

@@ -125,10 +125,10 @@ def _markdown(model: str, settings: Mapping[str, Any], tables: list[Table], entr
     parts = [f"# Evaluation of {_cell(model)}", "\n".join(f"- {name}: {_shown(it)}" for name, it in settings.items())]
     parts += _notes(entries)
     for table in [*tables, *filter(None, map(subjects_table, entries))]:
-        parts += [f"## {table.caption}", markdown_table(table)]
+        parts += [f"## {_cell(table.caption)}", markdown_table(table)]
     for entry in entries:
         if entry.wrong:
-            parts.append(f"## {entry.benchmark.title}: wrong answers, the first {len(entry.wrong)}")
+            parts.append(f"## {_cell(entry.heading)}: wrong answers, the first {len(entry.wrong)}")
         for row in entry.wrong:
             parts.append(f"### {_cell(escape(row['id']))}")
             for name, text in _parts(row).items():
@@ -169,7 +169,7 @@ def _page(model: str, settings: Mapping[str, Any], tables: list[Table], entries:
         *map(_html_table, tables),
     ]
     for entry in entries:
-        parts.append(f"<h2>{html.escape(entry.benchmark.title)}</h2>")
+        parts.append(f"<h2>{html.escape(entry.heading)}</h2>")
         parts.append(
             f"<p>{html.escape(entry.score)}; source of the protocol: {html.escape(entry.benchmark.source)}</p>"
         )

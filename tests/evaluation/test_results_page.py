@@ -103,7 +103,7 @@ def test_tables_are_those_of_the_report(entries):
 def test_everything_that_was_counted_is_shown(entries):
     ranked, written, mine = counts_table(entries).rows
     assert ranked == (
-        *("MMLU", "ranked", "5", "50.0 ± 1.2", "–", "2 of 14,042 (first 1 of each subject)", "0", "1", "–", "–"),
+        *("MMLU (mmlu)", "ranked", "5", "50.0 ± 1.2", "–", "2 of 14,042 (first 1 of each subject)", "0", "1", "–", "–"),
     )
     assert written[1:] == ("written", "8", "50.0 ± 1.2", "released 25.0", "2", "3: no label", "0", "1", "1")
     assert mine[5] == "1,234"
