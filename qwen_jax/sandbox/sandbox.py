@@ -434,6 +434,6 @@ def _collect(process: Process, output_bytes: int, limit_s: float) -> Result:
             if process.killed:
                 raise SandboxUnavailableError("the sandbox does not end the run; close it")
             process.kill("timeout")
-            deadline += _GRACE_S
+            deadline = time.monotonic() + _GRACE_S  # this process may have been suspended in between
     out, err = process.stdout, process.stderr
     return process.result(bytes(kept[out]), bytes(kept[err]), seen[out] > output_bytes, seen[err] > output_bytes)

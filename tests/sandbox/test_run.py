@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -129,6 +130,18 @@ def test_a_long_living_process_is_talked_to_and_ends_when_it_is_closed(sandbox, 
             assert os.read(process.stdout, 100) == f"{number * 10}\n".encode()
         process.kill("finished with")
         assert process.wait().stopped == "finished with"
+
+
+def test_a_host_that_was_suspended_gets_its_result(sandbox, monkeypatch):
+    """Its clock leaps, far over the limit of the run and what is added to it."""
+    real, asked = time.monotonic, []
+
+    def leaping() -> float:
+        asked.append(None)
+        return real() + (0 if len(asked) == 1 else 10_000)
+
+    monkeypatch.setattr(time, "monotonic", leaping)
+    assert run("print(1, flush=True)\nwhile True: pass", timeout_s=60).stopped == "timeout"
 
 
 def test_a_supervisor_that_was_killed_is_named_and_replaced(sandbox):
