@@ -1,7 +1,5 @@
 """The adapter against lm-evaluation-harness's own model class, on the same weights."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -169,9 +167,27 @@ def test_results_are_kept_by_the_cache_of_the_harness(model):
     assert kept == {("loglikelihood", ("a", "b")): found, ("loglikelihood_rolling", ("ab",)): total}
 
 
+def test_the_harness_runs_its_tasks_on_the_model(tmp_path, tool, model, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    compare = tool("compare_with_lm_eval")
+    benchmarks = compare.find_benchmarks(["mmlu", "lambada"])
+    asked = {}
+    for one in benchmarks:
+        FILES[one.name].write(_made(tmp_path / one.folder))
+        asked[one.name] = compare.first_of_subjects(list(compare.read_examples(one, tmp_path)), 1)
+        compare.write_task(one, asked[one.name], 96, _made(tmp_path / "tasks"))
+    outputs = compare.harness_outputs(model, benchmarks, tmp_path / "tasks")
+    pairs = [(example.prompt, choice) for example in asked["mmlu"] for choice in example.choices]
+    totals = [total for total, _ in model.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)]
+    np.testing.assert_allclose(np.concatenate(outputs["mmlu"]), totals, rtol=0, atol=1e-5)
+    assert len(outputs["lambada"]) == len(asked["lambada"]) and all(
+        isinstance(text, str) for text in outputs["lambada"]
+    )
+
+
 def test_both_programs_give_the_same_results_on_the_same_prompts(tmp_path, tool, peer, monkeypatch):
     """Hand-made files of eight benchmarks; the harness reads the prompts from files of its own task format."""
-    monkeypatch.setitem(os.environ, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     compare = tool("compare_with_lm_eval")
     run = random_run(tmp_path, spread=0.1, hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=2048)
     data = tmp_path / "data"
