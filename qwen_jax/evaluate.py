@@ -29,7 +29,7 @@ with quick_imports():
     from qwen_jax.conversion.load import weight_files
     from qwen_jax.distributed import hosts
     from qwen_jax.distributed.watchdog import Activity, join_job
-    from qwen_jax.evaluation.records import Records, keep_settings
+    from qwen_jax.evaluation.records import SETTINGS, Records, keep_settings
     from qwen_jax.evaluation.report_tables import Entry, counts_table, report_tables
     from qwen_jax.evaluation.results_page import markdown_table, write_results
     from qwen_jax.files import PathLike
@@ -154,7 +154,8 @@ def evaluate(
         if main:
             stack.enter_context(files.locked(folder))
             files.remove_unfinished(folder)
-            keep_settings(folder, settings)
+            if (folder / SETTINGS).exists():
+                keep_settings(folder, settings)  # refuses others before anything takes long
         examples, left_out = {}, {}
         for one in chosen:
             examples[one.name], left_out[one.name] = examples_of(one, data, chat, limit)
@@ -164,27 +165,26 @@ def evaluate(
             some = examples[benchmark.name]
             records = None
             if main:
+                keep_settings(folder, settings)
                 where = folder / benchmark.name
                 keep_settings(where, evaluator.settings(benchmark, some, engine.context_length, limit))
                 records = stack.enter_context(Records(where, [example.id for example in some]))
             evaluator.answer(engine, benchmark, some, records, chat=chat, activity=activity)
             if records is not None:
-                entry = evaluator.entry(
-                    benchmark,
-                    some,
-                    records.rows,
-                    left_out=left_out[benchmark.name],
-                    limit=limit,
-                    wrong_answers=wrong_answers,
-                )
-                entries[benchmark.name] = entry
-                # In ASCII: wrong answers may hold lone surrogates.
-                files.write_text(where / SCORES, json.dumps(entry.to_json()) + "\n")
+                about = {"left_out": left_out[benchmark.name], "limit": limit, "wrong_answers": wrong_answers}
+                entries[benchmark.name] = evaluator.entry(benchmark, some, records.rows, **about)
                 shown = {"checkpoint": str(checkpoint), "data": str(data or "TFDS"), **settings}
-                write_results(folder, name or checkpoint.name, shown, finished(folder), registered())
+                write_entry(folder, name or checkpoint.name, shown, entries[benchmark.name])
         # The others stay in the job until process 0 has written.
         hosts.run_on_main("evaluated", "process 0 to judge and write", lambda: None)
     return entries
+
+
+def write_entry(folder: Path, model: str, settings: Mapping[str, Any], entry: Entry) -> None:
+    """Writes the scores of one benchmark, and the results of all that are in the folder."""
+    # In ASCII: wrong answers may hold lone surrogates.
+    files.write_text(folder / entry.benchmark.name / SCORES, json.dumps(entry.to_json()) + "\n")
+    write_results(folder, model, settings, finished(folder), registered())
 
 
 def model_settings(checkpoint: Path, dtype: str, chat: bool, context_length: int | None) -> dict[str, Any]:
