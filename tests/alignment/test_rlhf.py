@@ -13,6 +13,7 @@ import qwen_jax.train
 from qwen_jax.alignment.grpo import GRPOConfig
 from qwen_jax.alignment.ppo import PPOConfig
 from qwen_jax.checkpoints.arrays import load_params
+from qwen_jax.checkpoints.run_folder import write_run_files
 from qwen_jax.configuration import ConfigurationError, load_gin
 from qwen_jax.conversion import load_pretrained
 from qwen_jax.conversion.load import open_weights
@@ -125,7 +126,7 @@ def test_a_run_folder_of_ppo_reads_as_its_policy(tmp_path):
     trainer.run()
     vocabulary = tmp_path / "bytes.tiktoken"
     write_ranks({bytes([byte]): byte for byte in range(256)}, vocabulary)
-    qwen_jax.rlhf.write_run_files(tmp_path / "run", trainer.model.config, vocabulary)
+    write_run_files(tmp_path / "run", trainer.model.config, vocabulary)
     policy = jax.device_get(trainer.state.all_params["policy"])
     _, params = load_params(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, params, policy)
