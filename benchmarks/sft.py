@@ -8,8 +8,8 @@ Both sides start from the same weights and train on the same conversations, of l
 (log-normal, mean about a fifth of a row), with loss on about half of their tokens. Each packs them with its own
 best-fit packing into rows of the same length, and updates with the same AdamW on the same number of rows: ours by the
 step that `python -m qwen_jax.train` compiles, theirs by SFTTrainer with `packing=True`, which joins the rows of a batch
-into one (padding-free) and attends within each conversation. SFTTrainer is measured with each of --peer_batches rows at
-once, and the rest by accumulation; its best counts.
+into one (padding-free) and attends within each conversation. Each side is measured with each of --rows_at_once rows at
+once, and the rest by accumulation; the best of each counts.
 
 Each side is a process of its own; they take turns, and medians are printed, also per CPU second, summed over threads,
 which suffers less from other work on the machine. The first losses are compared: batches differ, since the packings
@@ -31,6 +31,7 @@ from workers import Side, Worker, machine, take_turns  # noqa: E402
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0
 # Mean losses of the first updates, on batches that each side packed for itself.
 TOLERANCE = 0.05
+OURS = "qwen_jax"
 
 
 def make_conversations(vocab_size: int, length: int, count: int):
@@ -65,6 +66,7 @@ def our_side(job: dict) -> None:
     from qwen_jax.batch_spec import token_columns
     from qwen_jax.conversion import load_pretrained
     from qwen_jax.data.packers import Document, whole
+    from qwen_jax.host_memory import keep_freed_memory
     from qwen_jax.models.transformer import Qwen
     from qwen_jax.sharding import MeshConfig, make_mesh
     from qwen_jax.training.objectives import next_token_prediction
@@ -72,6 +74,7 @@ def our_side(job: dict) -> None:
     from qwen_jax.training.program import compile_run
     from qwen_jax.training.state import TrainState
 
+    keep_freed_memory()  # as `python -m qwen_jax.train` does
     conversations = json.loads(Path(job["data"]).read_text())
     documents = [Document(np.asarray(ids), np.asarray(weights)) for ids, weights in conversations]
     examples = list(whole(documents, sequence_length=job["length"], eos_id=0))
@@ -89,7 +92,8 @@ def our_side(job: dict) -> None:
         clip_norm=CLIP_NORM,
     )
     columns = token_columns(job["length"], packed=True)
-    step = compile_run(model, next_token_prediction(), optimizer, 10**6, mesh, batch_size=job["rows"], columns=columns)
+    parts = {"batch_size": job["rows"], "accumulation": job["rows"] // job["at_once"]}
+    step = compile_run(model, next_token_prediction(), optimizer, 10**6, mesh, columns=columns, **parts)
     moments = jax.jit(make_optimizer(optimizer, 10**6).init)(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, {}, moments, {})
     state = jax.device_put(state, step.input_shardings[0][0])
@@ -134,7 +138,7 @@ def trl_side(job: dict) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         job["folder"], dtype=torch.float32, attn_implementation="sdpa"
     )
-    rows = job["peer_batch"]
+    rows = job["at_once"]
     config = trl.SFTConfig(
         output_dir=job["scratch"],
         max_steps=10**6,
@@ -205,22 +209,22 @@ def trl_side(job: dict) -> None:
 
 
 def report(sides: list[Side]) -> float:
-    """Prints the table; returns our loss-carrying tokens per second over the best peer's."""
+    """Prints the table; returns our best loss-carrying tokens per second over the best peer's."""
     rates = {side.name: side.rate(of="targets") for side in sides}
+    ours, *others = sorted(sides, key=lambda side: (not side.name.startswith(OURS), -rates[side.name]))
     by_cpu = {side.name: side.rate("cpu", of="targets") for side in sides}
     losses = {side.name: side.recorded("losses") for side in sides}
     print("| | loss-carrying tokens/s | lowest to highest | ratio | ratio by CPU | rows | filled | first losses |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for side in sides:
         name, found = side.name, side.rates(of="targets")
-        ratio, of_cpu = rates["qwen_jax"] / rates[name], by_cpu["qwen_jax"] / by_cpu[name]
+        ratio, of_cpu = rates[ours.name] / rates[name], by_cpu[ours.name] / by_cpu[name]
         first = ", ".join(f"{loss:.4f}" for loss in losses[name][:2])
         print(
             f"| {name} | {rates[name]:,.0f} | {min(found):,.0f} to {max(found):,.0f} | {ratio:.2f} | {of_cpu:.2f} | "
             f"{side.about['rows']} | {side.about['filled']:.1%} | {first} |"
         )
-    ours = sides[0]
-    for side in sides[1:]:
+    for side in others:
         if side.about["carrying"] != ours.about["carrying"]:
             print(
                 f"NOT THE SAME DATA: {side.name} has {side.about['carrying']} loss-carrying tokens, we "
@@ -229,8 +233,8 @@ def report(sides: list[Side]) -> float:
         if abs(losses[side.name][0] - losses[ours.name][0]) > TOLERANCE * losses[ours.name][0]:
             print(f"NOT THE SAME TRAINING: {side.name} begins with the loss {losses[side.name][0]:.4f}")
     print("; ".join(f"{side.name}: {side.about['about']}" for side in sides))
-    ratio = rates["qwen_jax"] / max(rates[side.name] for side in sides[1:])
-    print(f"qwen_jax / best of trl: {ratio:.2f}")
+    ratio = rates[ours.name] / max(rates[side.name] for side in others if not side.name.startswith(OURS))
+    print(f"best of {OURS} / best of trl: {ratio:.2f}")
     return ratio
 
 
@@ -247,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warm_up", type=int, default=1, help="updates before the first round (1)")
     parser.add_argument("--remat", default="none", choices=("none", "full"), help="full: both compute layers again")
     parser.add_argument(
-        "--peer_batches", type=int, nargs="+", default=[1, 8], help="rows that SFTTrainer takes at once (1 8)"
+        "--rows_at_once", type=int, nargs="+", default=[1, 8], help="rows that each side takes at once (1 8)"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -265,11 +269,11 @@ def main(argv: list[str] | None = None) -> None:
         data.write_text(json.dumps(make_conversations(config.vocab_size, arguments.length, arguments.conversations)))
         job = {"folder": str(folder), "data": str(data), "length": arguments.length, "rows": arguments.rows}
         job |= {"remat": arguments.remat, "scratch": str(Path(temporary) / "trl")}
-        sides = [Side("qwen_jax", __file__, {**job, "side": "ours"})]
-        for rows in dict.fromkeys(min(rows, arguments.rows) for rows in arguments.peer_batches):
-            name = f"trl, {rows} row(s) at once"
-            peer = {**job, "side": "trl", "peer_batch": rows}
-            sides.append(Side(name, __file__, peer, arguments.peer_python))
+        sides = [
+            Side(f"{name}, {rows} row(s) at once", __file__, {**job, "side": side, "at_once": rows}, python)
+            for name, side, python in ((OURS, "ours", sys.executable), ("trl", "trl", arguments.peer_python))
+            for rows in dict.fromkeys(min(rows, arguments.rows) for rows in arguments.rows_at_once)
+        ]
         take_turns(sides, arguments.rounds, arguments.steps, arguments.warm_up)
         print(
             f"{arguments.preset} on {machine()}; float32, {arguments.rows} rows of {arguments.length} tokens "

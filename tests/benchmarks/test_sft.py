@@ -31,13 +31,13 @@ def test_our_side_counts_the_targets_of_each_update(tool, root, monkeypatch, tmp
     conversations = sft.make_conversations(61, 64, 30)
     (tmp_path / "data.json").write_text(json.dumps(conversations))
     read, write = os.pipe()
-    job = {"folder": str(folder), "data": str(tmp_path / "data.json"), "length": 64, "rows": 8, "remat": "none"}
+    job = {"folder": str(folder), "data": str(tmp_path / "data.json"), "length": 64, "rows": 16, "at_once": 8}
     monkeypatch.setattr(sys, "stdin", io.StringIO("2\n"))
-    sft.our_side({**job, "answers": write})
+    sft.our_side({**job, "remat": "none", "answers": write})
     with os.fdopen(read) as answers:
         set_up, answer = (json.loads(answers.readline()) for _ in range(2))
     assert set_up["carrying"] == sum(sum(weights) for _, weights in conversations)
-    assert len(answer["losses"]) == 2 and 0 < sum(answer["targets"]) <= 2 * 8 * 64 and answer["cpu"] > 0
+    assert len(answer["losses"]) == 2 and 0 < sum(answer["targets"]) <= 2 * 16 * 64 and answer["cpu"] > 0
 
 
 def test_a_missing_peer_is_named(root, plain_environment):

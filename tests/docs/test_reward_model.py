@@ -45,6 +45,7 @@ def folder(tmp_path, tool, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_on_reward_models(folder):
     pytest.importorskip("transformers", reason="transformers is not installed")
     names = {}

@@ -334,7 +334,7 @@ def test_all_canonical_solutions_of_humaneval_pass():
         assert list(pool.map(one, rows)) == [programs.Verdict(True, "passed")] * 164
 
 
-@pytest.mark.parametrize("language", ["python", "js", "rust"])
+@pytest.mark.parametrize("language", ["python", "js", pytest.param("rust", marks=pytest.mark.slow)])
 def test_some_published_solutions_pass_and_their_buggy_versions_fail(language):
     if isinstance(missing := sandboxes.toolchain(pack_programs.NAMES[language]), str):
         pytest.skip(missing)
