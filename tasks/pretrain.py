@@ -33,8 +33,9 @@ PREPROCESSORS = [
     seqio.preprocessors.append_eos,
 ]
 
-# Folders with tests, licenses that are the same everywhere, or tables of numbers rather than text.
-_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "licenses", "site-packages"}
+# Folders with tests, licenses that are the same everywhere, tables of numbers rather than text, or pages about
+# benchmarks, which quote their questions (lm_eval).
+_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "licenses", "site-packages", "lm_eval"}
 
 
 @gin.configurable
