@@ -45,6 +45,7 @@ def set_namespace(descriptor: int, kind: int) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    """Mounts `source`, of file system `kind` (None: a change of an existing mount), on the folder or file `target`."""
     encode = os.fsencode
     done = _libc.mount(encode(source), encode(target), encode(kind) if kind else None, flags, encode(data))
     _checked(f"mount {source} on {target}", done)
@@ -83,6 +84,7 @@ def drop_capabilities() -> None:
 
 
 def forbid_new_privileges() -> None:
+    """No program that this process or its children start gains rights by its file (set-user-ID, capabilities)."""
     _checked("prctl", _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
@@ -97,6 +99,7 @@ def show_memory() -> None:
 
 
 def die_with_parent(signal_number: int) -> None:
+    """The kernel sends this process a signal when the thread that started it ends."""
     _checked("prctl", _libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0))
 
 
