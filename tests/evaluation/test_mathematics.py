@@ -41,6 +41,8 @@ def test_verdicts_agree_with_a_person():
         ("(1,3)", "(3,1)", False),
         ("[1,3)", "(1,3)", False),
         (r"\{1,2\}", r"\{2,1\}", True),
+        ("[1,2]", r"\lbrack 1,2\rbrack", True),
+        (r"\{1,2\}", r"\lbrack 1,2\rbrack", False),
         ("3,1", "1,3", True),
     ],
 )
