@@ -14,6 +14,7 @@ import gin
 
 from qwen_jax.data.chat import ChatRows
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
+from qwen_jax.data.react import DEFAULT_STYLE
 from qwen_jax.data.records import Records, add_task, record_files
 from qwen_jax.files import Pattern
 
@@ -25,6 +26,7 @@ def chat_messages(
     loss_on: str = "released",
     system: str = DEFAULT_SYSTEM,
     unusable: str = "stop",
+    tool_style: str = DEFAULT_STYLE,
 ) -> Records:
     """Conversations in OpenAI's layout.
 
@@ -34,8 +36,10 @@ def chat_messages(
         loss_on: `released` or `report`; see `qwen_jax.data.chat`.
         system: system message of a conversation without one.
         unusable: `stop` names the first conversation that cannot be trained on, `leave_out` counts them by reason.
+        tool_style: how tools are described: `react_demo`, `react_prompt` or `openai_api`, the released programs.
     """
-    return _records("chat_messages", "messages", pattern, validation_share, loss_on, system, unusable)
+    rows = ChatRows(layout="messages", loss_on=loss_on, system=system, tool_style=tool_style)
+    return _records("chat_messages", rows, pattern, validation_share, unusable)
 
 
 @gin.configurable
@@ -45,13 +49,14 @@ def chat_sharegpt(
     loss_on: str = "released",
     system: str = DEFAULT_SYSTEM,
     unusable: str = "stop",
+    tool_style: str = DEFAULT_STYLE,
 ) -> Records:
     """Conversations in ShareGPT's layout; arguments as `chat_messages`."""
-    return _records("chat_sharegpt", "sharegpt", pattern, validation_share, loss_on, system, unusable)
+    rows = ChatRows(layout="sharegpt", loss_on=loss_on, system=system, tool_style=tool_style)
+    return _records("chat_sharegpt", rows, pattern, validation_share, unusable)
 
 
-def _records(task: str, layout: str, pattern, validation_share: float, loss_on: str, system: str, unusable: str):
-    rows = ChatRows(layout=layout, loss_on=loss_on, system=system)
+def _records(task: str, rows: ChatRows, pattern, validation_share: float, unusable: str) -> Records:
     files = record_files(pattern, task)
     return Records(files, validation_share=validation_share, rows=rows, unusable=unusable, task=task)
 

@@ -143,6 +143,18 @@ WALLS = {
         *TORCH,
         *ENTRY_POINTS,
     ),
+    "qwen_jax/agents": (
+        "qwen_jax.training",
+        "qwen_jax.alignment",
+        "qwen_jax.conversion",
+        "qwen_jax.evaluation",
+        "flax",
+        "optax",
+        "gin",
+        *DATA_LIBRARIES,
+        *TORCH,
+        *ENTRY_POINTS,
+    ),
     "qwen_jax/conversion": (
         "qwen_jax.training",
         "qwen_jax.inference",
@@ -188,6 +200,7 @@ def test_training_knows_a_model_protocol_and_no_decoder_or_metric(root):
         ("qwen_jax.evaluation.perplexity", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
         ("qwen_jax.data.tokenizer", ("tensorflow", "seqio", "jax", "torch")),
         ("qwen_jax.data.chatml", ("tensorflow", "seqio", "jax", "torch")),
+        ("qwen_jax.agents.react", ("tensorflow", "seqio", "jax", "torch")),
     ],
 )
 def test_importing_a_module_does_not_load_what_it_does_not_need(module, absent, plain_environment):

@@ -55,17 +55,22 @@ class ChatRows:
         layout: a key of `LAYOUTS`.
         loss_on: one of `LOSS_ON`.
         system: system message of a conversation without one.
+        tool_style: one of `react.TRAINED_STYLES`, how tools are described.
     """
 
     layout: str = "messages"
     loss_on: str = "released"
     system: str = chatml.DEFAULT_SYSTEM
+    tool_style: str = react.DEFAULT_STYLE
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}: it must be one of {', '.join(LAYOUTS)}")
         if self.loss_on not in LOSS_ON:
             raise ValueError(f"loss_on is {self.loss_on!r}: it must be one of {', '.join(LOSS_ON)}")
+        if self.tool_style not in react.TRAINED_STYLES:
+            listed = ", ".join(react.TRAINED_STYLES)
+            raise ValueError(f"tool_style is {self.tool_style!r}: it must be one of {listed}")
 
     def group(self, row: Mapping) -> str:
         """Text by whose hash a row is held out: the question, so that all its answers are; else the whole row."""
@@ -76,7 +81,8 @@ class ChatRows:
 
     def encode(self, row: Mapping, tokenizer: Tokenizer) -> Encoded:
         """See `encode`; raises `Unusable` and `ValueError` as the layout's reader and `check` do."""
-        return encode(tokenizer, LAYOUTS[self.layout](row), loss_on=self.loss_on, system=self.system)
+        conversation = LAYOUTS[self.layout](row)
+        return encode(tokenizer, conversation, loss_on=self.loss_on, system=self.system, tool_style=self.tool_style)
 
 
 def encode(
@@ -85,6 +91,7 @@ def encode(
     *,
     loss_on: str = "released",
     system: str = chatml.DEFAULT_SYSTEM,
+    tool_style: str = react.DEFAULT_STYLE,
 ) -> Encoded:
     """Tokens and loss weights of a conversation; it may end after each turn of the assistant.
 
@@ -93,11 +100,12 @@ def encode(
         conversation: any; `check` is applied.
         loss_on: one of `LOSS_ON`; see the module.
         system: system message of a conversation without one.
+        tool_style: see `react.say`.
 
     Raises:
         Unusable: see `conversations.check` and `react.say`.
     """
-    said = react.say(check(conversation))
+    said = react.say(check(conversation), tool_style)
     turns = chatml.turns(tokenizer, [{"role": one.role, "content": one.content} for one in said], system)
     if len(turns) > len(said):
         said = [react.Said("system", system), *said]

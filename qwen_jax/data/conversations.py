@@ -151,7 +151,35 @@ def check(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def _check_calls(messages: Sequence[Message], tools: set[str]) -> None:
+def check_prompt(conversation: Conversation) -> Conversation:
+    """Returns `conversation`, which a model goes on from: it ends with the user, or with the results of all calls.
+
+    Calls may be of tools that are not listed any more.
+
+    Raises:
+        Unusable: nobody asks, a system message that is not the first, an assistant or a tool that speaks before the
+            user, a result without a call, a call without a result, or an assistant that speaks last.
+    """
+    messages = conversation.messages
+    if all(message.role != "user" for message in messages):
+        raise Unusable("Expecting at least one user message.")
+    for index, message in enumerate(messages):
+        before = messages[index - 1].role if index else ""
+        if message.role == "system" and index:
+            raise Unusable("a system message that is not first", f"message {index}")
+        if message.role == "tool" and before not in ("assistant", "tool"):
+            raise Unusable("Expecting role assistant before role function.")
+        if message.role == "assistant" and before in ("", "system"):
+            raise Unusable("Expecting role user before role assistant.")
+    _check_calls(messages, None)
+    if messages[-1].role == "assistant":
+        missing = "a call without a result" if messages[-1].calls else "the assistant speaks last"
+        raise Unusable(missing, f"message {len(messages) - 1}: a model answers the user or goes on from a result")
+    return conversation
+
+
+def _check_calls(messages: Sequence[Message], tools: set[str] | None) -> None:
+    """Whether calls have results; and whether they are of `tools`, if given."""
     open_calls: list[Call] = []
     for index, message in enumerate(messages):
         if message.role == "tool":
@@ -161,7 +189,7 @@ def _check_calls(messages: Sequence[Message], tools: set[str]) -> None:
         elif open_calls:
             raise Unusable("a call without a result", f"message {index} follows the call of {open_calls[0].name}")
         for call in message.calls:
-            if call.name not in tools:
+            if tools is not None and call.name not in tools:
                 listed = ", ".join(sorted(tools)) or "none"
                 raise Unusable("a call of an unknown tool", f"message {index}: {call.name}; listed are {listed}")
         open_calls.extend(message.calls)

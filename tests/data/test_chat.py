@@ -331,7 +331,8 @@ def test_tool_text_is_that_of_the_released_server():
         messages = [*case["messages"]]
         if messages[-1]["role"] == "user":
             messages.append({"role": "assistant", "content": "END"})
-        said = react.say(check(from_openai({"messages": messages, "functions": case["functions"]})))
+        row = {"messages": messages, "functions": case["functions"]}
+        said = react.say(check(from_openai(row)), "openai_api")
         texts = [one.content for one in said if one.role != "system"]
         theirs = [text for turn in case["history"] for text in turn]
         if case["query"] is None:  # the server then asks the model to go on after "Thought:"
