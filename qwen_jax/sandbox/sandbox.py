@@ -225,7 +225,11 @@ class Sandbox:
 
     Args:
       mounts: further absolute paths of the host that programs may read, under the same names.
-      modules: modules of the standard library to have loaded.
+      modules: modules to have loaded, of the standard library or of `python_path`. They are imported outside of the
+        isolation, and must start no thread.
+      python_path: folders in which `modules` are found besides the standard library; programs may read them. A step
+        that imports more from them names them, too.
+      environment: variables of Python programs (`Step.file`) besides `ENVIRONMENT`.
       allow_missing: parts of the isolation to go on without where this system lacks them, of `OPTIONAL`; a warning
         is logged. Namespaces are never optional.
 
@@ -238,18 +242,22 @@ class Sandbox:
         mounts: Iterable[str | os.PathLike] = (),
         *,
         modules: Sequence[str] = MODULES,
+        python_path: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
         allow_missing: Iterable[str] = (),
     ):
         self._allow_missing = frozenset(allow_missing)
         if unknown := self._allow_missing - set(OPTIONAL):
             raise ValueError(f"allow_missing: {', '.join(sorted(unknown))}: only {', '.join(OPTIONAL)} may be missing")
-        given = [os.fspath(path) for path in mounts]
+        given = [os.fspath(path) for path in (*mounts, *python_path)]
         for path in given:
             if not os.path.isabs(path) or not os.path.exists(path):
                 raise ValueError(f"mounts: {path}: expected the absolute path of a folder or file that is there")
         present = [path for path in SYSTEM if os.path.lexists(path)]
         self._mounts = [*present, os.path.realpath(sys.base_prefix), sys.base_prefix, *given]
         self._modules = modules
+        self._python_path = list(python_path)
+        self._environment = {**ENVIRONMENT, **(environment or {})}
         self._lock = threading.Lock()
         self._supervisor: subprocess.Popen | None = None
         self._control: socket.socket | None = None
@@ -363,12 +371,17 @@ class Sandbox:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 pass_fds=[theirs.fileno()],
-                env=ENVIRONMENT,
+                env=self._environment,
                 start_new_session=True,
                 cwd="/",
             )
             theirs.close()
-            setup = {"mounts": self._mounts, "modules": list(self._modules), "seccomp": with_filter}
+            setup = {
+                "mounts": self._mounts,
+                "modules": list(self._modules),
+                "python_path": self._python_path,
+                "seccomp": with_filter,
+            }
             try:
                 ours.send(json.dumps(setup).encode())
                 answer = json.loads(ours.recv(_READ_BYTES) or b'{"missing": ""}')

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 
 from . import first_process, kernel, root, seccomp
@@ -25,8 +26,11 @@ def start(control_descriptor: int) -> None:
     """Sets the sandbox up as the first message says, answers with what is missing (or nothing), and serves runs."""
     control = socket.socket(fileno=control_descriptor)
     setup = json.loads(control.recv(_MESSAGE))
+    folders = setup["python_path"]
+    sys.path += folders
     for module in setup["modules"]:
         __import__(module)
+    del sys.path[len(sys.path) - len(folders) :]  # programs see them only where their step says so
     import site
 
     for add in (site.setquit, site.setcopyright, site.sethelper):
