@@ -9,8 +9,8 @@
 #   (`env`, `prlimit`, `nice` replace themselves by the kernel and do no harm.)
 # Who suffers: code interpreters that put their kernels into namespaces; a server killed with -9 leaves every kernel, with
 #   its memory and whatever loop the model wrote, running.
-# qwen_jax: has no interpreter yet. The sandbox must end with the process that started it by its own means
-#   (PR_SET_PDEATHSIG in the wrapper, `unshare --kill-child`), and a test must kill -9 the manager.
+# qwen_jax: its interpreter (qwen_jax/agents/interpreter.py) does not rely on it: the sandbox ends with the process that
+#   started it by its own means, and a test kills that process with -9.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
