@@ -65,6 +65,9 @@ def test_python_corpus_is_bounded_and_has_no_tests():
     assert [path for path in corpus.files if {"test", "tests", "lib2to3"} & set(path.parts)] == []
     assert any(path.suffix in (".md", ".rst") for path in corpus.files)
     assert any(path.name == "topics.py" for path in corpus.files)
+    # What else is installed does not change the corpus, and no page that quotes a benchmark is in it.
+    pages = [path for path in corpus.files if path.suffix != ".py"]
+    assert [path for path in pages if not set(path.parts) & set(pretrain._DOCUMENTED)] == []
     assert list(corpus.files) == list(pretrain.python_corpus().files)
     small = pretrain.python_corpus(max_bytes=100_000)
     assert 0 < sum(path.stat().st_size for path in small.files) <= 100_000
