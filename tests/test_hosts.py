@@ -28,10 +28,10 @@ SETTINGS = {
     "MIXTURE_OR_TASK": "local_files",
     "SEQUENCE_LENGTH": 32,
     "BATCH_SIZE": 8,
-    "TRAIN_STEPS": 600,
+    "TRAIN_STEPS": 240,
     "WARMUP_STEPS": 5,
     "CHECKPOINT_EVERY": 50,
-    "EVAL_EVERY": 300,
+    "EVAL_EVERY": 120,
     "EVAL_BATCHES": 2,
     "LOG_EVERY": 10,
     "PEAK_LEARNING_RATE": 3e-4,
@@ -231,7 +231,7 @@ def test_a_job_survives_a_lost_process_a_notice_and_another_number_of_processes(
     job.done()
     assert "stopped by SIGTERM after step" in job.said(0) and "stopped by SIGTERM" not in job.said(1)
     stopped = max(saved_steps(output))
-    assert stopped < 600 and f"after step {stopped}, saved" in job.said(0)
+    assert stopped < 240 and f"after step {stopped}, saved" in job.said(0)
 
     # The rest in one process with as many devices: the checkpoint of two is read by one.
     Job(corpus, output, processes=1, devices=2).done()
