@@ -135,12 +135,12 @@ def make_page(answers: Sequence[Answer], *, reference: str | None = None, seed: 
     draw.shuffle(items)
     data = {"items": items, "ties": ties}
     fingerprint = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-    return Page(_fill({"fingerprint": fingerprint, **data}), len(items), left_out, len(ties))
+    return Page(fill(TEMPLATE, {"fingerprint": fingerprint, **data}), len(items), left_out, len(ties))
 
 
-def _fill(data: dict) -> str:
-    """The template with this data; the browser runs its one script and takes its one style sheet, by their hashes."""
-    page = TEMPLATE.read_text(encoding="utf-8")
+def fill(template: Path, data: dict) -> str:
+    """A template with this data; the browser runs its one script and takes its one style sheet, by their hashes."""
+    page = template.read_text(encoding="utf-8")
     for name, element in (("__SCRIPT_HASH__", "<script>"), ("__STYLE_HASH__", "<style>")):
         (text,) = re.findall(f"{element}(.*?)</{element[1:]}", page, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

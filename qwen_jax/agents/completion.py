@@ -1,0 +1,95 @@
+"""What continues prompts in batches: the engine of a checkpoint, or a server of OpenAI's protocol."""
+
+import concurrent.futures
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwen_jax.inference import Engine
+
+# (prompts, seeds of their sampling) to one reply for each, without what ended it.
+Completer = Callable[[Sequence[str], Sequence[int]], Sequence[str]]
+_TRIES = 5
+
+
+def engine_completer(
+    engine: "Engine",
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+    stop: Sequence[str] = (),
+) -> Completer:
+    """Continues by an engine with a tokenizer. Names of control tokens in prompts stay text."""
+    from qwen_jax.inference import Request, SamplingConfig  # loads JAX, which a server's client does not need
+
+    sampling = SamplingConfig(temperature=temperature, top_p=top_p)
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None  # as the docstring asks
+    encode = tokenizer.encode
+    ends = (tokenizer.endoftext_id, tokenizer.im_end_id)
+
+    def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        requests = [
+            Request(encode(prompt), max_new_tokens, sampling, ends, tuple(stop), seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        replies = {result.index: result.text or "" for result in engine.generate(requests)}
+        return [replies[index] for index in range(len(prompts))]
+
+    return complete
+
+
+def server_completer(
+    url: str,
+    model: str,
+    *,
+    api_key: str = "none",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+    stop: Sequence[str] = (),
+    at_once: int = 8,
+) -> Completer:
+    """Continues by `/v1/completions` of a server, a few prompts at once.
+
+    Args:
+      url: of the server, with or without `/v1`.
+      model: a name that the server knows.
+
+    Raises:
+      ModuleNotFoundError: the package openai is not installed.
+
+    The completer raises openai.OpenAIError where the server refuses, or is not there after a few tries.
+    """
+    import openai
+
+    base = url.rstrip("/")
+    client = openai.OpenAI(base_url=base if base.endswith("/v1") else f"{base}/v1", api_key=api_key, max_retries=0)
+
+    def one(prompt: str, seed: int) -> str:
+        for attempt in itertools.count(1):
+            try:
+                answer = client.completions.create(
+                    model=model,
+                    prompt=prompt,
+                    max_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    stop=list(stop) or None,
+                    seed=seed,
+                )
+                return answer.choices[0].text
+            except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError):
+                if attempt == _TRIES:
+                    raise
+                time.sleep(2**attempt)
+        raise AssertionError  # the loop has no end
+
+    def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(one, prompts, seeds))
+
+    return complete

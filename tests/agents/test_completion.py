@@ -1,0 +1,62 @@
+"""What continues prompts: a tiny engine, and the real client against a server that is busy at first."""
+
+import http.server
+import json
+import threading
+
+import openai
+import pytest
+
+from qwen_jax.agents import completion
+from qwen_jax.agents.completion import engine_completer, server_completer
+from qwen_jax.generate import load_engine
+from tests.fakes import random_run
+
+
+def test_the_engine_gives_one_reply_a_prompt_in_order(tmp_path):
+    sizes = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=32, context_length=64)
+    engine = load_engine(random_run(tmp_path, **sizes), slots=2)
+    complete = engine_completer(engine, temperature=0.8, max_new_tokens=5, stop=["\n\n"])
+    prompts, seeds = ["one", "two", "three <|im_end|>"], [1, 2, 3]
+    replies = complete(prompts, seeds)
+    assert complete(prompts[2:], seeds[2:]) == replies[2:] and complete(prompts, [7, 8, 9]) != replies
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    statuses: list[int] = []
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        status = self.statuses.pop(0) if self.statuses else 200
+        choice = {"index": 0, "text": f"{asked['prompt']} {asked['seed']}", "finish_reason": "stop", "logprobs": None}
+        answer = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
+        body = json.dumps(answer if status == 200 else {"error": {"message": "later"}}).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(monkeypatch):
+    waited = []
+    monkeypatch.setattr(completion.time, "sleep", waited.append)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        complete = server_completer(f"http://127.0.0.1:{server.server_port}", "m", at_once=2)
+        Busy.statuses = [429, 503]
+        assert complete(["a", "b", "c"], [1, 2, 3]) == ["a 1", "b 2", "c 3"] and len(waited) == 2
+        Busy.statuses = [400]
+        with pytest.raises(openai.BadRequestError):
+            complete(["a"], [1])
+        assert len(waited) == 2
+        Busy.statuses = [429] * 9
+        with pytest.raises(openai.RateLimitError):
+            complete(["a"], [1])
+    finally:
+        server.shutdown()
+        server.server_close()
