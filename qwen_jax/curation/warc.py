@@ -11,15 +11,16 @@ from typing import NamedTuple
 
 from qwen_jax.curation.streams import Stream
 
-_START = re.compile(rb"WARC/\d\.\d+\r?\n")
+# CR CR LF: a program wrote CR LF through a text file of Windows.
+_START = re.compile(rb"WARC/\d\.\d+\r{0,2}\n")
 # A header that was cut off runs into the next one.
-_HEADER_END = re.compile(rb"\r?\n\r?\n|\nWARC/\d")
+_HEADER_END = re.compile(rb"\r{0,2}\n\r{0,2}\n|\nWARC/\d")
 _LINE_ENDS = b"\r\n"
 _FIELD = re.compile(r"\n([^:\n]*):([^\n]*)")
 # Lines that go on, ends other than CR LF, a header within: these are read with more care.
-_UNUSUAL = (b"\n ", b"\n\t", b"\n\n", b"\n\r\n", b"\nWARC/")
+_UNUSUAL = (b"\n ", b"\n\t", b"\n\n", b"\n\r\n", b"\r\r\n", b"\nWARC/")
 _MAX_HEADER = 1 << 16
-_VERSION = 10  # bytes of b"WARC/1.0\r\n"
+_VERSION = 11  # bytes of b"WARC/1.0\r\r\n"
 
 
 class WarcRecord(NamedTuple):

@@ -86,6 +86,22 @@ def test_damaged_records_cost_themselves(damage, name, make, tmp_path_factory):
         assert tally.outcomes.get("read", [0, 0]) == [len(intact), sum(sizes)]
 
 
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\r\n"], ids=["LF", "CR CR LF"])
+def test_headers_with_other_line_ends(line_end, name, make, tmp_path):
+    """CR CR LF: written through a text file of Windows. A record with usual ends and a damaged one stand between."""
+    changed = []
+    for number in range(4):
+        header, body = make(number).split(b"\r\n\r\n", 1)
+        assert body.endswith(b"\r\n\r\n")
+        ended = (header + b"\r\n\r\n").replace(b"\r\n", line_end) + body[:-4] + 2 * line_end
+        changed.append(ended)
+    data = container(name, [changed[0], make(5), changed[1], DAMAGE["no number"](changed[2]), changed[3]])
+    found, tally = read(tmp_path / CONTAINERS[name][0], data)
+    pages = [page for page in found if page.problem is None]
+    assert [page.url for page in pages] == [f"http://{number}" for number in (0, 5, 1, 3)]
+
+
 @pytest.mark.parametrize(
     "line",
     [b"WARC/1.0\r\n", b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 90000\r\n\r\n", b"WARC/1.0\r\nA: b\r\n"],
