@@ -1,12 +1,15 @@
 """The program in what a model wrote: the answer of a chat model, or the continuation of a prompt by a base model."""
 
 import ast
+import importlib.util
 import re
 import textwrap
 
 # How the code is found in an answer. "block": the fenced block that defines the function, whole. "released": the three
-# regular expressions of QwenLM/Qwen's eval/evaluate_chat_humaneval.py, which keep the function's body only.
-RULES = ("block", "released")
+# regular expressions of QwenLM/Qwen's eval/evaluate_chat_humaneval.py, which keep the function's body only. "evalplus":
+# `evalplus.sanitize`, where that package is installed: for comparison, since it drops decorators, dataclasses and imports
+# under `try`, and prefers the longest text that parses.
+RULES = ("block", "released") + (("evalplus",) if importlib.util.find_spec("evalplus") else ())
 # Where a base model's continuation ends. "released": as QwenLM/Qwen's eval/evaluate_humaneval.py cuts it. "function":
 # before the first line that does not belong to the function's body.
 CUTS = ("released", "function")
@@ -30,16 +33,20 @@ def extract(answer: str, entry_point: str, rule: str = "block") -> str | None:
       rule: one of `RULES`.
 
     Returns:
-      the module's text with "block", the function's body with "released" (rule E9), or None if nothing defines the
-      function.
+      the module's text with "block" and "evalplus", the function's body with "released" (rule E9), or None if nothing
+      defines the function.
 
     Raises:
-      ValueError: an unknown rule.
+      ValueError: an unknown rule, or one whose package is not installed.
     """
     if rule not in RULES:
         raise ValueError(f"rule: {rule!r}: expected one of {', '.join(RULES)}")
     if rule == "released":
         return _released(answer, entry_point)
+    if rule == "evalplus":
+        from evalplus.sanitize import sanitize  # ty: ignore[unresolved-import]  # optional, and in no extra
+
+        return sanitize(answer, entry_point)
     candidates = _candidates(answer)
     found = [code for code in candidates if _defines(code, entry_point)]
     if found:

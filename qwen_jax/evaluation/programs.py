@@ -59,9 +59,12 @@ def humaneval_answer(row: Mapping[str, str], answer: str, rule: str = "block") -
     """The module that a chat model's answer makes: the prompt's imports and helpers, then the answer's code.
 
     Args:
-      rule: one of `code_answers.RULES`. An answer that defines nothing is taken as the function's body.
+      rule: one of `code_answers.RULES`. An answer that defines nothing is taken as the function's body. By "evalplus",
+        the answer's code is the whole module, as there.
     """
     code = code_answers.extract(answer, row["entry_point"], rule)
+    if rule == "evalplus" and code is not None:
+        return code
     if code is not None and rule != "released":
         return f"{row['prompt']}\n\n\n{code}\n"
     body = answer if code is None else code

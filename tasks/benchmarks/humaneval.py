@@ -4,13 +4,14 @@ File of the publisher: `HumanEval.jsonl.gz`, or unpacked. A base model continues
 most 512 tokens. Two cuts of its text are reported: `released` as evaluate_humaneval.py (a blank line, or "def "), and
 `function`, before the first line that is not of the function. A chat model gets the prompt after the sentence of
 evaluate_chat_humaneval.py; of its reply `block` takes the fenced block that defines the function, whole, and `released`
-the three regular expressions of that script, which keep the body alone. pass@1 of greedy decoding.
+the three regular expressions of that script, which keep the body alone. Where evalplus is installed, its number stands
+beside them as `evalplus`. pass@1 of greedy decoding.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_jax.evaluation import extraction, programs
+from qwen_jax.evaluation import code_answers, extraction, programs
 from qwen_jax.evaluation.benchmark import Benchmark, Example, Generation
 from qwen_jax.evaluation.benchmark_tasks import add_benchmark
 from qwen_jax.evaluation.rows import json_rows
@@ -50,7 +51,7 @@ HUMANEVAL = Benchmark(
             rule: lambda text, example, rule=rule: programs.humaneval_answer(
                 example.extra, extraction.without_thinking(text), rule
             )
-            for rule in ("block", "released")
+            for rule in code_answers.RULES
         },
         judge=lambda solution, example: programs.judge_humaneval(example.extra, solution).correct,
     ),

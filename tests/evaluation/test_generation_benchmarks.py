@@ -221,7 +221,8 @@ def test_humaneval_is_scored_by_both_cuts():
     text = "    one = 1\n\n    return n + one\n\n\nprint(1)\n"
     assert outcome("humaneval", text, "", extra=row).score == {"released": 0, "function": 1}
     reply = f"Sure:\n```python\nfrom operator import add\n\n{row['prompt']}    return add(n, 1)\n```"
-    assert outcome("humaneval", reply, "", chat=True, extra=row).score == {"block": 1, "released": 0}
+    score = outcome("humaneval", reply, "", chat=True, extra=row).score
+    assert score | {"block": 1, "released": 0} == score and list(score)[0] == "block"
 
 
 def test_solved_examples_of_mbpp_stand_between_begin_and_done(tmp_path):

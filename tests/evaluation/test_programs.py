@@ -173,6 +173,13 @@ def test_the_released_rule_keeps_the_body_alone():
         code_answers.extract("", "total", "best")
 
 
+def test_the_number_of_evalplus_stands_beside_ours():
+    pytest.importorskip("evalplus", reason="compares with evalplus: pip install evalplus==0.3.1")
+    verdicts = {name: judge_answer(answer, "evalplus").correct for name, answer in ANSWERS.items()}
+    assert verdicts["no_fence"] and verdicts["unclosed_fence"]
+    assert not all(verdicts.values()), "its extraction loses some of what `block` keeps"
+
+
 def test_a_continuation_is_cut_as_its_rule_says():
     text = "    a = 1\n\n    return a\n\n\ndef other():\n    pass\n"
     assert code_answers.cut(text) == "    a = 1"
