@@ -7,8 +7,8 @@ import textwrap
 
 # How the code is found in an answer. "block": the fenced block that defines the function, whole. "released": the three
 # regular expressions of QwenLM/Qwen's eval/evaluate_chat_humaneval.py, which keep the function's body only. "evalplus":
-# `evalplus.sanitize`, where that package is installed: for comparison, since it drops decorators, dataclasses and imports
-# under `try`, and prefers the longest text that parses.
+# `evalplus.sanitize`, where that package is installed: for comparison, since it drops decorators, dataclasses and
+# imports under `try`, and prefers the longest text that parses.
 RULES = ("block", "released") + (("evalplus",) if importlib.util.find_spec("evalplus") else ())
 # Where a base model's continuation ends. "released": as QwenLM/Qwen's eval/evaluate_humaneval.py cuts it. "function":
 # before the first line that does not belong to the function's body.
@@ -44,7 +44,8 @@ def extract(answer: str, entry_point: str, rule: str = "block") -> str | None:
     if rule == "released":
         return _released(answer, entry_point)
     if rule == "evalplus":
-        from evalplus.sanitize import sanitize  # ty: ignore[unresolved-import]  # optional, and in no extra
+        # Optional, and in no extra.
+        from evalplus.sanitize import sanitize  # ty: ignore[import-not-found]
 
         return sanitize(answer, entry_point)
     candidates = _candidates(answer)
