@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen_jax.inference.batch import PREFILL_ROWS, SMALLEST_PROMPT, bucket, prefill_rows
+from qwen_jax.inference.admission import PREFILL_ROWS, SMALLEST_PROMPT, bucket, prefill_rows
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import batch_sharding, num_batch_shards, use_mesh
 

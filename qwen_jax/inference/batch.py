@@ -1,109 +1,24 @@
-"""The rows that are generated together, and the requests in them."""
+"""The rows that are generated together."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from qwen_jax.inference import programs
+from qwen_jax.inference.admission import Prompt, bucket, next_prompts, prefill_count, prompts_of_rows
+from qwen_jax.inference.prefix_cache import PrefixCache
 from qwen_jax.inference.programs import MAX_STEPS, Programs, RowRules
-from qwen_jax.inference.requests import LENGTH, STOP_ID, STOP_STRING, Handle, Request, Result, StreamChunk
+from qwen_jax.inference.requests import Request, StreamChunk
+from qwen_jax.inference.row import Row
 from qwen_jax.inference.sampling import RowSampling, SamplingConfig
-from qwen_jax.inference.text import TextStream, token_bytes
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import InputEmbeddings
 
-SMALLEST_PROMPT, SMALLEST_CACHE = 16, 64
-# Prompts that are computed at once, and how many tokens they may have together with their padding.
-PREFILL_ROWS, PREFILL_TOKENS = (1, 4, 16), 8192
+SMALLEST_CACHE = 64
 STEPS_BEFORE_STOP_STRINGS = 8
 STREAM_SECONDS = 0.1
-
-
-def bucket(length: int, smallest: int) -> int:
-    """`length` rounded up to a power of two, so that few programs are compiled."""
-    return max(smallest, 1 << (length - 1).bit_length())
-
-
-def prefill_rows(size: int) -> int:
-    """The largest number of prompts of `size` tokens to compute at once."""
-    return max(count for count in PREFILL_ROWS if count == 1 or count * size <= PREFILL_TOKENS)
-
-
-class Row:
-    """One request from its submission to its end.
-
-    Attributes:
-      handle, tokenizer: of the request and the engine.
-      streaming: whether its chunks should come often.
-      inbox: where its chunks go.
-      place: its row in the batch; None before it has one.
-      finish_reason: None until it ends.
-    """
-
-    def __init__(self, handle: Handle, tokenizer, streaming: bool, inbox: deque):
-        self.handle, self.tokenizer, self.streaming, self.inbox = handle, tokenizer, streaming, inbox
-        self.place: int | None = None
-        self.tokens: list[int] = []
-        self.log_probs: list[float] = []
-        self.behavior_log_probs: list[float] = []
-        self.text = TextStream(handle.request.stop_strings) if tokenizer is not None else None
-        self.finish_reason: str | None = None
-
-    @property
-    def request(self) -> Request:
-        """The request."""
-        return self.handle.request
-
-    @property
-    def length(self) -> int:
-        """Number of positions so far."""
-        return self.request.prompt_length + len(self.tokens)
-
-    @property
-    def end(self) -> int:
-        """The largest number of positions that it may have."""
-        return self.request.prompt_length + self.request.max_new_tokens
-
-    def take(self, tokens: Sequence[int], log_probs: Sequence[tuple[float, float]]) -> StreamChunk:
-        """Adds new tokens, up to the one that ends it; `log_probs` has the two of `next_tokens` for each."""
-        before, text = len(self.tokens), ""
-        for token, (log_prob, behavior) in zip(tokens, log_probs, strict=True):
-            self.tokens.append(token)
-            self.log_probs.append(log_prob)
-            self.behavior_log_probs.append(behavior)
-            if token in self.request.stop_ids:
-                self.finish_reason = STOP_ID
-            elif self.text is not None:
-                text += self.text.feed(token_bytes(self.tokenizer, token))
-                if self.text.stopped:
-                    self.finish_reason = STOP_STRING
-            if self.finish_reason is None and len(self.tokens) == self.request.max_new_tokens:
-                self.finish_reason = LENGTH
-            if self.finish_reason:
-                text += self.text.finish() if self.text is not None else ""
-                break
-        return StreamChunk(
-            self.handle,
-            tuple(self.tokens[before:]),
-            tuple(self.log_probs[before:]),
-            text if self.text is not None else None,
-            self.finish_reason,
-            self._result(self.finish_reason) if self.finish_reason else None,
-        )
-
-    def _result(self, finish_reason: str) -> Result:
-        return Result(
-            self.handle.index,
-            self.request,
-            tuple(self.tokens),
-            np.asarray(self.log_probs, np.float32),
-            np.asarray(self.behavior_log_probs, np.float32),
-            self.text.text if self.text is not None else None,
-            finish_reason,
-        )
 
 
 def sampling_of(requests: Sequence[Request | None]) -> RowSampling:
@@ -157,10 +72,13 @@ class Batch:
       ways: into how many parts the mesh splits rows.
       rows: number of rows.
       steady: whether the number of steps must not depend on the time, as all processes of a job must take the same.
+      prefixes: the prefix cache, or None.
     """
 
-    def __init__(self, call: Programs, config: ModelConfig, ways: int, rows: int, steady: bool):
-        self.call, self.config, self.ways, self.steady = call, config, ways, steady
+    def __init__(
+        self, call: Programs, config: ModelConfig, ways: int, rows: int, steady: bool, prefixes: PrefixCache | None
+    ):
+        self.call, self.config, self.ways, self.steady, self.prefixes = call, config, ways, steady, prefixes
         self.rows: list[Row | None] = [None] * rows
         self.slots = SMALLEST_CACHE
         self.state = None
@@ -195,49 +113,45 @@ class Batch:
             self.state = self.call(programs.grow, key, self.state, rows, self.slots)
 
     def start(self, params, fresh: Sequence[Row]) -> list[StreamChunk]:
-        """Computes the prompts of new requests and puts them into free rows."""
-        groups: dict[tuple[int, bool], list[Row]] = {}
-        for row in fresh:
-            size = bucket(row.request.prompt_length, SMALLEST_PROMPT)
-            groups.setdefault((size, row.request.embeddings is not None), []).append(row)
+        """Computes the prompts of new requests, equal ones once, and puts the requests into free rows."""
+        waiting = prompts_of_rows(fresh, self.ways)
         chunks = []
-        for (size, _), rows in sorted(groups.items()):
-            most = prefill_rows(size) * self.ways
-            for start in range(0, len(rows), most):
-                chunks += self._prefill(params, size, rows[start : start + most])
+        while waiting:
+            group = next_prompts(waiting, self.prefixes, self.ways)
+            chunks += self._prefill(params, group)
+            begun = {id(prompt.rows) for prompt in group}
+            waiting = [prompt for prompt in waiting if id(prompt.rows) not in begun]
         return chunks
 
-    def _prefill(self, params, size: int, rows: list[Row]) -> list[StreamChunk]:
-        count = next(count * self.ways for count in PREFILL_ROWS if count * self.ways >= len(rows))
+    def _prefill(self, params, prompts: list[Prompt]) -> list[StreamChunk]:
+        cache, logits, seen, shape = self._compute(params, prompts)
+        rows = [row for prompt in prompts for row in prompt.rows]
+        of = [index for index, prompt in enumerate(prompts) for _ in prompt.rows]
+        if len(rows) == len(prompts):
+            count, of = len(logits), None
+        else:
+            count = bucket(-(-len(rows) // self.ways), 1) * self.ways
+            of = np.asarray(of + of[-1:] * (count - len(of)), np.int32)
+            shape += f", {count} times"
         # The last request repeats; its repetitions are written to the same place.
-        filled = rows + [rows[-1]] * (count - len(rows))
-        requests = [row.request for row in filled]
-        tokens, lengths, embeddings = prompts_of(requests, size, self.config)
-        sampling = sampling_of(requests)
-        shape = f"{count} x {size} tokens"
-        cache, logits, seen = self.call(
-            programs.prefill,
-            ("prefill", shape, *["with embeddings"] * (embeddings is not None)),
-            self.config,
-            params,
-            tokens,
-            lengths,
-            *[embeddings] * (embeddings is not None),
-        )
+        filled = rows + rows[-1:] * (count - len(rows))
+        lengths = np.asarray([row.request.prompt_length for row in filled], np.int32)
+        sampling = sampling_of([row.request for row in filled])
         greedy = not sampling.temperature.any()
         first, log_probs, seen = self.call(
             programs.first_tokens,
-            ("first tokens", f"{count} rows", _kind(greedy)),
+            ("first tokens", f"{count} rows of {len(logits)}", _kind(greedy)),
             logits,
             seen,
             lengths,
             sampling,
             greedy,
+            of,
         )
         free = [place for place, row in enumerate(self.rows) if row is None]
         for row, place in zip(rows, free, strict=False):
             row.place = place
-        self._reserve(size)
+        self._reserve(prompts[0].slots)
         self.state = self.call(
             programs.insert,
             ("insert", *self._shape(), shape),
@@ -247,12 +161,48 @@ class Batch:
             lengths,
             seen,
             np.asarray([row.place for row in filled], np.int32),
+            of,
         )
         first, log_probs = jax.device_get((first, log_probs))
         for row, place in zip(rows, free, strict=False):
             self.rows[place] = row
         self.rules = None
+        self._keep([prompt.rows[0] for prompt in prompts])
         return [self._take(row, first[i : i + 1], log_probs[i : i + 1]) for i, row in enumerate(rows)]
+
+    def _compute(self, params, prompts: list[Prompt]):
+        """(cache, logits, seen) as `programs.prefill` gives them, and the sizes of the cache in words."""
+        size, slots, _ = prompts[0].shape
+        count = prefill_count(len(prompts), size, self.ways)
+        filled = prompts + prompts[-1:] * (count - len(prompts))
+        tokens, lengths, embeddings = prompts_of([prompt.request for prompt in filled], slots, self.config)
+        prefixes = None
+        if size < slots:
+            assert self.prefixes is not None  # it holds what is not computed
+            prefixes = self.prefixes.prefixes([prompt.places for prompt in filled], tokens)
+            places = np.asarray(prefixes.lengths)[:, None] + np.arange(size)
+            tokens = np.take_along_axis(tokens, places, axis=1)
+        for prompt in prompts:
+            for number, row in enumerate(prompt.rows):
+                row.cached_tokens = prompt.request.prompt_length if number else prompt.cached
+                row.version = self.prefixes.version if self.prefixes is not None else 0
+        shape = f"{count} x {slots} tokens"
+        kind = f", the last {size} of them" if prefixes is not None else " with embeddings" * (embeddings is not None)
+        result = self.call(
+            programs.prefill, ("prefill", shape + kind), self.config, params, tokens, lengths, embeddings, prefixes
+        )
+        return *result, shape
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        """Copies what these rows have computed, without the last token of each, to the prefix cache."""
+        if self.prefixes is None or self.state is None:
+            return
+        texts = [
+            (row.place, row.request.prompt_length, (*row.request.prompt, *row.tokens[:-1]))
+            for row in rows
+            if row.request.embeddings is None and row.version == self.prefixes.version and row.place is not None
+        ]
+        self.prefixes.keep(self.state.cache.layers, self._shape(), texts)
 
     def proceed(self, params, waiting: bool) -> list[StreamChunk]:
         """Generates tokens for all rows; stops early when some have finished and others wait for room."""
@@ -280,11 +230,14 @@ class Batch:
         tokens, log_probs, counts = jax.device_get((tokens, log_probs, counts))
         if self.call.compilations == known:
             self.step_seconds = (time.perf_counter() - begun) / max(counts.max(), 1)
-        return [
+        rows = [row for row in self.rows if row is not None]
+        places = [place for place, row in enumerate(self.rows) if row is not None]
+        chunks = [
             self._take(row, tokens[place, : counts[place]], log_probs[place, : counts[place]])
-            for place, row in enumerate(self.rows)
-            if row is not None
+            for row, place in zip(rows, places, strict=True)
         ]
+        self._keep([row for row in rows if row.finish_reason])
+        return chunks
 
     def _take(self, row: Row, tokens: np.ndarray, log_probs: np.ndarray) -> StreamChunk:
         chunk = row.take(tokens.tolist(), log_probs.tolist())

@@ -12,9 +12,12 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from jax.sharding import Mesh
 
 from qwen_jax.inference import scoring, weights
-from qwen_jax.inference.batch import Batch, Row, bucket
-from qwen_jax.inference.programs import Programs
+from qwen_jax.inference.admission import bucket
+from qwen_jax.inference.batch import Batch
+from qwen_jax.inference.prefix_cache import PrefixCache
+from qwen_jax.inference.programs import BLOCK_TOKENS, Programs
 from qwen_jax.inference.requests import Handle, Request, Result, Score, StreamChunk, check_request
+from qwen_jax.inference.row import Row
 from qwen_jax.inference.sources import END, ReadAhead, ReadInStep
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import num_batch_shards
@@ -28,6 +31,10 @@ class Engine:
 
     Programs are compiled for powers of two: of prompt lengths, of the positions of the cache, and of rows, up to
     `slots`. Each is compiled once and logged. The cache grows with its longest row, and is freed with the last request.
+
+    Requests with the same prompt that begin together compute it once. With a prefix cache, a request computes what is
+    new in its prompt: what no request before it has begun with, in its prompt or its prompt and reply. Tokens are the
+    same, as far as rounding lets them: other programs compute the keys then, as they do in other batches.
 
     Where the mesh spans several processes, every process makes the same calls with the same requests in the same order,
     and each gets every result.
@@ -45,6 +52,7 @@ class Engine:
         mesh: Mesh | None = None,
         slots: int = 16,
         context_length: int | None = None,
+        prefix_cache_tokens: int = 0,
     ):
         """Prepares the weights, see `set_params`.
 
@@ -55,6 +63,8 @@ class Engine:
             and `fsdp`, heads over `tensor`. None: one device.
           slots: the largest number of requests that are generated together.
           context_length: see above; by default the model's `inference_length`.
+          prefix_cache_tokens: tokens of prompts and replies whose keys and values stay on the devices, those that were
+            used longest ago making room. 0: none do. Where the mesh splits rows, every part has all of them.
 
         Raises:
           ValueError: the parameters are not of this model, the mesh does not divide it, or a number is out of range.
@@ -72,12 +82,18 @@ class Engine:
             self._length_rule = "the engine's context_length"
         if not isinstance(slots, int) or slots < 1:
             raise ValueError(f"slots must be a positive integer, found {slots!r}")
+        if not isinstance(prefix_cache_tokens, int) or 0 != prefix_cache_tokens < BLOCK_TOKENS:
+            raise ValueError(
+                f"prefix_cache_tokens must be 0 (no prefix cache) or at least {BLOCK_TOKENS}, "
+                f"found {prefix_cache_tokens!r}"
+            )
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
         self.context_length = context_length or config.inference_length
         self.ways = num_batch_shards(mesh) if mesh is not None else 1
         self.slots = -(-slots // self.ways) * self.ways
         self._several = mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
         self._call = Programs(mesh)
+        self._prefixes = PrefixCache(self._call, config, prefix_cache_tokens) if prefix_cache_tokens else None
         self._batch: Batch | None = None
         self._rows: dict[Handle, Row] = {}  # of every request that has not ended
         self._waiting: deque[Row] = deque()
@@ -91,7 +107,8 @@ class Engine:
 
         An array that has the compute dtype and lies where the engine needs it is shared with the caller, not copied;
         stacked layers are copied, block by block. A caller that donates shared arrays to another program, as a train
-        step does, sets the new ones before it uses the engine again. Requests under way keep their cache.
+        step does, sets the new ones before it uses the engine again. Requests under way keep their keys; the prefix
+        cache is emptied.
 
         Args:
           params: as in `Engine`, or those of an engine.
@@ -100,6 +117,12 @@ class Engine:
           ValueError: they are not of this model.
         """
         self.params = weights.prepare(self.model, params, self._call)
+        self.clear_prefix_cache()
+
+    def clear_prefix_cache(self) -> None:
+        """Frees what the prefix cache holds on the devices; new requests fill it again."""
+        if self._prefixes is not None:
+            self._prefixes.clear()
 
     @property
     def compilations(self) -> int:
@@ -236,6 +259,7 @@ class Engine:
             self._batch = None
             self._rows.clear()
             self._waiting.clear()
+            self.clear_prefix_cache()
             raise
         self._free_idle()
 
@@ -244,7 +268,7 @@ class Engine:
         wanted = self.slots if self._sources else min(self.slots, bucket(requests, 1))
         wanted = -(-wanted // self.ways) * self.ways
         if self._batch is None:
-            self._batch = Batch(self._call, self.model.config, self.ways, wanted, self._several)
+            self._batch = Batch(self._call, self.model.config, self.ways, wanted, self._several, self._prefixes)
         self._batch.widen(wanted)
         return self._batch
 

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 PREFILL_CHUNK = 1024
 # Tokens of a row that can be generated before the host looks.
 MAX_STEPS = 32
+# Tokens of a block of the prefix cache.
+BLOCK_TOKENS = 16
 
 
 @flax.struct.dataclass
@@ -157,32 +159,70 @@ def empty_state(config: ModelConfig, rows: int, slots: int) -> BatchState:
     return BatchState(cache, zeros, zeros, jnp.zeros((rows, config.vocab_size), bool)).placed()
 
 
-def _prompt_states(config: ModelConfig, params, tokens, lengths, at, embeddings: InputEmbeddings | None):
+@flax.struct.dataclass
+class CachedPrefixes:
+    """The beginnings of prompts, whose keys and values a pool has in blocks of `BLOCK_TOKENS`.
+
+    pool: a KVCache for each layer, [blocks, kv_heads, BLOCK_TOKENS, head_dim].
+    blocks: int32 [rows, slots / BLOCK_TOKENS], the block of the pool in each place of a row; past the pool's end for
+      none.
+    lengths: int32 [rows], tokens of each prefix.
+    prompts: int32 [rows, slots], the whole prompts, filled up at the end.
+    """
+
+    pool: tuple[KVCache, ...]
+    blocks: jax.Array | np.ndarray
+    lengths: jax.Array | np.ndarray
+    prompts: jax.Array | np.ndarray
+
+    def cache(self, config: ModelConfig, prompt_lengths: jax.Array) -> DecodingCache:
+        """A cache of `slots` positions for each row that begins with its prefix.
+
+        Args:
+          prompt_lengths: int32 [rows], of the whole prompts.
+        """
+        rows, slots = self.prompts.shape
+
+        def gather(pool):
+            found = pool.at[self.blocks].get(mode="fill", fill_value=0)
+            found = found.swapaxes(1, 2).reshape(rows, config.num_kv_heads, slots, config.head_dim)
+            return constrain(found, "batch", "kv_heads", None, None)
+
+        layers = tuple(KVCache(gather(layer.key), gather(layer.value)) for layer in self.pool)
+        alpha = jnp.ones(rows, jnp.float32)
+        if config.use_dynamic_ntk:
+            alpha = dynamic_ntk_alpha(prompt_lengths, config.context_length)
+        return DecodingCache(layers, alpha)
+
+
+def _prompt_states(
+    config: ModelConfig, params, tokens, cache: DecodingCache, starts, at, embeddings: InputEmbeddings | None
+):
     """Hidden states of some positions, after a pass over whole rows in chunks.
 
     Padding writes into slots after the row's tokens; each is overwritten before a position can see it.
 
     Args:
       tokens: int32 [rows, bucket], filled up at the end; above `PREFILL_CHUNK`, bucket is a multiple of it.
-      lengths: int32 [rows], of the tokens without the padding.
-      at: int32 [rows, n], the positions. What lies outside [0, bucket) gives zeros.
+      cache: of the tokens before, with slots for all of `tokens`.
+      starts: int32 [rows], position of the first token of each row.
+      at: int32 [rows, n], the positions. What lies outside those of `tokens` gives zeros.
       embeddings: vectors in the place of some of the tokens' embeddings, or None.
 
     Returns:
-      (cache of `bucket` slots, [rows, n, hidden] in the compute dtype).
+      (the cache with the new positions, [rows, n, hidden] in the compute dtype).
     """
     rows, bucket = tokens.shape
     chunk = min(bucket, PREFILL_CHUNK)
 
-    def step(carry, start):
+    def step(carry, offset):
         cache, found = carry
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1), (tokens, embeddings))
-        hidden, cache = decode(config, params, part[0], jnp.full(rows, start), cache, part[1])
-        inside = at - start
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, offset, chunk, axis=1), (tokens, embeddings))
+        hidden, cache = decode(config, params, part[0], starts + offset, cache, part[1])
+        inside = at - (starts + offset)[:, None]
         here = jnp.take_along_axis(hidden, jnp.clip(inside, 0, chunk - 1)[..., None], axis=1)
         return (cache, jnp.where(((inside >= 0) & (inside < chunk))[..., None], here, found)), None
 
-    cache = DecodingCache.empty(config, rows, bucket, lengths)
     carry = (cache, jnp.zeros((rows, at.shape[1], config.hidden_size), config.compute_dtype))
     if chunk == bucket:
         carry, _ = step(carry, 0)
@@ -198,25 +238,63 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     embeddings: InputEmbeddings | None = None,
+    prefixes: CachedPrefixes | None = None,
 ) -> tuple:
-    """Computes prompts.
+    """Computes prompts, or what follows their prefixes.
 
     Args:
       params: as `unstack_layers` gives them.
-      tokens: int32 [rows, bucket], prompts filled up at the end; above `PREFILL_CHUNK`, bucket is a multiple of it. An
-        id outside the vocabulary stands for none.
-      lengths: int32 [rows], of the prompts.
+      tokens: int32 [rows, bucket], prompts (without their prefixes) filled up at the end; above `PREFILL_CHUNK`, bucket
+        is a multiple of it. An id outside the vocabulary stands for none.
+      lengths: int32 [rows], of the whole prompts.
       embeddings: vectors in the place of some of the tokens' embeddings, or None.
+      prefixes: of the prompts, or None. A prefix and `bucket` together are within their slots.
 
     Returns:
-      (cache of `bucket` slots, float32 logits [rows, vocabulary] for the token after each prompt, bool of that shape:
-      whether the prompt has the token).
+      (cache of the slots of `prefixes`, or of `bucket` slots; float32 logits [rows, vocabulary] for the token after
+      each prompt; bool of that shape: whether the prompt has the token).
     """
     rows, bucket = tokens.shape
-    cache, last = _prompt_states(config, params, tokens, lengths, lengths[:, None] - 1, embeddings)
-    prompt = jnp.where(jnp.arange(bucket) < lengths[:, None], tokens, config.vocab_size)
-    seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], prompt].set(True, mode="drop")
+    if prefixes is None:
+        prompts, starts = tokens, jnp.zeros(rows, jnp.int32)
+        cache = DecodingCache.empty(config, rows, bucket, lengths)
+    else:
+        prompts, starts = jnp.asarray(prefixes.prompts), jnp.asarray(prefixes.lengths)
+        cache = prefixes.cache(config, lengths)
+    cache, last = _prompt_states(config, params, tokens, cache, starts, lengths[:, None] - 1, embeddings)
+    prompts = jnp.where(jnp.arange(prompts.shape[1]) < lengths[:, None], prompts, config.vocab_size)
+    seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], prompts].set(True, mode="drop")
     return cache, decoding_logits(config, params, last)[:, 0], constrain(seen, "batch", None)
+
+
+@_on_mesh(static=("config", "blocks"))
+def empty_pool(config: ModelConfig, blocks: int) -> tuple[KVCache, ...]:
+    """A pool of `blocks` blocks of `BLOCK_TOKENS` tokens for each layer, whole on every part of the batch's axes."""
+    shape = (blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+
+    def zeros():
+        return constrain(jnp.zeros(shape, config.compute_dtype), None, "kv_heads", None, None)
+
+    return tuple(KVCache(zeros(), zeros()) for _ in range(config.num_layers))
+
+
+@_on_mesh(donated=("pool",))
+def keep(pool, layers: tuple[KVCache, ...], rows: jax.Array, blocks: jax.Array, places: jax.Array):
+    """The pool with n blocks from the rows of a batch.
+
+    Args:
+      layers: keys and values of the batch; slots are a multiple of `BLOCK_TOKENS`.
+      rows, blocks: int32 [n], of which row, and which block of it.
+      places: int32 [n], where they go in the pool; all different, or past its end, where they are dropped.
+    """
+
+    def put(whole, cache):
+        slots = blocks[:, None] * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
+        # The index of rows and slots comes first: [n, BLOCK_TOKENS, kv_heads, head_dim].
+        found = cache[rows[:, None], :, slots].swapaxes(1, 2)
+        return constrain(whole.at[places].set(found, mode="drop"), None, "kv_heads", None, None)
+
+    return tuple(KVCache(put(p.key, c.key), put(p.value, c.value)) for p, c in zip(pool, layers, strict=True))
 
 
 @flax.struct.dataclass
@@ -265,18 +343,29 @@ def score(config: ModelConfig, params, cache: tuple[KVCache, ...], step: Scoring
     return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None), written.layers
 
 
-@_on_mesh(static=("greedy",), donated=("seen",))
-def first_tokens(logits: jax.Array, seen: jax.Array, lengths: jax.Array, sampling: RowSampling, greedy: bool):
-    """The token after each prompt.
+@_on_mesh(static=("greedy",))
+def first_tokens(
+    logits: jax.Array,
+    seen: jax.Array,
+    lengths: jax.Array,
+    sampling: RowSampling,
+    greedy: bool,
+    prompts: jax.Array | None = None,
+):
+    """The token after each prompt, perhaps several draws of it.
 
     Args:
-      logits, seen: from `prefill`; `lengths` as there.
+      logits, seen: from `prefill`.
+      lengths: int32 [rows], of the prompts.
       greedy: whether no row draws.
+      prompts: int32 [rows], which prompt each row continues; None: each its own.
 
     Returns:
       (token int32 [rows], log-probabilities float32 [rows, 2], `seen` with these tokens). The two log-probabilities
       are those of `next_tokens`.
     """
+    if prompts is not None:
+        logits, seen = (constrain(x[prompts], "batch", None) for x in (logits, seen))
     token, *log_probs = next_tokens(logits, seen, sampling, lengths, greedy)
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     return constrain(token, None), constrain(jnp.stack(log_probs, axis=-1), None, None), seen
@@ -284,12 +373,23 @@ def first_tokens(logits: jax.Array, seen: jax.Array, lengths: jax.Array, samplin
 
 @_on_mesh(donated=("state",))
 def insert(
-    state: BatchState, cache: DecodingCache, token: jax.Array, lengths: jax.Array, seen: jax.Array, rows: jax.Array
+    state: BatchState,
+    cache: DecodingCache,
+    token: jax.Array,
+    lengths: jax.Array,
+    seen: jax.Array,
+    rows: jax.Array,
+    prompts: jax.Array | None = None,
 ) -> BatchState:
     """The batch with new requests in its rows `rows`: their cache, of fewer slots, and what `first_tokens` gave.
 
     A row may be named twice, with the same content.
+
+    Args:
+      cache: of the prompts; `prompts` as in `first_tokens`.
     """
+    if prompts is not None:
+        cache = jax.tree.map(lambda x: x[prompts], cache)
 
     def put(whole, part):
         written = whole.at[rows, :, : part.shape[2]].set(part)

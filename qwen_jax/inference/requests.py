@@ -102,6 +102,8 @@ class Result:
         penalty, temperature, top-k and top-p. Zeros at temperature 0.
       text: text of the tokens, without the stop id or stop string that ended it; None without a tokenizer.
       finish_reason: "stop_id", "stop_string", or "length": max_new_tokens were reached.
+      cached_tokens: number of tokens of the prompt that were not computed for this request: the prefix cache had them,
+        or they were computed for another request with the same prompt.
     """
 
     index: int
@@ -111,6 +113,7 @@ class Result:
     behavior_log_probs: np.ndarray
     text: str | None
     finish_reason: str
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

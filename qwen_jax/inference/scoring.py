@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.inference import programs
-from qwen_jax.inference.batch import PREFILL_TOKENS, bucket
+from qwen_jax.inference.admission import PREFILL_TOKENS, bucket
 from qwen_jax.inference.prefix_tree import PrefixTree, Reads, Step
 from qwen_jax.inference.programs import Programs, ScoringStep
 from qwen_jax.inference.requests import Score, check_ids

@@ -9,7 +9,8 @@ import pytest
 
 from qwen_jax.conversion import convert, load_pretrained, load_tokenizer
 from qwen_jax.inference import Engine, Request, SamplingConfig, programs
-from qwen_jax.inference.batch import bucket, rules_of
+from qwen_jax.inference.admission import bucket
+from qwen_jax.inference.batch import rules_of
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.fakes import random_run, small_model
 

@@ -27,10 +27,12 @@ def answers(engine: Engine) -> dict:
     engine.cancel(cancelled)
     while engine.live:
         chunks += engine.step()
+    alike = sorted(engine.generate([Request([9] * 40 + [i], 4) for i in range(3)]), key=lambda result: result.index)
     scores = engine.score([request.prompt for request in requests], [result.tokens for result in listed])
     return {
         "listed": [result.tokens for result in listed],
         "iterated": [result.tokens for result in iterated],
+        "alike": [(result.cached_tokens, *result.tokens) for result in alike],
         "text": "".join(chunk.text for chunk in chunks if chunk.handle is kept),
         "scores": [score.log_probs.tolist() for score in scores],
     }
@@ -40,7 +42,7 @@ def main(address: str, index: str, folder: str, output: str) -> None:
     """One of two processes with two devices each."""
     connect(JobConfig(address, 2, int(index)))
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    engine = Engine(*load_pretrained(folder, mesh=mesh), load_tokenizer(folder), mesh, slots=4)
+    engine = Engine(*load_pretrained(folder, mesh=mesh), load_tokenizer(folder), mesh, slots=4, prefix_cache_tokens=256)
     with open(output, "w") as file:
         json.dump(answers(engine), file)
 
@@ -70,6 +72,8 @@ def test_two_processes_give_what_one_gives(tmp_path, root, plain_environment):
     for output in outputs:
         found = json.loads(output.read_text())
         assert found["text"] == expected["text"]
+        assert [one[0] for one in found["alike"]] == [0, 32, 32] and [one[0] for one in expected["alike"]] == [0, 0, 0]
+        assert [one[1:] for one in found["alike"]] == [list(one[1:]) for one in expected["alike"]]
         for name in ("listed", "iterated"):
             assert list(map(tuple, found[name])) == expected[name]
         for one, other in zip(found["scores"], expected["scores"], strict=True):

@@ -1,0 +1,87 @@
+"""One request while the engine has it: its tokens so far, their text, and its end."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen_jax.inference.requests import LENGTH, STOP_ID, STOP_STRING, Handle, Request, Result, StreamChunk
+from qwen_jax.inference.text import TextStream, token_bytes
+
+
+class Row:
+    """One request from its submission to its end.
+
+    Attributes:
+      handle, tokenizer: of the request and the engine.
+      streaming: whether its chunks should come often.
+      inbox: where its chunks go.
+      place: its row in the batch; None before it has one.
+      finish_reason: None until it ends.
+      cached_tokens: as in `Result`.
+      version: of the prefix cache when the prompt was computed.
+    """
+
+    def __init__(self, handle: Handle, tokenizer, streaming: bool, inbox: deque):
+        self.handle, self.tokenizer, self.streaming, self.inbox = handle, tokenizer, streaming, inbox
+        self.place: int | None = None
+        self.tokens: list[int] = []
+        self.log_probs: list[float] = []
+        self.behavior_log_probs: list[float] = []
+        self.text = TextStream(handle.request.stop_strings) if tokenizer is not None else None
+        self.finish_reason: str | None = None
+        self.cached_tokens = self.version = 0
+
+    @property
+    def request(self) -> Request:
+        """The request."""
+        return self.handle.request
+
+    @property
+    def length(self) -> int:
+        """Number of positions so far."""
+        return self.request.prompt_length + len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        """The largest number of positions that it may have."""
+        return self.request.prompt_length + self.request.max_new_tokens
+
+    def take(self, tokens: Sequence[int], log_probs: Sequence[tuple[float, float]]) -> StreamChunk:
+        """Adds new tokens, up to the one that ends it; `log_probs` has the two of `next_tokens` for each."""
+        before, text = len(self.tokens), ""
+        for token, (log_prob, behavior) in zip(tokens, log_probs, strict=True):
+            self.tokens.append(token)
+            self.log_probs.append(log_prob)
+            self.behavior_log_probs.append(behavior)
+            if token in self.request.stop_ids:
+                self.finish_reason = STOP_ID
+            elif self.text is not None:
+                text += self.text.feed(token_bytes(self.tokenizer, token))
+                if self.text.stopped:
+                    self.finish_reason = STOP_STRING
+            if self.finish_reason is None and len(self.tokens) == self.request.max_new_tokens:
+                self.finish_reason = LENGTH
+            if self.finish_reason:
+                text += self.text.finish() if self.text is not None else ""
+                break
+        return StreamChunk(
+            self.handle,
+            tuple(self.tokens[before:]),
+            tuple(self.log_probs[before:]),
+            text if self.text is not None else None,
+            self.finish_reason,
+            self._result(self.finish_reason) if self.finish_reason else None,
+        )
+
+    def _result(self, finish_reason: str) -> Result:
+        return Result(
+            self.handle.index,
+            self.request,
+            tuple(self.tokens),
+            np.asarray(self.log_probs, np.float32),
+            np.asarray(self.behavior_log_probs, np.float32),
+            self.text.text if self.text is not None else None,
+            finish_reason,
+            self.cached_tokens,
+        )
