@@ -5,6 +5,7 @@
     python benchmarks/generate.py --preset 1.8b --dtypes bfloat16 --batches 1 64 --prompt 256 --new 256    # one GPU
     python benchmarks/generate.py --preset tiny --rounds 1 --new 8 --prompt 16     # does it run?
     python benchmarks/generate.py --base ../before         # the engine of another checkout instead of transformers
+    python benchmarks/generate.py --base ../before --samples 2     # two responses to each prompt, as PPO draws them
 
 Random weights are written as a `qwen2` folder, which both load. Both first continue the same prompts greedily: the
 tokens must be equal (in bfloat16, where rounding decides between near-equal logits, the share that is equal is
@@ -14,7 +15,7 @@ reading the weights and the cache from memory takes.
 
 With --base the engines of two checkouts take turns, each in a process of its own, on the same weights and prompts.
 Their tokens must be equal. CPU seconds, summed over the threads of a process, suffer less from other work on the
-machine.
+machine. With --samples each prompt is continued so many times, by draws at temperature 1.
 """
 
 import argparse
@@ -143,24 +144,29 @@ def measure(contest: Contest, dtype: str, new: int, rounds: int, bandwidth: floa
 ENGINE = """
 import json, sys, time
 from qwen_jax.conversion import load_pretrained
-from qwen_jax.inference import Engine, Request
+from qwen_jax.inference import Engine, Request, SamplingConfig
 engine = Engine(*load_pretrained(sys.argv[1], dtype=sys.argv[2]), slots=int(sys.argv[3]))
+samples = int(sys.argv[4])
+sampling = SamplingConfig(temperature=float(samples > 1))
 for line in sys.stdin:
     prompts, new = json.loads(line)
+    requests = [Request(prompt, new, sampling, seed=seed) for prompt in prompts for seed in range(samples)]
     wall, cpu = time.perf_counter(), time.process_time()
-    results = sorted(engine.generate([Request(prompt, new) for prompt in prompts]), key=lambda result: result.index)
+    results = sorted(engine.generate(requests), key=lambda result: result.index)
     seconds = time.perf_counter() - wall, time.process_time() - cpu
     print(json.dumps([*seconds, [result.tokens for result in results]]), flush=True)
 """
 
 
-def take_turns(base: Path, folder: Path, dtype: str, all_prompts: list[np.ndarray], new: int, rounds: int) -> None:
+def take_turns(
+    base: Path, folder: Path, dtype: str, all_prompts: list[np.ndarray], new: int, rounds: int, samples: int
+) -> None:
     """Compares the tokens and the times of the engines of two checkouts, and prints a line for each batch."""
     here = Path(__file__).resolve().parents[1]
-    slots = max(map(len, all_prompts))
+    slots = max(map(len, all_prompts)) * samples
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", ENGINE, folder, dtype, str(slots)],
+            [sys.executable, "-c", ENGINE, folder, dtype, str(slots), str(samples)],
             cwd=tree,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -211,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that are generated after each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bandwidth", type=float, help="of the memory, in GB/s")
+    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt, with --base")
     parser.add_argument("--base", type=path_argument, metavar="FOLDER", help="another checkout, to compare the engines")
     arguments = parser.parse_args(argv)
     device = jax.devices()[0].device_kind
@@ -224,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
             vocabulary = PRESETS[arguments.preset].vocab_size
             prompts = [random.integers(0, vocabulary, (batch, arguments.prompt)) for batch in arguments.batches]
             for dtype in arguments.dtypes:
-                take_turns(arguments.base, folder, dtype, prompts, arguments.new, arguments.rounds)
+                take_turns(arguments.base, folder, dtype, prompts, arguments.new, arguments.rounds, arguments.samples)
             return
         print(
             f"{arguments.preset} on {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
