@@ -10,7 +10,7 @@ _EXTRAS = {
     "lm_eval": "evaluation",
     "t5": "t5",
     **dict.fromkeys(("math_verify", "latex2sympy2_extended"), "evaluation"),
-    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "referencing"), "serve"),
     **dict.fromkeys(("jsonschema", "json5", "rouge_score", "jupyter_client", "ipykernel"), "agents"),
     "gguf": "gguf",
     **dict.fromkeys(("pytest", "hypothesis", "datasketch", "torch", "transformers"), "test"),

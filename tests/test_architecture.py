@@ -13,6 +13,8 @@ ENTRY_POINTS = (
     "qwen_jax.generate",
     "qwen_jax.chat",
     "qwen_jax.evaluate",
+    "qwen_jax.serve",
+    "qwen_jax.serving",
     "qwen_jax.configuration",
 )
 DATA_LIBRARIES = ("tensorflow", "seqio", "t5", "apache_beam", "tasks")
@@ -155,6 +157,19 @@ WALLS = {
         *TORCH,
         *ENTRY_POINTS,
     ),
+    "qwen_jax/serving": (
+        "qwen_jax.training",
+        "qwen_jax.alignment",
+        "qwen_jax.evaluation",
+        "qwen_jax.conversion",
+        "qwen_jax.checkpoints",
+        "flax",
+        "optax",
+        "gin",
+        *DATA_LIBRARIES,
+        *TORCH,
+        *(name for name in ENTRY_POINTS if name != "qwen_jax.serving"),
+    ),
     "qwen_jax/conversion": (
         "qwen_jax.training",
         "qwen_jax.inference",
@@ -196,6 +211,7 @@ def test_training_knows_a_model_protocol_and_no_decoder_or_metric(root):
         ("qwen_jax.train", ("tensorflow", "seqio", "apache_beam", "torch", "transformers", "matplotlib")),
         ("qwen_jax.generate", ("tensorflow", "seqio", "torch", "transformers", "gin")),
         ("qwen_jax.chat", ("tensorflow", "seqio", "torch", "transformers", "gin")),
+        ("qwen_jax.serve", ("tensorflow", "seqio", "torch", "transformers", "gin", "openai")),
         ("qwen_jax.evaluate", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
         ("qwen_jax.evaluation.perplexity", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
         ("qwen_jax.data.tokenizer", ("tensorflow", "seqio", "jax", "torch")),

@@ -1,0 +1,1 @@
+"""A server of OpenAI's protocol over the generation engine."""

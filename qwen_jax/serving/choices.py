@@ -1,0 +1,61 @@
+"""One choice of an answer: the engine's chunks of a continuation to what a client sees of it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from qwen_jax.inference import StreamChunk
+from qwen_jax.inference.requests import LENGTH
+from qwen_jax.inference.text import token_bytes
+from qwen_jax.serving.deltas import Reply, ToolCall
+from qwen_jax.serving.protocol import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a chunk adds to a choice.
+
+    Attributes:
+        content: text.
+        tokens: (bytes, log-probability) of each new token; the one that ended the reply is not among them if it is no
+            text.
+        finish_reason: "stop", "length" or "tool_calls" in the last part, else None.
+        call: the call of the reply, in the last part.
+    """
+
+    content: str
+    tokens: Sequence[tuple[bytes, float]]
+    finish_reason: str | None = None
+    call: ToolCall | None = None
+
+
+class Choice:
+    """A choice under way.
+
+    Args:
+        job: the job that it belongs to.
+        tokenizer: of the engine.
+    """
+
+    def __init__(self, job: Job, tokenizer):
+        self._tokenizer = tokenizer
+        self._reply = Reply(job.opening, job.tools)
+
+    def take(self, chunk: StreamChunk) -> Part:
+        """The part that a chunk makes."""
+        content = self._reply.feed(chunk.text or "")
+        pairs = zip(chunk.tokens, chunk.log_probs, strict=True)
+        stop_ids = chunk.request.stop_ids
+        tokens = [(token_bytes(self._tokenizer, one), prob) for one, prob in pairs if one not in stop_ids]
+        if chunk.finish_reason is None:
+            return Part(content, tokens)
+        truncated = chunk.finish_reason == LENGTH
+        rest, call = self._reply.finish(truncated)
+        reason = "tool_calls" if call else "length" if truncated else "stop"
+        return Part(content + rest, tokens, reason, call)
+
+
+def whole(parts: Sequence[Part]) -> Part:
+    """All parts of a choice as one."""
+    content = "".join(part.content for part in parts)
+    tokens = [token for part in parts for token in part.tokens]
+    return Part(content, tokens, parts[-1].finish_reason, parts[-1].call)

@@ -1,0 +1,223 @@
+"""Bodies of requests to requests of the engine (OpenAI's API reference: chat completions and completions)."""
+
+import dataclasses
+import functools
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen_jax.agents.react import STOP
+from qwen_jax.data.chatml import DEFAULT_SYSTEM, stop_ids
+from qwen_jax.data.conversations import Unusable, from_openai
+from qwen_jax.data.react import DEFAULT_STYLE
+from qwen_jax.inference import Request, SamplingConfig
+from qwen_jax.inference.requests import check_ids
+from qwen_jax.serving import fields
+from qwen_jax.serving.errors import CONTEXT_LENGTH, ApiError, bad_request
+from qwen_jax.serving.prompts import chat_prompt
+from qwen_jax.serving.tools import read_choice, read_tools
+
+_SEEDS = 2**32
+_UNSUPPORTED: dict[str, tuple[Sequence, str]] = {
+    "presence_penalty": ((0,), "leave it at 0, or use repetition_penalty"),
+    "frequency_penalty": ((0,), "leave it at 0, or use repetition_penalty"),
+    "logit_bias": (({},), "leave it out"),
+    "min_p": ((0,), "leave it out, or use top_p"),
+    "best_of": ((1,), "ask for n and choose"),
+}
+_UNSUPPORTED_CHAT = _UNSUPPORTED | {
+    "top_logprobs": ((0,), "logprobs has the tokens that were generated alone"),
+    "response_format": (({"type": "text"},), "replies are text: ask for the form in a message, or give a tool"),
+    "functions": (([],), "describe them in tools"),
+    "function_call": ((), "use tool_choice"),
+    "modalities": ((["text"],), "replies are text"),
+    "audio": ((), "replies are text"),
+    "web_search_options": ((), "give a tool that searches"),
+}
+_UNSUPPORTED_COMPLETION = _UNSUPPORTED | {
+    "logprobs": ((0, False), "0 gives those of the tokens that were generated; there are no others"),
+    "suffix": (("",), "leave it out"),
+    "echo": ((False,), "leave it out"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What is served, as far as requests are read by it.
+
+    Attributes:
+        model: name of the model.
+        tokenizer: of the engine.
+        vocab_size: number of ids of the model.
+        context_length: of the engine.
+        capacity: the largest number of continuations of one request.
+        sampling: where a request says nothing.
+        system: system message of a conversation without one.
+        tool_style: how tools are described, one of `qwen_jax.data.react.TRAINED_STYLES`.
+    """
+
+    model: str
+    tokenizer: Any
+    vocab_size: int
+    context_length: int
+    capacity: int
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0)
+    system: str = DEFAULT_SYSTEM
+    tool_style: str = DEFAULT_STYLE
+
+    @functools.cached_property
+    def most_characters(self) -> int:
+        """A text of more characters cannot fit into the context, even where four become one by normalization."""
+        return 4 * self.context_length * max(map(len, self.tokenizer.mergeable_ranks))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One request of a client.
+
+    Attributes:
+        requests: one for each choice of the answer, those of one prompt side by side.
+        chat: whether it is a chat completion.
+        stream, include_usage, logprobs: the fields of that name.
+        opening: text before the reply that was written for the model, see `Prompt`.
+        tools: JSON schema of the parameters, by name, of the tools that a reply may call; None: replies are plain text.
+    """
+
+    requests: tuple[Request, ...]
+    chat: bool
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+    opening: str = ""
+    tools: Mapping[str, Any] | None = None
+
+
+def parse_chat(body: Mapping, served: Served) -> Job:
+    """A job of the body of `/v1/chat/completions`.
+
+    Raises:
+        ApiError: the body is not one that this server answers.
+    """
+    _check_model(body, served)
+    fields.refuse_unsupported(body, _UNSUPPORTED_CHAT)
+    tools = read_tools(body)
+    choice = read_choice(body, tools)
+    if not isinstance(body.get("messages"), list):
+        raise bad_request("messages", f"must be a list of messages, found {fields.shown(body.get('messages'))}")
+    try:
+        conversation = from_openai({"messages": body["messages"], "tools": list(tools)})
+    except (Unusable, ValueError) as error:
+        raise bad_request("messages", str(error)) from None
+    _check_size(sum(len(message.content) for message in conversation.messages), "messages", served)
+    prompt = chat_prompt(served.tokenizer, conversation, choice, served.system, served.tool_style)
+    stops = fields.stop_strings(body)
+    schemas = None
+    if prompt.tools or prompt.opening:
+        stops = (*stops, STOP)
+        schemas = {one["function"]["name"]: one["function"]["parameters"] for one in tools}
+        schemas = {name: schemas[name] for name in prompt.tools}
+    requests = _requests(body, [prompt.ids], "messages", stops, served)
+    return Job(requests, True, *_form(body), fields.flag(body, "logprobs"), prompt.opening, schemas)
+
+
+def parse_completion(body: Mapping, served: Served) -> Job:
+    """A job of the body of `/v1/completions`: `prompt` is text, token ids, or a list of either.
+
+    Raises:
+        ApiError: the body is not one that this server answers.
+    """
+    _check_model(body, served)
+    fields.refuse_unsupported(body, _UNSUPPORTED_COMPLETION)
+    given = body.get("prompt")
+    many = isinstance(given, list) and bool(given) and all(isinstance(one, str | list) for one in given)
+    prompts = given if isinstance(given, list) and many else [given]
+    if len(prompts) > served.capacity:
+        raise bad_request("prompt", f"there may be {served.capacity} prompts at most, found {len(prompts)}")
+    ids = [_prompt_ids(one, served) for one in prompts]
+    requests = _requests(body, ids, "prompt", fields.stop_strings(body), served)
+    logprobs = body.get("logprobs")
+    return Job(requests, False, *_form(body), logprobs is not None and logprobs is not False)
+
+
+def _prompt_ids(given: object, served: Served) -> Sequence[int]:
+    if isinstance(given, str) and given:
+        _check_size(len(given), "prompt", served)
+        return served.tokenizer.encode(given)
+    if isinstance(given, list) and given and all(type(one) is int for one in given):
+        try:
+            return check_ids(given, "prompt", served.vocab_size)
+        except (ValueError, OverflowError) as error:
+            raise bad_request("prompt", str(error)) from None
+    raise bad_request("prompt", f"must be text or token ids, not empty, or a list of them, found {fields.shown(given)}")
+
+
+def _check_model(body: Mapping, served: Served) -> None:
+    if body.get("model") not in (None, served.model):
+        name = fields.shown(body["model"])
+        message = f"the model {name} is not served here; the one that is has the name {served.model!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _check_size(characters: int, param: str, served: Served) -> None:
+    """Refuses text that cannot fit before it is encoded."""
+    if characters > served.most_characters:
+        raise _too_long(param, f"{characters} characters", served)
+
+
+def _too_long(param: str, found: str, served: Served) -> ApiError:
+    return bad_request(
+        param,
+        f"{found}: prompt and continuation together may have at most {served.context_length} tokens; shorten the "
+        "prompt or lower max_tokens",
+        CONTEXT_LENGTH,
+    )
+
+
+def _form(body: Mapping) -> tuple[bool, bool]:
+    """Whether to stream, and whether a last chunk tells the usage."""
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise bad_request("stream_options", f"must be an object, found {fields.shown(options)}")
+    return fields.flag(body, "stream"), fields.flag(options or {}, "include_usage")
+
+
+def _requests(
+    body: Mapping, prompts: Sequence[Sequence[int]], param: str, stops: Sequence[str], served: Served
+) -> tuple[Request, ...]:
+    """`n` requests for each prompt, which differ in their seeds."""
+    count = fields.integer(body, "n", 1, served.capacity // len(prompts)) or 1
+    most = fields.integer(body, "max_completion_tokens", 1) or fields.integer(body, "max_tokens", 1)
+    seed = fields.integer(body, "seed", -(2**63), 2**64)
+    seed = secrets.randbits(32) if seed is None else seed
+    sampling = _sampling(body, served.sampling)
+    requests = []
+    for ids in prompts:
+        room = served.context_length - len(ids)
+        if room < (most or 1):
+            raise _too_long(param, f"prompt of {len(ids)} tokens + {most or 1} new ones", served)
+        for _ in range(count):
+            requests.append(
+                Request(
+                    ids,
+                    most or room,
+                    sampling,
+                    stop_ids(served.tokenizer),
+                    tuple(stops),
+                    (seed + len(requests)) % _SEEDS,
+                )
+            )
+    return tuple(requests)
+
+
+def _sampling(body: Mapping, default: SamplingConfig) -> SamplingConfig:
+    top_k = fields.integer(body, "top_k", -1, 2**31 - 1)
+    values = {
+        name: fields.number(body, name, getattr(default, name))
+        for name in ("temperature", "top_p", "repetition_penalty")
+    }
+    try:
+        # Other servers take -1, too, for all tokens.
+        return SamplingConfig(**values, top_k=default.top_k if top_k is None else max(top_k, 0))
+    except (ValueError, OverflowError) as error:
+        name = next((name for name in values if str(error).startswith(name)), None)
+        raise bad_request(name, str(error).removeprefix(f"{name} ")) from None

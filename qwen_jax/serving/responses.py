@@ -1,0 +1,122 @@
+"""Answers as OpenAI's API writes them, whole or in chunks."""
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwen_jax.serving.choices import Part
+from qwen_jax.serving.deltas import ToolCall
+from qwen_jax.serving.protocol import Job
+
+DONE = b"data: [DONE]\n\n"
+
+
+def dump(content: object) -> bytes:
+    """JSON in UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def event(content: object) -> bytes:
+    """One event of a stream."""
+    return b"data: " + dump(content) + b"\n\n"
+
+
+class Answer:
+    """Writes the answer to one job.
+
+    Args:
+        job: the job.
+        model: name of the model.
+    """
+
+    def __init__(self, job: Job, model: str):
+        self._job = job
+        self._chat = job.chat
+        self._head = {
+            "id": f"{'chatcmpl' if job.chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, parts: Sequence[Part], usage: dict[str, int]) -> dict[str, Any]:
+        """The answer as one object, of all choices in order."""
+        choices = []
+        for index, part in enumerate(parts):
+            choice: dict[str, Any] = {"index": index, "finish_reason": part.finish_reason, "logprobs": None}
+            if self._job.logprobs:
+                choice["logprobs"] = self._log_probs(index, part)
+            if not self._chat:
+                choices.append(choice | {"text": part.content})
+                continue
+            message: dict[str, Any] = {"role": "assistant", "content": part.content}
+            if part.call is not None:
+                message |= {"content": part.content or None, "tool_calls": [_call(part.call)]}
+            choices.append(choice | {"message": message})
+        kind = "chat.completion" if self._chat else "text_completion"
+        return {"object": kind, **self._head, "choices": choices, "usage": usage}
+
+    def begin(self) -> Iterator[bytes]:
+        """The first events of a stream: who speaks, once for each choice, in their order."""
+        if self._chat:
+            for index in range(len(self._job.requests)):
+                yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
+
+    def events(self, index: int, part: Part) -> Iterator[bytes]:
+        """The events of a part of choice `index`. Fields without a value are left out, as the client adds deltas up."""
+        choice: dict[str, Any] = {"index": index}
+        if self._job.logprobs and part.tokens:
+            choice["logprobs"] = self._log_probs(index, part)
+        if part.content or "logprobs" in choice:
+            text = {"delta": {"content": part.content}} if self._chat else {"text": part.content}
+            yield self._chunk(choice | text)
+        if part.call is not None:
+            yield self._chunk({"index": index, "delta": {"tool_calls": [{"index": 0, **_call(part.call)}]}})
+        if part.finish_reason is not None:
+            text = {"delta": {}} if self._chat else {"text": ""}
+            yield self._chunk({"index": index, "finish_reason": part.finish_reason, **text})
+
+    def end(self, usage: dict[str, int]) -> Iterator[bytes]:
+        """The last events: the usage where it is asked for, and the mark of the end."""
+        if self._job.include_usage:
+            yield self._chunk(None, usage=usage)
+        yield DONE
+
+    def _chunk(self, choice: dict[str, Any] | None, **more: object) -> bytes:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        choices = [] if choice is None else [choice]
+        return event({"object": kind, **self._head, "choices": choices, **more})
+
+    def _log_probs(self, index: int, part: Part) -> dict[str, Any]:
+        texts = [data.decode("utf-8", "replace") for data, _ in part.tokens]
+        if self._chat:
+            content = [
+                {"token": text, "logprob": log_prob, "bytes": list(data), "top_logprobs": []}
+                for text, (data, log_prob) in zip(texts, part.tokens, strict=True)
+            ]
+            return {"content": content}
+        offset, offsets = self._offsets.get(index, 0), []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[index] = offset
+        probs = [log_prob for _, log_prob in part.tokens]
+        return {"tokens": texts, "token_logprobs": probs, "top_logprobs": None, "text_offset": offsets}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def usage(job: Job, completion_tokens: int) -> dict[str, int]:
+    """Numbers of tokens; a prompt is counted once, whatever `n`."""
+    # The requests of one prompt share its list of ids.
+    prompt_tokens = sum({id(request.prompt): len(request.prompt) for request in job.requests}.values())
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
