@@ -2,6 +2,10 @@
 
 import dataclasses
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,8 +13,10 @@ import pytest
 
 from qwen_jax.alignment.dpo import REFERENCE_COLUMN, response_log_probs
 from qwen_jax.conversion import load_pretrained, load_tokenizer
+from qwen_jax.conversion.load import read_model_config
 from qwen_jax.data import derived
 from qwen_jax.data.loader import ExampleLoader
+from qwen_jax.distributed.hosts import JobConfig, connect
 from qwen_jax.models.lora import LoraConfig
 from qwen_jax.reference_column import ReferenceModel, with_reference
 from qwen_jax.sharding import MeshConfig, make_mesh
@@ -50,7 +56,7 @@ def loaders(cache):
 
 def add(reference, cache, axes=None, **changes):
     mesh = make_mesh(MeshConfig(**axes)) if axes else make_mesh(MeshConfig(), jax.devices()[:1])
-    config = dataclasses.replace(load_pretrained(reference)[0].config, **changes)
+    config = dataclasses.replace(read_model_config(reference), **changes)
     return with_reference(ReferenceModel(reference), loaders(cache), config, mesh, batch_size=8)
 
 
@@ -88,6 +94,37 @@ def test_eight_devices_write_the_same_column(reference, cache, computed):
     train_set, _ = add(reference, cache, dict(data=2, fsdp=2, sequence=2))
     model, params = load_pretrained(reference)
     batch = train_set.read(0, 12)
+    np.testing.assert_allclose(batch[REFERENCE_COLUMN], response_log_probs(model, params, batch), atol=1e-5)
+
+
+def main(address, index, reference, cache):
+    """One of two processes with two devices each."""
+    connect(JobConfig(coordinator_address=address, num_processes=2, process_id=int(index)))
+    add(Path(reference), Path(cache), dict(data=2, fsdp=2))
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_column(reference, cache, root, plain_environment):
+    """Process 0 writes, and both read what it wrote."""
+    program = "import sys; from tests.alignment.test_reference_column import main; main(*sys.argv[1:])"
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        address = f"localhost:{one.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, str(index), reference, cache],
+            cwd=root,
+            env=plain_environment | {"JAX_NUM_CPU_DEVICES": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(said)
+    model, params = load_pretrained(reference)
+    train_set, _ = add(reference, cache)
+    batch = train_set.read(0, 23)
     np.testing.assert_allclose(batch[REFERENCE_COLUMN], response_log_probs(model, params, batch), atol=1e-5)
 
 
