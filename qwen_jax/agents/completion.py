@@ -4,7 +4,9 @@ import concurrent.futures
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from qwen_jax.data import chatml
 
 if TYPE_CHECKING:
     from qwen_jax.inference import Engine
@@ -21,14 +23,23 @@ def engine_completer(
     top_p: float = 1.0,
     max_new_tokens: int = 512,
     stop: Sequence[str] = (),
+    chat: bool = False,
 ) -> Completer:
-    """Continues by an engine with a tokenizer. Names of control tokens in prompts stay text."""
+    """Continues by an engine with a tokenizer. Names of control tokens in prompts stay text.
+
+    Args:
+      chat: a prompt is the first message of a user, in ChatML, and the reply that of the assistant.
+    """
     from qwen_jax.inference import Request, SamplingConfig  # loads JAX, which a server's client does not need
 
     sampling = SamplingConfig(temperature=temperature, top_p=top_p)
     tokenizer = engine.tokenizer
     assert tokenizer is not None  # as the docstring asks
-    encode = tokenizer.encode
+
+    def encode(prompt: str) -> list[int]:
+        messages = [{"role": "user", "content": prompt}]
+        return chatml.encode_prompt(tokenizer, messages) if chat else tokenizer.encode(prompt)
+
     ends = (tokenizer.endoftext_id, tokenizer.im_end_id)
 
     def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -51,11 +62,13 @@ def server_completer(
     top_p: float = 1.0,
     max_new_tokens: int = 512,
     stop: Sequence[str] = (),
+    chat: bool = False,
     at_once: int = 8,
 ) -> Completer:
     """Continues by `/v1/completions` of a server, a few prompts at once.
 
     Args:
+      chat: by `/v1/chat/completions`; a prompt is the message of a user.
       url: of the server, with or without `/v1`.
       model: a name that the server knows.
 
@@ -67,21 +80,23 @@ def server_completer(
     import openai
 
     base = url.rstrip("/")
-    client = openai.OpenAI(base_url=base if base.endswith("/v1") else f"{base}/v1", api_key=api_key, max_retries=0)
+    options: dict[str, Any] = {
+        "model": model,
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "stop": list(stop) or None,
+    }
+    client: Any = openai.OpenAI(base_url=base if base.endswith("/v1") else f"{base}/v1", api_key=api_key, max_retries=0)
 
     def one(prompt: str, seed: int) -> str:
         for attempt in itertools.count(1):
             try:
-                answer = client.completions.create(
-                    model=model,
-                    prompt=prompt,
-                    max_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    stop=list(stop) or None,
-                    seed=seed,
-                )
-                return answer.choices[0].text
+                if chat:
+                    messages = [{"role": "user", "content": prompt}]
+                    said = client.chat.completions.create(messages=messages, seed=seed, **options)
+                    return said.choices[0].message.content or ""
+                return client.completions.create(prompt=prompt, seed=seed, **options).choices[0].text
             except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError):
                 if attempt == _TRIES:
                     raise

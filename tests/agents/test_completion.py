@@ -9,17 +9,23 @@ import pytest
 
 from qwen_jax.agents import completion
 from qwen_jax.agents.completion import engine_completer, server_completer
+from qwen_jax.data.chatml import encode_prompt, stop_ids
 from qwen_jax.generate import load_engine
+from qwen_jax.inference import Request
 from tests.fakes import random_run
 
 
 def test_the_engine_gives_one_reply_a_prompt_in_order(tmp_path):
-    sizes = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=32, context_length=64)
+    sizes = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=32, context_length=128)
     engine = load_engine(random_run(tmp_path, **sizes), slots=2)
     complete = engine_completer(engine, temperature=0.8, max_new_tokens=5, stop=["\n\n"])
     prompts, seeds = ["one", "two", "three <|im_end|>"], [1, 2, 3]
     replies = complete(prompts, seeds)
     assert complete(prompts[2:], seeds[2:]) == replies[2:] and complete(prompts, [7, 8, 9]) != replies
+    chat = engine_completer(engine, max_new_tokens=5, chat=True)
+    ids = encode_prompt(engine.tokenizer, [{"role": "user", "content": "x"}])
+    expected = engine.generate([Request(ids, 5, stop_ids=stop_ids(engine.tokenizer))])
+    assert chat(["x"], [0]) == [one.text for one in expected]
 
 
 class Busy(http.server.BaseHTTPRequestHandler):
@@ -28,7 +34,11 @@ class Busy(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         status = self.statuses.pop(0) if self.statuses else 200
-        choice = {"index": 0, "text": f"{asked['prompt']} {asked['seed']}", "finish_reason": "stop", "logprobs": None}
+        choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
+        if self.path == "/v1/chat/completions":
+            choice["message"] = {"role": "assistant", "content": f"chat {asked['messages'][-1]['content']}"}
+        else:
+            choice["text"] = f"{asked['prompt']} {asked['seed']}"
         answer = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
         body = json.dumps(answer if status == 200 else {"error": {"message": "later"}}).encode()
         self.send_response(status)
@@ -50,6 +60,7 @@ def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(monkeypatch):
         complete = server_completer(f"http://127.0.0.1:{server.server_port}", "m", at_once=2)
         Busy.statuses = [429, 503]
         assert complete(["a", "b", "c"], [1, 2, 3]) == ["a 1", "b 2", "c 3"] and len(waited) == 2
+        assert server_completer(f"http://127.0.0.1:{server.server_port}/v1", "m", chat=True)(["a"], [1]) == ["chat a"]
         Busy.statuses = [400]
         with pytest.raises(openai.BadRequestError):
             complete(["a"], [1])
