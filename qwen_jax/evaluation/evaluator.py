@@ -320,6 +320,15 @@ def settings(
     return found
 
 
+def figures(benchmark: Benchmark, example: Example, row: Mapping) -> dict[str, float]:
+    """The further figures of a recorded answer, see `Generation.figures`."""
+    answers = benchmark.answered_by(example, row["chat"])
+    if isinstance(answers, Choices):
+        return {}
+    extracted = next(iter(row["extracted"].values()))
+    return {name: float(figure(extracted, example)) for name, figure in answers.figures.items()}
+
+
 def entry(
     benchmark: Benchmark,
     examples: Sequence[Example],
@@ -347,7 +356,8 @@ def entry(
         )
     in_order = [rows[example.id] for example in examples]
     predictions = [
-        {name: row[name] for name in ("id", "subject", "extracted", "score")} | {"weight": example.weight}
+        {name: row[name] for name in ("id", "subject", "extracted", "score")}
+        | {"weight": example.weight, "figures": figures(benchmark, example, row)}
         for example, row in zip(examples, in_order, strict=True)
     ]
     return Entry(
