@@ -146,7 +146,7 @@ class Interpreter:
         self._run: Process | None = None
         self._received = b""
         self._errors = b""
-        self._interrupted = False
+        self._running = self._interrupted = False
 
     def execute(self, code: str, *, timeout_s: float | None = None) -> Execution:
         """Runs a snippet and returns what it did; an error of the snippet is no exception here.
@@ -162,23 +162,26 @@ class Interpreter:
             began = time.monotonic()
             if self._run is None:
                 self._start()
-            self._interrupted = False
             limits = {name: getattr(self.limits, name) for name in ("text", "images", "image_bytes")}
             until = time.monotonic() + (timeout_s or self.limits.timeout_s)
             result = _Collected(self.limits)
             try:
+                self._interrupted = False
                 self._send({"code": code, "limits": limits}, until + self.limits.grace_s)
+                self._running = True
                 self._collect(result, until)
             except _Broken as broken:
                 result.end(self._end(broken.reason))
             except BaseException:
                 self._end("abandoned")
                 raise
+            finally:
+                self._running = False
             return result.execution(time.monotonic() - began)
 
     def interrupt(self) -> None:
         """Interrupts the snippet that another thread runs; its state stays. Does nothing if there is none."""
-        if self._turn.locked() and self._run is not None:
+        if self._running:
             self._interrupted = True
             try:
                 self._send({"interrupt": True}, time.monotonic() + self.limits.grace_s)

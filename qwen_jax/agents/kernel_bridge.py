@@ -33,6 +33,7 @@ FOLDER = "/box/tmp/kernel"
 CONNECTION: dict[str, Any] = {"transport": "ipc", "ip": f"{FOLDER}/socket", "signature_scheme": "hmac-sha256"}
 PORTS: dict[str, Any] = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
 _CHUNK = 1 << 16
+_REPLY_MS = 1000  # so long the reply may come after the end of a snippet
 _SETTLE_S = 1.0  # at most so long a snippet's end waits for what its child processes wrote
 _FLOOD = 64  # a snippet that prints this many times what is kept is interrupted
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -147,7 +148,7 @@ class Snippet:
         self.message_id = message_id
         self.limits = limits
         self.reply: dict | None = None
-        self.idle = False
+        self.started = self.idle = self.interrupted = False
         self.error: dict | None = None
         self.text = self.text_cut = self.images = self.images_cut = self.image_size = 0
         self.flooded = False
@@ -179,7 +180,11 @@ class Bridge:
         for source in (self.shell, self.iopub, self.ended, 0):
             poller.register(source, zmq.POLLIN)
         while True:
-            ready = {source for source, _ in poller.poll()}
+            ended = self.snippet is not None and self.snippet.idle
+            ready = {source for source, _ in poller.poll(_REPLY_MS if ended else None)}
+            if not ready and self.snippet is not None:
+                # The interrupt met the kernel itself, just before or after the snippet: there will be no reply.
+                self.finish(self.snippet, {"status": "error", "ename": "KeyboardInterrupt"})
             if 0 in ready and not self.read_commands():
                 return
             if self.shell in ready:
@@ -213,10 +218,13 @@ class Bridge:
                 self.snippet = Snippet(message["header"]["msg_id"], command["limits"])
                 self.session.send(self.shell, message)
             elif "interrupt" in command and self.snippet is not None:
-                self.interrupt()
+                self.interrupt(self.snippet)
         return bool(data)
 
-    def interrupt(self) -> None:
+    def interrupt(self, snippet: Snippet) -> None:
+        snippet.interrupted = True
+        if not snippet.started:
+            return  # the kernel ignores signals between snippets: it is sent with the beginning
         try:
             os.killpg(self.kernel, signal.SIGINT)
         except ProcessLookupError:
@@ -244,6 +252,10 @@ class Bridge:
             snippet.reply = content
         elif kind == "status":
             snippet.idle |= content.get("execution_state") == "idle"
+        elif kind == "execute_input" and not snippet.started:
+            snippet.started = True
+            if snippet.interrupted:
+                self.interrupt(snippet)
         elif not snippet.idle:
             self.show(snippet, kind, content)
         else:
@@ -287,7 +299,7 @@ class Bridge:
             say({"kind": kind, "text": plain(text[:room])})
         if snippet.text > _FLOOD * most and not snippet.flooded:
             snippet.flooded = True
-            self.interrupt()
+            self.interrupt(snippet)
 
     def picture(self, snippet: Snippet, data: str) -> None:
         limits = snippet.limits

@@ -157,3 +157,12 @@ def test_a_new_kernel_has_nothing_of_the_old_one(interpreter):
 def test_limits_are_positive():
     with pytest.raises(ValueError, match="timeout_s is 0: limits are positive"):
         Limits(timeout_s=0)
+
+
+def test_an_interrupt_at_any_moment_costs_no_state(interpreter):
+    """Before the kernel has begun a snippet it ignores signals, and just after it there is no reply."""
+    interpreter.execute("kept = 'kept'")
+    for tenths in range(12):
+        done = interpreter.execute("while True: pass", timeout_s=1e-4 + tenths * 1e-3)
+        assert (done.status, done.state_lost) == ("timeout", False)
+    assert interpreter.execute("kept").text == "'kept'\n"
