@@ -27,6 +27,7 @@ with quick_imports():
     from qwen_jax.agents.builtin import builtin_tools
     from qwen_jax.agents.models import of_engine
     from qwen_jax.agents.tools import Tools, load_tools
+    from qwen_jax.chat import valid_text
     from qwen_jax.compilation_cache import programs_kept
     from qwen_jax.generate import load_engine
     from qwen_jax.inference import SamplingConfig
@@ -98,11 +99,14 @@ def answer(
     engine = load_engine(checkpoint, dtype, slots=1)
     sampling = SamplingConfig(temperature=temperature, top_p=top_p)
     model = of_engine(engine, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed)
-    agent = Agent(model, tools, system=system, style=style, rule=rule, most_calls=most_calls)
+    agent = Agent(model, tools, system=valid_text(system), style=style, rule=rule, most_calls=most_calls)
     transcript = agent.begin()
-    for question in questions:
+    for question in map(valid_text, questions):
         print(f"Question: {escape(question)}", file=out)
-        show(agent.run(question, transcript), out)
+        try:
+            show(agent.run(question, transcript), out)
+        except KeyboardInterrupt:
+            transcript.problem = "stopped"
         if transcript.ended != ANSWERED:
             print(f"note: no final answer: {escape(transcript.problem)}", file=sys.stderr, flush=True)
             break

@@ -90,12 +90,27 @@ def test_a_question_that_does_not_fit_ends_in_a_sentence(engine, checkpoint, cap
 def test_the_command_answers_and_saves(checkpoint, tmp_path, capsys):
     save = tmp_path / "traces.jsonl"
     flags = ["--checkpoint", str(checkpoint), "--max_new_tokens=8", "--save", str(save)]
-    assert main([*flags, "--query", "What\x1b is it?", "--date", "2023-09-28"]) == 0
+    assert main([*flags, "--query", "What\x1b\udcff is it?", "--date", "2023-09-28"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith("Question: What\\x1b is it?\n") and "the reply was cut after 8 tokens" not in shown.out
+    assert (
+        shown.out.startswith("Question: What\\x1b\ufffd is it?\n")
+        and "the reply was cut after 8 tokens" not in shown.out
+    )
     (row,) = map(json.loads, save.read_text().splitlines())
     assert [tool["name"] for tool in row["tools"]] == ["calculator", "country", "date"]
-    assert row["messages"][1]["content"] == "What\x1b is it?" and row["ended"] == "answered"
+    assert row["messages"][1]["content"] == "What\x1b\ufffd is it?" and row["ended"] == "answered"
+
+
+def test_ctrl_c_ends_a_run_and_what_was_whole_is_saved(checkpoint, tmp_path, monkeypatch, capsys):
+    def interrupted(self, request):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen_jax.inference.Engine.stream", interrupted)
+    save = tmp_path / "traces.jsonl"
+    assert main(["--checkpoint", str(checkpoint), "--query", "Q?", "--save", str(save)]) == 1
+    assert "note: no final answer: stopped" in capsys.readouterr().err
+    (row,) = map(json.loads, save.read_text().splitlines())
+    assert [one["role"] for one in row["messages"]] == ["system", "user"] and row["ended"] == ""
 
 
 def test_a_person_gives_the_results_of_tools_without_code(checkpoint, tmp_path, monkeypatch):
