@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -28,6 +29,15 @@ RETRY_SECONDS = 1
 # A body that is too large is read to its end, up to so many times the limit, as a client that is still sending would
 # see a broken connection instead of the answer, and send it again.
 _DRAINED = 8
+_PAGE_FOLDER = Path(__file__).parent / "page"
+_PAGE = {"index.html": "text/html", "chat.css": "text/css", "chat.js": "text/javascript"}
+# The page uses nothing but this server, and no other page may show it in a frame.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 
 
 class Service:
@@ -259,12 +269,20 @@ def create_app(service: Service) -> Starlette:
         service.check_caller(request)
         return Response(service.metrics.text(), headers={"content-type": service.metrics.content_type})
 
+    async def page(request: Request) -> Response:
+        name = request.path_params.get("name", "index.html")
+        if name not in _PAGE:
+            raise HTTPException(404, "Not Found")
+        return Response((_PAGE_FOLDER / name).read_bytes(), media_type=_PAGE[name], headers=_PAGE_HEADERS)
+
     routes = [
         Route("/v1/chat/completions", _counted(service, chat_completions), methods=["POST"]),
         Route("/v1/completions", _counted(service, completions), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
+        Route("/", page),
+        Route("/page/{name}", page),
         Route("/metrics", metrics),
     ]
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
