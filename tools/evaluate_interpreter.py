@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,12 +21,11 @@ if str(ROOT) not in sys.path:
 from tqdm import tqdm
 
 from qwen_jax import files
-from qwen_jax.agents import react
 from qwen_jax.agents.interpreter import Limits
+from qwen_jax.agents.models import of_engine
 from qwen_jax.command_line import path_argument, run
 from qwen_jax.compilation_cache import programs_kept
-from qwen_jax.data import chatml
-from qwen_jax.data.react import DEFAULT_STYLE, STYLES, Said
+from qwen_jax.data.react import DEFAULT_STYLE, STYLES
 from qwen_jax.evaluation.interpreter_benchmark import (
     REPORT,
     TIMEOUT_S,
@@ -38,24 +36,6 @@ from qwen_jax.evaluation.interpreter_benchmark import (
     solve,
 )
 from qwen_jax.generate import load_engine
-from qwen_jax.inference import Engine, Request
-
-
-def completion_of(engine: Engine, max_new_tokens: int):
-    """Greedy replies of an engine with a tokenizer; an empty one where the context has no room."""
-    tokenizer = engine.tokenizer
-    assert tokenizer is not None  # of a checkpoint there is one
-
-    def complete(said: Sequence[Said], stops: Sequence[str]) -> str:
-        ids = react.encode(tokenizer, said)
-        room = min(max_new_tokens, engine.context_length - len(ids))
-        if room < 1:
-            return ""
-        request = Request(ids, room, stop_ids=chatml.stop_ids(tokenizer), stop_strings=tuple(stops))
-        (result,) = engine.generate([request])
-        return result.text or ""
-
-    return complete
 
 
 def table(found: dict) -> str:
@@ -87,9 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     arguments = parser.parse_args(argv)
     logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)
+    logging.getLogger("qwen_jax.agents").setLevel(logging.ERROR)  # it warns of each reply that is cut
     questions = read_questions(arguments.questions)[: arguments.limit]
     engine = load_engine(arguments.checkpoint, arguments.dtype, slots=1)
-    solver = react_solver(completion_of(engine, arguments.max_new_tokens), arguments.style)
+    solver = react_solver(of_engine(engine, max_new_tokens=arguments.max_new_tokens), arguments.style)
     solutions = []
     with ProbedInterpreter(Limits(timeout_s=arguments.timeout_s)) as interpreter:
         for question in tqdm(questions, unit="question"):

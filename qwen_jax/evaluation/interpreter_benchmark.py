@@ -24,9 +24,10 @@ from typing import Any
 
 from qwen_jax import files
 from qwen_jax.agents import react
+from qwen_jax.agents.agent import Complete
 from qwen_jax.agents.code_interpreter import CodeInterpreter
 from qwen_jax.agents.interpreter import Execution, Interpreter
-from qwen_jax.data.react import DEFAULT_STYLE, Said
+from qwen_jax.data.react import DEFAULT_STYLE
 from qwen_jax.evaluation import extraction
 
 MATH, VISUALIZATION, GENERAL = "math", "visualization", "general"
@@ -193,11 +194,11 @@ class ProbedInterpreter(Interpreter):
         return done
 
 
-def react_solver(complete: Callable[[Sequence[Said], Sequence[str]], str], style: str = DEFAULT_STYLE) -> Solver:
+def react_solver(complete: Complete, style: str = DEFAULT_STYLE) -> Solver:
     """Solves as the released conversation does: at most `MOST_CALLS` calls of the model, and none after an error.
 
     Args:
-      complete: the model: turns and stop strings to text.
+      complete: the model, such as `qwen_jax.agents.models.of_engine`.
       style: of the prompts, a key of `qwen_jax.data.react.STYLES`.
     """
 
@@ -207,7 +208,11 @@ def react_solver(complete: Callable[[Sequence[Said], Sequence[str]], str], style
         for _ in range(MOST_CALLS[question.kind]):
             said = react.prompt({"messages": messages, "tools": [tool.definition]}, style)
             goes_on = "Thought:" if said[-1].role == "assistant" else ""
-            text = goes_on + react.trim(complete(said, react.stop_strings(style)), react.stop_strings(style))
+            stops = react.stop_strings(style)
+            try:
+                text = goes_on + react.trim("".join(complete(said, stops)), stops)
+            except ValueError:  # no room left in the context
+                break
             completion.append(text)
             reply = react.parse(text, react.RULE_OF_STYLE[style])
             if not reply.name:

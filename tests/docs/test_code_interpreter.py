@@ -20,7 +20,7 @@ def test_the_examples_print_what_the_page_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = blocks("code_interpreter.md")
     examples = [(text, page[i + 1][1]) for i, (kind, text) in enumerate(page) if kind == "python"]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for text, expected in examples:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

@@ -141,8 +141,9 @@ def test_figures_are_compared_with_the_figure_object(probed):
         assert check_figure({"kinds": ["bar"]}, wrong)
 
 
-def test_the_solutions_of_questions_made_by_rule_are_correct(probed, tmp_path, tool):
-    tool("make_interpreter_questions").main(["--output", str(tmp_path), "--count=2", "--seed=4"])
+@pytest.mark.parametrize("count", [1, pytest.param(16, marks=pytest.mark.slow)])
+def test_the_solutions_of_questions_made_by_rule_are_correct(probed, tmp_path, tool, count):
+    tool("make_interpreter_questions").main(["--output", str(tmp_path), f"--count={count}", "--seed=4"])
     questions = read_questions(tmp_path / "questions.jsonl")
     codes = {row["id"]: row["code"] for row in map(json.loads, (tmp_path / "solutions.jsonl").open())}
 
@@ -154,12 +155,12 @@ def test_the_solutions_of_questions_made_by_rule_are_correct(probed, tmp_path, t
         return "", tool("import matplotlib.pyplot as plt\nplt.step([1], [3])\nplt.show()\n-1")
 
     right = scores(questions, [solve(question, solver, probed) for question in questions])
-    columns = {MATH: 2, "visualization-easy": 2, "visualization-hard": 2, GENERAL: 2}
+    columns = dict.fromkeys((MATH, "visualization-easy", "visualization-hard", GENERAL), count)
     assert right["correct"] == {name: {"share": 100.0, "of": of} for name, of in columns.items()}
     assert right["executable"] == {
-        name: {"share": 100.0, "of": of} for name, of in ((MATH, 2), (VISUALIZATION, 4), (GENERAL, 2))
+        name: {"share": 100.0, "of": of} for name, of in ((MATH, count), (VISUALIZATION, 2 * count), (GENERAL, count))
     }
-    assert right["correct (released rule)"] == {MATH: {"share": 100.0, "of": 2}}
+    assert right["correct (released rule)"] == {MATH: {"share": 100.0, "of": count}}
     off = scores(questions, [solve(question, wrong, probed) for question in questions[:4]])
     assert {column["share"] for column in off["correct"].values()} == {0.0}
     assert isinstance(probed, Interpreter)
