@@ -8,8 +8,8 @@
 #   its end; request.is_disconnected() tells it True, but False once any BaseHTTPMiddleware is installed.
 # Who suffers: inference servers: rows, memory of the cache and time go to clients that left; a test with one request
 #   sees nothing, since a later request triggers the collection.
-# qwen_jax: has no server yet. Streams must be async generators that free their row in `finally`, non-streaming
-#   requests must wait on the engine and on http.disconnect together, and middleware must be plain ASGI.
+# qwen_jax: the server (qwen_jax/serving/app.py) frees the row of a stream in the response, not in its generator; requests
+#   that do not stream wait on the engine and on http.disconnect together; there is no middleware.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_jax import files
 from qwen_jax.chat import defaults
@@ -27,10 +28,9 @@ with quick_imports():
     from qwen_jax.conversion.huggingface import GENERATION_FILE
     from qwen_jax.generate import load_engine
     from qwen_jax.inference import Engine, Request, SamplingConfig
-    from qwen_jax.serving.app import Service
-    from qwen_jax.serving.engine_thread import EngineThread
-    from qwen_jax.serving.protocol import Served
-    from qwen_jax.serving.server import Server, bind
+
+if TYPE_CHECKING:
+    from qwen_jax.serving.server import Server
 
 API_KEY_VARIABLE = "QWEN_JAX_API_KEY"
 
@@ -46,7 +46,8 @@ def sampling_of(checkpoint: str | Path) -> SamplingConfig:
 
 def compile_first(engine: Engine, sampling: SamplingConfig) -> None:
     """Generates a few tokens, so that the first client does not wait for the programs of a short prompt."""
-    engine.submit(Request([0] * 16, 4, sampling), streaming=True)
+    length = min(16, engine.context_length - 1)
+    engine.submit(Request([0] * length, min(4, engine.context_length - length), sampling), streaming=True)
     while engine.live:
         engine.step()
 
@@ -64,7 +65,7 @@ def serve(
     max_request_bytes: int = 4 << 20,
     grace_seconds: float = 30.0,
     tool_style: str = DEFAULT_STYLE,
-    started: Callable[[Server], None] = lambda server: None,
+    started: Callable[["Server"], None] = lambda server: None,
 ) -> None:
     """Serves until SIGTERM, SIGINT, or `Server.drain`; lines on standard output say how far it is.
 
@@ -84,6 +85,12 @@ def serve(
     Raises:
         ValueError, OSError: no such checkpoint, a value out of range, or the address cannot be used.
     """
+    # In here, as they need the extra `serve`: `run` then names it.
+    from qwen_jax.serving.app import Service
+    from qwen_jax.serving.engine_thread import EngineThread
+    from qwen_jax.serving.protocol import Served
+    from qwen_jax.serving.server import Server, bind
+
     if jax.process_count() > 1:
         raise ValueError("the server runs in one process, this job has several: start one server on each host")
     for name, value in (("--max_waiting", max_waiting), ("--grace_seconds", grace_seconds)):

@@ -17,7 +17,8 @@ import importlib.machinery, runpy, sys
 
 class Installed(importlib.machinery.PathFinder):
     absent = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "t5", "apache_beam", "sklearn",
-              "pyarrow", "fastwarc", "resiliparse", "py3langid", "tokenizers", "regex", "gguf", "torch", "transformers"}
+              "pyarrow", "fastwarc", "resiliparse", "py3langid", "tokenizers", "regex", "gguf", "torch", "transformers",
+              "starlette", "uvicorn", "prometheus_client", "jsonschema", "referencing"}
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -111,11 +112,13 @@ def test_the_core_alone_trains_on_a_cache_and_converts_and_generates(core, cache
 
 def test_a_missing_extra_is_one_line_that_says_what_to_install(core, cached):
     line = (
-        r"error: (\w+) is not installed: in the repository, `pip install -c requirements.txt -e '\.\[data\]'` brings it"
+        r"error: (\w+) is not installed: in the repository, `pip install -c requirements.txt -e '\.\[(data|serve)\]'` "
+        r"brings it"
     )
     for command in (
         training(cached, CACHE_DIR=cached / "nothing_here"),
         ("tools/cache_task.py", "local_files", f"--cache_dir={cached}", "--sequence_length=32"),
+        ("qwen_jax.serve", "--checkpoint", cached / "nothing_here"),
     ):
         done = core(*command)
         assert done.returncode == 2 and re.fullmatch(line, done.stderr.strip()), done.stderr

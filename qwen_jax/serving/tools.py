@@ -10,7 +10,6 @@ from typing import Any
 
 import jsonschema
 import referencing
-from referencing.exceptions import Unresolvable
 
 from qwen_jax.serving.errors import bad_request
 from qwen_jax.serving.fields import shown
@@ -18,6 +17,8 @@ from qwen_jax.serving.prompts import AUTO, NAMED, NONE, REQUIRED, ToolChoice
 
 MAX_TOOLS, MAX_NAME = 128, 64
 MAX_REFERENCES = 1000
+# Not `check_schema`, which compiles every regular expression.
+_META_SCHEMA = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
@@ -62,10 +63,12 @@ def _tool(given: object, where: str) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise bad_request(f"{where}.function.parameters", f"must be a JSON schema, found {shown(parameters)}")
     try:
-        jsonschema.Draft202012Validator.check_schema(parameters)
-    except (jsonschema.SchemaError, RecursionError) as error:
-        message = error.message if isinstance(error, jsonschema.SchemaError) else "it refers to itself"
-        raise bad_request(f"{where}.function.parameters", f"is no JSON schema: {message[:200]}") from None
+        error = jsonschema.exceptions.best_match(_META_SCHEMA.iter_errors(parameters))
+        message = error.message if error is not None else ""
+    except RecursionError:
+        message = "it is nested too deeply"
+    if message:
+        raise bad_request(f"{where}.function.parameters", f"is no JSON schema: {message[:200]}")
     function = {"name": name, "description": description or "", "parameters": parameters}
     return {"type": "function", "function": function}
 
@@ -103,7 +106,8 @@ def fits(arguments: str, schema: Mapping[str, Any]) -> bool:
     try:
         value = json.loads(arguments)
         return isinstance(value, dict) and _validator(schema).is_valid(value)
-    except (ValueError, RecursionError, _TooManyReferences, Unresolvable):
+    except Exception:
+        # No JSON, too many references, or a reference to what is no schema: jsonschema then raises anything.
         return False
 
 

@@ -1,15 +1,19 @@
 """Tools of a request: what the model reads of them, which replies become calls, and what is refused."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 
 from qwen_jax.data.conversations import from_openai  # noqa: E402
+from qwen_jax.serving.errors import ApiError  # noqa: E402
 from qwen_jax.serving.prompts import ToolChoice, chat_prompt  # noqa: E402
-from qwen_jax.serving.tools import fits  # noqa: E402
+from qwen_jax.serving.tools import fits, read_tools  # noqa: E402
 from tests.serving.scripted import ScriptedEngine, serving  # noqa: E402
 from tests.serving.test_openai_client import post  # noqa: E402
 
@@ -211,6 +215,8 @@ FITS = {
     "against one": ({"$ref": "#/$defs/a", "$defs": {"a": {"required": ["x"]}}}, "{}", False),
     "references without end": (doubling(40), "{}", False),
     "a reference to itself": ({"$ref": "#"}, "{}", False),
+    "a reference to what is no schema": ({"$ref": "#/default", "default": {"required": 5}}, '{"x": 1}', False),
+    "a number too large for a float": ({"properties": {"x": {"multipleOf": 0.1}}}, f'{{"x": 1{"0" * 400}}}', False),
     "a file": ({"$ref": "file:///etc/passwd"}, "{}", False),
     "an address": ({"$ref": "http://127.0.0.1:9/x"}, "{}", False),
     "an expression that takes for ever": (
@@ -233,6 +239,40 @@ FITS = {
 def test_arguments_are_compared_with_a_schema_without_trusting_it(case):
     given, arguments, expected = FITS[case]
     assert fits(arguments, given) is expected
+
+
+WORDS = (
+    "$ref",
+    "$defs",
+    "type",
+    "properties",
+    "required",
+    "items",
+    "enum",
+    "allOf",
+    "not",
+    "multipleOf",
+    "pattern",
+    "x",
+)
+TEXTS = st.sampled_from(
+    ("#", "#/$defs/x", "#/x", "#/enum/0", "http://[", "object", "string", "x", "(a+)+$", "a{9999999999}")
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from((0.1, 1e-320, 10**400)) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=50)
+@given(
+    st.dictionaries(st.sampled_from(WORDS), JSON, max_size=5), st.dictionaries(st.sampled_from(WORDS), JSON, max_size=3)
+)
+def test_any_schema_is_refused_or_compared_with(parameters, arguments):
+    with contextlib.suppress(ApiError):
+        (made,) = read_tools({"tools": [schema(parameters=parameters)]})
+        assert fits(json.dumps(arguments), made["function"]["parameters"]) in (True, False)
 
 
 def test_prompts_are_those_of_the_released_server(tokenizer):
