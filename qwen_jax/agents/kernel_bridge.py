@@ -55,10 +55,11 @@ class Stream(OutStream):
         while poll.poll():
             self.busy = True  # before the pipe is emptied, so that `unread` never misses it
             data = os.read(self._fid, _CHUNK)
-            if not data:
-                return
-            self.write(decode(data))
+            if data and self._should_watch:
+                self.write(decode(data))
             self.busy = False
+            if not data or not self._should_watch:  # the stream was closed
+                return
 
     def unread(self) -> bool:
         """Whether something is on its way from the descriptor to the buffer."""
@@ -137,6 +138,7 @@ def _prepare(app: Any, streams: tuple[Stream, Stream]) -> None:
     os.register_at_fork(after_in_child=plain_streams)
     shell.events.register("post_execute", end_of_snippet)
     app.kernel.raw_input = app.kernel.getpass = refuse
+    shell.system = shell.system_raw  # `!command`; IPython's other way needs a terminal
     # IPython's own end the kernel.
     shell.user_ns.update({name: getattr(builtins, name) for name in ("exit", "quit")})
 

@@ -87,6 +87,18 @@ def test_what_child_processes_write_is_part_of_the_snippet(interpreter):
     assert sorted(interpreter.execute(forked).text.split()) == ["child", "parent"]
 
 
+def test_magic_commands_work(interpreter):
+    assert interpreter.execute("!echo 'from 中文'; false\n_exit_code").text == "from 中文\n1\n"
+    assert interpreter.execute("lines = !echo 7\nlines").text == "['7']\n"
+    assert interpreter.execute("%timeit -n1 -r1 1").ok
+
+
+def test_a_closed_stream_costs_only_what_is_printed_there(interpreter):
+    with Interpreter(Limits(timeout_s=60)) as other:
+        assert other.execute("import sys\nsys.stderr.close()\nprint('out')").text == "out\n"
+        assert other.execute("6 * 7").text == "42\n"
+
+
 def test_late_output_of_a_thread_belongs_to_no_snippet(interpreter):
     code = (
         "import threading\ngo, gone = threading.Event(), threading.Event()\n"
