@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from qwen_jax.data.conversations import Conversation, Unusable, check, from_open
 ATTEMPTS = "attempts.jsonl"
 SAMPLES = "samples.jsonl"
 ACCEPTED = "accepted"
+# In a prompt of `qwen_jax.data.react`: the names of all tools, and each tool with its description.
+_NAMES = re.compile(r"should be one of \[([^\]]+)\]")
+_DESCRIBED = re.compile(r"^([^\s:]+): Call this tool .*? useful for\? (.*?) Parameters: ", re.MULTILINE | re.DOTALL)
 # A sample ends with an empty line; JSON in one line holds none.
 STOP = "\n\n"
 _HEADING = (
@@ -171,11 +175,17 @@ class Filter:
         for seed in seeds:
             self._asked.add(f"seed {seed['id']}", _asked(from_openai(seed)))
         for path in evaluation:
+            where = f"evaluation {Path(path).name}"
             for text in benchmark_texts(str(path)):
-                self._asked.add(f"evaluation {Path(path).name}", text)
-                self._tools.add(f"evaluation {Path(path).name}", text)
+                question, tools = _react_parts(text)
+                self._asked.add(where, question)
+                for name, description in tools:
+                    self._names[name.casefold()] = where
+                    self._tools.add(where, description)
+                if not tools:
+                    self._tools.add(where, text)
             for tool in _tools_in(path):
-                self._names[tool_name(tool).casefold()] = f"evaluation {Path(path).name}"
+                self._names[tool_name(tool).casefold()] = where
 
     def add(self, name: str, row: Mapping) -> None:
         """Later samples must differ from this one."""
@@ -267,6 +277,20 @@ def _validator(tool: Mapping) -> jsonschema.protocols.Validator:
 
 def _asked(conversation: Conversation) -> str:
     return "\n".join(message.content for message in conversation.messages if message.role == "user")
+
+
+def _react_parts(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """Question and (name, description) of the tools of a prompt in the ReAct form, as files of Table 6 have them.
+
+    Any other text is all of the question, without tools.
+    """
+    listed, begins, asked = text.rpartition("\nBegin!")
+    names = _NAMES.findall(listed)
+    if not begins or not names:
+        return text, []
+    question = asked.partition("Question:")[2].partition("\nThought:")[0].strip()
+    described = dict(_DESCRIBED.findall(listed))
+    return question, [(one.strip(), described.get(one.strip(), "")) for one in names[-1].split(",")]
 
 
 def _tools_in(path: str | Path) -> list[Mapping]:

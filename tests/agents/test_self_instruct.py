@@ -18,7 +18,9 @@ from qwen_jax.agents.self_instruct import (
     prompt,
     read_pool,
 )
+from qwen_jax.data import react
 from qwen_jax.data.chat import ChatRows
+from qwen_jax.data.react import TRAINED_STYLES
 
 WEATHER = {
     "name": "weather",
@@ -106,6 +108,20 @@ def test_nothing_that_resembles_an_evaluation_is_kept(tmp_path):
     assert not judge.usable(renamed)
     with pytest.raises(ValueError, match="every tool is one of the evaluation's"):
         Generation(tmp_path / "out", [SEEDS[2]] * 2, rules=RULES, evaluation=[tmp_path / "tools.jsonl"])
+
+
+@pytest.mark.parametrize("style", TRAINED_STYLES)
+def test_tools_and_questions_are_found_in_the_prompts_of_table_6(tmp_path, style):
+    """The publisher has prompts in the ReAct form: a question is compared with the question, not the prompt."""
+    asked = "Should my children wear a coat in Oslo this week?"
+    text = f"{react.instructions([WEATHER, MUSIC], style)}\n\nQuestion: {asked}"
+    file = tmp_path / "exam_plugin_x_react_positive.jsonl"
+    file.write_text(json.dumps({"prompt": text, "response": "Thought: …\nAction: weather", "tools": 2}) + "\n")
+    judge = Filter(RULES, SEEDS, [file])
+    assert not judge.usable(WEATHER) and not judge.usable({**MUSIC, "name": "player"})
+    other = {**WEATHER, "name": "stars", "description": "Which stars can be seen."}
+    assert judge.usable(other)
+    assert judge.judge(said(call="stars"), [other]).reason == "near-duplicate of an evaluation"
 
 
 @hypothesis.given(st.lists(st.lists(st.sampled_from("ab cd ef gh".split()), max_size=6), max_size=6), st.data())
