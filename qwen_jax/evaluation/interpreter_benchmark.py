@@ -25,7 +25,7 @@ from typing import Any
 from qwen_jax import files
 from qwen_jax.agents import react
 from qwen_jax.agents.agent import Complete
-from qwen_jax.agents.code_interpreter import CodeInterpreter
+from qwen_jax.agents.code_interpreter import CodeInterpreter, code_of
 from qwen_jax.agents.interpreter import Execution, Interpreter
 from qwen_jax.data.react import DEFAULT_STYLE
 from qwen_jax.evaluation import extraction
@@ -64,6 +64,7 @@ class Question:
       query: what the user asks.
       difficulty: "easy", "hard" or "": of figures.
       attached: (name, content) of files that the code may read.
+      begun: (thought, code, result) of a call that has been made already; the code is run before the model is asked.
       answer, figure, contains: see the module; None: nothing is checked.
     """
 
@@ -72,6 +73,7 @@ class Question:
     query: str
     difficulty: str = ""
     attached: tuple[tuple[str, bytes], ...] = ()
+    begun: tuple[str, str, str] | None = None
     answer: str | None = None
     figure: Mapping[str, Any] | None = None
     contains: tuple[str, ...] | None = None
@@ -107,18 +109,15 @@ def _question(row: Mapping, where: str, folder: Path, number: str) -> Question:
     query, tags = row.get("query"), row.get("tags", "")
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"{where}: expected a text in 'query', or GSM8K's 'question' and 'answer'")
-    if _ENDED in query:
-        raise ValueError(
-            f"{where}: the query holds the beginning of a conversation ({_ENDED}), which is not read: give the "
-            "question alone, and say in it what the code so far did"
-        )
+    query, ended, rest = query.partition(_ENDED)
+    begun = _begun(rest, where) if ended else None
     words = set(tags.split(",")) if isinstance(tags, str) else set(map(str, tags))
     kinds = sorted({TAGS[word.strip()] for word in words if word.strip() in TAGS})
     if len(kinds) != 1:
         raise ValueError(f"{where}: tags are {tags!r}: expected those of one kind, of {', '.join(TAGS)}")
     difficulty = next((one for one in ("easy", "hard") if f"{VISUALIZATION}-{one}" in words), "")
     if kinds[0] == VISUALIZATION and not difficulty:
-        difficulty = "hard"  # the publisher's easy ones begin with a conversation
+        difficulty = "easy" if begun else "hard"  # as the released script tells them apart
     answer, figure, contains = row.get("answer"), row.get("figure"), row.get("contains")
     if figure is not None and not isinstance(figure, Mapping):
         raise ValueError(f"{where}: expected an object in 'figure', found {type(figure).__name__}")
@@ -128,10 +127,21 @@ def _question(row: Mapping, where: str, folder: Path, number: str) -> Question:
         query=query,
         difficulty=difficulty,
         attached=tuple((Path(name).name, (folder / name).read_bytes()) for name in row.get("input_file_path") or ()),
+        begun=begun,
         answer=None if answer is None else _number(str(answer), where),
         figure=figure,
         contains=None if contains is None else tuple(map(str, contains)),
     )
+
+
+def _begun(text: str, where: str) -> tuple[str, str, str]:
+    """The call with which an assistant's turn begins that stands in a query, as ChatML."""
+    text = "\n" + text.partition("<|im_start|>assistant")[2].lstrip("\n")
+    reply = react.parse(text)
+    if not reply.name:
+        raise ValueError(f"{where}: the query goes on after {_ENDED}, without a call of the interpreter")
+    result = text.rpartition("\nObservation:")[2] if "\nObservation:" in text else ""
+    return reply.thought, reply.arguments, result.partition("\nThought:")[0].partition(_ENDED)[0].strip()
 
 
 def _number(text: str, where: str) -> str:
@@ -204,6 +214,8 @@ def react_solver(complete: Complete, style: str = DEFAULT_STYLE) -> Solver:
 
     def solver(question: Question, tool: CodeInterpreter) -> tuple[str, str]:
         messages: list[dict[str, Any]] = [{"role": "user", "content": question.asked}]
+        if question.begun is not None:
+            messages += _called(tool.name, *question.begun)
         completion: list[str] = []
         for _ in range(MOST_CALLS[question.kind]):
             said = react.prompt({"messages": messages, "tools": [tool.definition]}, style)
@@ -219,16 +231,21 @@ def react_solver(complete: Complete, style: str = DEFAULT_STYLE) -> Solver:
                 return "\n".join(completion), reply.answer
             result = tool(reply.arguments)  # whatever name the model gives the only tool, as released
             completion.append(f"Observation: {result}")
-            call = {"name": tool.name, "arguments": reply.arguments}
-            messages += [
-                {"role": "assistant", "content": reply.before, "tool_calls": [{"type": "function", "function": call}]},
-                {"role": "tool", "content": result},
-            ]
+            messages += _called(tool.name, reply.before, reply.arguments, result)
             if not tool.executions[-1].ok:
                 break
         return "\n".join(completion), ""
 
     return solver
+
+
+def _called(name: str, before: str, arguments: str, result: str) -> list[dict[str, Any]]:
+    """The messages of a call and its result."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [
+        {"role": "assistant", "content": before, "tool_calls": [call]},
+        {"role": "tool", "content": result},
+    ]
 
 
 def solve(
@@ -243,6 +260,10 @@ def solve(
     for name, content in question.attached:
         write = f"open({name!r}, 'wb').write({content!r});"
         assert Interpreter.execute(interpreter, write).ok, name
+    if question.begun is not None:
+        # Its result stands in the question already.
+        Interpreter.execute(interpreter, code_of(question.begun[1]))
+        Interpreter.execute(interpreter, _PROBE.read_text())  # closes its figures
     tool = CodeInterpreter(interpreter, folder=folder)
     completion, answer = solver(question, tool)
     return Solution(question.id, completion, answer, tuple(tool.executions), tuple(interpreter.figures))

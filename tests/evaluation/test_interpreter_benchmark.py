@@ -97,7 +97,7 @@ def test_questions_are_read_in_the_layout_of_the_publisher(tmp_path):
         ({"query": "?", "tags": "all_ci"}, "tags are 'all_ci': expected those of one kind"),
         ({"query": "?", "tags": "math,general"}, "expected those of one kind"),
         ({"query": "?", "tags": "math", "answer": "many"}, "expected a number as answer, found 'many'"),
-        ({"query": "?<|im_end|>\n", "tags": "visualization"}, "beginning of a conversation"),
+        ({"query": "?<|im_end|>\n", "tags": "visualization"}, "the query goes on after .* without a call"),
         ({"query": "?", "tags": "visualization", "figure": "bar"}, "expected an object in 'figure', found str"),
     ],
 )
@@ -198,3 +198,31 @@ def test_a_model_solves_in_the_released_conversation(probed):
     question, done, calls = solved(GENERAL, code("1"), answer)
     assert calls == 1
     assert not executable(*solved(MATH, answer)[:2])
+
+
+def test_a_question_may_begin_with_a_call(probed, tmp_path):
+    """As the publisher's easy figures do, in ChatML: the code is run first, and is none of the model's."""
+    begun = (
+        "Draw a and b of the file as bars.<|im_end|>\n<|im_start|>assistant\nThought: I read it.\n"
+        "Action: code_interpreter\n"
+        "Action Input: ```py\nn = [3, 4]\nprint('read')\n```\nObservation: a 3, b 4\nThought:"
+    )
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"query": begun, "tags": "all_ci,visualization", "figure": {"values": [[3, 4]]}}) + "\n")
+    (question,) = read_questions(file)
+    assert (question.difficulty, question.query) == ("easy", "Draw a and b of the file as bars.")
+    assert question.begun == ("I read it.", "```py\nn = [3, 4]\nprint('read')\n```", "a 3, b 4")
+    seen = []
+
+    def complete(said, stops):
+        seen.append(said[-1].content)
+        code = "import matplotlib.pyplot as plt\nplt.bar(['a', 'b'], n)\nplt.show()"
+        return (
+            f" I draw.\nAction: code_interpreter\nAction Input: ```py\n{code}\n```"
+            if len(seen) == 1
+            else "\nFinal Answer: x"
+        )
+
+    done = solve(question, react_solver(complete), probed)
+    assert seen[0].endswith("Observation: a 3, b 4\nThought:") and "<|im" not in seen[0]
+    assert len(done.executions) == 1 and executable(question, done) and correct(question, done)
