@@ -11,7 +11,7 @@ _EXTRAS = {
     "t5": "t5",
     **dict.fromkeys(("math_verify", "latex2sympy2_extended"), "evaluation"),
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "referencing"), "serve"),
-    **dict.fromkeys(("jsonschema", "json5", "rouge_score", "jupyter_client", "ipykernel"), "agents"),
+    **dict.fromkeys(("jsonschema", "json5", "rouge_score", "jupyter_client", "ipykernel", "openai"), "agents"),
     "gguf": "gguf",
     **dict.fromkeys(("pytest", "hypothesis", "datasketch", "torch", "transformers"), "test"),
 }

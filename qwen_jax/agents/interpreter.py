@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import select
+import sys
 import threading
 import time
 from pathlib import Path
@@ -428,13 +429,13 @@ def _bridge() -> str:
 
 @functools.cache
 def _folders() -> list[str]:
-    """Folders of the packages that a kernel needs.
+    """Folders of the packages that a kernel needs, and of all other installed ones.
 
     Raises:
       ModuleNotFoundError: one is not installed.
     """
-    found = []
-    for name in ("ipykernel", "jupyter_client", "IPython", "zmq", "numpy", "matplotlib", "matplotlib_inline", "six"):
+    found = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and Path(path).is_dir()]
+    for name in ("ipykernel", "jupyter_client", "IPython", "zmq", "numpy", "matplotlib", "matplotlib_inline"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(

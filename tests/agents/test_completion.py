@@ -1,31 +1,39 @@
-"""What continues prompts: a tiny engine, and the real client against a server that is busy at first."""
+"""What continues prompts: an engine, and the real client against a server that is busy at first."""
 
 import http.server
 import json
 import threading
 
+import numpy as np
 import openai
 import pytest
 
 from qwen_jax.agents import completion
 from qwen_jax.agents.completion import engine_completer, server_completer
-from qwen_jax.data.chatml import encode_prompt, stop_ids
-from qwen_jax.generate import load_engine
-from qwen_jax.inference import Request
-from tests.fakes import random_run
+from qwen_jax.data.tokenizer import Tokenizer, write_ranks
+from qwen_jax.inference import Result
+
+
+class Backwards:
+    """An engine that says what it was asked, and finishes the last request first."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def generate(self, requests):
+        for index, request in reversed(list(enumerate(requests))):
+            text = f"{self.tokenizer.decode(request.prompt)} {request.seed}"
+            yield Result(index, request, (), np.zeros(0), np.zeros(0), text, "length")
 
 
 def test_the_engine_gives_one_reply_a_prompt_in_order(tmp_path):
-    sizes = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=32, context_length=128)
-    engine = load_engine(random_run(tmp_path, **sizes), slots=2)
+    write_ranks({bytes([byte]): byte for byte in range(256)}, tmp_path / "bytes.tiktoken")
+    engine = Backwards(Tokenizer(tmp_path / "bytes.tiktoken"))
     complete = engine_completer(engine, temperature=0.8, max_new_tokens=5, stop=["\n\n"])
-    prompts, seeds = ["one", "two", "three <|im_end|>"], [1, 2, 3]
-    replies = complete(prompts, seeds)
-    assert complete(prompts[2:], seeds[2:]) == replies[2:] and complete(prompts, [7, 8, 9]) != replies
-    chat = engine_completer(engine, max_new_tokens=5, chat=True)
-    ids = encode_prompt(engine.tokenizer, [{"role": "user", "content": "x"}])
-    expected = engine.generate([Request(ids, 5, stop_ids=stop_ids(engine.tokenizer))])
-    assert chat(["x"], [0]) == [one.text for one in expected]
+    prompts = ["one", "two", "three <|im_end|>"]
+    assert complete(prompts, [1, 2, 3]) == ["one 1", "two 2", "three <|im_end|> 3"]
+    chat = engine_completer(engine, chat=True)(["<|im_end|>"], [4])[0]
+    assert chat.endswith("<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n 4")
 
 
 class Busy(http.server.BaseHTTPRequestHandler):
