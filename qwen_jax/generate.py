@@ -20,8 +20,13 @@ with quick_imports():
     from qwen_jax.inference import Engine, Request, Result, SamplingConfig
 
 
-def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16) -> Engine:
+def load_engine(
+    checkpoint: str | Path, dtype: str = "float32", slots: int = 16, prefix_cache_tokens: int = 0
+) -> Engine:
     """An engine with the model and the tokenizer of a folder in any known format, on one device.
+
+    Args:
+      slots, prefix_cache_tokens: see `Engine`.
 
     Raises:
       ValueError, OSError: there is no such checkpoint, or it has no tokenizer.
@@ -29,7 +34,7 @@ def load_engine(checkpoint: str | Path, dtype: str = "float32", slots: int = 16)
     tokenizer = load_tokenizer(checkpoint)
     model, params = load_for_decoding(checkpoint, dtype=dtype)
     check_rows(tokenizer, model.config)
-    return Engine(model, params, tokenizer, slots=slots)
+    return Engine(model, params, tokenizer, slots=slots, prefix_cache_tokens=prefix_cache_tokens)
 
 
 def text_request(

@@ -61,6 +61,7 @@ def serve(
     model_name: str | None = None,
     dtype: str = "float32",
     slots: int = 16,
+    prefix_cache_tokens: int = 4096,
     max_waiting: int = 64,
     max_request_bytes: int = 4 << 20,
     grace_seconds: float = 30.0,
@@ -76,6 +77,8 @@ def serve(
         model_name: name of the model; by default that of the folder.
         dtype: compute dtype, "float32" or "bfloat16".
         slots: the largest number of replies that are generated together.
+        prefix_cache_tokens: tokens of prompts and replies whose keys and values are kept, so that what begins alike is
+            computed once; 0: none.
         max_waiting: how many more may wait; further ones are refused with 429.
         max_request_bytes: the largest body of a request.
         grace_seconds: how long replies under way may take at the end.
@@ -102,7 +105,7 @@ def serve(
         raise ValueError("the API key must be printable ASCII characters, and not empty")
     with bind(host, port) as sock:
         print(f"loading {checkpoint}", flush=True)
-        engine = load_engine(checkpoint, dtype, slots)
+        engine = load_engine(checkpoint, dtype, slots, prefix_cache_tokens)
         sampling = sampling_of(checkpoint)
         print("compiling", flush=True)
         compile_first(engine, sampling)
@@ -150,6 +153,12 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     parser.add_argument("--slots", type=int, default=16, help="replies that are generated together; default: 16")
+    parser.add_argument(
+        "--prefix_cache_tokens",
+        type=int,
+        default=4096,
+        help="tokens whose keys and values are kept for prompts that begin alike; 0: none; default: 4096",
+    )
     parser.add_argument(
         "--max_waiting", type=int, default=64, help="replies that may wait; others get status 429; default: 64"
     )
