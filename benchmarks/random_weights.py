@@ -12,12 +12,15 @@ from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.models.config import ModelConfig
 
 
-def write_model(config: ModelConfig, folder: Path, spread: float, tokenizer: Path | None = None) -> Path:
+def write_model(
+    config: ModelConfig, folder: Path, spread: float, tokenizer: Path | None = None, silent: int = 0
+) -> Path:
     """Writes a model with weights N(0, spread), those of stacked matrices and heads N(0, 0.02), norms about 1.
 
     Args:
       config: with a scalar head it becomes a Qwen2ForSequenceClassification, over a vocabulary of single bytes.
       tokenizer: a .tiktoken file that goes with the model.
+      silent: how many of the last ids have a logit of 0, so that greedy decoding chooses none of them.
 
     Returns:
       Its folder: `folder`/qwen2.
@@ -29,6 +32,8 @@ def write_model(config: ModelConfig, folder: Path, spread: float, tokenizer: Pat
         + np.float32("scale" in path)
         for path, shape in parameter_shapes(config).items()
     }
+    if silent:
+        flat["output"][:, -silent:] = 0
     folder.mkdir(exist_ok=True)
     vocabulary = tokenizer
     if reward and tokenizer is None:
