@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from qwen_jax.serving.errors import ApiError
 from qwen_jax.serving.fields import read_body
 from qwen_jax.serving.metrics import Metrics
 from qwen_jax.serving.protocol import Job, Served, parse_chat, parse_completion
+
+log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
 # A body that is too large is read to its end, up to so many times the limit, as a client that is still sending would
@@ -180,6 +183,10 @@ async def _events(service: Service, job: Job, submission: Submission, begun: flo
     except ApiError as error:
         yield responses.event(error.body)
         return
+    except Exception as error:
+        log.exception("a stream ended with an error")
+        yield responses.event(_failed(error).body)
+        return
     for data in answer.end(responses.usage(job, tokens)):
         yield data
 
@@ -262,8 +269,8 @@ def create_app(service: Service) -> Starlette:
         return _json(described())
 
     async def health(request: Request) -> Response:
-        status = "draining" if service.draining else "ok"
-        return _json({"status": status}, 503 if service.draining else 200)
+        status = "draining" if service.draining else "stopped" if service.thread.stopping else "ok"
+        return _json({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(request: Request) -> Response:
         service.check_caller(request)
@@ -335,5 +342,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    # Starlette logs the traceback after this answer.
-    return _error(ApiError(500, f"the server failed: {type(error).__name__}"))
+    # uvicorn logs the traceback after this answer.
+    return _error(_failed(error))
+
+
+def _failed(error: Exception) -> ApiError:
+    return ApiError(500, f"the server failed ({type(error).__name__}); its log says more")

@@ -99,6 +99,12 @@ class EngineThread:
             return sum(self._open.values())
 
     @property
+    def stopping(self) -> bool:
+        """Whether it takes no more submissions: `stop` was called, or an error ended the thread."""
+        with self._changed:
+            return self._stopping
+
+    @property
     def rows_in_use(self) -> int:
         """Number of requests that are generated, as far as there are rows."""
         return min(self.open, self.engine.slots)
@@ -155,6 +161,18 @@ class EngineThread:
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            log.exception("the thread of the engine failed; nothing is generated any more")
+            with self._changed:
+                self._stopping = True
+                submissions = list(self._open)
+                self._open.clear()
+            for submission in submissions:
+                submission.deliver(Stopped())
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._commands or self._live or self._stopping)
@@ -177,9 +195,11 @@ class EngineThread:
                 handle = self.engine.submit(request, streaming=submission.streaming)
                 submission.places[handle] = place
                 self._live[handle] = submission
-        except ValueError as error:
+        except Exception as error:
             self._end(submission)
-            submission.deliver(error)
+            submission.deliver(
+                error if isinstance(error, ValueError) else EngineFailed(f"{type(error).__name__}: {error}")
+            )
 
     def _end(self, submission: Submission) -> None:
         for handle in submission.places:

@@ -181,6 +181,33 @@ def test_a_failed_step_ends_its_requests_and_no_others(tokenizer, caplog):
     assert "a step of the engine failed" in caplog.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_ours_has_the_form_of_errors_and_leaves_no_row(tokenizer, monkeypatch, caplog, stream):
+    engine = ScriptedEngine(tokenizer, lambda prompt: "fine")
+    with serving(engine) as running:
+        with monkeypatch.context() as patch:
+            patch.setattr("qwen_jax.serving.choices.Choice.take", lambda self, chunk: 1 / 0)
+            status, _, answer = Call(running.url, QUESTION | {"stream": stream}).answer()
+        assert stream or (status == 500 and answer["error"]["type"] == "server_error")
+        assert "the server failed (ZeroDivisionError)" in json.dumps(answer)
+        until(lambda: "division by zero" in caplog.text)  # after the answer
+        until(lambda: running.service.thread.open == engine.live == running.service.answering == 0)
+        assert Call(running.url).answer()[0] == 200
+
+
+def test_an_engine_that_cannot_go_on_is_seen_in_health(tokenizer, caplog):
+    engine = ScriptedEngine(tokenizer, lambda prompt: {}["nothing"])
+    with serving(engine) as running:
+        status, _, answer = Call(running.url).answer()
+        assert status == 500 and "KeyError" in answer["error"]["message"]
+        assert Call(running.url, None, "/health", "GET").answer()[0] == 200
+        engine.step = lambda: [1]  # no chunk
+        engine.script = lambda prompt: "fine"
+        assert Call(running.url).answer()[0] == 503
+        assert Call(running.url).answer()[0] == Call(running.url, None, "/health", "GET").answer()[0] == 503
+    assert "the thread of the engine failed" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def small(tokenizer):
     """A server with a key, which takes small bodies only."""

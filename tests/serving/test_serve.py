@@ -45,7 +45,11 @@ def test_the_command_answers_until_sigterm(run_folder, plain_environment):
             process.kill()
 
 
-def test_wrong_values_are_told_in_one_line(run_folder):
+def test_wrong_values_are_told_in_one_line(run_folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("jax.process_count", lambda: 2)
+        with pytest.raises(ValueError, match="runs in one process"):
+            serve(checkpoint=run_folder, port=0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"--port {port}: Address already in use; --port 0 takes any free port"):
