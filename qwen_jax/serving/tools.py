@@ -1,11 +1,11 @@
 """Tools of a request: their definitions, and whether the arguments of a call fit them.
 
 Both the schema and the arguments come from outside. Nothing is fetched for them, no regular expression of theirs is run
-(it could take for ever), and references are followed a bounded number of times.
+(it could take for ever), and the comparison has a bounded number of steps.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jsonschema
@@ -16,7 +16,10 @@ from qwen_jax.serving.fields import shown
 from qwen_jax.serving.prompts import AUTO, NAMED, NONE, REQUIRED, ToolChoice
 
 MAX_TOOLS, MAX_NAME = 128, 64
-MAX_REFERENCES = 1000
+# Values in the JSON of all tools: that they are schemas is found out in two seconds.
+MAX_PARTS = 10_000
+# Looks at one word of a schema, or at one entry of it or of the arguments: about a second.
+MAX_STEPS = 50_000
 # Not `check_schema`, which compiles every regular expression.
 _META_SCHEMA = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -26,7 +29,7 @@ def read_tools(body: Mapping) -> tuple[dict[str, Any], ...]:
     """The field `tools`: functions with name, description and parameters, and nothing else.
 
     Raises:
-        ApiError: it is no list of functions, there are more than `MAX_TOOLS`, two have one name, or the parameters are
+        ApiError: it is no list of functions, there are more than `MAX_TOOLS`, or of `MAX_PARTS`, two have one name, or the parameters are
             no JSON schema.
     """
     given = body.get("tools") or []
@@ -34,12 +37,20 @@ def read_tools(body: Mapping) -> tuple[dict[str, Any], ...]:
         raise bad_request("tools", f"must be a list of functions, found {shown(given)}")
     if len(given) > MAX_TOOLS:
         raise bad_request("tools", f"there may be {MAX_TOOLS} tools at most, found {len(given)}")
+    if (parts := _parts(given)) > MAX_PARTS:
+        raise bad_request("tools", f"all of them may have {MAX_PARTS} values in their JSON at most, found {parts}")
     tools = tuple(_tool(one, f"tools[{index}]") for index, one in enumerate(given))
     names = [tool["function"]["name"] for tool in tools]
     for name in names:
         if names.count(name) > 1:
             raise bad_request("tools", f"two tools have the name {name!r}")
     return tools
+
+
+def _parts(value: object) -> int:
+    """Number of values in JSON, which is not nested deeply."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_parts, inner))
 
 
 def _tool(given: object, where: str) -> dict[str, Any]:
@@ -101,47 +112,52 @@ def read_choice(body: Mapping, tools: tuple[dict[str, Any], ...]) -> ToolChoice:
 def fits(arguments: str, schema: Mapping[str, Any]) -> bool:
     """Whether the text of arguments is a JSON object that a schema allows.
 
-    `pattern`, `patternProperties` and `unevaluatedProperties` are not looked at, `format` neither.
+    `pattern`, `patternProperties` and the `unevaluated…` words are not looked at, `format` neither. Arguments whose
+    comparison takes more than `MAX_STEPS` fit no schema.
     """
     try:
         value = json.loads(arguments)
         return isinstance(value, dict) and _validator(schema).is_valid(value)
     except Exception:
-        # No JSON, too many references, or a reference to what is no schema: jsonschema then raises anything.
+        # No JSON, a comparison that would take too long, or a reference to what is no schema, for which jsonschema
+        # raises anything.
         return False
 
 
-class _TooManyReferences(Exception):
+class _TooCostly(Exception):
     pass
 
 
 def _validator(schema: Mapping[str, Any]):
     base = jsonschema.Draft202012Validator
-    followed = 0
+    steps = 0
 
-    def follow(keyword):
-        def limited(validator, value, instance, schema):
-            nonlocal followed
-            followed += 1
-            if followed > MAX_REFERENCES:
-                raise _TooManyReferences
-            yield from base.VALIDATORS[keyword](validator, value, instance, schema) or ()
+    def limited(compare: Callable) -> Callable:
+        def counted(validator, value, instance, schema):
+            nonlocal steps
+            steps += 1 + sum(len(one) for one in (value, instance) if isinstance(one, list | dict))
+            if steps > MAX_STEPS:
+                raise _TooCostly
+            yield from compare(validator, value, instance, schema) or ()
 
-        return limited
+        return counted
 
     def additional(validator, value, instance, schema):
         # It would run the expressions of patternProperties.
         if "patternProperties" not in schema:
             yield from base.VALIDATORS["additionalProperties"](validator, value, instance, schema) or ()
 
+    def unique(validator, value, instance, schema):
+        # jsonschema compares every two items that cannot be sorted.
+        if value and isinstance(instance, list):
+            if len({json.dumps(one, sort_keys=True) for one in instance}) < len(instance):
+                yield jsonschema.ValidationError("items are not unique")
+
     def allow(*_):
         return ()
 
-    keywords = {
-        "$ref": follow("$ref"),
-        "$dynamicRef": follow("$dynamicRef"),
-        "additionalProperties": additional,
-        **dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties", "unevaluatedItems"), allow),
-    }
+    own: dict[str, Callable] = {"additionalProperties": additional, "uniqueItems": unique}
+    own |= dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties", "unevaluatedItems"), allow)
+    keywords = {keyword: limited(compare) for keyword, compare in ({**base.VALIDATORS, **own}).items()}
     # A registry of its own: the default one fetches what a $ref names.
     return jsonschema.validators.extend(base, keywords)(schema, registry=referencing.Registry())

@@ -164,6 +164,11 @@ def schema(**changes):
 
 WRONG = {
     "too many": ({"tools": [schema(name=f"f{i}") for i in range(5000)]}, "tools", "128 tools at most, found 5000"),
+    "a large schema": (
+        {"tools": [schema(parameters={"allOf": [{"type": "integer"}] * 10_000})]},
+        "tools",
+        "10000 values in their JSON at most, found 20",
+    ),
     "no list": ({"tools": {"f": 1}}, "tools", "must be a list"),
     "no function": ({"tools": [{"type": "function"}]}, "tools[0]", 'must have a "function"'),
     "another type": ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]", 'of type "function"'),
@@ -218,6 +223,27 @@ FITS = {
     "a reference to what is no schema": ({"$ref": "#/default", "default": {"required": 5}}, '{"x": 1}', False),
     "a number too large for a float": ({"properties": {"x": {"multipleOf": 0.1}}}, f'{{"x": 1{"0" * 400}}}', False),
     "a file": ({"$ref": "file:///etc/passwd"}, "{}", False),
+    "many words for many items": (
+        {"properties": {"x": {"items": {"allOf": [{"type": "integer"}] * 10_000}}}},
+        json.dumps({"x": [1] * 3000}),
+        False,
+    ),
+    "many values for many items": (
+        {"properties": {"x": {"items": {"enum": list(range(100_000))}}}},
+        json.dumps({"x": [0] * 3000}),
+        False,
+    ),
+    "objects that differ": (
+        {"properties": {"x": {"uniqueItems": True}}},
+        json.dumps({"x": [{"a": number} for number in range(3000)]}),
+        True,
+    ),
+    "objects that do not": ({"properties": {"x": {"uniqueItems": True}}}, '{"x": [{"a": 1}, {"a": 1}]}', False),
+    "a thousand objects": (
+        {"properties": {"x": {"items": {"required": ["a"], "properties": {"a": {"type": "integer", "minimum": 0}}}}}},
+        json.dumps({"x": [{"a": number} for number in range(1000)]}),
+        True,
+    ),
     "an address": ({"$ref": "http://127.0.0.1:9/x"}, "{}", False),
     "an expression that takes for ever": (
         {"properties": {"x": {"pattern": "^(a+)+$"}}},
