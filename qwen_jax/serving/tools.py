@@ -29,8 +29,8 @@ def read_tools(body: Mapping) -> tuple[dict[str, Any], ...]:
     """The field `tools`: functions with name, description and parameters, and nothing else.
 
     Raises:
-        ApiError: it is no list of functions, there are more than `MAX_TOOLS`, or of `MAX_PARTS`, two have one name, or the parameters are
-            no JSON schema.
+        ApiError: it is no list of functions, there are more than `MAX_TOOLS` or of `MAX_PARTS`, two have one name, or
+            the parameters are no JSON schema.
     """
     given = body.get("tools") or []
     if not isinstance(given, list):
