@@ -15,7 +15,7 @@ from qwen_jax.inference.requests import check_ids
 from qwen_jax.serving import fields
 from qwen_jax.serving.errors import CONTEXT_LENGTH, ApiError, bad_request
 from qwen_jax.serving.prompts import chat_prompt
-from qwen_jax.serving.tools import read_choice, read_tools
+from qwen_jax.serving.tools import MAX_TOOLS, read_choice, read_tools
 
 _SEEDS = 2**32
 _UNSUPPORTED: dict[str, tuple[Sequence, str]] = {
@@ -108,7 +108,13 @@ def parse_chat(body: Mapping, served: Served) -> Job:
         conversation = from_openai({"messages": body["messages"], "tools": list(tools)})
     except (Unusable, ValueError) as error:
         raise bad_request("messages", str(error)) from None
-    _check_size(sum(len(message.content) for message in conversation.messages), "messages", served)
+    messages = conversation.messages
+    _check_size(sum(len(message.content) for message in messages), "messages", served)
+    if any(len(message.calls) > MAX_TOOLS for message in messages):
+        raise bad_request("messages", f"a message may have {MAX_TOOLS} calls at most")
+    # Each takes some tokens.
+    if (turns := sum(1 + len(message.calls) for message in messages)) > served.context_length:
+        raise _too_long("messages", f"{turns} messages and calls", served)
     prompt = chat_prompt(served.tokenizer, conversation, choice, served.system, served.tool_style)
     stops = fields.stop_strings(body)
     schemas = None

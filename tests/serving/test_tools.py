@@ -196,6 +196,15 @@ def test_wrong_tools_are_refused_in_one_line(running, case):
     assert "\n" not in answer["error"]["message"]
 
 
+def test_more_calls_than_could_be_read_are_refused(running):
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    many = {"role": "assistant", "tool_calls": [call] * 5000}
+    few = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "1"}] * 2000
+    for messages, text in (([*QUESTION, many], "128 calls at most"), ([*QUESTION, *few], "6001 messages and calls")):
+        status, _, answer = post(running.url, CHAT, {"messages": messages, "tools": [WEATHER]})
+        assert status == 400 and text in answer["error"]["message"]
+
+
 def test_calls_and_results_that_do_not_fit_are_refused(running):
     call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     said = {"role": "assistant", "tool_calls": [call]}
