@@ -1,6 +1,6 @@
 """Writes questions with tools made by rule: to train on, and to evaluate on with tools that training never saw.
 
-    python tools/make_tool_use.py --output runs/tool_use/data --count 4000
+    python tools/make_tool_use.py --output runs/tool_use/data --count 3000
 
 Every example draws tools of its own: a name without a meaning, a subject such as "copper price", and an argument. Only
 the description says what a tool is about, so that the right one is found by reading. Some questions are about nothing
@@ -10,8 +10,9 @@ are Chinese.
     train.jsonl     conversations with calls, results and answers, in OpenAI's layout (task `chat_messages`); each has
                     several questions, so that much is learned from one list of tools
     one_tool.jsonl  one question with one tool, which is always called: the form of a call, without a choice
-    text.jsonl      plain text for a base model to begin with (task `local_files`): examples of one_tool.jsonl, and as
-                    many descriptions of tools with a question that nobody answers
+    text.jsonl      plain text for a base model to begin with (task `local_files`): lists of names and what each is
+                    about, with questions after them, from which a small model learns to look things up; and some
+                    examples of one_tool.jsonl
     tool_use/       exam_plugin_made_react_{positive,negative}.jsonl: the layout of the publisher of Table 6, which the
                     benchmark `tool_use` reads
 
@@ -160,16 +161,15 @@ class Maker:
             cut = round(HELD_OUT_SHARE * len(every))
             self._subjects[name] = every[:cut] if held_out else every[cut:]
 
-    def example(self, *, tools: tuple[int, int], calls: Sequence[bool], few: bool = False) -> Made:
+    def example(self, *, tools: tuple[int, int], calls: Sequence[bool]) -> Made:
         """A conversation.
 
         Args:
             tools: the smallest and the largest number of them.
             calls: of each question, whether it needs a call.
-            few: whether small numbers of tools are more frequent, which are cheaper to learn from.
         """
         draw, name = self._draw, self._draw.choice(sorted(LANGUAGES))
-        count = min(draw.randint(*tools), draw.randint(*tools)) if few else draw.randint(*tools)
+        count = draw.randint(*tools)
         asked = [draw.choice(self._subjects[name]) for _ in calls]
         listed: list[Subject] = []
         while len(listed) < count:
@@ -188,6 +188,17 @@ class Maker:
             else:
                 messages += self._answered(LANGUAGES[name], subject)
         return Made(name, tuple(definitions), tuple(messages))
+
+    def catalog(self, questions: int) -> str:
+        """Plain text: names with descriptions, a line each, and questions that say which name is about them."""
+        made = self.example(tools=(1, MOST_TOOLS), calls=[self._draw.random() < 0.8 for _ in range(questions)])
+        lines = [f"{tool['function']['name']}: {tool['function']['description']}" for tool in made.tools]
+        for question, reply in zip(made.messages, made.messages[1:], strict=False):
+            if question["role"] == "user":
+                lines += [f"Question: {question['content']}", reply["content"]]
+                for call in reply.get("tool_calls", ()):
+                    lines.append(f"{call['function']['name']}: {call['function']['arguments']}")
+        return "\n".join(lines)
 
     def _named(self, listed: list[Subject]) -> Iterator[tuple[str, Subject]]:
         """Subjects with names that are not alike and, by their hash, belong to this part."""
@@ -260,15 +271,16 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=path_argument, required=True, metavar="FOLDER", help="folder for all files")
-    parser.add_argument("--count", type=int, default=4_000, help="lines of train.jsonl (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=3_000, help="lines of train.jsonl (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=6, help="of a line of train.jsonl (default: %(default)s)")
-    parser.add_argument("--one_tool", type=int, default=2_500, help="lines of one_tool.jsonl (default: %(default)s)")
+    parser.add_argument("--one_tool", type=int, default=1_500, help="lines of one_tool.jsonl (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=24_000, help="lists in text.jsonl (default: %(default)s)")
     parser.add_argument("--held_out", type=int, default=200, help="questions of each kind (default: %(default)s)")
     parser.add_argument("--without", type=float, default=0.4, help="share of questions without a call (%(default)s)")
     parser.add_argument("--style", choices=TRAINED_STYLES, default=DEFAULT_STYLE, help="of the prompts in tool_use/")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    counts = (arguments.count, arguments.questions, arguments.one_tool, arguments.held_out)
+    counts = (arguments.count, arguments.questions, arguments.one_tool, arguments.texts, arguments.held_out)
     if min(counts) < 1 or not 0 <= arguments.without <= 1:
         raise ValueError(
             "--count, --questions, --one_tool and --held_out must be at least 1, and --without a share from 0 to 1"
@@ -283,9 +295,10 @@ def main(argv: list[str] | None = None) -> None:
     train = [maker.example(tools=every, calls=calls(arguments.questions)) for _ in range(arguments.count)]
     maker = Maker(seed, "one_tool")
     one_tool = [maker.example(tools=(1, 1), calls=[True]) for _ in range(arguments.one_tool)]
-    unanswered = [maker.example(tools=every, calls=calls(1), few=True) for _ in range(arguments.one_tool)]
-    texts = ["\n".join(one.content for one in say(from_openai(made.row), style)) for made in one_tool]
-    texts += [say(from_openai(made.row), style)[0].content for made in unanswered]
+    texts = [maker.catalog(arguments.questions) for _ in range(arguments.texts)]
+    texts += [
+        "\n".join(one.content for one in say(from_openai(made.row), style)) for made in one_tool[: len(texts) // 8]
+    ]
     kinds.shuffle(texts)
     maker = Maker(seed, "exam", held_out=True)
     positive = [maker.example(tools=(2, MOST_TOOLS), calls=[True]) for _ in range(arguments.held_out)]

@@ -2,15 +2,18 @@
 
 import json
 import re
+import sys
+
+import pytest
 
 from qwen_jax import files
 from tests.fakes import random_run
-from tests.pages import ROOT, blocks, shell
+from tests.pages import ROOT, blocks, copy_repository, shell
 
 # A reader's commands take minutes; these show that every command does what the page says.
 SHORT = (
     (r"(-m qwen_jax\.agent )", r"\1--max_new_tokens 20 "),
-    (r"(tools/make_tool_use\.py )", r"\1--count=20 --one_tool=20 --held_out=2 "),
+    (r"(tools/make_tool_use\.py )", r"\1--count=20 --texts=20 --one_tool=20 --held_out=2 "),
     (r"(-m qwen_jax\.evaluate )", r"\1--limit 1 "),
     ("runs/tool_use/vocabulary.tiktoken", "runs/tool_use/bytes.tiktoken"),
     (r"Tools\(builtin_tools\(\)\), most_calls=4", "Tools(builtin_tools()), most_calls=1"),
@@ -54,3 +57,15 @@ def test_commands_of_the_page(tmp_path):
     assert "tokens with loss" in inspected and program.endswith("end 'answered'\n")
     scores = files.read_json(tmp_path / "runs/scores/tool_use_none/scores.json")
     assert scores["metrics"]["mean/false_positive"] == 0 and scores["examples"] >= 1
+
+
+@pytest.mark.slow
+def test_make_tool_use_does_every_step_with_a_toy(tmp_path):
+    copy_repository(tmp_path)
+    rehearsal = "import sys; sys.path[:0] = ['tools', '.']; import tool_use; tool_use.main(['--rehearse'])"
+    shown = shell(f'{sys.executable} -c "{rehearsal}"', tmp_path).stdout
+    assert (tmp_path / "runs/tool_use/table.md").read_text() in shown
+    assert shown.count("holds  ") + shown.count("FAILS  ") == 4 and "done before" not in shown
+    assert (tmp_path / "runs/tool_use/tool_use.png").read_bytes().startswith(b"\x89PNG")
+    again = shell(f'{sys.executable} -c "{rehearsal}"', tmp_path).stdout
+    assert again.count("done before") == 7

@@ -52,7 +52,7 @@ def test_rouge_l_over_tokens():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tool):
     folder, make_tool_use = tmp_path_factory.mktemp("made"), tool("make_tool_use")
-    make_tool_use.main(["--output", str(folder), "--count=200", "--one_tool=100", "--held_out=150"])
+    make_tool_use.main(["--output", str(folder), "--count=200", "--texts=100", "--one_tool=100", "--held_out=150"])
     return folder, make_tool_use
 
 
@@ -155,7 +155,7 @@ def test_training_rows_can_be_trained_on_and_depend_on_the_seed_alone(made, tmp_
         asked = sum(message["role"] == "user" for message in said)
         assert asked == (6 if name == "train.jsonl" else 1) * len(found)
         assert sum("tool_calls" in message for message in said) / asked == pytest.approx(share, abs=0.06)
-    flags = ["--count=200", "--one_tool=100", "--held_out=150"]
+    flags = ["--count=200", "--texts=100", "--one_tool=100", "--held_out=150"]
     maker.main(["--output", str(tmp_path / "same"), *flags])
     maker.main(["--output", str(tmp_path / "other"), *flags, "--seed=1"])
     assert (tmp_path / "same/train.jsonl").read_bytes() == (folder / "train.jsonl").read_bytes()
