@@ -33,8 +33,9 @@ FOLDER = "/box/tmp/kernel"
 CONNECTION: dict[str, Any] = {"transport": "ipc", "ip": f"{FOLDER}/socket", "signature_scheme": "hmac-sha256"}
 PORTS: dict[str, Any] = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
 _CHUNK = 1 << 16
-_REPLY_MS = 1000  # so long the reply may come after the end of a snippet
-_SETTLE_S = 1.0  # at most so long a snippet's end waits for what its child processes wrote
+_AGAIN_S = 0.3  # an interrupt is repeated so often, as the kernel takes none before it has begun
+# At most so long the end of a snippet, and each result before it, waits for what child processes have written.
+_SETTLE_S, _FLUSH_S = 1.0, 0.1
 _FLOOD = 64  # a snippet that prints this many times what is kept is interrupted
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
@@ -53,7 +54,7 @@ class Stream(OutStream):
         poll = select.poll()
         poll.register(self._fid, select.POLLIN)
         while poll.poll():
-            self.busy = True  # before the pipe is emptied, so that `unread` never misses it
+            self.busy = True  # before the pipe is emptied, so that `settle` never misses it
             data = os.read(self._fid, _CHUNK)
             if data and self._should_watch:
                 self.write(decode(data))
@@ -61,10 +62,18 @@ class Stream(OutStream):
             if not data or not self._should_watch:  # the stream was closed
                 return
 
-    def unread(self) -> bool:
-        """Whether something is on its way from the descriptor to the buffer."""
-        (waiting,) = struct.unpack("i", fcntl.ioctl(self._fid, termios.FIONREAD, bytes(4)))
-        return waiting > 0 or self.busy
+    def settle(self, seconds: float) -> None:
+        """Waits until nothing is on its way from the descriptor to the buffer."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            (waiting,) = struct.unpack("i", fcntl.ioctl(self._fid, termios.FIONREAD, bytes(4)))
+            if waiting == 0 and not self.busy:
+                return
+            time.sleep(0.001)
+
+    def flush(self):
+        self.settle(_FLUSH_S)  # what follows, such as a result, comes after it
+        super().flush()
 
 
 class Kernel(IPKernelApp):
@@ -106,10 +115,15 @@ def _prepare(app: Any, streams: tuple[Stream, Stream]) -> None:
         if os.getpid() != process:  # a fork that came to the end of the snippet, as of a script
             sys.stdout.flush()
             os._exit(0)
-        end = time.monotonic() + _SETTLE_S
         for stream in streams:
-            while stream.unread() and time.monotonic() < end:
-                time.sleep(0.001)
+            stream.settle(_SETTLE_S)
+
+    def interrupt(_, frame):
+        # In the kernel's own code it could end the kernel, or lose the reply: it is sent again.
+        while frame is not None:
+            if frame.f_globals is shell.user_global_ns or frame.f_code.co_name == "flush_figures":
+                raise KeyboardInterrupt
+            frame = frame.f_back
 
     def refuse(prompt="", *_, **__):
         raise EOFError("input() cannot be used here: nobody answers. Write the value into the code instead")
@@ -138,6 +152,8 @@ def _prepare(app: Any, streams: tuple[Stream, Stream]) -> None:
     os.register_at_fork(after_in_child=plain_streams)
     shell.events.register("post_execute", end_of_snippet)
     app.kernel.raw_input = app.kernel.getpass = refuse
+    app.kernel.pre_handler_hook = lambda: signal.signal(signal.SIGINT, interrupt)
+    app.kernel.post_handler_hook = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
     shell.system = shell.system_raw  # `!command`; IPython's other way needs a terminal
     # IPython's own end the kernel.
     shell.user_ns.update({name: getattr(builtins, name) for name in ("exit", "quit")})
@@ -150,7 +166,8 @@ class Snippet:
         self.message_id = message_id
         self.limits = limits
         self.reply: dict | None = None
-        self.started = self.idle = self.interrupted = False
+        self.idle = False
+        self.interrupted_at: float | None = None
         self.error: dict | None = None
         self.text = self.text_cut = self.images = self.images_cut = self.image_size = 0
         self.flooded = False
@@ -182,11 +199,11 @@ class Bridge:
         for source in (self.shell, self.iopub, self.ended, 0):
             poller.register(source, zmq.POLLIN)
         while True:
-            ended = self.snippet is not None and self.snippet.idle
-            ready = {source for source, _ in poller.poll(_REPLY_MS if ended else None)}
-            if not ready and self.snippet is not None:
-                # The interrupt met the kernel itself, just before or after the snippet: there will be no reply.
-                self.finish(self.snippet, {"status": "error", "ename": "KeyboardInterrupt"})
+            snippet = self.snippet
+            interrupted = snippet is not None and snippet.interrupted_at is not None
+            ready = {source for source, _ in poller.poll(int(1000 * _AGAIN_S) if interrupted else None)}
+            if interrupted and time.monotonic() - snippet.interrupted_at > _AGAIN_S:
+                self.interrupt(snippet)
             if 0 in ready and not self.read_commands():
                 return
             if self.shell in ready:
@@ -224,9 +241,7 @@ class Bridge:
         return bool(data)
 
     def interrupt(self, snippet: Snippet) -> None:
-        snippet.interrupted = True
-        if not snippet.started:
-            return  # the kernel ignores signals between snippets: it is sent with the beginning
+        snippet.interrupted_at = time.monotonic()
         try:
             os.killpg(self.kernel, signal.SIGINT)
         except ProcessLookupError:
@@ -254,10 +269,6 @@ class Bridge:
             snippet.reply = content
         elif kind == "status":
             snippet.idle |= content.get("execution_state") == "idle"
-        elif kind == "execute_input" and not snippet.started:
-            snippet.started = True
-            if snippet.interrupted:
-                self.interrupt(snippet)
         elif not snippet.idle:
             self.show(snippet, kind, content)
         else:

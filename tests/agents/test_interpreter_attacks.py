@@ -26,6 +26,13 @@ def works_afterwards(victim):
     assert victim.execute("6 * 7").text == "42\n"
 
 
+def until_lost(interpreter, code):
+    """What a snippet does that loses its kernel; on a busy machine it may be interrupted before it has begun."""
+    while not (done := interpreter.execute(code, timeout_s=0.3)).state_lost:
+        pass
+    return done
+
+
 def test_there_is_no_network_and_no_file_of_the_host(victim, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = (
@@ -81,8 +88,8 @@ def test_endless_output_is_interrupted(victim):
 
 def test_what_resists_the_interrupt_loses_its_kernel(victim):
     code = "import time\nwhile True:\n    try: time.sleep(600)\n    except KeyboardInterrupt: print('no')"
-    done = victim.execute(code, timeout_s=0.3)
-    assert (done.status, done.text, done.state_lost) == ("timeout", "no\n", True)
+    done = until_lost(victim, code)
+    assert done.status == "timeout" and set(done.text.split()) == {"no"}
 
 
 @pytest.mark.parametrize(
@@ -102,8 +109,7 @@ def test_a_kernel_that_kills_itself_is_replaced(victim, code):
 
 
 def test_a_stopped_bridge_is_replaced(victim):
-    done = victim.execute("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)", timeout_s=0.3)
-    assert (done.status, done.state_lost) == ("timeout", True)
+    assert until_lost(victim, "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)").status == "timeout"
 
 
 def test_the_kernel_does_not_hold_the_channel_to_the_host(victim):
