@@ -19,8 +19,8 @@ The servers are all started, warmed up by --warm_up rounds, and take turns; one 
 run on the same cores. What of the replies is equal to ours, character by character, says that the same work was done;
 bfloat16 is rounded elsewhere in each, so that replies part there.
 
-transformers runs twice: with and without --continuous-batching. llama-server gets as many slots as there are clients,
-and keeps keys and values in float16, its default, unless --llama_cache says f32.
+transformers runs twice, with and without --continuous-batching, unless --batching names one. llama-server gets as many
+slots as there are clients, and keeps keys and values in float16, its default, unless --llama_cache says f32.
 """
 
 import argparse
@@ -283,8 +283,10 @@ def servers(arguments, dtype: str, folder: Path) -> Iterator[Server]:
     if arguments.transformers:
         theirs = [arguments.transformers, "serve", qwen2, "--port", "PORT", "--dtype", dtype, "--host", "127.0.0.1"]
         offline = {"HF_HUB_OFFLINE": "1"}
-        yield Server("transformers cb", [*theirs, "--continuous-batching"], folder, str(qwen2), **offline)
-        yield Server("transformers", theirs, folder, str(qwen2), **offline)
+        if "continuous" in arguments.batching:
+            yield Server("transformers cb", [*theirs, "--continuous-batching"], folder, str(qwen2), **offline)
+        if "none" in arguments.batching:
+            yield Server("transformers", theirs, folder, str(qwen2), **offline)
     if arguments.llama_server:
         context = clients * (arguments.system + arguments.prompt + arguments.new + 64)
         options = ["-np", clients, "-c", context, "-t", threads, "-tb", threads, "--port", "PORT", "--no-webui"]
@@ -347,6 +349,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="34m", choices=PRESETS)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
     parser.add_argument("--transformers", help="command `transformers` of an environment with its extra `serving`")
+    parser.add_argument(
+        "--batching",
+        nargs="+",
+        default=["continuous", "none"],
+        choices=("continuous", "none"),
+        help="of transformers; without any, it answers one request after the other",
+    )
     parser.add_argument("--llama_server", help="llama.cpp's `llama-server`")
     parser.add_argument("--llama_cache", default="f16", help="type of its keys and values")
     parser.add_argument("--clients", type=int, default=32)
