@@ -7,8 +7,8 @@
 #   coarsens colors under low alpha; palette ("P") and 1-bit pictures silently take NEAREST whatever filter is named.
 # Who suffers: picture-text data with PNG and GIF (logos, charts, screenshots of text): features differ between a
 #   loader that shrinks first (to save memory) and the released one, which converts first.
-# qwen_jax: has no pictures yet. Its one function for pictures must convert to RGB before it resizes, as Qwen-VL's
-#   released code does, and a test must hold a transparent RGBA and a palette picture.
+# qwen_jax: qwen_jax/data/images.py converts to RGB before it resizes, as Qwen-VL's released code does;
+#   tests/data/test_images.py holds a transparent RGBA and a palette picture.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

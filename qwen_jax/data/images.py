@@ -1,0 +1,74 @@
+"""Pictures as arrays: opened with limits, and resized and normalized as the released Qwen-VL does.
+
+One function decides what becomes of each kind of picture (`open_image`), one what the encoder sees (`pixels`).
+"""
+
+import io
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Mean and deviation of CLIP's training pictures, RGB in [0, 1] (released visual.py).
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_PIXELS = 50_000_000
+_WIDE_GREYS = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class UnusableImageError(ValueError):
+    """A picture that cannot be read; the message names it and the reason."""
+
+
+def open_image(
+    source: str | os.PathLike | bytes, *, name: str = "", upright: bool = False, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """A picture in RGB with 8 bits a color.
+
+    As in the released code: transparency is dropped (the colors beneath are seen), CMYK and palettes are converted, of
+    an animation the first frame counts, and the rotation that EXIF asks for is ignored, since boxes refer to the stored
+    picture. Greys of 16 bits are divided by 256; Pillow, and so the released code, cuts them off at 255.
+
+    Args:
+      source: a path, or the bytes of a file.
+      name: what messages call the picture; by default the path.
+      upright: whether to turn the picture as EXIF says.
+      max_pixels: largest width times height, checked before anything is decoded.
+
+    Raises:
+      UnusableImageError: no picture, a damaged or cut one, or one with too many pixels.
+      FileNotFoundError: no such file.
+    """
+    name = name or ("an image" if isinstance(source, bytes) else os.fspath(source))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is ours
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if image.width * image.height > max_pixels:
+                    raise UnusableImageError(
+                        f"{name} has {image.width} x {image.height} pixels, more than {max_pixels:,}: make it smaller"
+                    )
+                image.load()
+                if upright:
+                    image = ImageOps.exif_transpose(image)
+                if image.mode in _WIDE_GREYS:
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return image.convert("RGB")
+    except (UnusableImageError, FileNotFoundError):
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UnusableImageError(f"{name} cannot be read as an image: {error}") from error
+
+
+def pixels(image: Image.Image, size: int) -> np.ndarray:
+    """What the encoder sees: float32 [size, size, 3], RGB less CLIP's mean, over its deviation.
+
+    The picture is squashed to a square; its proportions are lost, as in the released code. Pillow resizes it, in 8
+    bits: any other resize is up to 20 levels off at edges.
+
+    Args:
+      image: in mode RGB.
+    """
+    squashed = image.resize((size, size), Image.Resampling.BICUBIC)
+    return (np.asarray(squashed, np.float32) / 255 - MEAN) / DEVIATION
