@@ -26,9 +26,9 @@ from qwen_jax.alignment.rollouts import RolloutConfig
 from qwen_jax.data import task_configuration
 from qwen_jax.files import PathLike, as_path, is_path_type
 from qwen_jax.hardware import HardwareConfig
+from qwen_jax.models.build import parameter_count
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.lora import LoraConfig
-from qwen_jax.models.transformer import parameter_count
 from qwen_jax.reference_column import ReferenceModel
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training.objectives import next_token_prediction

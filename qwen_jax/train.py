@@ -33,8 +33,9 @@ from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
 from qwen_jax.host_memory import keep_freed_memory
+from qwen_jax.models.build import build_model, parameter_count
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
+from qwen_jax.models.transformer import abstract_params
 from qwen_jax.reference_column import ReferenceModel, with_reference
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.batches import Examples, Prefetcher
@@ -105,7 +106,7 @@ def train(
     check_initial_weights(initial_weights, model, output)
     devices = make_mesh(mesh)
     columns = batch_columns(trainer.sequence_length, packing, reference)
-    check_state(Qwen(model), optimizer, trainer, devices, columns)
+    check_state(build_model(model), optimizer, trainer, devices, columns)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
         where = {"cache_dir": cache_dir, "sequence_length": trainer.sequence_length, "packing": packing}
         train_set, eval_set = open_data(mixture_or_task, where, data_seed, model, run_folder)
@@ -117,7 +118,7 @@ def train(
         shapes = batch_shapes(devices, trainer.batch_size, train_set.columns)
         training = Trainer(
             run_folder,
-            Qwen(model),
+            build_model(model),
             objective,
             optimizer,
             trainer,
@@ -185,7 +186,7 @@ def check_initial_weights(weights: InitialWeights | None, model: ModelConfig, ou
     """
     if weights is None or saved_steps(output):
         return
-    weights.check(nn.meta.unbox(abstract_params(Qwen(model))))
+    weights.check(nn.meta.unbox(abstract_params(build_model(model))))
     try:
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer = find_tokenizer(weights.path, Path(scratch))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import qwen_jax.train  # noqa: F401  registers what the run files configure
 from qwen_jax.configuration import ConfigurationError, by_parameters, files_read, load_gin, parse_args
-from qwen_jax.models.transformer import parameter_count
+from qwen_jax.models.build import parameter_count
 
 gin.configurable(qwen_jax.train.train)
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,9 +19,10 @@ from qwen_jax.hardware import HardwareConfig
 from qwen_jax.inference import programs
 from qwen_jax.inference.sampling import RowSampling
 from qwen_jax.models.attention import KVCache
+from qwen_jax.models.build import build_model, parameter_count
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.decoding import DecodingCache
-from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
+from qwen_jax.models.transformer import abstract_params
 from qwen_jax.programs.account import CollectiveTotal
 from qwen_jax.programs.report import Work
 from qwen_jax.sharding import make_mesh, spec, tree_shardings
@@ -76,12 +77,14 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     packing, reference = settings.get("packing", "concat"), settings.get("reference")
     columns = train.batch_columns(trainer.sequence_length, packing, reference)
     shape = {"batch_size": trainer.batch_size, "columns": columns, "accumulation": accumulation}
-    state_bytes = check_run(Qwen(model), optimizer, trainer.train_steps, mesh, memory=hardware.hbm_bytes, **shape)
-    attention = Qwen(model).attention(row_length(columns), is_packed(columns), mesh)
+    state_bytes = check_run(
+        build_model(model), optimizer, trainer.train_steps, mesh, memory=hardware.hbm_bytes, **shape
+    )
+    attention = build_model(model).attention(row_length(columns), is_packed(columns), mesh)
 
     def compile_step():
         return compile_run(
-            Qwen(model),
+            build_model(model),
             settings["objective"],
             optimizer,
             trainer.train_steps,
@@ -92,7 +95,7 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
         )
 
     tokens = trainer.batch_size * trainer.sequence_length
-    trained = trained_count(Qwen(model), optimizer, trainer.train_steps, mesh)
+    trained = trained_count(build_model(model), optimizer, trainer.train_steps, mesh)
     work = Work(
         parameters=parameter_count(model),
         tokens=tokens,
@@ -217,7 +220,7 @@ def _for_inference(
 ):
     """(weights as inference keeps them, bytes of weights, cache and what is resident on a device)."""
     batch_shapes(mesh, rows, token_columns(length))
-    boxed = abstract_params(Qwen(config))
+    boxed = abstract_params(build_model(config))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, config.compute_dtype, sharding=sharding),
         nn.meta.unbox(boxed),

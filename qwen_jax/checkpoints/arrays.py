@@ -28,8 +28,9 @@ from qwen_jax.checkpoints.run_folder import (
     saved_steps,
     write_run_files,
 )
+from qwen_jax.models.build import build_model
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, abstract_params
+from qwen_jax.models.transformer import abstract_params
 
 PIECE_BYTES = 2**26
 # Trees of a checkpoint that hold parameters.
@@ -292,6 +293,6 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[ModelConfig,
     one_device = SingleDeviceSharding(jax.devices("cpu")[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one_device),
-        nn.meta.unbox(abstract_params(Qwen(config))),
+        nn.meta.unbox(abstract_params(build_model(config))),
     )
     return config, jax.tree.map(np.asarray, restore_params(path, abstract, step))

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from qwen_jax.conversion.load import open_weights
-from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, float32_copy, is_stacked, parameter_shapes
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, float32_copy, parameter_shapes
 from qwen_jax.models.decoding import norm_with, single_blocks
 from qwen_jax.models.kernels import causal_mask
 from qwen_jax.models.log_probs import output_logits
@@ -91,7 +91,7 @@ def streamed_logits(weights: Weights, tokens: np.ndarray, progress: bool = False
 
 def _layers(weights: Weights, progress: bool) -> Iterator[dict]:
     """Parameters of each block in float32, read one block at a time."""
-    stacked = [path for path in parameter_shapes(weights.config) if is_stacked(path)]
+    stacked = [path for path in parameter_shapes(weights.config) if path.startswith(LAYER_PREFIX)]
     for layer in tqdm(range(weights.config.num_layers), desc="layers", disable=not progress):
         own = {path.removeprefix(LAYER_PREFIX): float32_copy(weights.read(path, layer)) for path in stacked}
         yield unflatten_dict(own, sep="/")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from qwen_jax import files
+from qwen_jax.conversion import visual
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import READ_DTYPES, ExternalWeights, StoredTensor, listing
 from qwen_jax.conversion.mapping import FORMATS, REQUIRED, ExternalTensor, Format
@@ -101,6 +102,8 @@ def read_config(folder: Path, table: Format) -> ModelConfig:
     if values.get("head_dim") is None:
         values["head_dim"] = values["hidden_size"] // values["num_heads"]
     values["head"] = table.head
+    if content.get("visual") is not None and table.name == "qwen":
+        values["vision"] = visual.read_config(path, content["visual"], values["hidden_size"])
     try:
         return ModelConfig(**values)
     except (ValueError, TypeError) as error:
@@ -180,6 +183,8 @@ def external_config(
         if field.ours == "rope_theta" and float(value).is_integer():
             value = int(value)
         content[field.name] = value * field.factor if field.factor != 1 else value
+    if config.vision is not None:
+        content["visual"] = visual.external_config(config.vision, config.hidden_size)
     content.update(table.constants)
     content["torch_dtype"] = dtype  # the name that both transformers 4 and 5 read
     if table.rope_parameters:

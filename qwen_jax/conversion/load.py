@@ -31,6 +31,7 @@ from qwen_jax.conversion.run_folder import SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.files import as_path
+from qwen_jax.models.build import build_model
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import tree_shardings
@@ -138,7 +139,7 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
     """
     path = as_path(path)
     weights = without_adapters(open_weights(path))
-    model = Qwen(dataclasses.replace(weights.config, dtype=dtype))
+    model = build_model(dataclasses.replace(weights.config, dtype=dtype))
     boxed = abstract_params(model)
     abstract = nn.meta.unbox(boxed)
     here = SingleDeviceSharding(jax.devices()[0])
@@ -169,12 +170,12 @@ def load_for_decoding(path: str | os.PathLike, dtype: str = "float32") -> tuple[
       FileNotFoundError, ValueError: as `load_pretrained`.
     """
     weights, device = without_adapters(open_weights(path)), jax.devices()[0]
-    model = Qwen(dataclasses.replace(weights.config, dtype=dtype))
+    model = build_model(dataclasses.replace(weights.config, dtype=dtype))
     dtype = model.config.compute_dtype
     flat: dict[tuple[str, ...], jax.Array] = {}
     layers: list[dict] = [{} for _ in range(weights.config.num_layers)]
     for name, shape in tqdm(parameter_shapes(weights.config).items(), desc="parameters", disable=None):
-        if not is_stacked(name):
+        if not name.startswith(LAYER_PREFIX):
             flat[tuple(name.split("/"))] = jax.device_put(read_parameter(weights, name).astype(dtype), device)
             continue
         for index, layer in enumerate(layers):

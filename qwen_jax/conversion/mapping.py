@@ -17,12 +17,14 @@ import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from qwen_jax.models.build import build_model
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, abstract_params
+from qwen_jax.models.transformer import abstract_params
 
 REQUIRED = object()  # the default of a ConfigField that a config.json must have
 COPY_BLOCK = 256
 LAYER_PREFIX = "layers/"  # our parameters below it are stacked along a leading layer axis
+VISION_LAYER_PREFIX = "vision/layers/"  # those of the image encoder, with its own number of layers
 
 # Linear weights of the external formats are [out, in]. d: hidden width, h: heads, k: head_dim, f: FFN, v: vocabulary.
 HEADS_IN = "d h k -> (h k) d"
@@ -34,6 +36,11 @@ UNEMBED = "d v -> v d"
 SCORE = "d o -> o d"  # o: the one output
 EMBED = "v d -> v d"
 VECTOR = "d -> d"
+# Of the image encoder: i, j rows and columns of a patch, c: colors, n: query, key and value, e: features.
+PATCHES = "i j c d -> d c i j"
+INTERLEAVED = "d h n k -> (h n k) d"
+INTERLEAVED_BIAS = "h n k -> (h n k)"
+FEATURES = "d e -> d e"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +128,55 @@ def _refuse_qwen(config: ModelConfig) -> list[str]:
 
 
 def _refuse_qwen2(config: ModelConfig) -> list[str]:
-    return [] if config.qkv_bias else ["projections without bias (qkv_bias False)"]
+    reasons = [] if config.qkv_bias else ["projections without bias (qkv_bias False)"]
+    return [*reasons, "an image encoder (vision)"] if config.vision is not None else reasons
 
+
+def _norm(external: str, ours: str) -> tuple[TensorMapping, TensorMapping]:
+    """Weight and bias of a LayerNorm of the image encoder."""
+    return (
+        TensorMapping(f"transformer.visual.{external}.weight", (f"vision/{ours}/scale",), VECTOR),
+        TensorMapping(f"transformer.visual.{external}.bias", (f"vision/{ours}/bias",), VECTOR),
+    )
+
+
+def _linear(external: str, ours: str, layout: str, bias_layout: str = VECTOR) -> tuple[TensorMapping, TensorMapping]:
+    """Weight and bias of a linear layer of the image encoder."""
+    return (
+        TensorMapping(f"transformer.visual.{external}.weight", (f"vision/{ours}/kernel",), layout),
+        TensorMapping(f"transformer.visual.{external}.bias", (f"vision/{ours}/bias",), bias_layout),
+    )
+
+
+_BLOCK = "transformer.resblocks.{layer}"
+_RESAMPLED = tuple(f"vision/resampler/{name}" for name in ("query", "key", "value"))
+# Tensors of the image encoder and the resampler of Qwen-VL (released visual.py): 18 and 12 for each block, 594 as
+# released. Models without `ModelConfig.vision` have none of them.
+VISUAL = (
+    TensorMapping("transformer.visual.conv1.weight", ("vision/patch_embedding/kernel",), PATCHES),
+    TensorMapping("transformer.visual.positional_embedding", ("vision/positions",), EMBED),
+    *_norm("ln_pre", "input_norm"),
+    *_norm(f"{_BLOCK}.ln_1", "layers/attention_norm"),
+    *_linear(f"{_BLOCK}.attn.in_proj", "layers/query_key_value", INTERLEAVED, INTERLEAVED_BIAS),
+    *_linear(f"{_BLOCK}.attn.out_proj", "layers/attention_output", HEADS_OUT),
+    *_norm(f"{_BLOCK}.ln_2", "layers/mlp_norm"),
+    *_linear(f"{_BLOCK}.mlp.c_fc", "layers/up", FFN_IN),
+    *_linear(f"{_BLOCK}.mlp.c_proj", "layers/down", FFN_OUT),
+    TensorMapping("transformer.visual.attn_pool.query", ("vision/resampler/queries",), EMBED),
+    TensorMapping("transformer.visual.attn_pool.pos_embed", ("vision/resampler/positions",), EMBED),
+    TensorMapping("transformer.visual.attn_pool.kv_proj.weight", ("vision/resampler/input/kernel",), FFN_IN),
+    *_norm("attn_pool.ln_q", "resampler/query_norm"),
+    *_norm("attn_pool.ln_kv", "resampler/input_norm"),
+    TensorMapping(
+        "transformer.visual.attn_pool.attn.in_proj_weight", tuple(f"{name}/kernel" for name in _RESAMPLED), HEADS_IN
+    ),
+    TensorMapping(
+        "transformer.visual.attn_pool.attn.in_proj_bias", tuple(f"{name}/bias" for name in _RESAMPLED), HEADS_BIAS
+    ),
+    *_linear("attn_pool.attn.out_proj", "resampler/attention_output", HEADS_OUT),
+    *_norm("ln_post", "output_norm"),
+    TensorMapping("transformer.visual.proj", ("vision/output/kernel",), FEATURES),
+)
 
 # Tensors of QWenLMHeadModel as released in 2023 (github.com/QwenLM/Qwen). In its MLP w2 is the gate and w1 is not.
 QWEN = Format(
@@ -149,6 +203,7 @@ QWEN = Format(
         TensorMapping("transformer.h.{layer}.mlp.c_proj.weight", _kernels("mlp/down"), FFN_OUT),
         TensorMapping("transformer.ln_f.weight", ("final_norm/scale",), VECTOR),
         TensorMapping("lm_head.weight", ("output",), UNEMBED),
+        *VISUAL,
     ),
     fields=(
         ConfigField("vocab_size", "vocab_size", earlier=("padded_vocab_size",)),
@@ -287,13 +342,13 @@ class ExternalTensor:
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Path, such as `layers/mlp/up/kernel`, to shape of every parameter; the stacked ones with their layer axis."""
-    shapes = flatten_dict(nn.meta.unbox(abstract_params(Qwen(config))), sep="/")
+    shapes = flatten_dict(nn.meta.unbox(abstract_params(build_model(config))), sep="/")
     return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in shapes.items()})
 
 
 def is_stacked(path: str) -> bool:
     """Whether a parameter has the leading layer axis."""
-    return path.startswith(LAYER_PREFIX)
+    return path.startswith((LAYER_PREFIX, VISION_LAYER_PREFIX))
 
 
 def _axes(layout: str) -> tuple[list[str], list[list[str]]]:
@@ -342,10 +397,10 @@ def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]
     for mapping in table.tensors:
         if not set(mapping.parts) & set(shapes):
             continue  # a parameter that this configuration lacks: the output projection of tied embeddings
-        stacked = is_stacked(mapping.parts[0])
+        stacked, layers = is_stacked(mapping.parts[0]), shapes[mapping.parts[0]][0]
         parts = [external_shape(mapping.layout, shapes.pop(part)[1 if stacked else 0 :]) for part in mapping.parts]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
-        for layer in range(config.num_layers) if stacked else (None,):
+        for layer in range(layers) if stacked else (None,):
             tensors.append(ExternalTensor(mapping.external.format(layer=layer), shape, mapping, layer))
     if shapes:
         raise ValueError(f"format {table.name} has no tensor for the parameters {', '.join(sorted(shapes))}")

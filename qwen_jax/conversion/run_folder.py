@@ -22,7 +22,7 @@ LAYOUTS = (SCANNED, UNSCANNED)
 
 def unscanned_path(path: str, layer: int) -> str:
     """Path of one block's own parameter: `layers/mlp/up/kernel` of block 3 is `layers_3/mlp/up/kernel`."""
-    return f"{LAYER_PREFIX.rstrip('/')}_{layer}/{path.removeprefix(LAYER_PREFIX)}"
+    return path.replace(LAYER_PREFIX, f"{LAYER_PREFIX.rstrip('/')}_{layer}/", 1)
 
 
 def layout_shapes(config: ModelConfig, layout: str) -> dict[str, tuple[int, ...]]:
@@ -34,7 +34,7 @@ def layout_shapes(config: ModelConfig, layout: str) -> dict[str, tuple[int, ...]
         unscanned_path(path, layer): shape[1:]
         for path, shape in shapes.items()
         if is_stacked(path)
-        for layer in range(config.num_layers)
+        for layer in range(shape[0])
     }
     return own | {path: shape for path, shape in shapes.items() if not is_stacked(path)}
 
@@ -59,7 +59,7 @@ class RunFolder:
         self.config = run_folder.read_config(path.parent.parent if in_step else path)
         self._stored = arrays.StoredParams(path)
         self.trained = self._stored.trained
-        first = unscanned_path("", 0)
+        first = unscanned_path(LAYER_PREFIX, 0)
         self.layout = UNSCANNED if any(name.startswith(first) for name in self._stored.shapes) else SCANNED
         self._check()
         # Layers that one chunk holds together: path to (first of them, array).
@@ -97,7 +97,7 @@ class RunFolder:
         start = layer - layer % together
         kept = self._kept.pop(path, None)
         block = kept[1] if kept and kept[0] == start else self._stored.read(path, slice(start, start + together))
-        if layer + 1 < min(start + together, self.config.num_layers):
+        if layer + 1 < min(start + together, parameter_shapes(self.config)[path][0]):
             self._kept[path] = (start, block)
         return block[layer - start]
 

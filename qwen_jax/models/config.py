@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from qwen_jax.models.lora import LoraConfig
+from qwen_jax.models.vision.config import RESAMPLER_HEAD_DIM, VisionConfig
 
 # What the backward pass finds in memory of each block; it computes the rest again from the block's input. From the
 # fastest to the smallest; `hidden` below is one residual stream in the compute dtype.
@@ -77,6 +78,7 @@ class ModelConfig:
       head: what stands on the final norm: "tokens", the output projection to logits, or "scalar", a projection without
         bias to one number for each position (reward and value models, report 3.2).
       lora: adapters on projections of the blocks; None: none.
+      vision: image encoder and resampler, as Qwen-VL has them; None: the model reads text alone.
       use_dynamic_ntk, use_logn: context extension past `context_length` (report 2.3.2), as in the released
         configuration: rotary frequencies that slow down with the prompt's length, and queries that grow with the
         logarithm of their position. Inference only: a training pass is not touched.
@@ -107,6 +109,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     head: str = "tokens"
     lora: LoraConfig | None = None
+    vision: VisionConfig | None = None
     use_dynamic_ntk: bool = False
     use_logn: bool = False
     window_sizes: tuple[int, ...] | None = None
@@ -135,6 +138,13 @@ class ModelConfig:
             object.__setattr__(self, "attention_blocks", AttentionBlocks(**self.attention_blocks))
         if isinstance(self.lora, dict):
             object.__setattr__(self, "lora", LoraConfig(**self.lora))
+        if isinstance(self.vision, dict):
+            object.__setattr__(self, "vision", VisionConfig(**self.vision))
+        if self.vision is not None and self.hidden_size % RESAMPLER_HEAD_DIM:
+            raise ValueError(
+                f"ModelConfig.hidden_size must be a multiple of {RESAMPLER_HEAD_DIM}, the head dimension of the "
+                f"resampler, where ModelConfig.vision is set; found {self.hidden_size}"
+            )
         self._check_context_extension()
         for field, allowed in (
             ("head", HEADS),

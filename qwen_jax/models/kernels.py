@@ -14,13 +14,15 @@ from qwen_jax.sharding import mesh_in_use, num_shards, spec
 TPU_LANES = 128
 
 
-def dot_product_attention(query, key, value, mask, *, dropout_rate=0.0, dropout_rng=None) -> jax.Array:
+def dot_product_attention(
+    query, key, value, mask: jax.Array | None, *, dropout_rate=0.0, dropout_rng=None
+) -> jax.Array:
     """softmax(query key^T / sqrt(head_dim)) value, with the softmax in float32.
 
     Args:
       query: [batch, heads, length, head_dim].
       key, value: [batch, kv_heads, keys, head_dim]; query head h reads kv head h // (heads / kv_heads).
-      mask: bool, broadcastable to [batch, length, keys]; False is not attended to.
+      mask: bool, broadcastable to [batch, length, keys]; False is not attended to. None: all are.
       dropout_rate, dropout_rng: dropout on the attention weights when an rng is given.
 
     Returns:
@@ -34,7 +36,8 @@ def dot_product_attention(query, key, value, mask, *, dropout_rate=0.0, dropout_
     logits = jnp.einsum("bkgld,bkmd->bkglm", grouped, key, precision=precision, preferred_element_type=jnp.float32) * (
         head_dim**-0.5
     )
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
     if dropout_rng is not None and dropout_rate > 0:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)

@@ -1,4 +1,4 @@
-"""RMSNorm, projections and SwiGLU, with logical names on every parameter axis."""
+"""Norms, projections and SwiGLU, with logical names on every parameter axis."""
 
 import functools
 from collections.abc import Callable
@@ -39,6 +39,23 @@ class RMSNorm(nn.Module):
         return normed.astype(self.dtype) * scale.astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation in float32, times the weight, plus the bias, cast to the activation dtype."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., hidden] to [..., hidden]."""
+        scale = self.param("scale", named_init(nn.initializers.ones, ("norm",)), (x.shape[-1],))
+        bias = self.param("bias", named_init(nn.initializers.zeros, ("norm",)), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale + bias).astype(self.dtype)
+
+
 class Projection(nn.Module):
     """A matrix product by einsum, with an optional bias and adapter; parameters are float32.
 
@@ -57,10 +74,10 @@ class Projection(nn.Module):
 
     equation: str
     shape: tuple[int, ...]
-    names: tuple[str, ...]
+    names: tuple[str | None, ...]
     std: float
     dtype: jnp.dtype
-    bias_names: tuple[str, ...] | None = None
+    bias_names: tuple[str | None, ...] | None = None
     bias_shape: tuple[int, ...] | None = None
     lora: LoraConfig | None = None
     deterministic: bool = True

@@ -115,8 +115,8 @@ def decoder_states(
     return final_norm(x), tuple(written)
 
 
-def _rematerialized(block: type[Block], policy: str) -> type[Block]:
-    """The block with `policy` of REMAT_POLICIES.
+def rematerialized(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """A block of a scan with `policy` of REMAT_POLICIES.
 
     Raises:
       ValueError: the platform has no other memory to offload to.
@@ -190,7 +190,7 @@ class Qwen(nn.Module):
         c = self.config
         x = embed_inputs(gather_weight(self.token_embedding, ("vocab", "embed"), c.compute_dtype), tokens, embeddings)
         x = nn.Dropout(c.embedding_dropout)(x, deterministic=deterministic or c.embedding_dropout == 0)
-        block = Block if self.is_initializing() else _rematerialized(Block, c.remat)
+        block = Block if self.is_initializing() else rematerialized(Block, c.remat)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -263,12 +263,13 @@ class Qwen(nn.Module):
         )
         return self.logits(hidden)
 
-    def inference_hidden_states(self, tokens, lengths=None) -> jax.Array:
+    def inference_hidden_states(self, tokens, lengths=None, *, embeddings: InputEmbeddings | None = None) -> jax.Array:
         """The inference-mode forward pass: context extension (report 2.3.2) acts as `config` says.
 
         Args:
           tokens: int32 [batch, length].
           lengths: int32 [batch], the tokens of each row without its padding, which follows them; None: all.
+          embeddings: vectors in the place of some of the tokens' embeddings.
 
         Returns:
           Normed final hidden states [batch, length, hidden]; `logits` makes logits of them.
@@ -278,7 +279,7 @@ class Qwen(nn.Module):
         alpha = dynamic_ntk_alpha(lengths, self.config.context_length)
         extension = ContextExtension.of(self.config, positions, alpha)
         mask = causal_mask(tokens.shape[1], None)
-        return self._hidden(tokens, None, positions, None, mask, True, extension)
+        return self._hidden(tokens, embeddings, positions, None, mask, True, extension)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab_size] of hidden states [batch, length, hidden]; see `__call__`."""
@@ -296,8 +297,3 @@ def abstract_params(model: Qwen):
 @functools.lru_cache(maxsize=8)
 def _abstract_params(model: Qwen):
     return jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters, from shapes alone."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(abstract_params(Qwen(config)))))

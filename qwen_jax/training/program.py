@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from qwen_jax.batch_spec import Column, is_packed, row_length
 from qwen_jax.hardware import GIB
+from qwen_jax.models.build import parameter_count
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import parameter_count
 from qwen_jax.programs.account import CollectiveTotal
 from qwen_jax.training.model import Model
 from qwen_jax.training.objective import Objective

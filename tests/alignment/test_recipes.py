@@ -5,7 +5,7 @@ import pytest
 
 import qwen_jax.train
 from qwen_jax.configuration import load_gin
-from qwen_jax.models.transformer import parameter_count
+from qwen_jax.models.build import parameter_count
 
 gin.configurable(qwen_jax.train.train)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from qwen_jax.configuration import load_gin
+from qwen_jax.models.build import parameter_count
 from qwen_jax.models.config import REMAT_POLICIES, ModelConfig
 from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, unstack_layers
-from qwen_jax.models.transformer import Qwen, abstract_params, parameter_count
+from qwen_jax.models.transformer import Qwen, abstract_params
 
 RELEASED = {"1_8b": 1_836_828_672, "7b": 7_721_324_544, "14b": 14_167_290_880, "72b": 72_287_920_128}
 

@@ -13,7 +13,8 @@ import jax
 import pytest
 
 from qwen_jax.batch_spec import token_columns
-from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.models.build import parameter_count
+from qwen_jax.models.transformer import Qwen
 from qwen_jax.programs.account import account
 from qwen_jax.programs.hlo import COLLECTIVES, Program, array_shapes, group_size
 from qwen_jax.sharding import MeshConfig, make_mesh

@@ -14,7 +14,8 @@ import json, math, re
 from jax.experimental import topologies
 from qwen_jax.batch_spec import token_columns
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.models.build import parameter_count
+from qwen_jax.models.transformer import Qwen
 from qwen_jax.programs.account import account
 from qwen_jax.programs.hlo import Program, array_shapes, group_size
 from qwen_jax.sharding import MeshConfig, make_mesh

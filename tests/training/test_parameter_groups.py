@@ -12,7 +12,8 @@ import pytest
 from qwen_jax.batch_spec import token_columns
 from qwen_jax.checkpoints.arrays import StoredParams, load_params
 from qwen_jax.checkpoints.run_folder import write_run_files
-from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.models.build import parameter_count
+from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.metrics import read_metrics
 from qwen_jax.training.objectives import next_token_prediction

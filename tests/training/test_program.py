@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from qwen_jax.batch_spec import token_columns
+from qwen_jax.models.build import parameter_count
 from qwen_jax.models.config import ModelConfig
-from qwen_jax.models.transformer import Qwen, parameter_count
+from qwen_jax.models.transformer import Qwen
 from qwen_jax.programs.account import collectives_per_device
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.objectives import next_token_prediction

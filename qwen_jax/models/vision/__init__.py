@@ -1,0 +1,1 @@
+"""Image encoder, resampler and multimodal model of Qwen-VL (arXiv 2308.12966)."""
