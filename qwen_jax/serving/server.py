@@ -1,5 +1,6 @@
 """The HTTP server around the application: its socket, its readiness, and its end."""
 
+import errno
 import socket
 import time
 from collections.abc import Callable
@@ -35,9 +36,15 @@ def bind(host: str, port: int) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except OSError as error:
-        why = error.strerror or error
-        raise OSError(f"--host {host} --port {port}: {why}; --port 0 takes any free port") from error
+        raise _unusable(host, port, error) from error
+    # Or another server could bind the port, too, until this one listens.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     return made
+
+
+def _unusable(host: str, port: int, error: OSError) -> OSError:
+    hint = "; --port 0 takes any free port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+    return OSError(f"--host {host} --port {port}: {error.strerror or error}{hint}")
 
 
 class Server(uvicorn.Server):
@@ -91,6 +98,15 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server`."""
         url = self.url
+        # Connections have the option from the socket that listens; those that ended would keep the port from the next
+        # server without it.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            # The event loop would be silent about a failure, and the server ready without an address.
+            self._sock.listen(self.config.backlog)
+        except OSError as error:
+            host, port = self._sock.getsockname()[:2]
+            raise _unusable(host, port, error) from error
         await super().startup(sockets)
         self._ready(url)
 

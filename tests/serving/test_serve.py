@@ -7,10 +7,13 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from unittest import mock
 
 import pytest
 
 from qwen_jax.serve import sampling_of, serve
+from qwen_jax.serving.app import Service
+from qwen_jax.serving.server import Server, bind
 from tests.fakes import random_run
 
 
@@ -55,7 +58,7 @@ def test_wrong_values_are_told_in_one_line(run_folder, monkeypatch):
         with pytest.raises(OSError, match=rf"--port {port}: Address already in use; --port 0 takes any free port"):
             serve(checkpoint=run_folder, port=port)
     for options, message in (
-        ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
+        ({"host": "no.such.host.invalid"}, r"--host no.such.host.invalid --port 0: [^;]*$"),
         ({"port": 2**20}, "--port must be"),
         ({"max_waiting": -1}, "--max_waiting must not be negative"),
         ({"max_request_bytes": 0}, "--max_request_bytes must be positive"),
@@ -64,6 +67,20 @@ def test_wrong_values_are_told_in_one_line(run_folder, monkeypatch):
     ):
         with pytest.raises((OSError, ValueError), match=message):
             serve(**{"checkpoint": run_folder, "port": 0} | options)
+
+
+def test_of_two_servers_of_one_port_the_second_ends():
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(OSError, match=rf"--port {port}: Address already in use"):
+            bind("127.0.0.1", port)
+        # Where a port can be bound twice, the second server is told when it listens.
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with socket.create_server(("127.0.0.1", port)):
+            service = mock.create_autospec(Service, instance=True)
+            server = Server(service, first, 1.0, lambda url: pytest.fail("it is not ready"))
+            with pytest.raises(OSError, match=rf"--port {port}: Address already in use; --port 0"):
+                server.serve_until_told()
 
 
 def test_sampling_is_that_of_the_folder_or_of_openai(run_folder, tmp_path):
