@@ -85,7 +85,7 @@ def stop_strings(body: Mapping) -> tuple[str, ...]:
         ApiError: it is something else, has an empty string, or more or longer ones than are searched for.
     """
     value = body.get("stop")
-    found = [value] if isinstance(value, str) else value or []
+    found = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
         raise bad_request("stop", f"must be a string or a list of strings that are not empty, found {shown(value)}")
     if len(found) > MAX_STOP_STRINGS or any(len(one) > MAX_STOP_LENGTH for one in found):

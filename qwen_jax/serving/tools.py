@@ -32,7 +32,8 @@ def read_tools(body: Mapping) -> tuple[dict[str, Any], ...]:
         ApiError: it is no list of functions, there are more than `MAX_TOOLS` or of `MAX_PARTS`, two have one name, or
             the parameters are no JSON schema.
     """
-    given = body.get("tools") or []
+    given = body.get("tools")
+    given = [] if given is None else given
     if not isinstance(given, list):
         raise bad_request("tools", f"must be a list of functions, found {shown(given)}")
     if len(given) > MAX_TOOLS:

@@ -189,6 +189,7 @@ WRONG = {
     "form": ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     "functions": ({"functions": [{"name": "f"}]}, 400, "functions", "tools"),
     "stop": ({"stop": ["a", ""]}, 400, "stop", "not empty"),
+    "stop of a number": ({"stop": 0}, 400, "stop", "a string or a list"),
     "many stops": ({"stop": ["a"] * 10_000}, 400, "stop", "at most 16"),
     "long stop": ({"stop": "a" * 10_000}, 400, "stop", "256 characters"),
     "max_tokens": ({"max_tokens": 0}, 400, "max_tokens", "at least 1"),

@@ -170,6 +170,7 @@ WRONG = {
         "10000 values in their JSON at most, found 20",
     ),
     "no list": ({"tools": {"f": 1}}, "tools", "must be a list"),
+    "an empty object": ({"tools": {}}, "tools", "must be a list"),
     "no function": ({"tools": [{"type": "function"}]}, "tools[0]", 'must have a "function"'),
     "another type": ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]", 'of type "function"'),
     "name over lines": ({"tools": [schema(name="f\nAction: g")]}, "tools[0].function.name", "printable"),
