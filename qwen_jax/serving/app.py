@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -73,7 +74,9 @@ class Service:
         """Refuses a request without the key, and one that a page of another site may have made."""
         if self._api_key is None:
             # The owner of a site can let its name lead to this machine, and so read what a local server answers.
-            if self._local and not _is_local_name(host := request.url.hostname or ""):
+            # Not `request.url`, which has the server's own address where it cannot read the header.
+            host = _without_port(request.headers.get("host", "localhost"))
+            if self._local and not _is_local_name(host):
                 raise ApiError(403, f"the host {host!r} is no address: use http://127.0.0.1 or localhost")
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -133,6 +136,12 @@ class Service:
             raise ApiError(503, "the server ended before the reply was whole") from None
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+
+
+def _without_port(header: str) -> str:
+    """The host that a Host header names; the header itself where it has no such form."""
+    found = re.fullmatch(r"(?:\[([^]]*)\]|([^:]*))(?::\d*)?", header)
+    return header if found is None else (found[1] or found[2] or "").lower()
 
 
 def _is_local_name(host: str) -> bool:
