@@ -157,14 +157,21 @@ class Interpreter:
           timeout_s: seconds, instead of the limit's.
 
         Raises:
+          TypeError: the code is no text.
+          ValueError: `timeout_s` is not positive, or without end.
           SandboxUnavailableError: this system cannot isolate a kernel, or it does not start.
         """
+        if not isinstance(code, str):
+            raise TypeError(f"code is {type(code).__name__}: expected text")
+        timeout_s = self.limits.timeout_s if timeout_s is None else timeout_s
+        if not 0 < timeout_s < float("inf"):
+            raise ValueError(f"timeout_s is {timeout_s}: give a positive number of seconds")
         with self._turn:
             began = time.monotonic()
             if self._run is None:
                 self._start()
             limits = {name: getattr(self.limits, name) for name in ("text", "images", "image_bytes")}
-            until = time.monotonic() + (timeout_s or self.limits.timeout_s)
+            until = time.monotonic() + timeout_s
             result = _Collected(self.limits)
             try:
                 self._interrupted = False

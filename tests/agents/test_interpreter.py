@@ -168,6 +168,15 @@ def test_a_new_kernel_has_nothing_of_the_old_one(interpreter):
         assert other.execute("import os\nos.listdir(), 'kept' in globals()").text == "([], False)\n"
 
 
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
+def test_a_snippet_that_is_none_or_has_no_time_starts_no_kernel(timeout_s):
+    interpreter = Interpreter()
+    with pytest.raises(ValueError, match="give a positive number of seconds"):
+        interpreter.execute("1", timeout_s=timeout_s)
+    with pytest.raises(TypeError, match="NoneType: expected text"):
+        interpreter.execute(None)
+
+
 def test_limits_are_positive():
     with pytest.raises(ValueError, match="timeout_s is 0: limits are positive"):
         Limits(timeout_s=0)
