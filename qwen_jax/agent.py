@@ -96,6 +96,8 @@ def answer(
     Raises:
         ValueError, OSError: no such checkpoint, or a value out of range.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     engine = load_engine(checkpoint, dtype, slots=1)
     sampling = SamplingConfig(temperature=temperature, top_p=top_p)
     model = of_engine(engine, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed)

@@ -145,7 +145,7 @@ class Agent:
             try:
                 said = react.prompt(transcript.row, self._style, self._place)
                 text = yield from self._said(said)
-            except ValueError as error:  # no room left in the context, as a rule
+            except ValueError as error:  # no room left in the context, as a rule, or a reply that was cut
                 yield _end(transcript, FAILED, str(error))
                 return
             reply = react.parse(text, self._rule)

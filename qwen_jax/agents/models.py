@@ -1,7 +1,6 @@
 """What an agent may stand on: an engine in this process, or a server of OpenAI's protocol."""
 
 import itertools
-import logging
 from collections.abc import Iterator, Sequence
 
 from qwen_jax.agents import react
@@ -12,7 +11,10 @@ from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.inference import Engine, Request, SamplingConfig
 from qwen_jax.inference.requests import LENGTH
 
-logger = logging.getLogger(__name__)
+
+def _cut(tokens: int) -> ValueError:
+    """The error of a reply that `max_new_tokens` ended: half a call is none, and half an answer no answer."""
+    return ValueError(f"a reply was cut after {tokens} tokens: allow more of them")
 
 
 def of_engine(
@@ -21,7 +23,8 @@ def of_engine(
     """Completes with an engine that has a tokenizer; greedily by default.
 
     Args:
-        max_new_tokens: the largest number of tokens of a reply; fewer where the context has less room.
+        max_new_tokens: the largest number of tokens of a reply; fewer where the context has less room. A reply that
+            has more raises ValueError, after its text.
         seed: for sampling; each reply has one of its own, from this one on.
     """
     tokenizer = engine.tokenizer
@@ -42,7 +45,7 @@ def of_engine(
         for chunk in engine.stream(request):
             yield chunk.text or ""
             if chunk.finish_reason == LENGTH:
-                logger.warning("the reply was cut after %d tokens", request.max_new_tokens)
+                raise _cut(request.max_new_tokens)
 
     return complete
 
@@ -54,6 +57,7 @@ def of_client(client, model: str, tokenizer: Tokenizer, *, max_tokens: int = 512
         client: an `openai.OpenAI`.
         model: its name on the server.
         tokenizer: of the model. The prompt goes as ids, so that no text in it becomes a control token.
+        max_tokens: see `max_new_tokens` of `of_engine`.
     """
 
     def complete(said: Sequence[Said], stops: Sequence[str]) -> Iterator[str]:
@@ -69,6 +73,6 @@ def of_client(client, model: str, tokenizer: Tokenizer, *, max_tokens: int = 512
             for choice in chunk.choices:
                 yield choice.text or ""
                 if choice.finish_reason == "length":
-                    logger.warning("the reply was cut after %d tokens", max_tokens)
+                    raise _cut(max_tokens)
 
     return complete

@@ -58,15 +58,16 @@ def test_an_engine_completes_what_it_is_asked(engine):
 
     agent = Agent(of_engine(Recorded(), max_new_tokens=24, seed=5), Tools(builtin_tools()))
     transcript = agent.begin()
-    list(agent.run("Q?", transcript))
+    events = list(agent.run("Q?", transcript))
     (request,) = requests
     asked = {**transcript.row, "messages": transcript.messages[:2]}
     assert list(request.prompt) == react.encode(tokenizer, react.prompt(asked))
     assert request.stop_strings == ("Observation:", "Observation:\n") and request.seed == 5
     assert request.stop_ids == (tokenizer.im_end_id, tokenizer.endoftext_id)
-    # The same tokens through the engine alone are what the transcript has.
+    # The same tokens through the engine alone are what the model said; a reply that was cut is no answer.
     (result,) = engine.generate([request])
-    assert transcript.messages[-1]["content"] == result.text
+    assert "".join(event.text for event in events if event.kind == "text") == result.text
+    assert (transcript.ended, transcript.problem) == ("failed", "a reply was cut after 24 tokens: allow more of them")
 
 
 def test_an_engine_stops_at_an_observation(engine):
@@ -90,15 +91,17 @@ def test_a_question_that_does_not_fit_ends_in_a_sentence(engine, checkpoint, cap
 def test_the_command_answers_and_saves(checkpoint, tmp_path, capsys):
     save = tmp_path / "traces.jsonl"
     flags = ["--checkpoint", str(checkpoint), "--max_new_tokens=8", "--save", str(save)]
-    assert main([*flags, "--query", "What\x1b\udcff is it?", "--date", "2023-09-28"]) == 0
+    assert main([*flags, "--query", "What\x1b\udcff is it?", "--date", "2023-09-28"]) == 1
     shown = capsys.readouterr()
-    assert (
-        shown.out.startswith("Question: What\\x1b\ufffd is it?\n")
-        and "the reply was cut after 8 tokens" not in shown.out
-    )
+    assert shown.out.startswith("Question: What\\x1b\ufffd is it?\n") and shown.out.endswith("\n")
+    # Half a reply is no answer: it is shown, and not saved as one.
+    assert "note: no final answer: a reply was cut after 8 tokens: allow more of them\n" in shown.err
     (row,) = map(json.loads, save.read_text().splitlines())
     assert [tool["name"] for tool in row["tools"]] == ["calculator", "country", "date"]
-    assert row["messages"][1]["content"] == "What\x1b\ufffd is it?" and row["ended"] == "answered"
+    assert row["messages"][1]["content"] == "What\x1b\ufffd is it?" and row["ended"] == "failed"
+    assert [one["role"] for one in row["messages"]] == ["system", "user"]
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
+        main(["--checkpoint", str(checkpoint), "--query", "Q?", "--max_new_tokens=0"])
 
 
 def test_ctrl_c_ends_a_run_and_what_was_whole_is_saved(checkpoint, tmp_path, monkeypatch, capsys):

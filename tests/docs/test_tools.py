@@ -12,7 +12,8 @@ from tests.pages import ROOT, blocks, copy_repository, shell
 
 # A reader's commands take minutes; these show that every command does what the page says.
 SHORT = (
-    (r"(-m qwen_jax\.agent )", r"\1--max_new_tokens 20 "),
+    # A random model ends a turn by chance alone.
+    (r"(-m qwen_jax\.agent )", r"\1--max_new_tokens 3000 --temperature 5 "),
     (r"(tools/make_tool_use\.py )", r"\1--count=20 --texts=20 --one_tool=20 --held_out=2 "),
     (r"(-m qwen_jax\.evaluate )", r"\1--limit 1 "),
     ("runs/tool_use/vocabulary.tiktoken", "runs/tool_use/bytes.tiktoken"),
@@ -54,7 +55,7 @@ def test_commands_of_the_page(tmp_path):
     assert asked.startswith("Question: What is 12.5 * 37?\n") and own.startswith("Question: What is the copper price")
     (saved,) = [json.loads(line) for line in (tmp_path / "traces.jsonl").read_text().splitlines()]
     assert [tool["name"] for tool in saved["tools"]] == ["mivako"] and saved["ended"] == "answered"
-    assert "tokens with loss" in inspected and program.endswith("end 'answered'\n")
+    assert "tokens with loss" in inspected and program.endswith("end 'failed'\n")
     scores = files.read_json(tmp_path / "runs/scores/tool_use_none/scores.json")
     assert scores["metrics"]["mean/false_positive"] == 0 and scores["examples"] >= 1
 
