@@ -203,7 +203,8 @@ async def ask_all(url: str, model: str, jobs: Sequence[Job], clients: int) -> li
             answers[index] = await ask(session, url, model, job)
 
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-    connector = aiohttp.TCPConnector(limit=clients)
+    # llama-server closes a connection after a reply, while the next request is on its way.
+    connector = aiohttp.TCPConnector(limit=clients, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         await asyncio.gather(*(client(session) for _ in range(clients)))
     return [answers[index] for index in range(len(jobs))]
