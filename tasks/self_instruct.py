@@ -9,10 +9,10 @@
 from collections.abc import Sequence
 
 import gin
-import seqio
 
 from qwen_jax.data.chat import ChatRows
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
+from qwen_jax.data.quick_seqio import seqio
 from qwen_jax.data.react import DEFAULT_STYLE
 from qwen_jax.data.records import Records, add_task, record_files
 from qwen_jax.files import Pattern
