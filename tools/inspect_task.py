@@ -6,8 +6,9 @@
 
 Without `--cache_dir` the first documents go through the task's SeqIO pipeline; with it, packed examples are read as
 training reads them. On a terminal, text that carries loss is green and control tokens are inverted; elsewhere they
-are marked ⟦so⟧ and ⟪so⟫. Invisible characters of the documents are shown as escapes. Where an example has several
-segments, such as the two sides of a pair or the conversations of a packed row, a line before each says its number.
+are marked ⟦so⟧ and ⟪so⟫; the places of a picture are shown as `<imgpad>×256`. Invisible characters of the documents
+are shown as escapes. Where an example has several segments, such as the two sides of a pair or the conversations of a
+packed row, a line before each says its number.
 """
 
 import collections
@@ -41,7 +42,9 @@ def render(ids, loss_weights, tokenizer, *, color: bool) -> str:
         kinds = itertools.groupby((int(token) for token, _ in run), lambda token: token >= tokenizer.num_ranks)
         for is_control, tokens in kinds:
             if is_control:
-                names = (tokenizer.decode([token]) for token in tokens)
+                names = (
+                    _control(tokenizer.decode([token]), len(list(same))) for token, same in itertools.groupby(tokens)
+                )
                 # Inside green text the end of an inversion would end the green too.
                 again = loss[0] if color and carries else ""
                 text += "".join(f"{control[0]}{name}{control[1]}{again}" for name in names)
@@ -49,6 +52,11 @@ def render(ids, loss_weights, tokenizer, *, color: bool) -> str:
                 text += escape(tokenizer.decode(tokens))
         parts.append(f"{loss[0]}{text}{loss[1]}" if carries else text)
     return "".join(parts)
+
+
+def _control(name: str, count: int) -> str:
+    """A control token, with its number where it stands several times, as the places of a picture do."""
+    return name if count == 1 else f"{name}×{count}"
 
 
 @dataclasses.dataclass
@@ -59,11 +67,13 @@ class Statistics:
     lengths: list[int] = dataclasses.field(default_factory=list)
     loss_tokens: int = 0
     text_bytes: int = 0
+    pictures: int = 0
 
     def add(self, ids, loss_weights, tokenizer) -> None:
         """Counts one sequence; control tokens are no text."""
         self.lengths.append(len(ids))
         self.loss_tokens += sum(bool(weight) for weight in loss_weights)
+        self.pictures += sum(token == tokenizer.vision_tokens["<img>"] for token in ids)
         self.text_bytes += len(tokenizer.decode_bytes(token for token in ids if token < tokenizer.num_ranks))
 
     def lines(self, noun: str) -> Iterator[str]:
@@ -79,6 +89,8 @@ class Statistics:
         yield f"{'tokens per ' + noun + ':':24}5% {low:,.0f}   50% {middle:,.0f}   95% {high:,.0f}   99% {highest:,.0f}"
         yield f"{'longest:':24}{max(self.lengths):,} tokens"
         yield f"{'tokens with loss:':24}{self.loss_tokens / tokens:.1%}"
+        if self.pictures:
+            yield f"{'pictures:':24}{self.pictures:,}, {self.pictures / len(self.lengths):.2f} per {noun}"
         for reason, count in sorted(self.left_out.items()):
             yield f"{'left out:':24}{count:,}: {reason}"
 

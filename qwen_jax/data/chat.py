@@ -6,9 +6,10 @@ The loss is on what the assistant says; `loss_on` chooses how that is read:
                 of system and user included, as the released `finetune.py` masks
     report      the assistant's content and its `<|im_end|>`: what the model writes when it is served
 
-What a tool wrote into a turn of the assistant (`qwen_jax.data.react`) never carries loss. Content is encoded by pieces
-and holds no control token (`qwen_jax.data.chatml`). As in `finetune.py`, a conversation ends with the line end of its
-last turn, and no `<|endoftext|>` follows: packing `whole` keeps conversations apart by segments.
+What a tool wrote into a turn of the assistant (`qwen_jax.data.react`) never carries loss, nor does a picture. Content
+is encoded by pieces, and text in it holds no control token (`qwen_jax.data.chatml`). As in `finetune.py`, a
+conversation ends with the line end of its last turn, and no `<|endoftext|>` follows: packing `whole` keeps
+conversations apart by segments.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qwen_jax.data import chatml, react
+from qwen_jax.data.content import NUM_QUERIES, outside_pictures, pictures
 from qwen_jax.data.conversations import Conversation, check, from_openai, from_question, from_sharegpt
 from qwen_jax.data.tokenizer import Tokenizer, normalize
 
@@ -39,12 +41,14 @@ class Encoded:
         loss_weights: int32 [length], 0 or 1.
         segment_lengths: int32 [segments], or empty: one segment.
         turn_ends: int32, numbers of tokens after which the example may end, or empty: nowhere.
+        images: the pictures, in the order of their `<img>`: names that a reader resolves, or bytes of image files.
     """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
     segment_lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     turn_ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    images: tuple[str | bytes, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,7 @@ def encode(
     loss_on: str = "released",
     system: str = chatml.DEFAULT_SYSTEM,
     tool_style: str = react.DEFAULT_STYLE,
+    num_queries: int = NUM_QUERIES,
 ) -> Encoded:
     """Tokens and loss weights of a conversation; it may end after each turn of the assistant.
 
@@ -101,12 +106,14 @@ def encode(
         loss_on: one of `LOSS_ON`; see the module.
         system: system message of a conversation without one.
         tool_style: see `react.say`.
+        num_queries: features of a picture.
 
     Raises:
         Unusable: see `conversations.check` and `react.say`.
     """
     said = react.say(check(conversation), tool_style)
-    turns = chatml.turns(tokenizer, [{"role": one.role, "content": one.content} for one in said], system)
+    messages = [{"role": one.role, "content": one.parts or one.content} for one in said]
+    turns = chatml.turns(tokenizer, messages, system, num_queries)
     if len(turns) > len(said):
         said = [react.Said("system", system), *said]
     tokens: list[int] = []
@@ -117,7 +124,9 @@ def encode(
         weights += _turn_weights(tokenizer, turn, one, loss_on)
         if turn.role == "assistant":
             ends.append(len(tokens))
-    return Encoded(*(np.array(numbers, np.int32) for numbers in (tokens, weights)), turn_ends=np.array(ends, np.int32))
+    images = tuple(picture.image for one in said for picture in pictures(one.parts))
+    columns = (np.array(numbers, np.int32) for numbers in (tokens, weights))
+    return Encoded(*columns, turn_ends=np.array(ends, np.int32), images=images)
 
 
 def _turn_weights(tokenizer: Tokenizer, turn: chatml.Turn, said: react.Said, loss_on: str) -> list[int]:
@@ -126,6 +135,8 @@ def _turn_weights(tokenizer: Tokenizer, turn: chatml.Turn, said: react.Said, los
     content = [mine] * len(turn.content)
     if said.foreign:
         content = _without(tokenizer, turn.content, said)
+    if pictures(said.parts):
+        content = [mine * outside for outside in outside_pictures(tokenizer, turn.content).tolist()]
     footer = [mine | control] + [control] * (len(turn.footer) - 1)
     # The turn of an assistant who waits for a tool does not end with what it has said.
     return header + content + (footer if said.finished else [0] * len(turn.footer))

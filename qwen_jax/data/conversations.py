@@ -6,7 +6,9 @@ that rows can be left out and counted by reason. Other mistakes in a row are a p
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from qwen_jax.data.content import Content, Part, Unusable, parse_parts
 
 ROLES = ("system", "user", "assistant", "tool")
 # Names in files to `ROLES`. `function` and `observation` are the results of tools.
@@ -33,18 +35,6 @@ _QUESTIONS = (
 )
 
 
-class Unusable(ValueError):
-    """A row that nothing can be learned from, or something wrong.
-
-    Attributes:
-        reason: one of few; rows are counted by it.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
-
-
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A call of a tool: its name, and its arguments as text (JSON, as a rule). `id` is "" where the file has none."""
@@ -56,12 +46,21 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One message. `calls` are those of the assistant; `answers` is the id of the call that a tool's result is for."""
+    """One message.
+
+    Attributes:
+        role: one of `ROLES`.
+        content: its text.
+        calls: those of the assistant.
+        answers: id of the call that a tool's result is for.
+        parts: texts, pictures and regions; where there are any, they are the content, and `content` is "".
+    """
 
     role: str
     content: str
     calls: tuple[Call, ...] = ()
     answers: str = ""
+    parts: tuple[Part, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,29 +71,35 @@ class Conversation:
     tools: tuple[Mapping, ...] = ()
 
 
-def from_openai(row: Mapping) -> Conversation:
+def from_openai(row: Mapping, read: "Reader | None" = None) -> Conversation:
     """Reads `{"messages": [{"role", "content", "tool_calls"…}, …], "tools": […]}`.
 
     Content is text, null, or a list of text parts. Tools and calls have the layout of OpenAI's chat completions, with
     `tool_calls`, or the older one with `functions` and `function_call`; arguments may be an object instead of text.
 
+    Args:
+        read: reader of the content of a message, such as `read_parts`; by default `text_of`.
+
     Raises:
-        Unusable: see `check`; or content that is no text, such as a picture.
+        Unusable: see `check`; or content that `read` refuses, such as a picture.
         ValueError: the row has no list `messages`, or a message is no object.
     """
-    return _conversation(row, "messages", "role", "content", _OPENAI)
+    return _conversation(row, "messages", "role", "content", _OPENAI, read)
 
 
-def from_sharegpt(row: Mapping) -> Conversation:
+def from_sharegpt(row: Mapping, read: "Reader | None" = None) -> Conversation:
     """Reads `{"conversations": [{"from", "value"}, …], "system": …, "tools": …}`; the last two are optional.
 
     `from` is human, gpt, system, tool, function or observation (also user and assistant). The value of
     `function_call` is a JSON object with name and arguments. `tools` is a list, or one as JSON text.
 
+    Args:
+        read: as of `from_openai`.
+
     Raises:
         Unusable, ValueError: as `from_openai`.
     """
-    result = _conversation(row, "conversations", "from", "value", _SHAREGPT)
+    result = _conversation(row, "conversations", "from", "value", _SHAREGPT, read)
     system = row.get("system")
     if isinstance(system, str) and system:
         if result.messages[:1] and result.messages[0].role == "system":
@@ -131,7 +136,8 @@ def check(conversation: Conversation) -> Conversation:
 
     Raises:
         Unusable: no message, a system message that is not the first, a turn without content, an assistant that speaks
-            first or never, a result without a call, or a call whose result is missing before the next turn.
+            first or never, a result without a call, a call whose result is missing before the next turn, or a picture
+            beside tools, which the released models do not know together.
     """
     messages = conversation.messages
     if not messages:
@@ -140,8 +146,10 @@ def check(conversation: Conversation) -> Conversation:
         if message.role == "system" and index:
             first = messages[0].role == "system"
             raise Unusable("two system messages" if first else "a system message that is not first", f"message {index}")
-        if message.role in ("user", "assistant") and not message.content and not message.calls:
+        if message.role in ("user", "assistant") and not (message.content or message.parts or message.calls):
             raise Unusable(f"empty turn of the {message.role}", f"message {index}")
+        if message.parts and (conversation.tools or message.calls or message.role == "tool"):
+            raise Unusable("pictures or regions in a conversation with tools", f"message {index}")
     spoken = [message.role for message in messages if message.role != "system"]
     if spoken[:1] == ["assistant"]:
         raise Unusable("the assistant speaks first")
@@ -219,28 +227,49 @@ def tool_definition(tool: Mapping) -> Mapping:
     return inner if isinstance(inner, Mapping) else tool
 
 
-def _conversation(row: Mapping, field: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Conversation:
+# Content of a message and its place, to text or parts.
+Reader = Callable[[object, str], Content]
+
+
+def _conversation(
+    row: Mapping, field: str, role_key: str, text_key: str, roles: Mapping[str, str], read: Reader | None
+) -> Conversation:
     if not isinstance(row, Mapping) or not isinstance(row.get(field), list):
         found = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"expected an object with a list {field!r}, found {found or 'no field'}")
-    messages = tuple(_message(one, index, role_key, text_key, roles) for index, one in enumerate(row[field]))
+    read = read or text_of
+    messages = tuple(_message(one, index, role_key, text_key, roles, read) for index, one in enumerate(row[field]))
     return Conversation(messages, _tools(row))
 
 
-def _message(one: object, index: int, role_key: str, text_key: str, roles: Mapping[str, str]) -> Message:
+def _message(one: object, index: int, role_key: str, text_key: str, roles: Mapping[str, str], read: Reader) -> Message:
     if not isinstance(one, Mapping):
         raise ValueError(f"message {index}: expected an object, found {type(one).__name__}")
     name = one.get(role_key)
     if not isinstance(name, str) or name not in roles:
         raise Unusable("unknown role", f"message {index}: {name!r} is none of {', '.join(roles)}")
-    content = text_of(one.get(text_key), f"message {index}")
+    given = read(one.get(text_key), f"message {index}")
+    content, parts = (given, ()) if isinstance(given, str) else ("", tuple(given))
     if name == "function_call":
         return Message("assistant", "", (_call(_json(content, f"message {index}"), index),))
-    given = one.get("tool_calls") or ([one["function_call"]] if one.get("function_call") else [])
-    if given and roles[name] != "assistant":
+    asked = one.get("tool_calls") or ([one["function_call"]] if one.get("function_call") else [])
+    if asked and roles[name] != "assistant":
         raise Unusable("a call by another than the assistant", f"message {index}: {name}")
-    calls = tuple(_call(call, index) for call in given)
-    return Message(roles[name], content, calls, str(one.get("tool_call_id") or ""))
+    calls = tuple(_call(call, index) for call in asked)
+    return Message(roles[name], content, calls, str(one.get("tool_call_id") or ""), parts)
+
+
+def read_parts(content: object, where: str) -> Content:
+    """Content that may hold pictures and regions: as `text_of`, or the parts of a list (`content.parse_parts`).
+
+    Raises:
+        Unusable: as these two.
+    """
+    if not isinstance(content, list):
+        return text_of(content, where)
+    parts = parse_parts(content, where)
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else parts
 
 
 def text_of(content: object, where: str) -> str:

@@ -6,6 +6,7 @@ One function decides what becomes of each kind of picture (`open_image`), one wh
 import io
 import os
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,7 +19,15 @@ _WIDE_GREYS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class UnusableImageError(ValueError):
-    """A picture that cannot be read; the message names it and the reason."""
+    """A picture that cannot be read; the message names it and the reason.
+
+    Attributes:
+        reason: one of few; pictures are counted by it.
+    """
+
+    def __init__(self, message: str, reason: str = "a damaged picture"):
+        super().__init__(message)
+        self.reason = reason
 
 
 def open_image(
@@ -47,7 +56,8 @@ def open_image(
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 if image.width * image.height > max_pixels:
                     raise UnusableImageError(
-                        f"{name} has {image.width} x {image.height} pixels, more than {max_pixels:,}: make it smaller"
+                        f"{name} has {image.width} x {image.height} pixels, more than {max_pixels:,}: make it smaller",
+                        "a picture with too many pixels",
                     )
                 image.load()
                 if upright:
@@ -70,5 +80,23 @@ def pixels(image: Image.Image, size: int) -> np.ndarray:
     Args:
       image: in mode RGB.
     """
-    squashed = image.resize((size, size), Image.Resampling.BICUBIC)
-    return (np.asarray(squashed, np.float32) / 255 - MEAN) / DEVIATION
+    return (squash(image, size).astype(np.float32) / 255 - MEAN) / DEVIATION
+
+
+def squash(image: Image.Image, size: int) -> np.ndarray:
+    """A picture in mode RGB resized to a square, uint8 [size, size, 3]; see `pixels`."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def decode_images(images: Sequence[bytes], size: int) -> np.ndarray:
+    """Encoded image files as the model takes them, uint8 [len(images), size, size, 3]: `squash` of `open_image`.
+
+    The model subtracts the mean and divides by the deviation on the device.
+
+    Raises:
+      UnusableImageError: see `open_image`; the message has the number of the picture.
+    """
+    result = np.empty((len(images), size, size, 3), np.uint8)
+    for number, data in enumerate(images):
+        result[number] = squash(open_image(data, name=f"picture {number} of {len(images)}"), size)
+    return result

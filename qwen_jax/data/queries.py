@@ -55,7 +55,8 @@ class QueryRows:
         weights = [1 - index for index, segment in enumerate(segments) for _ in segment]
         tokens = [token for segment in segments for token in segment]
         lengths = [len(segment) for segment in segments]
-        return Encoded(*(np.array(numbers, np.int32) for numbers in (tokens, weights, lengths)))
+        columns = [np.array(numbers, np.int32) for numbers in (tokens, weights, lengths)]
+        return Encoded(columns[0], columns[1], columns[2])
 
 
 def _prompt(row: Mapping) -> Conversation:

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from qwen_jax.data.content import Part
 from qwen_jax.data.conversations import (
     Call,
     Conversation,
@@ -75,12 +76,14 @@ class Said:
         content: its text.
         foreign: (start, stop) of the characters of `content` that a tool wrote, not the assistant.
         finished: whether the assistant ends the turn; False where a tool's result, or what follows it, is missing.
+        parts: as of `conversations.Message`; only where the conversation has no tools.
     """
 
     role: str
     content: str
     foreign: tuple[tuple[int, int], ...] = ()
     finished: bool = True
+    parts: tuple[Part, ...] = ()
 
 
 def say(conversation: Conversation, style: str = DEFAULT_STYLE) -> list[Said]:
@@ -99,7 +102,7 @@ def say(conversation: Conversation, style: str = DEFAULT_STYLE) -> list[Said]:
     if style not in TRAINED_STYLES:
         raise ValueError(f"the style of tools is {style!r}: it must be one of {', '.join(TRAINED_STYLES)}")
     if not conversation.tools:
-        return [Said(message.role, message.content) for message in conversation.messages]
+        return [Said(message.role, message.content, parts=message.parts) for message in conversation.messages]
     return _turns(conversation, instructions(conversation.tools, style), "first")
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -29,7 +29,14 @@ SUFFIXES = (*LINE_SUFFIXES, ".json")
 UNUSABLE = ("stop", "leave_out")
 # Places that the log names, for each reason; all are counted, and the cache keeps their places.
 _MOST_NAMED = 5
-_COLUMNS = ("targets", "loss_weights", "segment_lengths", "turn_ends")
+# Features of a task to fields of `Encoded`; only tasks with pictures have the last one.
+_FIELDS = {
+    "targets": "tokens",
+    "loss_weights": "loss_weights",
+    "segment_lengths": "segment_lengths",
+    "turn_ends": "turn_ends",
+    "images": "images",
+}
 
 
 class Rows(Protocol):
@@ -79,20 +86,21 @@ class Records(Corpus):
         return dataclasses.asdict(self.rows) | {"unusable": self.unusable}
 
     def encode(
-        self, text: bytes, where: str, tokenizer: Tokenizer, named: collections.Counter[str]
+        self, example: Mapping[str, Any], tokenizer: Tokenizer, named: collections.Counter[str]
     ) -> tuple[Encoded, str]:
         """The example of a row, and "" or the reason for which it has no tokens.
 
         Args:
-            text, where: see `examples`.
+            example: as `examples` gives it.
             tokenizer: vocabulary of the tokens.
             named: reasons to the rows left out so far, of which the log names the first few.
 
         Raises:
-            ValueError: the row has not the layout, or is unusable and `unusable` is "stop". The message has `where`.
+            ValueError: the row has not the layout, or is unusable and `unusable` is "stop". The message has its place.
         """
+        where = example["source"].decode("utf-8", "replace")
         try:
-            return self.rows.encode(json.loads(text.decode("utf-8", "surrogatepass")), tokenizer), ""
+            return self.encode_row(example, tokenizer), ""
         except Unusable as error:
             if self.unusable == "stop":
                 raise ValueError(
@@ -105,6 +113,10 @@ class Records(Corpus):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
+    def encode_row(self, example: Mapping[str, Any], tokenizer: Tokenizer) -> Encoded:
+        """The example of a row; raises as `Rows.encode`."""
+        return self.rows.encode(json.loads(example["text"].decode("utf-8", "surrogatepass")), tokenizer)
+
 
 def _say_left_out(error: Unusable, where: str, named: collections.Counter[str]) -> None:
     named[error.reason] += 1
@@ -113,8 +125,8 @@ def _say_left_out(error: Unusable, where: str, named: collections.Counter[str]) 
         logger.warning("%s: left out: %s%s", where, error, more)
 
 
-def record_files(pattern, task: str) -> list[Path]:
-    """Files of a task that `pattern` names; see `sources.list_files`, of `SUFFIXES`.
+def record_files(pattern, task: str, suffixes: tuple[str, ...] = SUFFIXES, beside: tuple[str, ...] = ()) -> list[Path]:
+    """Files of a task that `pattern` names; see `sources.list_files`.
 
     Raises:
         ValueError: there is no pattern; the message says where to set it.
@@ -125,7 +137,7 @@ def record_files(pattern, task: str) -> list[Path]:
             f"{task} does not know which files: set {task}.pattern = 'FOLDER OR GLOB' in a gin file, or give "
             f"--gin.{task}.pattern on the command line"
         )
-    return list_files(pattern, SUFFIXES)
+    return list_files(pattern, suffixes, beside)
 
 
 def encode_rows(
@@ -134,48 +146,55 @@ def encode_rows(
     """Preprocessor: rows of `Records` to the features of `features`.
 
     Args:
-        dataset: `text` and `source`, strings.
+        dataset: `text` and `source`, strings, and what else the corpus has.
         output_features: `targets` has the vocabulary.
         records: called when the dataset is made, so that gin may configure it.
 
     Returns:
-        `targets`, `loss_weights`, `segment_lengths` and `turn_ends`, int32 [..]; `left_out` and `source`, strings. The
-        first four are empty where `left_out` is a reason.
+        `targets`, `loss_weights`, `segment_lengths` and `turn_ends`, int32 [..], and if the task has pictures `images`,
+        string [..]; `left_out` and `source`, strings. All but these two are empty where `left_out` is a reason.
     """
     vocabulary = output_features["targets"].vocabulary
     assert isinstance(vocabulary, QwenVocabulary)  # a task of this project
     corpus, named = records(), collections.Counter()
 
-    def encode(text: bytes, where: bytes):
-        encoded, reason = corpus.encode(text, where.decode("utf-8", "replace"), vocabulary.tokenizer, named)
-        return (*(getattr(encoded, name) for name in _FIELDS), reason.encode())
+    columns = [name for name in _FIELDS if name in output_features]
+    given = sorted(dataset.element_spec)
+
+    def encode(*values):
+        encoded, reason = corpus.encode(dict(zip(given, values, strict=True)), vocabulary.tokenizer, named)
+        return (*(_array(getattr(encoded, _FIELDS[name])) for name in columns), reason.encode())
 
     def to_features(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        types = [tf.int32] * len(_COLUMNS) + [tf.string]
-        *columns, reason = tf.numpy_function(encode, [example["text"], example["source"]], types, stateful=False)
-        for column in columns:
+        types = [*(output_features[name].dtype for name in columns), tf.string]
+        *made, reason = tf.numpy_function(encode, [example[name] for name in given], types, stateful=False)
+        for column in made:
             column.set_shape([None])
         reason.set_shape([])
-        return dict(zip(_COLUMNS, columns, strict=True)) | {"left_out": reason, "source": example["source"]}
+        return dict(zip(columns, made, strict=True)) | {"left_out": reason, "source": example["source"]}
 
     return dataset.map(to_features)
 
 
-_FIELDS = ("tokens", "loss_weights", "segment_lengths", "turn_ends")
+def _array(values: np.ndarray | tuple[str | bytes, ...]) -> np.ndarray:
+    return np.array(values, object) if isinstance(values, tuple) else values
 
 
-def features() -> dict[str, seqio.Feature]:
-    """The output features of a task on `Records`."""
+def features(pictures: bool = False) -> dict[str, seqio.Feature]:
+    """The output features of a task on `Records`; `images`, encoded image files, where it has `pictures`."""
     numbers = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False, dtype=tf.int32, required=False)
     tokens = seqio.Feature(QwenVocabulary(), add_eos=False, dtype=tf.int32)
-    return {"targets": tokens} | dict.fromkeys(_COLUMNS[1:], numbers)
+    columns = {"targets": tokens} | dict.fromkeys(("loss_weights", "segment_lengths", "turn_ends"), numbers)
+    if pictures:
+        columns["images"] = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.string)
+    return columns
 
 
-def add_task(name: str, records: Callable[[], Records]) -> None:
+def add_task(name: str, records: Callable[[], Records], pictures: bool = False) -> None:
     """Registers a task of this name on `records`, with splits `train` and `validation`."""
     seqio.TaskRegistry.add(
         name,
         source=DocumentSource(records),  # ty: ignore[invalid-argument-type]  SeqIO says int, its sources return None too
         preprocessors=[functools.partial(encode_rows, records=records), seqio.CacheDatasetPlaceholder()],
-        output_features=features(),
+        output_features=features(pictures),
     )

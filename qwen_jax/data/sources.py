@@ -32,7 +32,9 @@ _MAX_NUL = 0.01
 
 
 def list_files(
-    pattern: str | os.PathLike | Sequence[str | os.PathLike], suffixes: tuple[str, ...] = SUFFIXES
+    pattern: str | os.PathLike | Sequence[str | os.PathLike],
+    suffixes: tuple[str, ...] = SUFFIXES,
+    beside: tuple[str, ...] = (),
 ) -> list[Path]:
     """Files of a corpus, sorted, each once.
 
@@ -40,6 +42,7 @@ def list_files(
         pattern: a folder (all its files with one of `suffixes` in any case, hidden ones left out), a file, a glob, or a
             list of these. A log line names files of a folder that have another suffix.
         suffixes: ends of names, in lower case.
+        beside: ends of names that no log line has to name, such as those of pictures beside the rows that name them.
 
     Raises:
         FileNotFoundError: nothing matches.
@@ -52,8 +55,9 @@ def list_files(
             matches = glob.glob(os.path.join(glob.escape(one), "**", "*"), recursive=True)
             matches = [path for path in matches if os.path.isfile(path)]
             chosen = [path for path in matches if path.lower().endswith(suffixes)]
-            if chosen and len(chosen) < len(matches):
-                _say_left_out(one, tuple(sorted(set(matches) - set(chosen))))
+            left = {path for path in matches if not path.lower().endswith((*suffixes, *beside))}
+            if chosen and left:
+                _say_left_out(one, tuple(sorted(left)))
         else:
             # A name such as `part[1].jsonl` is itself before it is a pattern.
             matches = [one] if os.path.isfile(one) else glob.glob(one, recursive=True)
@@ -285,6 +289,10 @@ class Corpus:
         for text in read_file(path, text_field=self.text_field):
             yield text, {"text": utf8(text), "source": str(path)}
 
+    def signature(self) -> dict[str, tf.TensorSpec]:
+        """Types of what `examples` gives."""
+        return {name: tf.TensorSpec([], tf.string) for name in ("text", "source")}
+
     def settings(self) -> dict:
         """What besides the files decides the examples; a cache keeps it, and refuses other settings."""
         return {"text_field": self.text_field}
@@ -326,7 +334,10 @@ class DocumentSource(seqio.DataSource):
         use_cached: bool = False,
         num_epochs: int | None = 1,
     ) -> tf.data.Dataset:
-        """Documents as `{"text": string, "source": string}` scalars; `shuffle` does not change the order."""
+        """Documents as `{"text": string, "source": string}` scalars, and what else the corpus gives for them.
+
+        `shuffle` does not change the order.
+        """
         del shuffle, seed, sequence_length, use_cached, num_epochs
         self._check(split)
         corpus = self._corpus()
@@ -339,8 +350,7 @@ class DocumentSource(seqio.DataSource):
                     if (_hash(group) < limit) == (split == "validation"):
                         yield example
 
-        signature = {name: tf.TensorSpec([], tf.string) for name in ("text", "source")}
-        return tf.data.Dataset.from_generator(generate, output_signature=signature)
+        return tf.data.Dataset.from_generator(generate, output_signature=corpus.signature())
 
     def describe(self) -> dict:
         """The identity of the corpus: a cache keeps it, and refuses another corpus."""

@@ -28,6 +28,8 @@ PATTERN = (
 )
 NUM_EXTRA = 205
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(NUM_EXTRA)))
+# Qwen-VL appends these, in the order of its released tokenizer.
+VISION_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
 
 _RELEASED_DISTRIBUTION = "dashscope"
 _RELEASED_FILE = "dashscope/resources/qwen.tiktoken"
@@ -137,11 +139,11 @@ class _Vocabulary:
 
     def __init__(self, path: str):
         self.ranks = read_ranks(path)
-        self.control = {name: len(self.ranks) + i for i, name in enumerate(CONTROL_TOKENS)}
+        names = {name: len(self.ranks) + i for i, name in enumerate((*CONTROL_TOKENS, *VISION_TOKENS))}
+        self.control = {name: names[name] for name in CONTROL_TOKENS}
+        self.vision = {name: names[name] for name in VISION_TOKENS}
         self.fingerprint = hashlib.sha256(_serialize(self.ranks)).hexdigest()
-        self.encoding = tiktoken.Encoding(
-            "qwen", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=self.control
-        )
+        self.encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=names)
 
 
 @functools.lru_cache(maxsize=8)
@@ -153,8 +155,9 @@ def _load(path: str, size: int, modified_ns: int) -> _Vocabulary:
 class Tokenizer:
     """The tokenizer of Qwen: text to ids and back.
 
-    Ids 0 to `num_ranks` - 1 are byte sequences, the next 208 are `CONTROL_TOKENS`. Building a second `Tokenizer` on
-    the same file costs nothing; pickling keeps only the path.
+    Ids 0 to `num_ranks` - 1 are byte sequences, the next 208 are `CONTROL_TOKENS`, and 9 `VISION_TOKENS` follow, which
+    only models with an image encoder have. Building a second `Tokenizer` on the same file costs nothing; pickling keeps
+    only the path.
 
     Args:
         path: a `.tiktoken` file; None is the released one (`released_ranks_path`).
@@ -193,6 +196,11 @@ class Tokenizer:
         return self._vocabulary.control
 
     @property
+    def vision_tokens(self) -> dict[str, int]:
+        """Name to id of the 9 control tokens of Qwen-VL: pictures, references, boxes (released: 151,851 to 151,859)."""
+        return self._vocabulary.vision
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the ranks, in hexadecimal: two vocabularies with the same one give the same ids."""
         return self._vocabulary.fingerprint
@@ -206,6 +214,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids: ranks and control tokens (released: 151,851). Embeddings may have more rows."""
         return self.num_ranks + len(CONTROL_TOKENS)
+
+    @property
+    def vision_vocab_size(self) -> int:
+        """`vocab_size` with the control tokens of Qwen-VL (released: 151,860)."""
+        return self.vocab_size + len(VISION_TOKENS)
 
     @property
     def required_rows(self) -> int:
@@ -272,26 +285,26 @@ class Tokenizer:
         return result
 
     def encode_with_control_tokens(self, text: str) -> list[int]:
-        """Ids of a trusted template: names of control tokens become control tokens.
+        """Ids of a trusted template: names of `CONTROL_TOKENS` become control tokens, those of `VISION_TOKENS` do not.
 
         Never pass text that a user or a document wrote: it could then open a turn of its own.
         """
         ids: list[int] = []
         for part in _parts(normalize(text)):  # no name of a control token holds a blank
-            ids.extend(self._encoding.encode(part, allowed_special="all"))
+            ids.extend(self._encoding.encode(part, allowed_special=set(CONTROL_TOKENS), disallowed_special=()))
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of ids; a control token gives its name.
 
         Raises:
-            ValueError: an id is outside [0, vocab_size).
+            ValueError: an id is outside [0, vision_vocab_size).
         """
-        ids = [int(i) for i in ids]
-        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
-            position = next(i for i, token in enumerate(ids) if not 0 <= token < self.vocab_size)
+        ids, size = [int(i) for i in ids], self.vision_vocab_size
+        if ids and not (0 <= min(ids) and max(ids) < size):
+            position = next(i for i, token in enumerate(ids) if not 0 <= token < size)
             raise ValueError(
-                f"id {ids[position]} at position {position} is outside [0, {self.vocab_size}) of {self.origin}: were "
+                f"id {ids[position]} at position {position} is outside [0, {size}) of {self.origin}: were "
                 "these ids made with another vocabulary, or taken from padded embedding rows?"
             )
         return self._encoding.decode_bytes(ids)

@@ -134,10 +134,18 @@ def test_long_runs_have_the_ids_of_tiktoken_in_linear_time(released, runs):
     assert ids == released._encoding.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("ids", [[1, 151_851], [-1]])
+@pytest.mark.parametrize("ids", [[1, 151_860], [-1]])
 def test_decode_names_id_out_of_range(released, ids):
-    with pytest.raises(ValueError, match=rf"id {ids[-1]} at position {len(ids) - 1} is outside \[0, 151851\)"):
+    with pytest.raises(ValueError, match=rf"id {ids[-1]} at position {len(ids) - 1} is outside \[0, 151860\)"):
         released.decode(ids)
+
+
+def test_control_tokens_of_qwen_vl_follow_those_of_text(released):
+    assert list(released.vision_tokens.values()) == list(range(151_851, 151_860))
+    assert released.decode(range(151_855, 151_860)) == "<quad></quad><img></img><imgpad>"
+    text = "".join(released.vision_tokens)
+    for encode in (released.encode, released.encode_with_control_tokens):
+        assert max(encode(text)) < released.num_ranks and released.decode(encode(text)) == text
 
 
 def test_pickle_keeps_the_file(vocabulary_file):

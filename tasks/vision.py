@@ -1,0 +1,155 @@
+"""Pictures with text for the three stages of Qwen-VL (arXiv 2308.12966), one row an example; pack them by `whole`.
+
+| task | rows |
+|---|---|
+| `vision_pairs` | `{"image": "a.png", "text": "a red square"}`; the text may be parts, with boxes |
+| `vision_documents` | `{"content": [PART, …]}`: texts and pictures in any order |
+| `vision_vqa` | `{"image": "a.png", "question": "What is red?", "answer": "the square"}` |
+| `vision_referring` | `{"image": "a.png", "ref": "the square", "boxes": [[x1, y1, x2, y2]]}` |
+| `vision_grounded_captions` | `{"image": "a.png", "boxes": [[x1, y1, x2, y2]], "text": "a red square"}` |
+| `vision_ocr` | `{"image": "a.png", "lines": [{"text": "EXIT", "quad": [eight numbers]}, …]}` |
+| `vision_chat` | `{"messages": [{"role": "user", "content": [PART, …]}, …]}`, or another layout |
+
+A PART is `{"type": "text", "text": …}`, `{"type": "image", "image": "a.png"}`, or `{"type": "box", "ref": …, "boxes":
+[[x1, y1, x2, y2], …]}`. Paths are relative to the folder of the file with the rows. Coordinates are thousandths of the
+width and height of the stored picture, integers in [0, 1000). Rows become tokens in `qwen_jax.data.vision`;
+docs/how_to/vision_data.md shows all of them.
+"""
+
+from collections.abc import Sequence
+
+import gin
+
+from qwen_jax.data.chatml import DEFAULT_SYSTEM
+from qwen_jax.data.content import NUM_QUERIES, PICTURE_LABEL
+from qwen_jax.data.images import MAX_PIXELS
+from qwen_jax.data.picture_records import PictureRecords, picture_files
+from qwen_jax.data.records import add_task
+from qwen_jax.data.vision import KINDS, VisionChatRows, VisionRows
+from qwen_jax.files import Pattern
+
+
+@gin.configurable
+def picture_places(num_queries: int = NUM_QUERIES) -> int:
+    """Places of a picture in the tokens of all these tasks: the `num_queries` of the model's configuration."""
+    return num_queries
+
+
+@gin.configurable
+def vision_pairs(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+) -> PictureRecords:
+    """Pictures with a caption.
+
+    Args:
+        pattern: folder, glob, or list of these, of `.jsonl` and `.json` (also compressed).
+        validation_share: share of the pictures held out, with all their rows.
+        unusable: `stop` names the first row that cannot be trained on, `leave_out` counts them by reason.
+        max_pixels: largest width times height of a picture; larger ones are unusable, before they are decoded.
+    """
+    return _records("pairs", pattern, validation_share, unusable, max_pixels)
+
+
+@gin.configurable
+def vision_documents(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+) -> PictureRecords:
+    """Documents of texts and pictures; arguments as `vision_pairs`."""
+    return _records("documents", pattern, validation_share, unusable, max_pixels)
+
+
+@gin.configurable
+def vision_vqa(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+) -> PictureRecords:
+    """Questions about pictures; arguments as `vision_pairs`."""
+    return _records("vqa", pattern, validation_share, unusable, max_pixels)
+
+
+@gin.configurable
+def vision_referring(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+) -> PictureRecords:
+    """Phrases, and the boxes that they refer to; arguments as `vision_pairs`."""
+    return _records("referring", pattern, validation_share, unusable, max_pixels)
+
+
+@gin.configurable
+def vision_grounded_captions(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+) -> PictureRecords:
+    """Boxes, and what is in them; arguments as `vision_pairs`."""
+    return _records("grounded_captions", pattern, validation_share, unusable, max_pixels)
+
+
+@gin.configurable
+def vision_ocr(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+) -> PictureRecords:
+    """Lines of text in pictures, and where they are; arguments as `vision_pairs`."""
+    return _records("ocr", pattern, validation_share, unusable, max_pixels)
+
+
+@gin.configurable
+def vision_chat(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    layout: str = "messages",
+    loss_on: str = "released",
+    system: str = DEFAULT_SYSTEM,
+    label: str = PICTURE_LABEL,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+) -> PictureRecords:
+    """Conversations with pictures; arguments as `vision_pairs`, and these.
+
+    Args:
+        layout: `messages`, `released` (the rows of the released `finetune.py`, with `<img>path</img>` in the text; only
+            for files that you trust, since tags in it become control tokens) or `llava`.
+        loss_on: `released` or `report`; see `qwen_jax.data.chat`.
+        system: system message of a conversation without one.
+        label: text before each picture, with `{number}` for its number in the conversation; "" for none.
+    """
+    rows = VisionChatRows(layout, loss_on, system, picture_places(), label)
+    return PictureRecords(
+        picture_files(pattern, "vision_chat"),
+        validation_share=validation_share,
+        rows=rows,
+        unusable=unusable,
+        max_pixels=max_pixels,
+        task="vision_chat",
+    )
+
+
+def _records(kind: str, pattern, validation_share: float, unusable: str, max_pixels: int) -> PictureRecords:
+    task = f"vision_{kind}"
+    return PictureRecords(
+        picture_files(pattern, task),
+        validation_share=validation_share,
+        rows=VisionRows(kind, picture_places()),
+        unusable=unusable,
+        max_pixels=max_pixels,
+        task=task,
+    )
+
+
+for _name in (*(f"vision_{kind}" for kind in KINDS), "vision_chat"):
+    add_task(_name, globals()[_name], pictures=True)
