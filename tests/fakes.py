@@ -18,6 +18,7 @@ from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.distributed.watchdog import Activity
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.models.vision.config import VisionConfig
 from qwen_jax.training.batches import Prefetcher
 from qwen_jax.training.goodput import Goodput
 from qwen_jax.training.objective import Objective
@@ -145,7 +146,7 @@ def small_model(**changes) -> ModelConfig:
 def random_run(folder: Path, spread: float = 0.25, **sizes) -> Path:
     """A run folder with random weights, large enough that greedy choices differ, over a vocabulary of single bytes."""
     write_ranks({bytes([byte]): byte for byte in range(256)}, folder / "bytes.tiktoken")
-    config = ModelConfig(vocab_size=464, head_dim=16, **sizes)
+    config = ModelConfig(**{"vocab_size": 464, "head_dim": 16, **sizes})
     random = np.random.default_rng(0)
     flat = {
         path: (random.standard_normal(shape) * spread + ("scale" in path)).astype(np.float32)
@@ -153,6 +154,18 @@ def random_run(folder: Path, spread: float = 0.25, **sizes) -> Path:
     }
     save_params(folder / "run", config, unflatten_dict(flat, sep="/"), folder / "bytes.tiktoken")
     return folder / "run"
+
+
+# Of a vocabulary of single bytes, whose 464 ids the nine tags follow: <img> is the seventh of them.
+SMALL_VISION = VisionConfig(
+    image_size=28, patch_size=14, width=32, num_layers=1, num_heads=2, mlp_size=48, num_queries=4, image_start_id=470
+)
+
+
+def random_vision_run(folder: Path, spread: float = 0.25, **sizes) -> Path:
+    """As `random_run`, with an image encoder."""
+    small = dict(vocab_size=480, hidden_size=256, num_layers=1, num_heads=2, ffn_size=48, context_length=256)
+    return random_run(folder, spread, **{**small, "vision": SMALL_VISION, **sizes})
 
 
 def text_corpus(folder: Path, documents: int = 60) -> Path:

@@ -62,9 +62,15 @@ class Prompt:
         return len(self.places) * BLOCK_TOKENS
 
     @property
+    def embedded(self) -> bool:
+        """Whether embeddings, or features of pictures, stand for tokens that are computed."""
+        request = self.request
+        return request.embeddings is not None or bool(request.images and min(self.rows[0].key[self.cached :]) < 0)
+
+    @property
     def shape(self) -> tuple[int, int, bool]:
-        """Sizes of the program that computes it, and whether it has embeddings."""
-        return self.size, self.slots, self.request.embeddings is not None
+        """Sizes of the program that computes it, and `embedded`."""
+        return self.size, self.slots, self.embedded
 
 
 def prompts_of_rows(rows: Sequence[Row], ways: int) -> list[Prompt]:
@@ -72,7 +78,7 @@ def prompts_of_rows(rows: Sequence[Row], ways: int) -> list[Prompt]:
     found: dict[object, list[list[Row]]] = {}
     for row in rows:
         # Embeddings are not compared.
-        key = row.request.prompt if row.request.embeddings is None else id(row)
+        key = row.key if row.request.embeddings is None else id(row)
         groups = found.setdefault(key, [[]])
         if len(groups[-1]) == PREFILL_ROWS[-1] * ways:
             groups.append([])
@@ -91,7 +97,7 @@ def next_prompts(waiting: Sequence[Prompt], prefixes: PrefixCache | None, ways: 
     groups: dict[tuple[int, int, bool], list[Prompt]] = {}
     leaders: dict[tuple[int, ...], tuple[int, ...]] = {}
     for prompt in waiting:
-        tokens = tuple(prompt.request.prompt)
+        tokens = prompt.rows[0].key
         sharing = prefixes is not None and prompt.request.embeddings is None
         places = tuple(prefixes.find(tokens)) if prefixes is not None and sharing else ()
         planned = _planned(prompt, places)

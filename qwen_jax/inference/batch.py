@@ -8,6 +8,7 @@ import numpy as np
 
 from qwen_jax.inference import programs
 from qwen_jax.inference.admission import Prompt, bucket, next_prompts, prefill_count, prompts_of_rows
+from qwen_jax.inference.images import Features, image_places
 from qwen_jax.inference.prefix_cache import PrefixCache
 from qwen_jax.inference.programs import MAX_STEPS, Programs, RowRules
 from qwen_jax.inference.requests import Request, StreamChunk
@@ -40,24 +41,13 @@ def rules_of(requests: Sequence[Request | None]) -> RowRules:
     return RowRules(sampling_of(requests), stop_ids, np.asarray(ends, np.int32))
 
 
-def prompts_of(
-    requests: Sequence[Request], size: int, config: ModelConfig
-) -> tuple[np.ndarray, np.ndarray, InputEmbeddings | None]:
-    """(tokens int32 [rows, size], lengths int32 [rows], embeddings or None) of prompts, filled up at the end."""
+def prompts_of(requests: Sequence[Request], size: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [rows, size], lengths int32 [rows]) of prompts, filled up at the end."""
     tokens = np.zeros((len(requests), size), np.int32)
-    embeddings = None
-    if any(request.embeddings is not None for request in requests):
-        values = np.zeros((len(requests), size, config.hidden_size), config.compute_dtype)
-        embeddings = InputEmbeddings(values, np.zeros((len(requests), size), bool))
     for row, request in enumerate(requests):
         # An id outside the vocabulary means that there is no token.
         tokens[row, : request.prompt_length] = request.prompt or config.vocab_size
-        if embeddings is not None and request.embeddings is not None:
-            assert request.embedding_positions is not None  # `check_request` fills them in
-            places = list(request.embedding_positions)
-            embeddings.values[row, places] = request.embeddings
-            embeddings.given[row, places] = True
-    return tokens, np.asarray([request.prompt_length for request in requests], np.int32), embeddings
+    return tokens, np.asarray([request.prompt_length for request in requests], np.int32)
 
 
 def _kind(greedy: bool) -> str:
@@ -73,12 +63,21 @@ class Batch:
       rows: number of rows.
       steady: whether the number of steps must not depend on the time, as all processes of a job must take the same.
       prefixes: the prefix cache, or None.
+      features: of pictures.
     """
 
     def __init__(
-        self, call: Programs, config: ModelConfig, ways: int, rows: int, steady: bool, prefixes: PrefixCache | None
+        self,
+        call: Programs,
+        config: ModelConfig,
+        ways: int,
+        rows: int,
+        steady: bool,
+        prefixes: PrefixCache | None,
+        features: Features,
     ):
-        self.call, self.config, self.ways, self.steady, self.prefixes = call, config, ways, steady, prefixes
+        self.call, self.config, self.ways, self.steady = call, config, ways, steady
+        self.prefixes, self.features = prefixes, features
         self.rows: list[Row | None] = [None] * rows
         self.slots = SMALLEST_CACHE
         self.state = None
@@ -175,30 +174,62 @@ class Batch:
         size, slots, _ = prompts[0].shape
         count = prefill_count(len(prompts), size, self.ways)
         filled = prompts + prompts[-1:] * (count - len(prompts))
-        tokens, lengths, embeddings = prompts_of([prompt.request for prompt in filled], slots, self.config)
+        tokens, lengths = prompts_of([prompt.request for prompt in filled], slots, self.config)
+        embeddings = self._embeddings(params, prompts, tokens.shape) if prompts[0].embedded else None
         prefixes = None
         if size < slots:
             assert self.prefixes is not None  # it holds what is not computed
             prefixes = self.prefixes.prefixes([prompt.places for prompt in filled], tokens)
             places = np.asarray(prefixes.lengths)[:, None] + np.arange(size)
             tokens = np.take_along_axis(tokens, places, axis=1)
+            if embeddings is not None:
+                values, given = map(np.asarray, embeddings)
+                values = np.take_along_axis(values, places[..., None], axis=1)
+                embeddings = InputEmbeddings(values, np.take_along_axis(given, places, axis=1))
         for prompt in prompts:
             for number, row in enumerate(prompt.rows):
                 row.cached_tokens = prompt.request.prompt_length if number else prompt.cached
                 row.version = self.prefixes.version if self.prefixes is not None else 0
         shape = f"{count} x {slots} tokens"
-        kind = f", the last {size} of them" if prefixes is not None else " with embeddings" * (embeddings is not None)
+        kind = f", the last {size} of them" * (prefixes is not None) + " with embeddings" * (embeddings is not None)
         result = self.call(
             programs.prefill, ("prefill", shape + kind), self.config, params, tokens, lengths, embeddings, prefixes
         )
         return *result, shape
+
+    def _embeddings(self, params, prompts: Sequence[Prompt], shape: tuple[int, ...]) -> InputEmbeddings:
+        """What stands for tokens of prompts, [*shape, hidden]; of pictures, those that are computed.
+
+        Rows after those of `prompts` are filled up as `filled` is.
+        """
+        values = np.zeros((*shape, self.config.hidden_size), self.config.compute_dtype)
+        embeddings = InputEmbeddings(values, np.zeros(shape, bool))
+        images, spans = [], []
+        for row, prompt in enumerate(prompts):
+            request = prompt.request
+            if request.embeddings is not None:
+                assert request.embedding_positions is not None  # `check_request` fills them in
+                places = list(request.embedding_positions)
+                embeddings.values[row, places], embeddings.given[row, places] = request.embeddings, True
+            elif request.images:
+                assert self.config.vision is not None  # see `images.checked_images`
+                for image, span in zip(request.images, image_places(request.prompt, self.config.vision), strict=True):
+                    if span.stop > prompt.cached:
+                        images.append(image)
+                        spans.append((row, span))
+        if images:
+            for where, features in zip(spans, self.features.of(params, images), strict=True):
+                embeddings.values[where], embeddings.given[where] = features, True
+        for filled in embeddings:  # the last prompt repeats
+            filled[len(prompts) :] = filled[len(prompts) - 1]
+        return embeddings
 
     def _keep(self, rows: Sequence[Row]) -> None:
         """Copies what these rows have computed, without the last token of each, to the prefix cache."""
         if self.prefixes is None or self.state is None:
             return
         texts = [
-            (row.place, row.request.prompt_length, (*row.request.prompt, *row.tokens[:-1]))
+            (row.place, row.request.prompt_length, (*row.key, *row.tokens[:-1]))
             for row in rows
             if row.request.embeddings is None and row.version == self.prefixes.version and row.place is not None
         ]

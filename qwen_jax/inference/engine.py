@@ -9,11 +9,13 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.inference import scoring, weights
 from qwen_jax.inference.admission import bucket
 from qwen_jax.inference.batch import Batch
+from qwen_jax.inference.images import Features, prompt_key
 from qwen_jax.inference.prefix_cache import PrefixCache
 from qwen_jax.inference.programs import BLOCK_TOKENS, Programs
 from qwen_jax.inference.requests import Handle, Request, Result, Score, StreamChunk, check_request
@@ -35,6 +37,9 @@ class Engine:
     Requests with the same prompt that begin together compute it once. With a prefix cache, a request computes what is
     new in its prompt: what no request before it has begun with, in its prompt or its prompt and reply. Tokens are the
     same, as far as rounding lets them: other programs compute the keys then, as they do in other batches.
+
+    The features of a picture are computed when its prompt is, and kept for the next prompts with this picture. In what
+    prompts share, pictures count by their content.
 
     Where the mesh spans several processes, every process makes the same calls with the same requests in the same order,
     and each gets every result.
@@ -94,6 +99,7 @@ class Engine:
         self._several = mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
         self._call = Programs(mesh)
         self._prefixes = PrefixCache(self._call, config, prefix_cache_tokens) if prefix_cache_tokens else None
+        self._features = Features(self._call, config, self.ways)
         self._batch: Batch | None = None
         self._rows: dict[Handle, Row] = {}  # of every request that has not ended
         self._waiting: deque[Row] = deque()
@@ -117,6 +123,7 @@ class Engine:
           ValueError: they are not of this model.
         """
         self.params = weights.prepare(self.model, params, self._call)
+        self._features.clear()
         self.clear_prefix_cache()
 
     def clear_prefix_cache(self) -> None:
@@ -205,7 +212,12 @@ class Engine:
         """
         return self._chunks([Handle(next(self._numbers), self._checked(request, None))], streaming=True)
 
-    def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[Score]:
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        images: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> list[Score]:
         """Log-probabilities of given continuations, in the order given.
 
         Those of the softmax of the logits, without temperature: up to the training length equal to a training-mode
@@ -219,13 +231,17 @@ class Engine:
           prompts: token ids of each, at least one.
           continuations: token ids of the continuation of each, at least one. Prompt and continuation together may have
             one token more than `context_length`.
+          images: the pictures of each prompt, as in `Request`; None: no prompt has any.
 
         Raises:
-          ValueError: naming the pair that is empty, too long, or not of the model's ids.
+          ValueError: naming the pair that is empty, too long, or not of the model's ids, or whose pictures do not fit.
         """
         config = self.model.config
-        pairs = scoring.checked_pairs(prompts, continuations, config, self.context_length, self._length_rule)
-        return scoring.score(self._call, config, self.params, self.ways, pairs)
+        pictures = scoring.Pictures(config, lambda images: self._features.of(self.params, images))
+        pairs = scoring.checked_pairs(
+            prompts, continuations, images, pictures, config, self.context_length, self._length_rule
+        )
+        return scoring.score(self._call, config, self.params, self.ways, pairs, pictures)
 
     def _checked(self, request: Request, index: int | None) -> Request:
         try:
@@ -234,7 +250,9 @@ class Engine:
             raise ValueError(f"request {index}: {error}" if index is not None else str(error)) from error
 
     def _admit(self, handle: Handle, streaming: bool, inbox: deque) -> None:
-        row = Row(handle, self.tokenizer, streaming, inbox)
+        request = handle.request
+        key = prompt_key(request.prompt, request.images, self.model.config.vision)
+        row = Row(handle, self.tokenizer, streaming, inbox, key)
         self._rows[handle] = row
         self._waiting.append(row)
 
@@ -268,7 +286,9 @@ class Engine:
         wanted = self.slots if self._sources else min(self.slots, bucket(requests, 1))
         wanted = -(-wanted // self.ways) * self.ways
         if self._batch is None:
-            self._batch = Batch(self._call, self.model.config, self.ways, wanted, self._several, self._prefixes)
+            self._batch = Batch(
+                self._call, self.model.config, self.ways, wanted, self._several, self._prefixes, self._features
+            )
         self._batch.widen(wanted)
         return self._batch
 

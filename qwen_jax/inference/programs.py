@@ -9,7 +9,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -31,6 +31,7 @@ from qwen_jax.models.decoding import (
 from qwen_jax.models.log_probs import token_statistics
 from qwen_jax.models.positions import dynamic_ntk_alpha
 from qwen_jax.models.transformer import InputEmbeddings
+from qwen_jax.models.vision.encoder import VisionEncoder
 from qwen_jax.sharding import constrain, use_mesh
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,19 @@ def prepare(config: ModelConfig, names, params):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: constrain(leaf, *axes[jax.tree_util.keystr(path)]), params
     )
+
+
+@_on_mesh(static=("config",))
+def encode_images(config: ModelConfig, params, images: jax.Array) -> jax.Array:
+    """Features [pictures, num_queries, hidden] of pictures [pictures, image_size, image_size, 3]; see `VisionEncoder`.
+
+    Args:
+      params: of the encoder.
+    """
+    assert config.vision is not None  # see `images.checked_images`
+    images = constrain(images, "batch", None, None, None)
+    features = VisionEncoder(config, config.vision).apply({"params": params}, images)
+    return constrain(cast(jax.Array, features), None, None, None)
 
 
 @_on_mesh(static=("config", "rows", "slots"))
@@ -322,12 +336,19 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> tuple[KVCache, ..
 
 
 @_on_mesh(static=("config",), donated=("cache",))
-def score(config: ModelConfig, params, cache: tuple[KVCache, ...], step: ScoringStep) -> tuple:
+def score(
+    config: ModelConfig,
+    params,
+    cache: tuple[KVCache, ...],
+    step: ScoringStep,
+    embeddings: InputEmbeddings | None = None,
+) -> tuple:
     """Log-probabilities of given tokens after texts that go on from what the cache holds.
 
     Args:
       params: as `unstack_layers` gives them.
       cache: of the tokens before those of `step`, with slots for them.
+      embeddings: vectors in the place of some of the tokens' embeddings, or None.
 
     Returns:
       (log-probabilities, whether each target is the most likely token, both float32 [rows, reads]; the cache with the
@@ -337,7 +358,7 @@ def score(config: ModelConfig, params, cache: tuple[KVCache, ...], step: Scoring
     alpha = jnp.ones(len(tokens), jnp.float32)
     if config.use_dynamic_ntk:
         alpha = dynamic_ntk_alpha(lengths, config.context_length)
-    hidden, written = decode_branches(config, params, tokens, positions, ends, DecodingCache(cache, alpha))
+    hidden, written = decode_branches(config, params, tokens, positions, ends, DecodingCache(cache, alpha), embeddings)
     hidden = jnp.take_along_axis(hidden, jnp.asarray(step.at)[..., None], axis=1)
     found = token_statistics(hidden, output_kernel(config, params), jnp.asarray(step.targets))
     return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None), written.layers

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qwen_jax.inference.images import checked_images
 from qwen_jax.inference.sampling import SamplingConfig
 from qwen_jax.models.config import ModelConfig
 
@@ -28,6 +29,9 @@ class Request:
         Without `embedding_positions` they are the whole prompt, and `prompt` is empty.
       embedding_positions: the n positions of `prompt` whose tokens the embeddings replace. The repetition penalty
         counts the ids that stand there like others.
+      images: the pictures of the prompt in the order of its text, for a model with an image encoder: uint8
+        [image_size, image_size, 3] in RGB, or floats of that shape as `qwen_jax.data.images.pixels` gives them. Each
+        has in the prompt `<img>`, `num_queries` ids (whose places its features take), and `</img>`.
     """
 
     prompt: Sequence[int] = ()
@@ -38,6 +42,7 @@ class Request:
     seed: int = 0
     embeddings: np.ndarray | None = None
     embedding_positions: Sequence[int] | None = None
+    images: Sequence[np.ndarray] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -140,12 +145,17 @@ def check_request(request: Request, config: ModelConfig, context_length: int, le
 
     Raises:
       ValueError: an empty or too long prompt, ids outside the vocabulary or that are no integers, nothing to generate,
-        a seed out of range, an empty stop string, stop strings without a tokenizer, or embeddings of another shape.
+        a seed out of range, an empty stop string, stop strings without a tokenizer, embeddings of another shape, or
+        pictures that are not those of the prompt.
     """
     if not isinstance(request, Request):
         raise ValueError(f"expected a Request, found {type(request).__name__}: Request(prompt=[…], max_new_tokens=…)")
     prompt = check_ids(request.prompt, "the prompt", config.vocab_size)
     request = dataclasses.replace(request, prompt=prompt, **_checked_embeddings(request, prompt, config.hidden_size))
+    if request.embeddings is not None and request.images:
+        raise ValueError("give pictures, or the embeddings that take the place of tokens, not both")
+    if request.embeddings is None:
+        request = dataclasses.replace(request, images=checked_images(prompt, request.images, config))
     stop_ids = check_ids(request.stop_ids, "stop_ids", config.vocab_size)
     for name, lowest, limit in (("max_new_tokens", 1, None), ("seed", 0, 2**32)):
         value = getattr(request, name)

@@ -14,6 +14,7 @@ class Row:
 
     Attributes:
       handle, tokenizer: of the request and the engine.
+      key: the prompt, with what stands in the places of pictures; see `images.prompt_key`.
       streaming: whether its chunks should come often.
       inbox: where its chunks go.
       place: its row in the batch; None before it has one.
@@ -22,8 +23,9 @@ class Row:
       version: of the prefix cache when the prompt was computed.
     """
 
-    def __init__(self, handle: Handle, tokenizer, streaming: bool, inbox: deque):
+    def __init__(self, handle: Handle, tokenizer, streaming: bool, inbox: deque, key: tuple[int, ...] | None = None):
         self.handle, self.tokenizer, self.streaming, self.inbox = handle, tokenizer, streaming, inbox
+        self.key = tuple(handle.request.prompt) if key is None else key
         self.place: int | None = None
         self.tokens: list[int] = []
         self.log_probs: list[float] = []

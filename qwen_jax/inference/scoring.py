@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,13 @@ import numpy as np
 
 from qwen_jax.inference import programs
 from qwen_jax.inference.admission import PREFILL_TOKENS, bucket
+from qwen_jax.inference.images import checked_images, digest, image_places
 from qwen_jax.inference.prefix_tree import PrefixTree, Reads, Step
 from qwen_jax.inference.programs import Programs, ScoringStep
 from qwen_jax.inference.requests import Score, check_ids
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.positions import dynamic_ntk_alpha
+from qwen_jax.models.transformer import InputEmbeddings
 
 # Tokens of a lane that are computed at once, and lanes of a device. CPUs are busy with few; and attention is computed
 # between all tokens of a step, also those that must not see each other.
@@ -24,21 +26,89 @@ SMALLEST_SLOTS, SMALLEST_READS = 256, 16
 STEPS_AHEAD = 2
 
 
+class Pictures:
+    """The pictures of texts that are scored together.
+
+    In a text, ids past the vocabulary stand in the places of a picture, others for each picture, so that texts with
+    equal ids have equal hidden states.
+
+    Args:
+      config: of the model.
+      features: gives the features [num_queries, hidden] of pictures.
+    """
+
+    def __init__(self, config: ModelConfig, features: Callable[[Sequence[np.ndarray]], list[np.ndarray]]):
+        self._config, self._features = config, features
+        self._numbers: dict[int, int] = {}  # by digest
+        self._images: list[np.ndarray] = []
+
+    def put(self, prompt: np.ndarray, images: Sequence[np.ndarray]) -> np.ndarray:
+        """The ids of a prompt with ids of its pictures.
+
+        Raises:
+          ValueError: see `checked_images`.
+        """
+        images = checked_images(prompt, images, self._config)
+        if not images:
+            return prompt
+        vision = self._config.vision
+        assert vision is not None  # or `checked_images` refuses them
+        prompt = prompt.copy()
+        for image, places in zip(images, image_places(prompt, vision), strict=True):
+            number = self._numbers.setdefault(digest(image), len(self._images))
+            if number == len(self._images):
+                self._images.append(image)
+            first = self._config.vocab_size + number * vision.num_queries
+            prompt[places] = np.arange(first, first + vision.num_queries)
+        return prompt
+
+    def embeddings(self, tokens: np.ndarray) -> InputEmbeddings | None:
+        """What stands in the places of pictures in `tokens` [rows, length]; None: there are none."""
+        given = tokens >= self._config.vocab_size
+        if not given.any():
+            return None
+        assert self._config.vision is not None  # or there were no pictures
+        numbers, places = np.divmod(tokens[given] - self._config.vocab_size, self._config.vision.num_queries)
+        found, index = np.unique(numbers, return_inverse=True)
+        features = np.stack(self._features([self._images[number] for number in found]))
+        values = np.zeros((*tokens.shape, self._config.hidden_size), self._config.compute_dtype)
+        values[given] = features[index, places]
+        return InputEmbeddings(values, given)
+
+
 def checked_pairs(
-    prompts: Sequence, continuations: Sequence, config: ModelConfig, context_length: int, length_rule: str
+    prompts: Sequence,
+    continuations: Sequence,
+    images: Sequence | None,
+    pictures: Pictures,
+    config: ModelConfig,
+    context_length: int,
+    length_rule: str,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pairs of prompt and continuation as int32 arrays; a prompt that comes several times in a row is checked once.
 
+    Args:
+      pictures: takes the pictures of the prompts, and gives the ids that stand for them.
+
     Raises:
-      ValueError: naming the pair that is empty, too long, or not of the model's ids; or their numbers differ.
+      ValueError: naming the pair that is empty, too long, not of the model's ids, or whose pictures do not fit; or
+        their numbers differ.
     """
     if len(prompts) != len(continuations):
         raise ValueError(f"one continuation for each prompt: found {len(continuations)} for {len(prompts)} prompts")
+    images = [()] * len(prompts) if images is None else images
+    if len(images) != len(prompts):
+        raise ValueError(f"one list of pictures for each prompt: found {len(images)} for {len(prompts)} prompts")
     pairs = []
-    last, ids = None, np.zeros(0, np.int32)
-    for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        if prompt is not last:
-            last, ids = prompt, np.asarray(check_ids(prompt, f"prompt {index}", config.vocab_size), np.int32)
+    last, ids = (None, None), np.zeros(0, np.int32)
+    for index, (prompt, continuation, shown) in enumerate(zip(prompts, continuations, images, strict=True)):
+        if prompt is not last[0] or shown is not last[1]:
+            last = prompt, shown
+            ids = np.asarray(check_ids(prompt, f"prompt {index}", config.vocab_size), np.int32)
+            try:
+                ids = pictures.put(ids, shown)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from error
         after = np.asarray(check_ids(continuation, f"continuation {index}", config.vocab_size), np.int32)
         for name, found in (("prompt", ids), ("continuation", after)):
             if not len(found):
@@ -53,7 +123,7 @@ def checked_pairs(
     return pairs
 
 
-def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequence) -> list[Score]:
+def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequence, pictures: Pictures) -> list[Score]:
     """The score of each of `checked_pairs`.
 
     Tokens that several texts begin with are computed once, whether they are of one prompt with several continuations or
@@ -62,6 +132,7 @@ def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequenc
     Args:
       params: as `weights.prepare` gives them.
       ways: into how many parts the mesh splits rows.
+      pictures: of the pairs.
     """
     if not pairs:
         return []
@@ -69,7 +140,8 @@ def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequenc
     targets = np.concatenate([continuation for _, continuation in pairs])
     log_probs, most_likely = np.empty(len(targets), np.float32), np.empty(len(targets), bool)
     for group in _alike(config, texts):
-        on = _Lanes(call, config, params, ways, [texts[index] for index in group], [reads[index] for index in group])
+        own = [texts[index] for index in group], [reads[index] for index in group]
+        on = _Lanes(call, config, params, ways, *own, pictures)
         for ids, found_log_probs, found_most_likely in on.results(targets):
             log_probs[ids], most_likely[ids] = found_log_probs, found_most_likely
     ends = np.cumsum([len(continuation) for _, continuation in pairs])[:-1]
@@ -117,12 +189,14 @@ class _Lanes:
     """Texts on the devices, in lanes that are computed side by side: rows of a batch, each with its own cache.
 
     Args:
-      call, config, params, ways: as in `score`.
+      call, config, params, ways, pictures: as in `score`.
       texts, reads: those of one group of `_alike`.
     """
 
-    def __init__(self, call: Programs, config: ModelConfig, params, ways: int, texts: list, reads: list):
-        self.call, self.config, self.params = call, config, params
+    def __init__(
+        self, call: Programs, config: ModelConfig, params, ways: int, texts: list, reads: list, pictures: Pictures
+    ):
+        self.call, self.config, self.params, self.pictures = call, config, params, pictures
         longest = max(map(len, texts))
         platform = jax.default_backend() if call.mesh is None else call.mesh.devices.flat[0].platform
         cpu = platform == "cpu"
@@ -152,8 +226,12 @@ class _Lanes:
             while reads < max(len(step.ids) for step in steps if step):
                 reads *= 4
             step = self._step(steps, targets, length, reads)
-            key = ("score", *shape, f"{length} tokens", f"{reads} reads")
-            log_probs, most_likely, cache = self.call(programs.score, key, self.config, self.params, cache, step)
+            embeddings = self.pictures.embeddings(np.asarray(step.tokens))
+            with_them = ["with embeddings"] * (embeddings is not None)
+            key = ("score", *shape, f"{length} tokens", f"{reads} reads", *with_them)
+            log_probs, most_likely, cache = self.call(
+                programs.score, key, self.config, self.params, cache, step, embeddings
+            )
             waiting.append((steps, log_probs, most_likely))
             if len(waiting) > STEPS_AHEAD:
                 yield from _read(*waiting.popleft())

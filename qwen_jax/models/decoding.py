@@ -130,6 +130,7 @@ def decode_branches(
     positions: jax.Array,
     ends: jax.Array,
     cache: DecodingCache,
+    embeddings: InputEmbeddings | None = None,
 ) -> tuple[jax.Array, DecodingCache]:
     """One inference-mode step over several texts that go on after the same tokens, side by side in a row.
 
@@ -139,11 +140,12 @@ def decode_branches(
       positions: int32 [batch, length], of each token in its text; that of the first one is how many the cache holds.
       ends: int32 [batch, length], see `Branches`.
       cache: of the tokens before, with slots for those of the step, which they fill in the order of the row.
+      embeddings: as in `decode`.
 
     Returns:
       As `decode`.
     """
-    return _decode(config, params, tokens, positions, Branches(positions[:, 0], ends), cache, None)
+    return _decode(config, params, tokens, positions, Branches(positions[:, 0], ends), cache, embeddings)
 
 
 def _decode(config, params, tokens, positions, mask, cache, embeddings) -> tuple[jax.Array, DecodingCache]:

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from qwen_jax.conversion import convert, load_pretrained
+from qwen_jax.data.images import open_image
 from qwen_jax.inference import Engine, Request
 from qwen_jax.models.transformer import Qwen
 
@@ -89,6 +91,26 @@ def test_greedy_continuation_by_the_engine(golden, case):
     engine = Engine(decoder, {name: tree for name, tree in params.items() if name != "vision"})
     (result,) = engine.generate([request])
     assert list(result.tokens) == expected[f"{case}_greedy"][0].tolist()
+
+
+def test_greedy_continuation_of_pictures_by_the_engine(golden):
+    """The engine encodes the files' pictures itself; several requests at once, and again from the prefix cache."""
+    model, params, expected = golden
+    size = model.config.vision.image_size
+    pictures = [
+        np.asarray(open_image(FOLDER / str(path)).resize((size, size), Image.Resampling.BICUBIC))
+        for path in expected["image_paths"]
+    ]
+    engine = Engine(model, params, slots=4, prefix_cache_tokens=2048)
+    requests, wanted = [], []
+    for case in ("one", "two", "text", "long"):
+        images = [pictures[index] for *_, index in expected[f"{case}_spans"]]
+        requests.append(Request(expected[f"{case}_ids"][0], max_new_tokens=12, images=images))
+        wanted.append(expected[f"{case}_greedy"][0].tolist())
+    for _ in range(2):
+        results = sorted(engine.generate(requests), key=lambda result: result.index)
+        assert [list(result.tokens) for result in results] == wanted
+    assert [result.cached_tokens > 0 for result in results] == [True] * 4
 
 
 @pytest.mark.parametrize(("case", "ids"), [("train", "batch_right"), ("train_text", "text")])

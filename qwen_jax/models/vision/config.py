@@ -7,6 +7,9 @@ import math
 BASE_GRID = 16
 RESAMPLER_HEAD_DIM = 128
 CHANNELS = 3
+# Of CLIP's training pictures, RGB in [0, 1] (released visual.py).
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)

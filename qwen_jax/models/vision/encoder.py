@@ -8,13 +8,14 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.kernels import dot_product_attention
 from qwen_jax.models.layers import LayerNorm, Projection, weight_init
 from qwen_jax.models.transformer import rematerialized
-from qwen_jax.models.vision.config import BASE_GRID, CHANNELS, VisionConfig
+from qwen_jax.models.vision.config import BASE_GRID, CHANNELS, PIXEL_DEVIATION, PIXEL_MEAN, VisionConfig
 from qwen_jax.models.vision.positions import resize_positions
 from qwen_jax.models.vision.resampler import Resampler
 from qwen_jax.sharding import constrain
@@ -71,8 +72,8 @@ class VisionEncoder(nn.Module):
         """Features of pictures.
 
         Args:
-          pixels: float [batch, image_size, image_size, 3], RGB less CLIP's mean, over its deviation. Any size that is
-            a multiple of the patch: positions are resized to it.
+          pixels: [batch, image_size, image_size, 3] in RGB: uint8, or floats less CLIP's mean, over its deviation. Any
+            size that is a multiple of the patch: positions are resized to it.
 
         Returns:
           [batch, num_queries, hidden] in the compute dtype.
@@ -88,6 +89,8 @@ class VisionEncoder(nn.Module):
                 f"{list(pixels.shape)}: squash them to a square of VisionConfig.image_size"
             )
         grid = height // c.patch_size
+        if pixels.dtype == jnp.uint8:
+            pixels = (pixels.astype(jnp.float32) / 255 - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_DEVIATION)
         patches = pixels.astype(dtype).reshape(batch, grid, c.patch_size, grid, c.patch_size, channels)
         patches = patches.swapaxes(2, 3).reshape(batch, grid * grid, c.patch_size, c.patch_size, channels)
         # b batch, l patches, i and j rows and columns of a patch, c colors, d width.

@@ -76,8 +76,8 @@ class QwenVL(Qwen):
 
         Args:
           tokens: int32 [batch, length], with `num_queries` places after each `<img>`.
-          images: float [batch, pictures, image_size, image_size, 3], the pictures of each row in the order of its text,
-            RGB less CLIP's mean, over its deviation; rows with fewer are padded. None: no row has one.
+          images: [batch, pictures, image_size, image_size, 3], the pictures of each row in the order of its text, as
+            `VisionEncoder` takes them; rows with fewer are padded. None: no row has one.
           embeddings: features that are known already; not together with `images`.
           arguments: as of a decoder.
 
