@@ -11,12 +11,13 @@
 | `vision_chat` | `{"messages": [{"role": "user", "content": [PART, …]}, …]}`, or another layout |
 
 A PART is `{"type": "text", "text": …}`, `{"type": "image", "image": "a.png"}`, or `{"type": "box", "ref": …, "boxes":
-[[x1, y1, x2, y2], …]}`. Paths are relative to the folder of the file with the rows. Coordinates are thousandths of the
+[[x1, y1, x2, y2], …]}`. Paths are relative to the folder of the file with the rows; tars, Parquet and TFDS hold the
+pictures themselves. Coordinates are thousandths of the
 width and height of the stored picture, integers in [0, 1000). Rows become tokens in `qwen_jax.data.vision`;
 docs/how_to/vision_data.md shows all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import gin
 
@@ -41,16 +42,19 @@ def vision_pairs(
     validation_share: float = 0.01,
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
 ) -> PictureRecords:
     """Pictures with a caption.
 
     Args:
-        pattern: folder, glob, or list of these, of `.jsonl` and `.json` (also compressed).
+        pattern: folder, glob, or list of these, of `.jsonl` and `.json` (also compressed), `.tar` and `.parquet`; or
+            the folder of a TFDS dataset (`qwen_jax.data.picture_files`).
         validation_share: share of the pictures held out, with all their rows.
         unusable: `stop` names the first row that cannot be trained on, `leave_out` counts them by reason.
         max_pixels: largest width times height of a picture; larger ones are unusable, before they are decoded.
+        fields: names in the files to names in rows, such as `{"caption": "text"}`; a list of texts makes several rows.
     """
-    return _records("pairs", pattern, validation_share, unusable, max_pixels)
+    return _records("pairs", pattern, validation_share, unusable, max_pixels, fields)
 
 
 @gin.configurable
@@ -59,9 +63,10 @@ def vision_documents(
     validation_share: float = 0.01,
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
 ) -> PictureRecords:
     """Documents of texts and pictures; arguments as `vision_pairs`."""
-    return _records("documents", pattern, validation_share, unusable, max_pixels)
+    return _records("documents", pattern, validation_share, unusable, max_pixels, fields)
 
 
 @gin.configurable
@@ -70,9 +75,10 @@ def vision_vqa(
     validation_share: float = 0.01,
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
 ) -> PictureRecords:
     """Questions about pictures; arguments as `vision_pairs`."""
-    return _records("vqa", pattern, validation_share, unusable, max_pixels)
+    return _records("vqa", pattern, validation_share, unusable, max_pixels, fields)
 
 
 @gin.configurable
@@ -81,9 +87,10 @@ def vision_referring(
     validation_share: float = 0.01,
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
 ) -> PictureRecords:
     """Phrases, and the boxes that they refer to; arguments as `vision_pairs`."""
-    return _records("referring", pattern, validation_share, unusable, max_pixels)
+    return _records("referring", pattern, validation_share, unusable, max_pixels, fields)
 
 
 @gin.configurable
@@ -92,9 +99,10 @@ def vision_grounded_captions(
     validation_share: float = 0.01,
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
 ) -> PictureRecords:
     """Boxes, and what is in them; arguments as `vision_pairs`."""
-    return _records("grounded_captions", pattern, validation_share, unusable, max_pixels)
+    return _records("grounded_captions", pattern, validation_share, unusable, max_pixels, fields)
 
 
 @gin.configurable
@@ -103,9 +111,10 @@ def vision_ocr(
     validation_share: float = 0.01,
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
 ) -> PictureRecords:
     """Lines of text in pictures, and where they are; arguments as `vision_pairs`."""
-    return _records("ocr", pattern, validation_share, unusable, max_pixels)
+    return _records("ocr", pattern, validation_share, unusable, max_pixels, fields)
 
 
 @gin.configurable
@@ -118,6 +127,7 @@ def vision_chat(
     label: str = PICTURE_LABEL,
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
 ) -> PictureRecords:
     """Conversations with pictures; arguments as `vision_pairs`, and these.
 
@@ -135,11 +145,14 @@ def vision_chat(
         rows=rows,
         unusable=unusable,
         max_pixels=max_pixels,
+        fields=tuple((fields or {}).items()),
         task="vision_chat",
     )
 
 
-def _records(kind: str, pattern, validation_share: float, unusable: str, max_pixels: int) -> PictureRecords:
+def _records(
+    kind: str, pattern, validation_share: float, unusable: str, max_pixels: int, fields: Mapping[str, str] | None
+) -> PictureRecords:
     task = f"vision_{kind}"
     return PictureRecords(
         picture_files(pattern, task),
@@ -147,6 +160,7 @@ def _records(kind: str, pattern, validation_share: float, unusable: str, max_pix
         rows=VisionRows(kind, picture_places()),
         unusable=unusable,
         max_pixels=max_pixels,
+        fields=tuple((fields or {}).items()),
         task=task,
     )
 

@@ -5,6 +5,7 @@ pixels takes 0.6 MB. Each is decoded once here, so that no training meets one th
 """
 
 import dataclasses
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,13 @@ from qwen_jax import files
 from qwen_jax.data.chat import Encoded
 from qwen_jax.data.content import Unusable
 from qwen_jax.data.images import MAX_PIXELS, UnusableImageError, open_image
+from qwen_jax.data.picture_files import PICTURE_SUFFIXES, Sample, is_tfds, read_samples, tfds_files
 from qwen_jax.data.quick_seqio import tf
+from qwen_jax.data.records import SUFFIXES as ROW_SUFFIXES
 from qwen_jax.data.records import Records, record_files
 from qwen_jax.data.tokenizer import Tokenizer
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (*ROW_SUFFIXES, ".tar", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,30 +32,53 @@ class PictureRecords(Records):
     Attributes:
         max_pixels: largest width times height of a picture.
         max_pictures: most pictures of a row.
+        fields: (field of the file, field of the row) of fields that have another name in the file. A text that is a
+            list there, such as five captions of a picture, makes as many rows.
     """
 
     max_pixels: int = MAX_PIXELS
     max_pictures: int = 64
+    fields: tuple[tuple[str, str], ...] = ()
 
     def examples(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """(group, example) of the rows of one file.
 
-        An example has the row as JSON in `text`, its place in `source`, the folder of relative paths in `folder`, and
-        `names` and `images`, the pictures that the file itself holds.
+        An example has the row as JSON in `text`, its place in `source`, the folder of relative paths in `folder`,
+        `names` and `images`, the pictures that the file itself holds, and `damage`, see `picture_files.Sample`.
         """
-        for where, row in files.read_json_rows(path):
-            group = self.rows.group(row) if isinstance(row, Mapping) else ""
-            text = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            yield group, {"text": text, "source": where, "folder": str(path.parent), "names": [], "images": []}
+        for sample in read_samples(path):
+            folder, names, images = str(path.parent), list(sample.images), list(sample.images.values())
+            for where, row in self._rows(sample):
+                group = self.rows.group(row) if isinstance(row, Mapping) else ""
+                # Pictures that a file holds have short names, such as `jpg`, in each of its samples.
+                group = f"{sample.where}: {group}" if names else group
+                text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+                texts = {"text": text, "source": where, "folder": folder, "damage": sample.damage}
+                yield group, texts | {"names": names, "images": images}
+
+    def _rows(self, sample: Sample) -> Iterator[tuple[str, Any]]:
+        if not self.fields or not isinstance(sample.row, Mapping):
+            yield sample.where, sample.row
+            return
+        renamed = dict(self.fields)
+        row = {renamed.get(name, name): value for name, value in sample.row.items()}
+        several = {name for name in renamed.values() if _are_texts(row.get(name))}
+        if not several:
+            yield sample.where, row
+        for name in several:
+            for number, text in enumerate(row[name]):
+                yield f"{sample.where}, text {number}", row | {name: text}
 
     def signature(self) -> dict[str, tf.TensorSpec]:
         """Types of what `examples` gives."""
+        texts = {name: tf.TensorSpec([], tf.string) for name in ("folder", "damage")}
         lists = {name: tf.TensorSpec([None], tf.string) for name in ("names", "images")}
-        return super().signature() | {"folder": tf.TensorSpec([], tf.string)} | lists
+        return super().signature() | texts | lists
 
     def settings(self) -> dict:
-        """As of `Records`, with the limits of pictures."""
-        return super().settings() | {"max_pixels": self.max_pixels, "max_pictures": self.max_pictures}
+        """As of `Records`, with the limits of pictures and the names of fields."""
+        limits = {"max_pixels": self.max_pixels, "max_pictures": self.max_pictures}
+        return super().settings() | limits | {"fields": dict(self.fields)}
 
     def encode_row(self, example: Mapping[str, Any], tokenizer: Tokenizer) -> Encoded:
         """The example of a row, whose `images` are bytes.
@@ -61,6 +87,8 @@ class PictureRecords(Records):
             Unusable: a picture that is missing, damaged, or too large; or as the rows.
             ValueError: as the rows.
         """
+        if example["damage"]:
+            raise Unusable(example["damage"].decode())
         encoded = super().encode_row(example, tokenizer)
         if len(encoded.images) > self.max_pictures:
             raise Unusable(f"more than {self.max_pictures} pictures", f"{len(encoded.images)}")
@@ -88,6 +116,23 @@ def _detail(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
 def picture_files(pattern: files.Pattern | Sequence[files.Pattern] | None, task: str) -> list[Path]:
-    """Files of a task that `pattern` names; see `records.record_files`. Pictures may lie beside them."""
-    return record_files(pattern, task, beside=PICTURE_SUFFIXES)
+    """Files of a task that `pattern` names; see `records.record_files`. Pictures may lie beside them.
+
+    The folder of a TFDS dataset stands for the files of its training split.
+    """
+    given = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern or [])
+    found: set[Path] = set()
+    others: list[files.Pattern] = []
+    for one in given:
+        path = files.as_path(one, f"{task}.pattern")
+        of_tfds = tfds_files(path) or [path for path in map(Path, glob.glob(str(path))) if is_tfds(path)]
+        found.update(of_tfds)
+        others += [] if of_tfds else [one]
+    if others or not given:
+        found.update(record_files(others, task, SUFFIXES, beside=PICTURE_SUFFIXES))
+    return sorted(found)

@@ -3,11 +3,15 @@
 import io
 import json
 import logging
+import tarfile
 
 import gin
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import seqio
+import tensorflow as tf
 from PIL import Image
 
 import tasks  # noqa: F401  registers them
@@ -130,6 +134,130 @@ def test_seqio_caches_the_encoded_pictures(tmp_path, tool, vocabulary_file):
     cached = list(_read_cache(tmp_path, "train", file).as_numpy_iterator())
     assert sorted(one["images"].tolist() for one in cached) == sorted(one["images"].tolist() for one in expected)
     assert sorted(one["targets"].tolist() for one in cached) == sorted(one["targets"].tolist() for one in expected)
+
+
+def write_tar(path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def texts_of(found: list[dict], vocabulary_file) -> list[str]:
+    tokenizer = Tokenizer(vocabulary_file)
+    place = "<img>" + "<imgpad>" * PLACES + "</img>"
+    return [tokenizer.decode(one["targets"]).replace(place, "▣") for one in found]
+
+
+CAPTION = "▣Generate the caption in English: {}<|endoftext|>"
+
+
+def test_shards_of_webdataset_hold_their_pictures(tmp_path, vocabulary_file):
+    pictures = [png((number, 0, 0)) for number in range(4)]
+    dialogue = {
+        "images": ["0.png", "1.png"],
+        "text": "two pictures",
+    }
+    shard = write_tar(
+        tmp_path / "shard.tar",
+        {
+            "a/000.png": pictures[0],
+            "a/000.txt": b"first\n",
+            "a/001.json": json.dumps({"caption": "second", "url": "x"}).encode(),
+            "a/001.png": pictures[1],
+            "b/000.0.png": pictures[2],
+            "b/000.1.png": pictures[3],
+            "b/000.json": json.dumps(dialogue).encode(),
+        },
+    )
+    found = examples("vision_pairs", shard, validation_share=0.0, fields={"caption": "text"})
+    assert [one["images"].tolist() for one in found] == [[pictures[0]], [pictures[1]], pictures[2:]]
+    expected = [CAPTION.format(text) for text in ("first", "second", "two pictures")]
+    assert texts_of(found, vocabulary_file) == [*expected[:2], "▣" + expected[2]]
+    assert [one["source"].decode() for one in found] == [f"{shard}: {key}" for key in ("a/000", "a/001", "b/000")]
+
+
+def test_samples_of_a_shard_that_lack_something_are_counted(tmp_path, caplog):
+    members = {
+        "a.txt": b"x",
+        "b.png": png(),
+        "c.png": png(),
+        "c.txt": b"x",
+        "d.png": png(),
+        "d.json": b"{",
+        "a.png": png(),
+    }
+    shard = write_tar(tmp_path / "shard.tar", members)
+    found = examples("vision_pairs", shard, validation_share=0.0, unusable="leave_out")
+    assert [one["left_out"].decode() for one in found] == [
+        "a sample without a picture",
+        "a sample without text",
+        "",
+        "a sample whose json cannot be read",
+        "a sample whose members do not stand together",
+    ]
+    assert f"{shard}: b: left out: a sample without text" in caplog.text
+
+
+def test_dots_in_the_names_of_a_shard_do_not_merge_samples(tmp_path):
+    members = {"IMG.2024.png": png(), "IMG.2024.txt": b"one", "IMG.2025.png": png(), "IMG.2025.txt": b"two"}
+    with pytest.raises(
+        ValueError, match="the key of a sample ends at the first dot of a name, so IMG has a picture 2024"
+    ):
+        examples("vision_pairs", write_tar(tmp_path / "shard.tar", members | {"IMG.txt": b"x"}), validation_share=0.0)
+    with pytest.raises(ValueError, match="shard.tar: not a readable tar file past sample None"):
+        (tmp_path / "shard.tar").write_bytes(b"no tar" * 200)
+        examples("vision_pairs", str(tmp_path / "shard.tar"), validation_share=0.0)
+
+
+def test_parquet_holds_pictures_as_bytes_or_as_structs(tmp_path, vocabulary_file):
+    pictures = [png((number, 0, 0)) for number in range(4)]
+    (tmp_path / "beside.png").write_bytes(pictures[3])
+    structs = [{"bytes": pictures[0], "path": "x.png"}, {"bytes": None, "path": "beside.png"}]
+    several = [[{"bytes": data, "path": None} for data in pictures[1:3]]] * 2
+    table = pa.table({"image": structs, "text": ["first", "second"]})
+    pq.write_table(table, tmp_path / "one.parquet")
+    pq.write_table(pa.table({"images": several, "question": ["q"] * 2, "answer": ["a"] * 2}), tmp_path / "two.parquet")
+    pq.write_table(pa.table({"picture": [pictures[0]], "alt": ["third"]}), tmp_path / "three.parquet")
+    found = examples("vision_pairs", str(tmp_path / "one.parquet"), validation_share=0.0)
+    assert [one["images"].tolist() for one in found] == [[pictures[0]], [pictures[3]]]
+    found = examples("vision_vqa", str(tmp_path / "two.parquet"), validation_share=0.0)
+    assert [one["images"].tolist() for one in found] == [pictures[1:3]] * 2
+    fields = {"picture": "image", "alt": "text"}
+    found = examples("vision_pairs", str(tmp_path / "three.parquet"), validation_share=0.0, fields=fields)
+    assert texts_of(found, vocabulary_file) == [CAPTION.format("third")] and found[0]["images"].tolist() == pictures[:1]
+
+
+def test_a_tfds_dataset_on_disk_gives_a_row_for_each_caption(tmp_path, vocabulary_file):
+    import tensorflow_datasets as tfds
+
+    kinds = tfds.features
+    features = kinds.FeaturesDict({"image": kinds.Image(), "captions": kinds.Sequence({"text": kinds.Text()})})
+    pictures = [np.full((6, 8, 3), number, np.uint8) for number in range(2)]
+    rows = [{"image": one, "captions": [{"text": f"{number} a"}, {"text": "b"}]} for number, one in enumerate(pictures)]
+    encoded = [features.serialize_example(features.encode_example(row)) for row in rows]
+    folder = tmp_path / "pairs" / "1.0.0"
+    folder.mkdir(parents=True)
+    with tf.io.TFRecordWriter(str(folder / "pairs-train.tfrecord-00000-of-00001")) as writer:
+        for one in encoded:
+            writer.write(one)
+    size = sum(map(len, encoded))
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[2],
+        num_bytes=size,
+        filename_template=tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name="pairs", filetype_suffix="tfrecord"
+        ),
+    )
+    tfds.folder_dataset.write_metadata(data_dir=str(folder), features=features, split_infos=[split])
+    found = examples("vision_pairs", str(folder), validation_share=0.0, fields={"captions/text": "text"})
+    assert texts_of(found, vocabulary_file) == [CAPTION.format(text) for text in ("0 a", "b", "1 a", "b")]
+    for number, one in enumerate(found):
+        (data,) = one["images"]
+        assert (np.asarray(Image.open(io.BytesIO(data))) == number // 2).all()
 
 
 def test_the_tool_shows_pictures_and_loss(tmp_path, tool, capsys, vocabulary_file):
