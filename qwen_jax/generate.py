@@ -2,6 +2,7 @@
 
 python -m qwen_jax.generate --checkpoint runs/tiny --prompt "def main("
 python -m qwen_jax.generate --checkpoint runs/tiny --prompts prompts.jsonl > continuations.jsonl
+python -m qwen_jax.generate --checkpoint runs/vl --image a.png --prompt "Generate the caption in English:"
 """
 
 import argparse
@@ -13,11 +14,18 @@ from pathlib import Path
 
 from qwen_jax import files
 from qwen_jax.command_line import path_argument, quick_imports, run
+from qwen_jax.data import content
+from qwen_jax.data.content import Content, Unusable
+from qwen_jax.data.conversations import read_parts
 
 with quick_imports():
     from qwen_jax.compilation_cache import programs_kept
     from qwen_jax.conversion import check_rows, load_for_decoding, load_tokenizer
     from qwen_jax.inference import Engine, Request, Result, SamplingConfig
+    from qwen_jax.pictures import Loaded, check_files, draw_reply, load_content, picture_paths, prompt_with
+
+
+log = logging.getLogger(__name__)
 
 
 def load_engine(
@@ -38,8 +46,8 @@ def load_engine(
 
 
 def text_request(
-    tokenizer,
-    prompt: str,
+    engine: Engine,
+    prompt: Content,
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -48,61 +56,125 @@ def text_request(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     seed: int = 0,
+    images: Sequence[Loaded] = (),
 ) -> Request:
     """A request to continue text until the document or the turn ends.
 
     Args:
-      prompt: text; names of control tokens in it stay text.
+      prompt: text, in which names of control tokens stay text; or texts, pictures and regions.
       stop: further strings that end the continuation.
       max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: see `Request` and `SamplingConfig`.
+      images: the pictures of `prompt`.
 
     Raises:
       ValueError: a value is out of range.
     """
     sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty)
+    tokenizer, vision = engine.tokenizer, engine.model.config.vision
+    assert tokenizer is not None  # `load_engine` gives one
+    ids = content.encode(tokenizer, prompt, vision.num_queries if vision is not None else content.NUM_QUERIES)
     stop_ids = (tokenizer.endoftext_id, tokenizer.im_end_id)
-    return Request(tokenizer.encode(prompt), max_new_tokens, sampling, stop_ids, tuple(stop), seed)
+    pixels = [image.pixels for image in images]
+    return Request(ids, max_new_tokens, sampling, stop_ids, tuple(stop), seed, images=pixels)
 
 
-def generate(*, checkpoint: str | Path, prompt: str, dtype: str = "float32", **options) -> Iterator[str]:
+def generate(
+    *,
+    checkpoint: str | Path,
+    prompt: str,
+    images: Sequence[str | Path] = (),
+    image_label: str = "",
+    boxes: str | Path | None = None,
+    dtype: str = "float32",
+    **options,
+) -> Iterator[str]:
     """Yields the continuation of `prompt` in pieces of text.
 
     Args:
       checkpoint: run folder (Orbax), or a folder converted to `qwen` or `qwen2`.
       prompt, options: see `text_request`.
+      images: files of pictures that stand before the prompt.
+      image_label: text before each picture, see `qwen_jax.data.content.with_labels`.
+      boxes: folder for the last picture with the boxes of the continuation, whose path is logged; None: none.
       dtype: compute dtype, "float32" or "bfloat16".
 
     Raises:
-      ValueError, OSError: no such checkpoint, or a value out of range.
+      ValueError, OSError: no such checkpoint or picture, or a value out of range.
     """
+    check_files(images)
     engine = load_engine(checkpoint, dtype, slots=1)
-    pieces = engine.stream(text_request(engine.tokenizer, prompt, **options))
-    return (piece.text for piece in pieces if piece.text)
+    whole, loaded = load_content(engine, prompt_with(images, prompt), image_label)
+    pieces = engine.stream(text_request(engine, whole, images=loaded, **options))
+
+    def texts() -> Iterator[str]:
+        said = []
+        for piece in pieces:
+            if piece.text:
+                said.append(piece.text)
+                yield piece.text
+        if boxes is not None:
+            for line in draw_reply("".join(said), images[-1] if images else None, boxes):
+                log.warning(line)
+
+    return texts()
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The `prompt` of each line of a JSON lines file.
+def read_prompts(path: str | Path) -> list[Content]:
+    """The `prompt` of each line of a JSON lines file: text, or a list of parts (`content.parse_parts`).
 
     Raises:
       OSError: no such file.
-      ValueError: a line is no object with a text `prompt`; the message names it.
+      ValueError: a line is no object with a text or parts `prompt`; the message names it.
     """
     prompts = []
-    for where, content in files.read_json_lines(path):
-        if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+    for where, line in files.read_json_lines(path):
+        given = line.get("prompt") if isinstance(line, dict) else None
+        if not isinstance(given, str | list):
             raise ValueError(f'{where}: expected an object with a text "prompt"')
-        prompts.append(content["prompt"])
+        try:
+            prompts.append(read_parts(given, "prompt"))
+        except Unusable as error:
+            raise ValueError(f"{where}: {error}") from error
     return prompts
 
 
 def generate_all(
-    *, checkpoint: str | Path, prompts: Sequence[str], dtype: str = "float32", slots: int = 16, seed: int = 0, **options
+    *,
+    checkpoint: str | Path,
+    prompts: Sequence[Content],
+    image_folder: str | Path = "",
+    image_label: str = "",
+    dtype: str = "float32",
+    slots: int = 16,
+    seed: int = 0,
+    **options,
 ) -> Iterator[Result]:
-    """Yields the results of many prompts as they finish; prompt i has seed + i. Arguments as in `generate`."""
+    """Yields the results of many prompts as they finish; prompt i has seed + i.
+
+    Args:
+      prompts: as `read_prompts` gives them. Their pictures are read when it is their turn.
+      image_folder: that the relative paths of pictures begin in.
+      checkpoint, image_label, dtype, options: as in `generate`.
+      slots: the largest number of prompts in one batch.
+
+    Raises:
+      ValueError, OSError: as in `generate`; the message has the number of the prompt, from 0 on. A file that is
+        missing is found before anything is generated, one that is damaged when it is its turn.
+    """
+    for number, prompt in enumerate(prompts):
+        check_files(picture_paths(prompt, image_folder), f"prompt {number}: ")
     engine = load_engine(checkpoint, dtype, slots)
-    return engine.generate(
-        [text_request(engine.tokenizer, text, seed=seed + i, **options) for i, text in enumerate(prompts)]
-    )
+
+    def requests() -> Iterator[Request]:
+        for number, prompt in enumerate(prompts):
+            try:
+                whole, loaded = load_content(engine, prompt, image_label, image_folder)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"prompt {number}: {error}") from error
+            yield text_request(engine, whole, seed=seed + number, images=loaded, **options)
+
+    plain = all(isinstance(prompt, str) for prompt in prompts)
+    return engine.generate(list(requests()) if plain else requests())
 
 
 @programs_kept()
@@ -122,7 +194,26 @@ def main(argv=None) -> None:
         "--prompts",
         type=path_argument,
         metavar="FILE",
-        help='JSON lines with a "prompt" each; results are JSON lines as they finish',
+        help='JSON lines with a "prompt" each, text or a list of parts; results are JSON lines as they finish',
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        dest="images",
+        type=path_argument,
+        metavar="FILE",
+        help="a picture before --prompt; may be repeated. In --prompts, they are parts, with paths relative to FILE",
+    )
+    parser.add_argument(
+        "--image_label",
+        default="",
+        metavar="TEXT",
+        help="text before each picture, with a line end after it; {number} is its number. The released chat models "
+        'were trained with "Picture {number}: "',
+    )
+    parser.add_argument(
+        "--boxes", type=path_argument, metavar="FOLDER", help="draw boxes of a continuation on its last picture there"
     )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="largest number of new tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
@@ -143,15 +234,18 @@ def main(argv=None) -> None:
     options = vars(parser.parse_args(argv))
     if not options.pop("verbose"):
         logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)
-    file, slots = options.pop("prompts"), options.pop("slots")
+    file, slots, boxes = options.pop("prompts"), options.pop("slots"), options["boxes"]
     if file is None:
         for piece in generate(**options):
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
         return
-    del options["prompt"]
-    for result in generate_all(prompts=read_prompts(file), slots=slots, **options):
+    if options.pop("images"):
+        raise ValueError('--image goes with --prompt: in --prompts, a picture is a part, {"type": "image", "image": …}')
+    del options["prompt"], options["boxes"]
+    prompts = read_prompts(file)
+    for result in generate_all(prompts=prompts, image_folder=file.parent, slots=slots, **options):
         line = {
             "index": result.index,
             "text": result.text,
@@ -159,6 +253,10 @@ def main(argv=None) -> None:
             "log_prob": float(result.log_probs.sum()),
         }
         print(json.dumps(line, ensure_ascii=False), flush=True)
+        if boxes is not None:
+            shown = picture_paths(prompts[result.index], file.parent)
+            for told in draw_reply(result.text or "", shown[-1] if shown else None, boxes):
+                log.warning("prompt %d: %s", result.index, told)
 
 
 if __name__ == "__main__":

@@ -235,11 +235,19 @@ def find_tokenizer(path: str | os.PathLike, scratch: Path, base: str | os.PathLi
 
 
 def check_rows(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Refuses a tokenizer with more ids of text and ChatML than the model has rows.
+    """Refuses a tokenizer with more ids of text and ChatML than the model has rows, or with other tags of pictures.
 
     Raises:
       ValueError: the message has both numbers.
     """
+    if config.vision is not None:
+        tag = tokenizer.vision_tokens["<img>"]
+        if tag != config.vision.image_start_id or tokenizer.vision_vocab_size > config.vocab_size:
+            raise ValueError(
+                f"<img> is id {tag} of {tokenizer.vision_vocab_size} in the tokenizer of {tokenizer.origin}, and id "
+                f"{config.vision.image_start_id} of {config.vocab_size} in the model: this is the tokenizer of another "
+                "model; name the right .tiktoken file"
+            )
     if tokenizer.required_rows > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {tokenizer.origin} has {tokenizer.required_rows} ids for text and chat, but the model's "

@@ -11,8 +11,10 @@ Tags are put between texts as ids. Text is untrusted: a tag that is written in i
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -251,3 +253,68 @@ def outside_pictures(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
     """int32 [length]: 0 for `<img>`, `<imgpad>` and `</img>`, which carry no loss, and 1 for all other tokens."""
     tags = [tokenizer.vision_tokens[name] for name in ("<img>", "<imgpad>", "</img>")]
     return (~np.isin(np.asarray(ids, np.int64), tags)).astype(np.int32)
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> Content:
+    """Content of the ids of a reply, the inverse of `encode`: text where there are no tags in pairs.
+
+    Tags that are alone, or hold no corners of a region, become text.
+    """
+    names = {token: name for name, token in tokenizer.vision_tokens.items()}
+    parts: list[Part] = []
+    kept = 0  # where the text begins that is not among the parts yet
+    places = [place for place, token in enumerate(ids) if token in names]
+    for begin, end in zip(places, places[1:], strict=False):
+        name = names[ids[begin]]
+        if begin < kept or names[ids[end]] != f"</{name[1:]}" or name == "<img>":
+            continue
+        try:
+            part = _tagged(name, _text(tokenizer, ids[begin + 1 : end]), "a reply")
+        except Unusable:
+            continue
+        parts += [_text(tokenizer, ids[kept:begin])] if begin > kept else []
+        parts.append(part)
+        kept = end + 1
+    if not parts:
+        return _text(tokenizer, ids)
+    return (*parts, *([_text(tokenizer, ids[kept:])] if len(ids) > kept else []))
+
+
+def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of ids; one that only the padded rows of a model have is U+FFFD."""
+    size = tokenizer.vision_vocab_size
+    pieces = (tokenizer.decode_bytes([one]) if one < size else b"\xef\xbf\xbd" for one in ids)
+    return b"".join(pieces).decode("utf-8", "replace")
+
+
+def to_json(content: Content, folder: str | Path) -> str | list[dict]:
+    """Content in the JSON layout of `parse_parts`, or text as it stands.
+
+    Args:
+        folder: of the file that it is written to; paths of pictures are relative to it.
+    """
+    if isinstance(content, str):
+        return content
+    found: list[dict] = []
+    reference: str | None = None
+    for part in (*content, ""):
+        if isinstance(part, Region):
+            kind, many = ("box", "boxes") if len(part.points) == 2 else ("quad", "quads")
+            numbers = [number for point in part.points for number in point]
+            if reference is None and found and found[-1]["type"] == kind:
+                found[-1][many].append(numbers)
+            else:
+                found.append({"type": kind, **({} if reference is None else {"ref": reference}), many: [numbers]})
+            reference = None
+            continue
+        if reference is not None:
+            found.append({"type": "text", "text": reference})  # the layout has no reference without regions
+            reference = None
+        if isinstance(part, Reference):
+            reference = part.text
+        elif isinstance(part, Picture):
+            path = os.path.relpath(os.path.abspath(os.fsdecode(part.image)), os.path.abspath(folder))
+            found.append({"type": "image", "image": path})
+        elif part:
+            found.append({"type": "text", "text": part})
+    return found

@@ -59,4 +59,4 @@ class TextStream:
 
 def token_bytes(tokenizer, token: int) -> bytes:
     """Bytes of a token; those of U+FFFD for an id that only a padded vocabulary has."""
-    return tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else "\ufffd".encode()
+    return tokenizer.decode_bytes([token]) if token < tokenizer.vision_vocab_size else "\ufffd".encode()

@@ -34,7 +34,8 @@ def test_what_only_began_like_a_stop_string_comes_later():
 def test_an_id_that_the_tokenizer_does_not_have_is_a_replacement_character(tmp_path):
     write_ranks({bytes([byte]): byte for byte in range(256)}, tmp_path / "bytes.tiktoken")
     tokenizer = Tokenizer(tmp_path / "bytes.tiktoken")
-    assert token_bytes(tokenizer, 97) == b"a" and token_bytes(tokenizer, tokenizer.vocab_size).decode() == "\ufffd"
+    assert token_bytes(tokenizer, 97) == b"a" and token_bytes(tokenizer, tokenizer.vision_tokens["<box>"]) == b"<box>"
+    assert token_bytes(tokenizer, tokenizer.vision_vocab_size).decode() == "\ufffd"
 
 
 @given(st.text("abé\n", max_size=30), st.lists(st.text("abé\n", min_size=1, max_size=4), max_size=3), st.data())
