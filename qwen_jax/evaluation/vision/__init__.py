@@ -1,0 +1,1 @@
+"""Metrics of benchmarks with pictures, as functions of texts and boxes."""
