@@ -98,5 +98,10 @@ def decode_images(images: Sequence[bytes], size: int) -> np.ndarray:
     """
     result = np.empty((len(images), size, size, 3), np.uint8)
     for number, data in enumerate(images):
-        result[number] = squash(open_image(data, name=f"picture {number} of {len(images)}"), size)
+        decode_into(data, result[number], name=f"picture {number} of {len(images)}")
     return result
+
+
+def decode_into(data: bytes, pixels: np.ndarray, name: str) -> None:
+    """An encoded image file into `pixels`, uint8 [size, size, 3]; see `decode_images`."""
+    pixels[...] = squash(open_image(data, name=name), len(pixels))
