@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qwen_jax.serving.server import Server
 
 API_KEY_VARIABLE = "QWEN_JAX_API_KEY"
+_LARGEST_BODY, _LARGEST_WITH_PICTURES = 4 << 20, 32 << 20
 
 
 def sampling_of(checkpoint: str | Path) -> SamplingConfig:
@@ -63,7 +64,9 @@ def serve(
     slots: int = 16,
     prefix_cache_tokens: int = 4096,
     max_waiting: int = 64,
-    max_request_bytes: int = 4 << 20,
+    max_request_bytes: int | None = None,
+    max_images: int = 16,
+    max_image_pixels: int = 20_000_000,
     grace_seconds: float = 30.0,
     tool_style: str = DEFAULT_STYLE,
     started: Callable[["Server"], None] = lambda server: None,
@@ -80,7 +83,8 @@ def serve(
         prefix_cache_tokens: tokens of prompts and replies whose keys and values are kept, so that what begins alike is
             computed once; 0: none.
         max_waiting: how many more may wait; further ones are refused with 429.
-        max_request_bytes: the largest body of a request.
+        max_request_bytes: the largest body of a request; None: 4 MiB, with an image encoder 32 MiB.
+        max_images, max_image_pixels: the largest number of pictures of a request, and of pixels of a picture.
         grace_seconds: how long replies under way may take at the end.
         tool_style: how tools are described to the model: that of its fine-tuning.
         started: called with the server when it answers requests.
@@ -99,8 +103,10 @@ def serve(
     for name, value in (("--max_waiting", max_waiting), ("--grace_seconds", grace_seconds)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must not be negative, found {value}")
-    if max_request_bytes < 1:
-        raise ValueError(f"--max_request_bytes must be positive, found {max_request_bytes}")
+    sizes = {"max_request_bytes": max_request_bytes, "max_images": max_images, "max_image_pixels": max_image_pixels}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be positive, found {value}")
     if api_key is not None and (not api_key or not api_key.isascii() or not api_key.isprintable()):
         raise ValueError("the API key must be printable ASCII characters, and not empty")
     with bind(host, port) as sock:
@@ -117,6 +123,9 @@ def serve(
             engine.slots + max_waiting,
             sampling,
             tool_style=tool_style,
+            vision=engine.model.config.vision,
+            max_images=max_images,
+            max_image_pixels=max_image_pixels,
         )
         thread = EngineThread(engine, max_waiting)
 
@@ -126,7 +135,8 @@ def serve(
             started(server)
 
         local = ipaddress.ip_address(sock.getsockname()[0]).is_loopback
-        service = Service(thread, served, api_key, max_request_bytes, local)
+        largest = max_request_bytes or (_LARGEST_BODY if served.vision is None else _LARGEST_WITH_PICTURES)
+        service = Service(thread, served, api_key, largest, local)
         server = Server(service, sock, grace_seconds, ready)
         thread.start()
         try:
@@ -163,7 +173,13 @@ def main(argv=None) -> None:
         "--max_waiting", type=int, default=64, help="replies that may wait; others get status 429; default: 64"
     )
     parser.add_argument(
-        "--max_request_bytes", type=int, default=4 << 20, help="largest body of a request; default: 4 MiB"
+        "--max_request_bytes",
+        type=int,
+        help="largest body of a request; default: 4 MiB, and 32 MiB with an image encoder",
+    )
+    parser.add_argument("--max_images", type=int, default=16, help="most pictures of a request; default: 16")
+    parser.add_argument(
+        "--max_image_pixels", type=int, default=20_000_000, help="most pixels of a picture; default: 20 million"
     )
     parser.add_argument(
         "--grace_seconds", type=float, default=30.0, help="time for replies under way at the end; default: 30"

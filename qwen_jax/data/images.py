@@ -3,18 +3,21 @@
 One function decides what becomes of each kind of picture (`open_image`), one what the encoder sees (`pixels`).
 """
 
+import functools
 import io
 import os
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Mean and deviation of CLIP's training pictures, RGB in [0, 1] (released visual.py).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_PIXELS = 50_000_000
+# Of what Pillow reads, if it was built with it: EPS would start Ghostscript, others are no pictures that people have.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 _WIDE_GREYS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -46,14 +49,14 @@ def open_image(
       max_pixels: largest width times height, checked before anything is decoded.
 
     Raises:
-      UnusableImageError: no picture, a damaged or cut one, or one with too many pixels.
+      UnusableImageError: no picture of `FORMATS`, a damaged or cut one, or one with too many pixels.
       FileNotFoundError: no such file.
     """
     name = name or ("an image" if isinstance(source, bytes) else os.fspath(source))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is ours
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
                 if image.width * image.height > max_pixels:
                     raise UnusableImageError(
                         f"{name} has {image.width} x {image.height} pixels, more than {max_pixels:,}: make it smaller",
@@ -67,8 +70,16 @@ def open_image(
                 return image.convert("RGB")
     except (UnusableImageError, FileNotFoundError):
         raise
+    except UnidentifiedImageError:
+        raise UnusableImageError(f"{name} cannot be read as an image: it has none of the known formats") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UnusableImageError(f"{name} cannot be read as an image: {error}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def pixels(image: Image.Image, size: int) -> np.ndarray:

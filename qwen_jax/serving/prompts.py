@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from qwen_jax.agents.react import encode
 from qwen_jax.data import chatml, react
+from qwen_jax.data.content import NUM_QUERIES, with_labels
 from qwen_jax.data.conversations import Conversation, Unusable, tool_name
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.serving.errors import bad_request
@@ -45,7 +46,12 @@ class Prompt:
 
 
 def chat_prompt(
-    tokenizer: Tokenizer, conversation: Conversation, choice: ToolChoice, system: str, style: str
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    choice: ToolChoice,
+    system: str,
+    style: str,
+    num_queries: int = NUM_QUERIES,
 ) -> Prompt:
     """The prompt of a conversation whose next turn is the assistant's.
 
@@ -58,9 +64,10 @@ def chat_prompt(
         choice: of the reply; without tools it has no effect.
         system: system message of a conversation without one.
         style: one of `react.TRAINED_STYLES`, how tools are described.
+        num_queries: features of a picture.
 
     Raises:
-        ApiError: no message, or calls and results that do not fit.
+        ApiError: no message, calls and results that do not fit, or pictures beside them.
     """
     names = tuple(tool_name(tool) for tool in conversation.tools)
     messages = conversation.messages
@@ -70,8 +77,11 @@ def chat_prompt(
     if choice.mode == NONE:
         conversation, names = dataclasses.replace(conversation, tools=()), ()
     if not conversation.tools and not called:
-        plain = [{"role": message.role, "content": message.content} for message in messages]
-        return Prompt(chatml.encode_prompt(tokenizer, plain, system))
+        contents = with_labels([message.parts or message.content for message in messages])
+        plain = [{"role": one.role, "content": content} for one, content in zip(messages, contents, strict=True)]
+        return Prompt(chatml.encode_prompt(tokenizer, plain, system, num_queries))
+    if any(message.parts for message in messages):
+        raise bad_request("messages", "pictures and regions do not go with tools, which no model was trained on")
     try:
         said = react.prompt(conversation, style, "first")
     except Unusable as error:

@@ -8,12 +8,15 @@ from typing import Any
 
 from qwen_jax.agents.react import STOP
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, stop_ids
-from qwen_jax.data.conversations import Unusable, from_openai
+from qwen_jax.data.content import NUM_QUERIES, pictures
+from qwen_jax.data.conversations import Message, Unusable, from_openai
 from qwen_jax.data.react import DEFAULT_STYLE
 from qwen_jax.inference import Request, SamplingConfig
 from qwen_jax.inference.requests import check_ids
+from qwen_jax.models.vision.config import VisionConfig
 from qwen_jax.serving import fields
 from qwen_jax.serving.errors import CONTEXT_LENGTH, ApiError, bad_request
+from qwen_jax.serving.pictures import check_pictures, decoded, read_content, read_text
 from qwen_jax.serving.prompts import chat_prompt
 from qwen_jax.serving.tools import MAX_TOOLS, read_choice, read_tools
 
@@ -54,6 +57,9 @@ class Served:
         sampling: where a request says nothing.
         system: system message of a conversation without one.
         tool_style: how tools are described, one of `qwen_jax.data.react.TRAINED_STYLES`.
+        vision: of the model; None: it reads text alone.
+        max_images: the largest number of pictures of a request.
+        max_image_pixels: the largest width times height of one.
     """
 
     model: str
@@ -64,6 +70,9 @@ class Served:
     sampling: SamplingConfig = SamplingConfig(temperature=1.0)
     system: str = DEFAULT_SYSTEM
     tool_style: str = DEFAULT_STYLE
+    vision: VisionConfig | None = None
+    max_images: int = 16
+    max_image_pixels: int = 20_000_000
 
     @functools.cached_property
     def most_characters(self) -> int:
@@ -104,18 +113,22 @@ def parse_chat(body: Mapping, served: Served) -> Job:
     choice = read_choice(body, tools)
     if not isinstance(body.get("messages"), list):
         raise bad_request("messages", f"must be a list of messages, found {fields.shown(body.get('messages'))}")
+    read = read_text if served.vision is None else read_content
     try:
-        conversation = from_openai({"messages": body["messages"], "tools": list(tools)})
+        conversation = from_openai({"messages": body["messages"], "tools": list(tools)}, read)
     except (Unusable, ValueError) as error:
         raise bad_request("messages", str(error)) from None
     messages = conversation.messages
-    _check_size(sum(len(message.content) for message in messages), "messages", served)
+    check_pictures(conversation, served.max_images)
+    _check_size(sum(_characters(message) for message in messages), "messages", served)
     if any(len(message.calls) > MAX_TOOLS for message in messages):
         raise bad_request("messages", f"a message may have {MAX_TOOLS} calls at most")
     # Each takes some tokens.
     if (turns := sum(1 + len(message.calls) for message in messages)) > served.context_length:
         raise _too_long("messages", f"{turns} messages and calls", served)
-    prompt = chat_prompt(served.tokenizer, conversation, choice, served.system, served.tool_style)
+    shown = [picture for message in messages for picture in pictures(message.parts)]
+    queries = served.vision.num_queries if served.vision is not None else NUM_QUERIES
+    prompt = chat_prompt(served.tokenizer, conversation, choice, served.system, served.tool_style, queries)
     stops = fields.stop_strings(body)
     schemas = None
     if prompt.tools or prompt.opening:
@@ -123,6 +136,9 @@ def parse_chat(body: Mapping, served: Served) -> Job:
         schemas = {one["function"]["name"]: one["function"]["parameters"] for one in tools}
         schemas = {name: schemas[name] for name in prompt.tools}
     requests = _requests(body, [prompt.ids], "messages", stops, served)
+    if shown and served.vision is not None:  # last, as it costs most
+        images = decoded(shown, served.vision, served.max_image_pixels)
+        requests = tuple(dataclasses.replace(request, images=images) for request in requests)
     return Job(requests, True, *_form(body), fields.flag(body, "logprobs"), prompt.opening, schemas)
 
 
@@ -162,6 +178,11 @@ def _check_model(body: Mapping, served: Served) -> None:
         name = fields.shown(body["model"])
         message = f"the model {name} is not served here; the one that is has the name {served.model!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _characters(message: Message) -> int:
+    """Number of characters of the texts of a message; of a region, those that all have."""
+    return len(message.content) + sum(len(part) if isinstance(part, str) else 1 for part in message.parts)
 
 
 def _check_size(characters: int, param: str, served: Served) -> None:
