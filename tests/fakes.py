@@ -3,7 +3,6 @@
 import dataclasses
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from qwen_jax.training.objective import Objective
 from qwen_jax.training.run import Run
 from qwen_jax.training.step import batch_shapes
 from qwen_jax.training.trainer import Trainer, standard_callbacks
+from tests.warm_python import python
 
 
 class FakeExamples:
@@ -180,7 +180,7 @@ def text_corpus(folder: Path, documents: int = 60) -> Path:
     (folder / "text" / "long.txt").write_text(" ".join(other * 3))
     subprocess.run(
         [
-            sys.executable,
+            python(),
             "tools/build_tokenizer.py",
             "--input",
             folder / "text",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm_python
 from tests.environment import one_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ def shell(text: str, folder: Path, repository: Path | None = None, **environment
     paths = [str(repository or folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)[1:]]
     ours = one_device() | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([warm_python.folder(), str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text], cwd=folder, env=ours | environment, capture_output=True, text=True

@@ -13,6 +13,7 @@ from qwen_jax.data.chatml import encode_prompt
 from qwen_jax.generate import load_engine
 from qwen_jax.inference import SamplingConfig
 from tests.fakes import random_run
+from tests.warm_python import python
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_standard_input_is_a_script(run_folder, engine, plain_environment, tmp_p
     lines = b"hello\nfirst\\\nsecond\ncaf\xe9\n" + f"/save {tmp_path / 'talk.json'}\n//slash\n".encode()
     arguments = ["--checkpoint", str(run_folder), "--temperature", "0", "--max_new_tokens", "12", "--system", "S"]
     done = subprocess.run(
-        [sys.executable, "-m", "qwen_jax.chat", *arguments],
+        [python(), "-m", "qwen_jax.chat", *arguments],
         input=lines,
         capture_output=True,
         env=plain_environment,
@@ -195,7 +196,7 @@ def test_a_terminal_gets_a_prompt_and_lives_through_mistakes(run_folder, plain_e
 
 def test_a_mistake_in_a_script_is_one_line_and_status_2(run_folder, monkeypatch, plain_environment):
     done = subprocess.run(
-        [sys.executable, "-m", "qwen_jax.chat", "--checkpoint", str(run_folder)],
+        [python(), "-m", "qwen_jax.chat", "--checkpoint", str(run_folder)],
         input=b"x" * 400 + b"\n",
         capture_output=True,
         env=plain_environment,

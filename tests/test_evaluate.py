@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import jax
@@ -23,6 +22,7 @@ from qwen_jax.evaluation import records
 from qwen_jax.inference import Engine
 from qwen_jax.sharding import MeshConfig
 from tests.fakes import random_run
+from tests.warm_python import python
 
 SIZES = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=1024)
 SUBJECTS = ("anatomy", "world_religions")
@@ -138,7 +138,7 @@ def start_job(program, arguments, environment, processes=2):
     job = [f"--coordinator_address={address}", f"--num_processes={processes}", "--heartbeat_timeout=300"]
     return [
         subprocess.Popen(
-            [sys.executable, *program, *arguments, *job, f"--process_id={index}"],
+            [python(), *program, *arguments, *job, f"--process_id={index}"],
             env=environment | {"JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

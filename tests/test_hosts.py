@@ -23,6 +23,7 @@ from qwen_jax.distributed.hosts import TRY_AGAIN
 from qwen_jax.training.metrics import read_metrics
 from tests.environment import one_device
 from tests.fakes import text_corpus
+from tests.warm_python import python
 
 SETTINGS = {
     "MIXTURE_OR_TASK": "local_files",
@@ -77,6 +78,7 @@ class Job:
         heartbeat=PATIENT_HEARTBEAT,
         only=None,
         slurm=None,
+        interpreter=None,
         **changes,
     ):
         settings = {
@@ -125,9 +127,8 @@ class Job:
                 start = ["-c", f"from qwen_jax import command_line, train\n{patch}\ncommand_line.run(train.main)"]
             self.logs.append(corpus / f"{output.name}-{len(list(corpus.glob('*.log')))}.log")
             with open(self.logs[-1], "w") as log:
-                self.processes.append(
-                    subprocess.Popen([sys.executable, *start, *arguments], env=environment, stdout=log, stderr=log)
-                )
+                start = [interpreter or python(), *start]
+                self.processes.append(subprocess.Popen([*start, *arguments], env=environment, stdout=log, stderr=log))
 
     def said(self, index) -> str:
         return self.logs[index].read_text()
@@ -215,7 +216,8 @@ def alone(corpus):
 
 def test_a_job_survives_a_lost_process_a_notice_and_another_number_of_processes(corpus, alone):
     output = corpus / "job"
-    job = Job(corpus, output, heartbeat=HEARTBEAT, patches=held(80, corpus / "never"))
+    held_up = held(80, corpus / "never")
+    job = Job(corpus, output, heartbeat=HEARTBEAT, patches=held_up, interpreter=sys.executable)
     job.when(60)
     job.saved(50)
     job.processes[1].kill()
@@ -382,7 +384,9 @@ def test_a_notice_to_every_process_saves_one_step(corpus):
 
 @pytest.mark.slow
 def test_a_process_that_is_frozen_is_lost(corpus):
-    job = Job(corpus, corpus / "frozen", heartbeat=HEARTBEAT, patches=held(40, corpus / "never"))
+    job = Job(
+        corpus, corpus / "frozen", heartbeat=HEARTBEAT, patches=held(40, corpus / "never"), interpreter=sys.executable
+    )
     job.when(20)
     job.processes[1].send_signal(signal.SIGSTOP)
     assert job.wait(without=[1]) == [TRY_AGAIN]

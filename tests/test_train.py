@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -15,6 +14,7 @@ import pytest
 from qwen_jax.checkpoints.arrays import load_params
 from qwen_jax.training.metrics import read_metrics
 from tests.fakes import text_corpus
+from tests.warm_python import python
 
 SETTINGS = {
     "MIXTURE_OR_TASK": "local_files",
@@ -53,7 +53,7 @@ def command(corpus, output, **changes):
         **changes,
     }
     return [
-        sys.executable,
+        python(),
         "-m",
         "qwen_jax.train",
         "--gin_file=gin/runs/pretrain_tiny.gin",
@@ -143,7 +143,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(corpus, unbroken, plain_env
     output = tmp_path / "run"
     killed = 0
     for due in MOMENTS:
-        program = [sys.executable, "-c", KILLING.format(output=str(output), due=due), *command(corpus, output)[3:]]
+        program = [python(), "-c", KILLING.format(output=str(output), due=due), *command(corpus, output)[3:]]
         with open(tmp_path / "log", "a") as log:
             ended = subprocess.run(program, env=plain_environment, stdout=log, stderr=log)
         assert ended.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
@@ -173,7 +173,7 @@ command_line.run(train.main)
 def test_sigterm_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp_path):
     output, told = tmp_path / "run", tmp_path / "told"
     program = [
-        sys.executable,
+        python(),
         "-c",
         HOLDING.format(told=str(told)),
         *command(corpus, output, CHECKPOINT_EVERY=1000)[3:],

@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,6 +21,7 @@ from qwen_jax.reference_column import ReferenceModel, with_reference
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.alignment.hand_made_pairs import pack_pairs
 from tests.fakes import random_run
+from tests.warm_python import python
 
 LENGTH = 64
 SIZES = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, context_length=64, dtype="float32", remat="none")
@@ -112,7 +112,7 @@ def test_two_processes_write_the_same_column(reference, cache, root, plain_envir
         address = f"localhost:{one.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, address, str(index), reference, cache],
+            [python(), "-c", program, address, str(index), reference, cache],
             cwd=root,
             env=plain_environment | {"JAX_NUM_CPU_DEVICES": "2"},
             stderr=subprocess.PIPE,

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from qwen_jax.checkpoints.manager import Checkpoints
 from qwen_jax.training.metrics import read_metrics
 from tests.alignment.fakes import checkpoint
 from tests.fakes import small_model
+from tests.warm_python import python
 
 # Four rollouts of 8 responses, each used in 4 updates.
 STEPS, ROLLOUT = 16, 4
@@ -161,7 +161,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(world, root, plain_environm
 
     def run(*program, of):
         done = subprocess.run(
-            [sys.executable, *program, *arguments_of(world, of)],
+            [python(), *program, *arguments_of(world, of)],
             cwd=root,
             env=plain_environment,
             stderr=subprocess.PIPE,

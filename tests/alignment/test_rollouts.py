@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import types
 
 import jax
@@ -24,6 +23,7 @@ from qwen_jax.training.callbacks import Callback
 from qwen_jax.training.metrics import read_metrics
 from tests.alignment.fakes import FakePrompts, optimizer, rollout_trainer, share_of_sevens
 from tests.fakes import FakeExamples, small_model
+from tests.warm_python import python
 
 
 def rollout_rows(folder):
@@ -347,7 +347,7 @@ def test_two_processes_make_the_run_of_one(tmp_path, root, plain_environment, st
         address = f"localhost:{one.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, address, str(index), tmp_path],
+            [python(), "-c", program, address, str(index), tmp_path],
             cwd=root,
             env=environment,
             stderr=subprocess.PIPE,

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import jax
 import pytest
@@ -24,6 +23,7 @@ from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, prepared_trainer, small_model
+from tests.warm_python import python
 
 CONFIG = TrainerConfig(
     train_steps=12, batch_size=8, sequence_length=16, log_every=1, checkpoint_every=4, keep_checkpoints=9
@@ -125,7 +125,7 @@ def test_bad_input_changes_nothing(run, tmp_path):
 
 
 def test_the_command_and_a_run_that_is_in_use(run, plain_environment):
-    command = [sys.executable, "tools/rewind.py", "--run", run, "--to", "8", "--skip_examples", "16"]
+    command = [python(), "tools/rewind.py", "--run", run, "--to", "8", "--skip_examples", "16"]
     with locked(run):
         done = subprocess.run(command, env=plain_environment, capture_output=True, text=True)
         assert done.returncode == 2 and "is in use by process" in done.stderr and "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax.conversion import convert
+from tests.warm_python import python
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "qwen1_tiny"
@@ -120,7 +120,7 @@ def test_damage_is_one_line_and_leaves_nothing(tmp_path, damage, monkeypatch, ca
 
 def run(*arguments) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments]
+    command = [python(), ROOT / "tools" / "convert_checkpoint.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 

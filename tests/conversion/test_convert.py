@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file
 from qwen_jax.checkpoints.arrays import load_params, save_params
 from qwen_jax.conversion import convert, detect_format, load_pretrained
 from qwen_jax.models.config import ModelConfig
+from tests.warm_python import python
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "qwen1_tiny"
@@ -258,7 +258,7 @@ convert("qwen", sys.argv[1], "qwen", sys.argv[2], progress=False)
 def run(*arguments) -> subprocess.CompletedProcess:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run([python(), *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
 def test_a_killed_conversion_leaves_only_a_hidden_folder_that_the_next_one_removes(tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.perplexity import CheckpointPerplexity
 from tests.fakes import random_run
+from tests.warm_python import python
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_what_has_no_perplexity(checkpoint):
 def test_curation_by_a_checkpoint(checkpoint, crawl, tmp_path, root):
     done = subprocess.run(
         [
-            sys.executable,
+            python(),
             str(root / "tools" / "curate.py"),
             f"--input=books={crawl}/books",
             f"--output={tmp_path}/out",

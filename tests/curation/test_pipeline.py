@@ -5,7 +5,6 @@ import html.parser
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qwen_jax import files
 from qwen_jax.curation import pipeline, readers, report, sources, stages, storage
 from qwen_jax.curation.ledger import STAGES, Ledger
 from qwen_jax.curation.scoring import LinearClassifier, ScoreFilter
+from tests.warm_python import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,7 @@ def test_a_piece_that_fails_leaves_nothing_and_the_next_run_goes_on(run, inputs,
 def test_killed_and_started_again_gives_the_same_bytes(run, crawl, tmp_path, plain_environment):
     weights = "--gin.make_config.weights={'books': 2.5}"
     command = [
-        sys.executable,
+        python(),
         str(ROOT / "tools" / "curate.py"),
         f"--input=books={crawl}/books",
         f"--input=web={crawl}/web",
@@ -214,7 +214,7 @@ def test_an_unreadable_file_and_files_left_out_are_named(tmp_path, crawl, plain_
     (source / "cut.warc.gz").write_bytes((crawl / "web" / "part-0.warc.gz").read_bytes()[:20])
     (source / "picture.png").write_bytes(b"png")
     (source / ".hidden.txt").write_text("hidden")
-    tool = [sys.executable, str(ROOT / "tools" / "curate.py"), f"--input={source}", f"--output={tmp_path / 'out'}"]
+    tool = [python(), str(ROOT / "tools" / "curate.py"), f"--input={source}", f"--output={tmp_path / 'out'}"]
     done = subprocess.run(tool, capture_output=True, text=True, env=plain_environment)
     assert done.returncode == 2 and "web/cut.warc.gz (100.0%: broken_record)" in done.stderr.splitlines()[-1]
     for line in (

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import gin
 import numpy as np
@@ -22,6 +21,7 @@ from qwen_jax.data.pack_cache import WorkerSetup
 from qwen_jax.data.sources import Corpus, DocumentSource, documents, in_validation
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 from qwen_jax.data.vocabulary import QwenVocabulary
+from tests.warm_python import python
 
 LENGTH = 32
 THREADS = ("--runner=FnApiRunner", "--direct_running_mode=multi_threading", "--direct_num_workers=3")
@@ -198,7 +198,7 @@ def test_a_process_killed_twice_gives_the_same_bytes(registry, vocabulary_file, 
     corpus, broken, whole = str(registry.files["test_a"][0]), tmp_path / "broken", tmp_path / "whole"
     folder = packing.packed_folder(broken, "local_files", LENGTH, "train", "best_fit")
     for stage in ("tokenizing", "packing"):
-        command = [sys.executable, "-c", KILLED, stage, str(broken), corpus, str(vocabulary_file)]
+        command = [python(), "-c", KILLED, stage, str(broken), corpus, str(vocabulary_file)]
         done = subprocess.run(command, cwd=root, env=plain_environment, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert (broken / "local_files" / "description.json").exists() == (stage == "packing")

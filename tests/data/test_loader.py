@@ -4,7 +4,6 @@ import concurrent.futures
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from qwen_jax.data import packing
 from qwen_jax.data.loader import ExampleLoader, split_by_weight
+from tests.warm_python import python
 
 LENGTH = 16
 EOS = 599
@@ -140,7 +140,7 @@ def _run_hosts(folder, state, hosts: int, batches: int, batch_size: int, by: str
         rows = (host * per_host, (host + 1) * per_host, 1) if by == "blocks" else (host, batch_size, hosts)
         output = state.with_name(f"host{host}.npz")
         arguments = [folder, state, output, ",".join(map(str, (*rows, batch_size))), batches]
-        command = [sys.executable, "-c", HOST, *map(str, arguments)]
+        command = [python(), "-c", HOST, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append((range(*rows), output, subprocess.Popen(command, cwd=root, env=environment, **pipes)))
     merged: dict[str, np.ndarray] = {}

@@ -4,7 +4,6 @@ import functools
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import gin
@@ -16,6 +15,7 @@ import tensorflow_datasets as tfds
 import tasks  # noqa: F401  registers them
 from qwen_jax.data import cache
 from tasks import pretrain
+from tests.warm_python import python
 
 
 @pytest.fixture
@@ -50,9 +50,7 @@ def test_a_new_file_in_the_package_is_enough_and_import_looks_for_no_data(tmp_pa
     (tmp_path / "tasks" / "mine.py").write_text(MINE)
     path = os.pathsep.join([str(tmp_path), str(source.parent)])
     environment = os.environ | {"PYTHONPATH": path}
-    result = subprocess.run(
-        [sys.executable, "-c", GUARD], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    result = subprocess.run([python(), "-c", GUARD], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     expected = "python_corpus local_files wikipedia_en wikipedia_zh c4_en c4_zh pretrain_public mine"
     assert set(expected.split()) <= set(result.stdout.split())

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer
+from tests.warm_python import python
 
 LENGTH = 32
 
@@ -194,7 +194,7 @@ def test_a_bad_row_is_named_in_one_line(tool, vocabulary_file, tmp_path):
 
 
 def test_errors_are_one_line(tmp_path):
-    command = [sys.executable, "tools/inspect_task.py", "local_files"]
+    command = [python(), "tools/inspect_task.py", "local_files"]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == "=== local_files train; first 200 documents\n"
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: local_files does not know which files")

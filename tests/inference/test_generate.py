@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
 from qwen_jax.conversion import convert, load_tokenizer
 from qwen_jax.generate import generate, main, read_prompts
 from tests.fakes import random_run
+from tests.warm_python import python
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_the_command_streams_the_same_text_from_any_format(run_folder, plain_env
     converted = convert("orbax", run_folder, "qwen2", run_folder.parent / "qwen2", progress=False)
     outputs = []
     for folder in (run_folder, converted):
-        command = [sys.executable, "-m", "qwen_jax.generate", "--checkpoint", folder, "--prompt", "hello"]
+        command = [python(), "-m", "qwen_jax.generate", "--checkpoint", folder, "--prompt", "hello"]
         command += ["--max_new_tokens", "24"]
         outputs.append(subprocess.run(command, capture_output=True, env=plain_environment, check=True).stdout)
     expected = "".join(generate(checkpoint=run_folder, prompt="hello", max_new_tokens=24)) + "\n"
@@ -80,7 +80,7 @@ def test_what_cannot_be_is_said_in_one_line(run_folder, changes, message):
 
 
 def test_the_command_ends_with_one_line_and_status_2(run_folder, plain_environment):
-    command = [sys.executable, "-m", "qwen_jax.generate", "--checkpoint", run_folder, "--prompt", "a" * 300]
+    command = [python(), "-m", "qwen_jax.generate", "--checkpoint", run_folder, "--prompt", "a" * 300]
     done = subprocess.run(command, capture_output=True, text=True, env=plain_environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: prompt of 300 tokens + 128 new ones") and done.stderr.count("\n") == 1

@@ -3,7 +3,6 @@
 import json
 import socket
 import subprocess
-import sys
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from qwen_jax.distributed.hosts import JobConfig, connect
 from qwen_jax.inference import Engine, Request, SamplingConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.fakes import random_run
+from tests.warm_python import python
 
 
 def answers(engine: Engine) -> dict:
@@ -57,7 +57,7 @@ def test_two_processes_give_what_one_gives(tmp_path, root, plain_environment):
     outputs = [tmp_path / f"{index}.json" for index in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, address, str(index), folder, output],
+            [python(), "-c", program, address, str(index), folder, output],
             cwd=root,
             env=environment,
             stderr=subprocess.PIPE,

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import urllib.request
 from unittest import mock
 
@@ -15,6 +14,7 @@ from qwen_jax.serve import sampling_of, serve
 from qwen_jax.serving.app import Service
 from qwen_jax.serving.server import Server, bind
 from tests.fakes import random_run
+from tests.warm_python import python
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def run_folder(tmp_path_factory):
 
 
 def test_the_command_answers_until_sigterm(run_folder, plain_environment):
-    command = [sys.executable, "-m", "qwen_jax.serve", "--checkpoint", str(run_folder), "--port", "0", "--slots", "2"]
+    command = [python(), "-m", "qwen_jax.serve", "--checkpoint", str(run_folder), "--port", "0", "--slots", "2"]
     environment = plain_environment | {"QWEN_JAX_API_KEY": "secret"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -14,6 +14,7 @@ from qwen_jax.batch_spec import Column, is_packed, row_length, token_columns
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.step import batch_shapes
 from tests.fakes import ImageExamples
+from tests.warm_python import python
 
 # In this process and in others: losses and parameters after four steps on the devices that there are.
 PROGRAM = """
@@ -87,7 +88,7 @@ def test_images_and_labels_give_the_same_in_two_processes(one_device, root, plai
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM + PROCESS, address, str(index)],
+            [python(), "-c", PROGRAM + PROCESS, address, str(index)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
