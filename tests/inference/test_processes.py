@@ -10,12 +10,12 @@ from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.distributed.hosts import JobConfig, connect
 from qwen_jax.inference import Engine, Request, SamplingConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
-from tests.fakes import random_run
+from tests.fakes import random_vision_run
 from tests.warm_python import python
 
 
 def answers(engine: Engine) -> dict:
-    """What an engine says to a list, to an iterable, to requests that come and go, and to given continuations."""
+    """What an engine says to a list, an iterable, requests that come and go, pictures, and given continuations."""
     requests = [
         Request([i, 200 - i, 7] * (1 + i % 3), 8 + i, SamplingConfig(temperature=float(i % 2)), seed=i, stop_ids=[300])
         for i in range(6)
@@ -28,11 +28,16 @@ def answers(engine: Engine) -> dict:
     while engine.live:
         chunks += engine.step()
     alike = sorted(engine.generate([Request([9] * 40 + [i], 4) for i in range(3)]), key=lambda result: result.index)
+    pictures = [np.full((28, 28, 3), value, np.uint8) for value in (0, 90, 250)]
+    prompt = [*range(20), 470, 472, 472, 472, 472, 471, 7, 8]
+    shown = [Request(prompt, 6, images=[picture]) for picture in pictures for _ in range(2)]
+    seen = sorted(engine.generate(shown), key=lambda result: result.index)
     scores = engine.score([request.prompt for request in requests], [result.tokens for result in listed])
     return {
         "listed": [result.tokens for result in listed],
         "iterated": [result.tokens for result in iterated],
         "alike": [(result.cached_tokens, *result.tokens) for result in alike],
+        "shown": [result.tokens for result in seen],
         "text": "".join(chunk.text for chunk in chunks if chunk.handle is kept),
         "scores": [score.log_probs.tolist() for score in scores],
     }
@@ -48,7 +53,7 @@ def main(address: str, index: str, folder: str, output: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path, root, plain_environment):
-    folder = random_run(tmp_path, hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=128)
+    folder = random_vision_run(tmp_path, context_length=128)
     environment = plain_environment | {"JAX_NUM_CPU_DEVICES": "2"}
     program = "import sys; from tests.inference.test_processes import main; main(*sys.argv[1:])"
     with socket.socket() as one:
@@ -74,7 +79,7 @@ def test_two_processes_give_what_one_gives(tmp_path, root, plain_environment):
         assert found["text"] == expected["text"]
         assert [one[0] for one in found["alike"]] == [0, 32, 32] and [one[0] for one in expected["alike"]] == [0, 0, 0]
         assert [one[1:] for one in found["alike"]] == [list(one[1:]) for one in expected["alike"]]
-        for name in ("listed", "iterated"):
+        for name in ("listed", "iterated", "shown"):
             assert list(map(tuple, found[name])) == expected[name]
         for one, other in zip(found["scores"], expected["scores"], strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
