@@ -44,6 +44,16 @@ def token_columns(length: int, packed: bool = False) -> tuple[Column, ...]:
     return tuple(Column(name, dtype, (length,), ("length",)) for name, dtype in names.items())
 
 
+def image_column(images_per_row: int, size: int) -> Column:
+    """The pictures of a row in the order of its text: levels of red, green and blue; zeros where a row has fewer.
+
+    Args:
+      images_per_row: pictures of a row.
+      size: height and width of a picture.
+    """
+    return Column("images", "uint8", (images_per_row, size, size, 3), (None, None, None, None))
+
+
 def row_length(columns: Sequence[Column]) -> int | None:
     """Tokens of the longest axis named `length`; None where no column has one."""
     sizes = [

@@ -39,6 +39,12 @@ def main(argv: list[str] | None = None) -> None:
         help="concat merges and cuts documents, best_fit keeps them apart, whole never cuts one into two examples "
         "(conversations, pairs), padded takes one an example (prompts) (default: %(default)s)",
     )
+    parser.add_argument(
+        "--images_per_row",
+        type=int,
+        default=0,
+        help="the most pictures of an example; documents with more are left out and counted (default: %(default)s)",
+    )
     arguments = task_arguments.parse(parser, argv)
     with command_line.quiet():
         from qwen_jax.data import cache
@@ -53,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         num_shards=arguments.num_shards,
         seed=arguments.seed,
         packing=arguments.packing,
+        images_per_row=arguments.images_per_row,
     )
     print(f"{'task':24} {'split':10} {'examples':>12} {'tokens':>16} {'documents':>12} {'bytes/token':>11}")
     for one in prepared:

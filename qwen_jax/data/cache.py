@@ -9,6 +9,7 @@ order in which Beam delivers.
     cache_dir/<task>/description.json                                                       vocabulary and corpus
     cache_dir/<task>/packed-<length>/<split>/*.array_record  manifest.json                  packed examples
     cache_dir/<task>/packed-<length>-<packing>/<split>/…                        the same, packed not by `concat`
+    cache_dir/<task>/packed-<length>-<packing>-images<n>/<split>/…              the same, at most n pictures an example
 """
 
 import contextlib
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "description.json"
 # A shard is sorted in the memory of one worker: 32M tokens are about 130 MB.
 TOKENS_PER_SHARD = 1 << 25
+# So are its pictures. 32M tokens alone are less.
+BYTES_PER_SHARD = 1 << 30
 _MAX_CACHE_FILES = 64
 _PROGRESS_SECONDS = 10
 
@@ -59,6 +62,7 @@ def prepare(
     num_shards: int | None = None,
     seed: int = 0,
     packing: str = "concat",
+    images_per_row: int = 0,
     task_modules: Sequence[str] = ("tasks",),
 ) -> list[Prepared]:
     """Caches and packs a task, or each task of a mixture; uses complete splits as they are.
@@ -71,10 +75,11 @@ def prepare(
         sequence_length: tokens of one example.
         splits: splits to cache; a warning names the ones that a task lacks, and `validation` if it has no document.
         beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
-        num_shards: shards of the packed data; None takes one for every 32M tokens.
+        num_shards: shards of the packed data; None takes one for every 32M tokens, or GiB of pictures.
         seed: seed for the order of documents.
         packing: a key of `PACKINGS` (`qwen_jax.data.packing`): `concat` merges documents and cuts them, `best_fit`
             keeps them apart, `whole` never cuts one into two examples, `padded` takes one an example.
+        images_per_row: the most pictures of an example. 0 leaves out, and counts, documents with pictures.
         task_modules: modules that register tasks, imported here and by Beam workers.
 
     Returns:
@@ -107,6 +112,7 @@ def prepare(
                 num_shards=num_shards or _default_shards(folder, split),
                 source=description["source"],
                 setup=setup,
+                images_per_row=images_per_row,
             )
             prepared.append(packer.prepare(beam_options, check_shards=num_shards is not None))
     return prepared
@@ -293,7 +299,9 @@ def _stats(folder: Path, split: str) -> dict:
 
 
 def _default_shards(folder: Path, split: str) -> int:
-    return max(1, math.ceil(_stats(folder, split).get(f"{TOKENS}_tokens", 0) / TOKENS_PER_SHARD))
+    tokens = _stats(folder, split).get(f"{TOKENS}_tokens", 0)
+    size = sum(path.stat().st_size for path in folder.glob(f"{split}.tfrecord-*-of-*"))
+    return max(1, math.ceil(tokens / TOKENS_PER_SHARD), math.ceil(size / BYTES_PER_SHARD))
 
 
 class _CountCharacters(beam.PTransform):

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qwen_jax.batch_spec import token_columns
+from qwen_jax.batch_spec import image_column, token_columns
 from qwen_jax.data import packing
 from qwen_jax.data.packing import has_segments
 from qwen_jax.files import as_path
@@ -52,11 +53,14 @@ class ExampleLoader:
         shuffle: False reads in the order of packing (documents are in hashed order already).
         repeat: see above.
         packing: packing of the cached task, a key of `PACKINGS` (`qwen_jax.data.packing`).
+        images_per_row: pictures of an example at most, as the task was packed; 0: the examples are text.
+        image_size: height and width of the pictures in pixels, where there are any.
 
     Attributes:
-        bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token); in a repeated mixture weighted
-            by the rates. Bits per byte = loss in nats per token / (ln 2 * bytes_per_token).
+        bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token, pictures not); in a repeated
+            mixture weighted by the rates. Bits per byte = loss in nats per token / (ln 2 * bytes_per_token).
         vocab_size: number of ids of the vocabulary of the data.
+        image_tokens: places between the tags of a picture; 0 without pictures.
         columns: names, shapes and dtypes of the columns that `read` returns.
         vocabulary_fingerprint: fingerprint of that vocabulary (`Tokenizer.fingerprint`).
         fingerprint: fingerprint of data, order and rates; a run must not resume with another one.
@@ -77,13 +81,21 @@ class ExampleLoader:
         shuffle: bool = True,
         repeat: bool = True,
         packing: str = "concat",
+        images_per_row: int = 0,
+        image_size: int | None = None,
     ):
+        if images_per_row and not image_size:
+            raise ValueError(f"examples with {images_per_row} picture(s) need an image_size, found {image_size}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed}: it must be in [0, 2**32)")
         self.name, self.split, self.sequence_length = mixture_or_task, split, sequence_length
         self.seed, self.shuffle, self.repeat, self.packing = seed, shuffle, repeat, packing
-        self.cache_dir = as_path(cache_dir, "cache_dir")
-        where = _Where(self.cache_dir, sequence_length, split, packing)
+        self.cache_dir, self.images_per_row, self._image_size = (
+            as_path(cache_dir, "cache_dir"),
+            images_per_row,
+            image_size,
+        )
+        where = _Where(self.cache_dir, sequence_length, split, packing, images_per_row)
         rates = _rates(mixture_or_task, where)
         if not repeat:
             rates = _with_examples(mixture_or_task, rates, where)
@@ -91,8 +103,10 @@ class ExampleLoader:
         manifests = {task: _load_manifest(mixture_or_task, folder, where) for task, folder in folders.items()}
         _check_vocabularies(manifests)
         first = next(iter(manifests.values()))
-        self.vocab_size, self.vocabulary_fingerprint = first.vocab_size, first.vocabulary_fingerprint
+        self.vocab_size = max(manifest.vocab_size for manifest in manifests.values())
+        self.vocabulary_fingerprint, self.image_tokens = first.vocabulary_fingerprint, _image_tokens(manifests)
         self.columns = token_columns(sequence_length, packed=has_segments(first.packing))
+        self.columns += (image_column(images_per_row, image_size),) if images_per_row and image_size else ()
         weights = _weights(rates) if repeat else [m.records for m in manifests.values()]
         self._sources = [
             _Source(manifest, _Records(folders[task], manifest), weight)
@@ -134,21 +148,45 @@ class ExampleLoader:
             `tokens` int32 and `loss_weights` float32, both [stop - start, sequence_length]; `loss_weights[i, t]` is
             1.0 where token t carries loss as a target, else 0.0. With each packing but `concat` also `segment_ids` and
             `positions`, int32 of the same shape: segments of a row count from 1, positions from 0 in each; both are 0
-            in the filling.
+            in the filling. With pictures also `images`, uint8 [stop - start, images_per_row, image_size, image_size,
+            3], zeros where a row has fewer.
 
         Raises:
             IndexError: the range is not ordered, or goes past the end of a loader that does not repeat.
-            OSError: a shard is missing, truncated or damaged; the message names the file.
+            OSError: a shard is missing, truncated or damaged, or a picture is; the message names the file.
         """
         if not 0 <= start <= stop or (not self.repeat and stop > len(self)):
             end = "" if self.repeat else f" within the {len(self)} examples of {self.name} {self.split}"
             raise IndexError(f"expected 0 <= start <= stop{end}, got start={start}, stop={stop}")
-        batch = {column.name: np.empty((stop - start, *column.shape), column.dtype) for column in self.columns}
+        text = [column for column in self.columns if column.name != packing.IMAGES.name]
+        batch = {column.name: np.empty((stop - start, *column.shape), column.dtype) for column in text}
+        pictures: list[list[bytes]] = [[] for _ in range(stop - start)]
         for number, rows, records in self.places(start, stop):
             columns = self._sources[number].records.read(records)
             for name, array in batch.items():
                 array[rows] = columns[name]
-        return batch
+            for row, found in zip(rows, columns.get(packing.IMAGES.name, ()), strict=False):
+                pictures[row] = found
+        return batch | (self._pixels(pictures) if self.images_per_row else {})
+
+    def _pixels(self, pictures: list[list[bytes]]) -> dict[str, np.ndarray]:
+        """The column of these pictures of each row."""
+        from qwen_jax.data.images import UnusableImageError, decode_images  # here, because text needs no Pillow
+
+        assert self._image_size is not None  # see the constructor
+        size = self._image_size
+        values = np.zeros((len(pictures), self.images_per_row, size, size, 3), np.uint8)
+        places = [(row, index) for row, found in enumerate(pictures) for index in range(len(found))]
+        if places:
+            rows, indices = np.array(places).T
+            try:
+                values[rows, indices] = decode_images([image for found in pictures for image in found], size)
+            except UnusableImageError as error:
+                raise OSError(
+                    f"a picture of {self.name} {self.split} in {self.cache_dir} is damaged ({error}): leave it out of "
+                    "the files of the task, delete the folder of the task there and cache it again"
+                ) from error
+        return {packing.IMAGES.name: values}
 
     def places(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, list[int]]]:
         """Sources of the examples [start, stop): (index in `manifests`, places in the range, numbers of records)."""
@@ -173,9 +211,9 @@ class ExampleLoader:
     def _bytes_per_token(self) -> float:
         if not self.repeat:
             manifests = [source.manifest for source in self._sources]
-            return sum(m.text_bytes for m in manifests) / sum(m.tokens for m in manifests)
-        rates = self.rates
-        return sum(rates[s.manifest.task] * s.manifest.text_bytes / s.manifest.tokens for s in self._sources)
+            return sum(m.text_bytes for m in manifests) / max(sum(m.text_tokens for m in manifests), 1)
+        rates, manifests = self.rates, self.manifests
+        return sum(rates[task] * m.text_bytes / max(m.text_tokens, 1) for task, m in manifests.items())
 
 
 def split_by_weight(indices: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -216,8 +254,8 @@ class _Records:
         self._readers: list = [None] * len(manifest.shards)
         self._lock = threading.Lock()
 
-    def read(self, numbers: list[int]) -> dict[str, np.ndarray]:
-        """Columns [len(numbers), sequence_length] of the records with these numbers, in this order."""
+    def read(self, numbers: list[int]) -> dict[str, Any]:
+        """Columns [len(numbers), sequence_length] of the records with these numbers, in this order; and pictures."""
         indices = np.asarray(numbers, np.int64)
         shards = np.searchsorted(self._ends, indices, side="right")
         records: list[bytes] = [b""] * len(numbers)
@@ -233,7 +271,9 @@ class _Records:
         expected = packing.record_bytes(self._manifest.columns, self._manifest.sequence_length)
         try:
             records = self._reader(shard, path).read(positions.tolist())
-            if len(records) != len(positions) or any(len(record) != expected for record in records):
+            text_only = packing.IMAGES not in self._manifest.columns
+            sizes = [len(record) for record in records]
+            if len(sizes) != len(positions) or any(n < expected or (text_only and n > expected) for n in sizes):
                 raise ValueError(f"a record has not the {expected} bytes that the manifest asks for")
         except Exception as error:
             raise OSError(
@@ -263,9 +303,11 @@ class _Where:
     sequence_length: int
     split: str
     packing: str
+    images_per_row: int = 0
 
     def folder(self, task: str) -> Path:
-        return packing.packed_folder(self.cache_dir, task, self.sequence_length, self.split, self.packing)
+        where = (self.cache_dir, task, self.sequence_length, self.split)
+        return packing.packed_folder(*where, self.packing, self.images_per_row)
 
     def missing(self, name: str) -> str:
         """The message of an error for missing examples, with the command that makes them."""
@@ -275,6 +317,7 @@ class _Where:
         lengths = sorted(int(number) for number in numbers if number.isdigit())
         listed = f" (there are lengths {', '.join(map(str, lengths))})" if lengths else ""
         option = "" if self.packing == "concat" else f" --packing={self.packing}"
+        option += f" --images_per_row={self.images_per_row}" if self.images_per_row else ""
         return (
             f"no examples of {name} packed by {self.packing!r} to sequence length {self.sequence_length} in "
             f"{self.cache_dir}{listed}; make them with `python tools/cache_task.py {name} "
@@ -327,6 +370,19 @@ def _load_manifest(name: str, folder: Path, where: _Where) -> packing.Manifest:
     if not manifest.records:
         raise ValueError(f"{folder / packing.MANIFEST} lists no examples: delete {folder} and cache the task again")
     return manifest
+
+
+def _image_tokens(manifests: dict[str, packing.Manifest]) -> int:
+    """Places between the tags of a picture, the same in all tasks that have any.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = {task: manifest.image_tokens for task, manifest in manifests.items() if manifest.image_tokens}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{task} {count}" for task, count in sorted(found.items()))
+        raise ValueError(f"the sources of a mixture must give pictures as many places, found {listed}: cache anew")
+    return max(found.values(), default=0)
 
 
 def _check_vocabularies(manifests: dict[str, packing.Manifest]) -> None:

@@ -25,16 +25,18 @@ from qwen_jax.data.vocabulary import QwenVocabulary
 
 logger = logging.getLogger(__name__)
 
-TOKENS, LOSS_WEIGHTS, SEGMENT_LENGTHS, TURN_ENDS, LEFT_OUT = (
+TOKENS, LOSS_WEIGHTS, SEGMENT_LENGTHS, TURN_ENDS, LEFT_OUT, IMAGES = (
     "targets",
     "loss_weights",
     "segment_lengths",
     "turn_ends",
     "left_out",
+    "images",
 )
 _THIS_PROCESS = uuid.uuid4().hex
-# Key, tokens, loss weights, lengths of segments, ends, reason for leaving out: a document as bytes, for Beam's coders.
-_Keyed = tuple[bytes, bytes, bytes, bytes, bytes, bytes]
+# Key, tokens, loss weights, lengths of segments, ends, reason for leaving out, pictures and their places: a document as
+# bytes, for Beam's coders.
+_Keyed = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,13 @@ def vocabulary_of(task: str) -> QwenVocabulary:
     vocabulary = seqio.TaskRegistry.get(task).output_features[TOKENS].vocabulary
     assert isinstance(vocabulary, QwenVocabulary)  # `_check_task` refuses others before a worker starts
     return vocabulary
+
+
+def num_ids(task: str) -> int:
+    """Number of ids that a registered task may yield; a task with pictures has those of Qwen-VL."""
+    tokenizer = vocabulary_of(task).tokenizer
+    with_pictures = IMAGES in seqio.TaskRegistry.get(task).output_features
+    return tokenizer.vision_vocab_size if with_pictures else tokenizer.vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +106,20 @@ class Packer:
     num_shards: int
     source: dict
     setup: WorkerSetup
+    images_per_row: int = 0
 
     @property
     def folder(self) -> Path:
-        return packing.packed_folder(self.cache_folder, "", self.sequence_length, self.split, self.method)
+        where = (self.cache_folder, "", self.sequence_length, self.split)
+        return packing.packed_folder(*where, self.method, self.images_per_row)
 
-    def columns(self, vocabulary: QwenVocabulary) -> tuple[packing.Column, ...]:
-        return packing.columns_for(vocabulary.vocab_size, self.sequence_length, self.method)
+    def columns(self) -> tuple[packing.Column, ...]:
+        return packing.columns_for(num_ids(self.task), self.sequence_length, self.method, self.images_per_row)
 
     def prepare(self, beam_options: Sequence[str], *, check_shards: bool) -> Prepared:
         label = f"{self.task} {self.split}, length {self.sequence_length}"
         label += "" if self.method == "concat" else f", {self.method}"
+        label += f", at most {count(self.images_per_row, 'image')}" if self.images_per_row else ""
         if (self.folder / packing.MANIFEST).exists():
             manifest = packing.Manifest.load(self.folder)
             self._check(manifest, check_shards)
@@ -134,6 +146,7 @@ class Packer:
             self._sidecar(index).unlink(missing_ok=True)
         seconds = time.monotonic() - started
         counts = f"{manifest.records:,} examples, {manifest.tokens:,} tokens, {manifest.documents:,} documents"
+        counts += f", {count(manifest.images, 'image')}" if manifest.images else ""
         counts += f", {manifest.tokens / (manifest.records * self.sequence_length):.2%} full"
         logger.info("%s: %s in %.0f s, in %s", label, counts, seconds, self.folder)
         for line in removed_lines(manifest):
@@ -144,11 +157,11 @@ class Packer:
         """(shard, keyed document) of the documents in one cache file, after the task's last steps."""
         self.setup()
         task = seqio.TaskRegistry.get(self.task)
-        vocabulary = task.output_features[TOKENS].vocabulary
-        eos_id, vocab_size = vocabulary.eos_id, vocabulary.vocab_size
+        vocabulary, vocab_size = vocabulary_of(self.task), num_ids(self.task)
+        eos_id, tags = vocabulary.eos_id, _image_tags(vocabulary)
         dataset = task.preprocess_postcache(_read_cache(self.cache_folder, self.split, file), sequence_length=None)
         for example in _undamaged(dataset, file):
-            document = document_of(example, self.task)
+            document = document_of(example, self.task, tags)
             tokens = document.tokens
             if not document.left_out:
                 if not len(tokens) or (len(tokens) == 1 and tokens[0] == eos_id):
@@ -171,9 +184,10 @@ class Packer:
             documents,
             sequence_length=self.sequence_length,
             eos_id=vocabulary.eos_id,
-            columns=self.columns(vocabulary),
+            columns=self.columns(),
             token_bytes=_token_bytes(vocabulary),
             method=self.method,
+            images_per_row=self.images_per_row,
         )
         files.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)}, sort_keys=True)
         logger.info("%s %s: shard %d of %d done", self.task, self.split, index + 1, self.num_shards)
@@ -204,13 +218,14 @@ class Packer:
             task=self.task,
             split=self.split,
             sequence_length=self.sequence_length,
-            vocab_size=vocabulary.vocab_size,
+            vocab_size=num_ids(self.task),
             vocabulary_fingerprint=vocabulary.fingerprint,
             seed=self.seed,
-            columns=self.columns(vocabulary),
+            columns=self.columns(),
             shards=tuple(packing.Shard(**shard) for shard in shards),
             source=self.source,
             method=self.method if packing.keeps_documents(self.method) else None,
+            images_per_row=self.images_per_row or None,
         )
         if not manifest.records:
             shutil.rmtree(self.folder)
@@ -250,37 +265,79 @@ def _undamaged(dataset: tf.data.Dataset, file: str) -> Iterator[dict[str, np.nda
         raise ValueError(f"{file} is damaged: delete {folder} and cache the task again ({error.message})") from error
 
 
-def _to_bytes(document: packing.Document) -> tuple[bytes, bytes, bytes, bytes, bytes]:
-    numbers = (document.segment_lengths, document.ends)
-    segments, ends = (b"" if one is None else np.asarray(one, "<i4").tobytes() for one in numbers)
-    return document.tokens.tobytes(), document.weights().tobytes(), segments, ends, document.left_out.encode()
+def _to_bytes(document: packing.Document) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]:
+    numbers = (document.segment_lengths, document.ends, document.image_spans)
+    segments, ends, spans = (b"" if one is None else np.asarray(one, "<i4").tobytes() for one in numbers)
+    images = packing.join_images(document.images) if document.images else b""
+    left_out = document.left_out.encode()
+    return document.tokens.tobytes(), document.weights().tobytes(), segments, ends, left_out, images, spans
 
 
-def _from_bytes(tokens: bytes, weights: bytes, segments: bytes, ends: bytes, left_out: bytes) -> packing.Document:
-    lengths, cuts = (np.frombuffer(one, "<i4") if one else None for one in (segments, ends))
+def _from_bytes(
+    tokens: bytes, weights: bytes, segments: bytes, ends: bytes, left_out: bytes, images: bytes, spans: bytes
+) -> packing.Document:
+    lengths, cuts, places = (np.frombuffer(one, "<i4") if one else None for one in (segments, ends, spans))
     return packing.Document(
-        np.frombuffer(tokens, "<i4"), np.frombuffer(weights, np.uint8), lengths, cuts, left_out.decode()
+        np.frombuffer(tokens, "<i4"),
+        np.frombuffer(weights, np.uint8),
+        lengths,
+        cuts,
+        left_out.decode(),
+        tuple(packing.split_images(images)) if images else (),
+        None if places is None else places.reshape(-1, 2),
     )
 
 
-def document_of(example: Mapping[str, np.ndarray], task: str) -> packing.Document:
+def document_of(
+    example: Mapping[str, np.ndarray], task: str, image_tags: tuple[int, int] | None = None
+) -> packing.Document:
     """The document of one example of a task.
 
     Args:
         example: `targets`, int [length]; optionally `loss_weights` (0 or 1, [length]), `segment_lengths` and
-            `turn_ends` (int, see `packing.Document`; empty means None), and `left_out`, the reason for which the task
-            gives no tokens.
+            `turn_ends` (int, see `packing.Document`; empty means None), `left_out`, the reason for which the task
+            gives no tokens, and `images`, encoded files in the order of the text.
         task: its name, for errors.
+        image_tags: ids of `<img>` and `</img>`, between which a picture has its places.
 
     Raises:
-        ValueError: loss weights that are not 0 or 1, or are misaligned.
+        ValueError: loss weights that are not 0 or 1, or are misaligned; pictures that are not those of the tokens, or
+            that carry loss.
     """
     tokens = example[TOKENS].astype("<i4")
     optional = (example.get(name) for name in (SEGMENT_LENGTHS, TURN_ENDS))
     segments, ends = (one if one is not None and len(one) else None for one in optional)
-    left_out = example.get(LEFT_OUT, b"")
+    left_out = bytes(example.get(LEFT_OUT, b"")).decode()
     weights = _whole_weights(task, example.get(LOSS_WEIGHTS), len(tokens))
-    return packing.Document(tokens, weights, segments, ends, bytes(left_out).decode())
+    images = () if left_out else tuple(map(bytes, example.get(IMAGES, ())))
+    spans = None if image_tags is None else _image_spans(task, tokens, weights, len(images), image_tags)
+    return packing.Document(tokens, weights, segments, ends, left_out, images, spans)
+
+
+def _image_spans(
+    task: str, tokens: np.ndarray, weights: np.ndarray, count: int, tags: tuple[int, int]
+) -> np.ndarray | None:
+    """The positions of `<img>` and after `</img>` of each picture, int32 [count, 2]; None without pictures."""
+    starts, ends = (np.flatnonzero(tokens == tag) for tag in tags)
+    edges = np.stack([starts, ends], axis=1).ravel() if len(starts) == len(ends) else np.zeros(2)
+    if len(starts) != count or (count and (np.diff(edges) <= 0).any()):
+        raise ValueError(
+            f"task {task} yields an example with {count} picture(s), {len(starts)} times <img> and {len(ends)} times "
+            "</img>: each picture must have one of each, in the order of the text"
+        )
+    if not count:
+        return None
+    spans = np.stack([starts, ends + 1], axis=1).astype("<i4")
+    if any(weights[start:end].any() for start, end in spans):
+        raise ValueError(
+            f"task {task}: {LOSS_WEIGHTS!r} must be 0 from <img> to </img>: a model predicts text, not pictures"
+        )
+    return spans
+
+
+def _image_tags(vocabulary: QwenVocabulary) -> tuple[int, int]:
+    tokens = vocabulary.tokenizer.vision_tokens
+    return tokens["<img>"], tokens["</img>"]
 
 
 def removed_lines(manifest: packing.Manifest) -> list[str]:
@@ -309,8 +366,8 @@ def _whole_weights(task: str, weights: np.ndarray | None, length: int) -> np.nda
 
 
 def _token_bytes(vocabulary: QwenVocabulary) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for, int64 [vocab_size]; 0 for control tokens, which are not text."""
-    result = np.zeros(vocabulary.vocab_size, np.int64)
+    """UTF-8 bytes of text that each id stands for, int64 [ids]; 0 for control tokens, which are not text."""
+    result = np.zeros(vocabulary.tokenizer.vision_vocab_size, np.int64)
     for token, rank in vocabulary.tokenizer.mergeable_ranks.items():
         result[rank] = len(token)
     return result

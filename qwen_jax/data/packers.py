@@ -5,6 +5,7 @@ Everything here is a function of arrays: no file, no vocabulary.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ class Document:
             such as the two sides of a pair. They stay in one example, side by side. None means one segment.
         ends: int array, ascending: numbers of tokens after which packing `whole` may cut a document that is too long.
             None means that such a document is left out.
+        images: encoded files of the pictures, in the order of the text.
+        image_spans: int array [images, 2]: of each picture the position of `<img>`, and that after `</img>`. Where a
+            document is cut, pictures past the end go with their places, and none is cut in half.
         left_out: reason for which the task gives no tokens; only counted. "" where there are tokens.
     """
 
@@ -31,6 +35,8 @@ class Document:
     segment_lengths: np.ndarray | None = None
     ends: np.ndarray | None = None
     left_out: str = ""
+    images: tuple[bytes, ...] = ()
+    image_spans: np.ndarray | None = None
 
     def weights(self) -> np.ndarray:
         """Loss weights, uint8 [length]."""
@@ -52,6 +58,18 @@ class Document:
                 f"a document has {len(self.tokens)} tokens and segments of {lengths}: they must be positive and sum up"
             )
         return lengths
+
+    def first(self, end: int) -> "Document":
+        """The first `end` tokens of a document of one segment, with their pictures."""
+        count = 0 if self.image_spans is None else int((self.image_spans[:, 1] <= end).sum())
+        spans = None if self.image_spans is None else self.image_spans[:count]
+        weights = self.weights()[:end]
+        return Document(self.tokens[:end], weights, images=self.images[:count], image_spans=spans)
+
+    def may_end(self, end: int) -> bool:
+        """Whether no picture has tokens on both sides of position `end`."""
+        spans = self.image_spans
+        return spans is None or not ((spans[:, 0] < end) & (end < spans[:, 1])).any()
 
 
 def pack(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
@@ -119,7 +137,9 @@ def best_fit(documents: Iterable[Document], *, sequence_length: int, eos_id: int
         yield _example([pieces[number] for number in numbers], sequence_length, eos_id)
 
 
-def whole(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
+def whole(
+    documents: Iterable[Document], *, sequence_length: int, eos_id: int, images_per_row: int = 0
+) -> Iterator[dict[str, Any]]:
     """Fits documents into sequences as `best_fit` does, but adds no end-of-text and cuts none.
 
     All segments of a document stand in one sequence, one after the other; each has its own id and positions.
@@ -127,25 +147,30 @@ def whole(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -
     Args:
         documents, sequence_length, eos_id: see `pack`; no document may be longer than a sequence (`fit`). `eos_id`
             only fills.
+        images_per_row: the most pictures of a sequence; no document may have more.
 
     Yields:
-        As `best_fit`.
+        As `best_fit`; with `images`, a list of bytes in the order of the text, where a document has pictures.
 
     Raises:
-        ValueError: `sequence_length` below 2, a document that is too long, or segments that do not sum up.
+        ValueError: `sequence_length` below 2, a document that is too long or has too many pictures, or segments that
+            do not sum up.
     """
-    fitting = _checked(documents, sequence_length)
-    for numbers in _assign_best_fit([len(document.tokens) for document in fitting], sequence_length):
+    fitting = _checked(documents, sequence_length, images_per_row)
+    lengths, images = [len(document.tokens) for document in fitting], [len(document.images) for document in fitting]
+    for numbers in _assign_best_fit(lengths, sequence_length, images, images_per_row):
         yield _example([fitting[number] for number in numbers], sequence_length, eos_id)
 
 
-def padded(documents: Iterable[Document], *, sequence_length: int, eos_id: int) -> Iterator[dict[str, np.ndarray]]:
+def padded(
+    documents: Iterable[Document], *, sequence_length: int, eos_id: int, images_per_row: int = 0
+) -> Iterator[dict[str, Any]]:
     """One document a sequence, in the order given; arguments, columns and errors as `whole`."""
-    for document in _checked(documents, sequence_length):
+    for document in _checked(documents, sequence_length, images_per_row):
         yield _example([document], sequence_length, eos_id)
 
 
-def _checked(documents: Iterable[Document], sequence_length: int) -> list[Document]:
+def _checked(documents: Iterable[Document], sequence_length: int, images_per_row: int) -> list[Document]:
     if sequence_length < 2:
         raise ValueError(f"sequence_length is {sequence_length}: it takes at least 2 tokens to predict one")
     result = list(documents)
@@ -153,12 +178,14 @@ def _checked(documents: Iterable[Document], sequence_length: int) -> list[Docume
         _check_aligned(document)
         if len(document.tokens) > sequence_length:
             raise ValueError(f"a document of {len(document.tokens)} tokens does not fit into {sequence_length}: fit it")
+        if len(document.images) > images_per_row:
+            raise ValueError(f"a document of {len(document.images)} images does not fit into {images_per_row}: fit it")
     return result
 
 
-def _example(documents: Sequence[Document], sequence_length: int, eos_id: int) -> dict[str, np.ndarray]:
+def _example(documents: Sequence[Document], sequence_length: int, eos_id: int) -> dict[str, Any]:
     """The documents one after the other, then filling; segments count through all of them."""
-    example = {
+    example: dict[str, Any] = {
         "tokens": np.full(sequence_length, eos_id, np.int32),
         "loss_weights": np.zeros(sequence_length, np.uint8),
         "segment_ids": np.zeros(sequence_length, np.int32),
@@ -173,6 +200,8 @@ def _example(documents: Sequence[Document], sequence_length: int, eos_id: int) -
             place = slice(start, start + length)
             example["segment_ids"][place], example["positions"][place] = segment, np.arange(length)
             start += length
+    if images := [image for document in documents for image in document.images]:
+        example["images"] = images
     return example
 
 
@@ -188,15 +217,16 @@ class Fitted:
     left_out: Removed
 
 
-def fit(documents: Iterable[Document], sequence_length: int) -> Fitted:
+def fit(documents: Iterable[Document], sequence_length: int, images_per_row: int = 0) -> Fitted:
     """Cuts documents that are longer than an example at the last of their `ends` that fits, or leaves them out.
 
-    A document without tokens is left out for its own reason, `Document.left_out`. Segments are never cut: a document
-    of several is whole or left out.
+    A document without tokens is left out for its own reason, `Document.left_out`, and one with more pictures than an
+    example is left out, too. Segments and pictures are never cut: a document of several segments is whole or left out.
 
     Args:
         documents: in the order to keep.
         sequence_length: tokens of an example.
+        images_per_row: the most pictures of an example.
     """
     kept: list[Document] = []
     truncated: Removed = {}
@@ -205,12 +235,15 @@ def fit(documents: Iterable[Document], sequence_length: int) -> Fitted:
         length = len(document.tokens)
         if document.left_out or not length:
             add_removed(left_out, document.left_out or "no tokens", length)
+        elif len(document.images) > images_per_row:
+            add_removed(left_out, f"more than {images_per_row} images (IMAGES_PER_ROW)", length)
         elif length <= sequence_length:
             kept.append(document)
         else:
-            ends = [] if document.ends is None else [int(end) for end in document.ends if 0 < end <= sequence_length]
+            ends = [int(end) for end in (() if document.ends is None else document.ends) if 0 < end <= sequence_length]
+            ends = [end for end in ends if document.may_end(end)]
             if ends and document.segment_lengths is None:
-                kept.append(Document(document.tokens[: ends[-1]], document.weights()[: ends[-1]]))
+                kept.append(document.first(ends[-1]))
                 add_removed(truncated, "cut at the end of a turn", length - ends[-1])
             else:
                 reason = f"longer than {sequence_length} tokens"
@@ -229,26 +262,35 @@ def add_removed(removed: Removed, reason: str, tokens: int, documents: int = 1) 
     entry["tokens"] += tokens
 
 
-def _assign_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Numbers of the pieces (ascending) in each bin; bins in the order of their first piece."""
+def _assign_best_fit(
+    lengths: Sequence[int], capacity: int, images: Sequence[int] | None = None, most_images: int = 0
+) -> list[list[int]]:
+    """Numbers of the pieces (ascending) in each bin; bins in the order of their first piece.
+
+    Among the bins with room for the tokens of a piece and for its images, the one with the least room for tokens takes
+    it; of several, one with the least room for images.
+    """
+    images = [0] * len(lengths) if images is None else images
     bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where some bin has room for exactly r more tokens
+    # By room for images, then for tokens.
+    by_room: list[list[list[int]]] = [[[] for _ in range(capacity + 1)] for _ in range(most_images + 1)]
+    rooms = [0] * (most_images + 1)  # bit r is set where some bin has room for exactly r more tokens
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[number]
-        enough = rooms >> length
-        if enough:
-            room = length + (enough & -enough).bit_length() - 1
-            chosen = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
+        enough = ((left, rooms[left] >> length) for left in range(images[number], most_images + 1))
+        found = [(length + (bits & -bits).bit_length() - 1, left) for left, bits in enough if bits]
+        if found:
+            room, left = min(found)
+            chosen = by_room[left][room].pop()
+            if not by_room[left][room]:
+                rooms[left] ^= 1 << room
         else:
-            room, chosen = capacity, len(bins)
+            room, left, chosen = capacity, most_images, len(bins)
             bins.append([])
         bins[chosen].append(number)
         if room > length:
-            by_room[room - length].append(chosen)
-            rooms |= 1 << (room - length)
+            by_room[left - images[number]][room - length].append(chosen)
+            rooms[left - images[number]] |= 1 << (room - length)
     return sorted((sorted(numbers) for numbers in bins), key=lambda numbers: numbers[0])
 
 

@@ -10,11 +10,12 @@ A hash of (seed, tokens) orders the documents. `PACKINGS` has four ways to pack:
 In `concat` and `best_fit` end-of-text follows each document, and no token is lost or repeated. `whole` and `padded`
 take documents as they are, which may consist of several segments; one longer than an example is cut where the document
 allows it, or left out. The manifest counts both, by reason. End-of-text of loss weight 0 fills the free end of an
-example.
+example. Documents may have pictures, of which an example holds at most `images_per_row`.
 
 On disk a split is a folder of ArrayRecord shards and one `manifest.json`. A record is one example: its columns one
-after the other, little-endian, without header, so that an example is read with one seek and no parsing. The manifest
-lists the columns; it is written last, so a folder with a manifest is complete.
+after the other, little-endian, without header, so that an example is read with one seek and no parsing. Pictures come
+last, as the encoded files that they were (`join_images`). The manifest lists the columns; it is written last, so a
+folder with a manifest is complete.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -48,6 +50,8 @@ def document_key(document: Document, seed: int) -> bytes:
     for name, numbers in (("segments", document.segment_lengths), ("ends", document.ends)):
         if numbers is not None:
             digest.update(name.encode() + np.ascontiguousarray(numbers, "<i4").tobytes())
+    if document.images:
+        digest.update(b"images" + join_images(document.images))
     digest.update(document.left_out.encode())
     return digest.digest()
 
@@ -85,44 +89,77 @@ def has_segments(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a record: `sequence_length` values of `dtype` (a little-endian numpy name such as `uint16`)."""
+    """One column of a record: `sequence_length` values of `dtype` (a little-endian numpy name such as `uint16`).
+
+    The column `images` of dtype `bytes`, always the last one, has any size (`join_images`).
+    """
 
     name: str
     dtype: str
 
 
-def columns_for(vocab_size: int, sequence_length: int, packing: str = "concat") -> tuple[Column, ...]:
+IMAGES = Column("images", "bytes")
+
+
+def columns_for(
+    vocab_size: int, sequence_length: int, packing: str = "concat", images_per_row: int = 0
+) -> tuple[Column, ...]:
     """Columns of an example; ids, segments and positions take two bytes each where that is enough."""
     columns = (Column("tokens", "uint16" if vocab_size <= 1 << 16 else "uint32"), Column("loss_weights", "uint8"))
-    if not has_segments(packing):
-        return columns
-    dtype = "uint16" if sequence_length < 1 << 16 else "uint32"
-    return (*columns, Column("segment_ids", dtype), Column("positions", dtype))
+    if has_segments(packing):
+        dtype = "uint16" if sequence_length < 1 << 16 else "uint32"
+        columns = (*columns, Column("segment_ids", dtype), Column("positions", dtype))
+    return (*columns, IMAGES) if images_per_row else columns
+
+
+def join_images(images: Sequence[bytes]) -> bytes:
+    """Encoded pictures as one string: their number, their sizes, then the pictures; numbers are uint32 ("<u4")."""
+    return np.array([len(images), *map(len, images)], "<u4").tobytes() + b"".join(images)
+
+
+def split_images(joined: bytes) -> list[bytes]:
+    """The inverse of `join_images`.
+
+    Raises:
+        ValueError: the size is not that of the pictures.
+    """
+    count = int.from_bytes(joined[:4], "little")
+    header = 4 + 4 * count
+    ends = header + np.cumsum(np.frombuffer(joined[4:header], "<u4"), dtype=np.int64)
+    if len(joined) < header or len(joined) != (ends[-1] if count else header):
+        raise ValueError(f"the {len(joined)} bytes of {count} pictures have another size than they say")
+    return [joined[start:end] for start, end in zip([header, *ends], ends, strict=False)]
 
 
 def record_bytes(columns: Sequence[Column], sequence_length: int) -> int:
-    """Bytes of one record."""
-    return sum(np.dtype(column.dtype).itemsize for column in columns) * sequence_length
+    """Bytes of one record, without pictures."""
+    return sum(np.dtype(column.dtype).itemsize for column in columns if column != IMAGES) * sequence_length
 
 
-def encode_record(example: Mapping[str, np.ndarray], columns: Sequence[Column]) -> bytes:
-    """The record of one example ([sequence_length] a column)."""
-    return b"".join(example[c.name].astype(np.dtype(c.dtype).newbyteorder("<")).tobytes() for c in columns)
+def encode_record(example: Mapping[str, Any], columns: Sequence[Column]) -> bytes:
+    """The record of one example: [sequence_length] a column, and `images`, bytes, if there are any."""
+    fixed = [c for c in columns if c != IMAGES]
+    record = b"".join(example[c.name].astype(np.dtype(c.dtype).newbyteorder("<")).tobytes() for c in fixed)
+    return record + join_images(example.get("images", ())) if IMAGES in columns else record
 
 
-def decode_records(records: Sequence[bytes], columns: Sequence[Column], sequence_length: int) -> dict[str, np.ndarray]:
-    """Columns of records, each [len(records), sequence_length] in the column's own dtype.
+def decode_records(records: Sequence[bytes], columns: Sequence[Column], sequence_length: int) -> dict[str, Any]:
+    """Columns of records, each [len(records), sequence_length] in the column's own dtype; `images` a list a record.
 
     Raises:
         ValueError: the size of a record does not fit the columns.
     """
-    size = record_bytes(columns, sequence_length)
+    size, with_images = record_bytes(columns, sequence_length), IMAGES in columns
     for index, record in enumerate(records):
-        if len(record) != size:
+        if len(record) < size or (len(record) > size and not with_images):
             raise ValueError(f"record {index} has {len(record)} bytes, expected {size}")
-    table = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
-    result, offset = {}, 0
+    fixed = b"".join(record[:size] for record in records) if with_images else b"".join(records)
+    table = np.frombuffer(fixed, np.uint8).reshape(len(records), size)
+    result: dict[str, Any] = {IMAGES.name: [split_images(record[size:]) for record in records]} if with_images else {}
+    offset = 0
     for column in columns:
+        if column == IMAGES:
+            continue
         dtype = np.dtype(column.dtype).newbyteorder("<")
         width = dtype.itemsize * sequence_length
         result[column.name] = np.ascontiguousarray(table[:, offset : offset + width]).view(dtype)
@@ -137,7 +174,8 @@ class Shard:
     `tokens` counts documents and their end-of-text, not the filling of examples; `loss_tokens` those with loss weight
     1; `text_bytes` is the UTF-8 size of the documents' text after NFC; `file_bytes` the size of the file. `truncated`
     and `left_out` map a reason to the documents and tokens that no example holds (`Fitted`); the documents of
-    `truncated` are among `documents`, those of `left_out` are not.
+    `truncated` are among `documents`, those of `left_out` are not. `images` counts pictures, and each has
+    `image_tokens` places between its tags.
     """
 
     file: str
@@ -149,6 +187,12 @@ class Shard:
     file_bytes: int
     truncated: Removed = dataclasses.field(default_factory=dict)
     left_out: Removed = dataclasses.field(default_factory=dict)
+    images: int = 0
+    image_tokens: int = 0
+
+
+# These fields of a shard are written where they are not empty.
+_OPTIONAL = ("truncated", "left_out", "images", "image_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +200,7 @@ class Manifest:
     """The content of `manifest.json`, for one packed split. Counts over all shards are properties.
 
     `method` is the packing, a key of `PACKINGS`; None in the files of `concat` and `best_fit`: columns tell them apart.
+    `images_per_row` is the most pictures of an example; None: the examples have no column for pictures.
     """
 
     task: str
@@ -169,6 +214,7 @@ class Manifest:
     source: Mapping
     format_version: int = FORMAT_VERSION
     method: str | None = None
+    images_per_row: int | None = None
 
     @property
     def records(self) -> int:
@@ -196,6 +242,21 @@ class Manifest:
         return sum(shard.text_bytes for shard in self.shards)
 
     @property
+    def images(self) -> int:
+        """Number of pictures."""
+        return sum(shard.images for shard in self.shards)
+
+    @property
+    def image_tokens(self) -> int:
+        """Places between the tags of each picture; 0 without any."""
+        return max((shard.image_tokens for shard in self.shards), default=0)
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens, without filling, places of pictures and their tags."""
+        return sum(shard.tokens - shard.images * (shard.image_tokens + 2) for shard in self.shards)
+
+    @property
     def truncated(self) -> Removed:
         """Reason to documents and tokens, of what was cut off."""
         return _sum(shard.truncated for shard in self.shards)
@@ -217,10 +278,10 @@ class Manifest:
         return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
 
     def _fields(self) -> dict:
-        """The fields to write; those that only `whole` and `padded` need are left out where they are empty."""
+        """The fields to write; those that only some packings and pictures need are left out where they are empty."""
         fields = dataclasses.asdict(self)
         fields["shards"] = [
-            {name: value for name, value in shard.items() if value or name not in ("truncated", "left_out")}
+            {name: value for name, value in shard.items() if value or name not in _OPTIONAL}
             for shard in fields["shards"]
         ]
         return {name: value for name, value in fields.items() if value is not None}
@@ -228,7 +289,7 @@ class Manifest:
     def save(self, folder: Path) -> Path:
         """Writes `folder/manifest.json` atomically."""
         totals = {name: getattr(self, name) for name in ("records", "tokens", "loss_tokens", "documents", "text_bytes")}
-        totals |= {name: value for name in ("truncated", "left_out") if (value := getattr(self, name))}
+        totals |= {name: value for name in _OPTIONAL if (value := getattr(self, name))}
         files.write_json(folder / MANIFEST, {"totals": totals} | self._fields(), sort_keys=True)
         return folder / MANIFEST
 
@@ -265,10 +326,20 @@ def _sum(counts: Iterable[Removed]) -> Removed:
 
 
 def packed_folder(
-    cache_dir: str | os.PathLike, task: str, sequence_length: int, split: str, packing: str = "concat"
+    cache_dir: str | os.PathLike,
+    task: str,
+    sequence_length: int,
+    split: str,
+    packing: str = "concat",
+    images_per_row: int = 0,
 ) -> Path:
-    """Folder of the packed examples: `cache_dir/task/packed-<length>/split`, or `…/packed-<length>-<packing>/split`."""
+    """Folder of the packed examples: `cache_dir/task/packed-<length>/split`.
+
+    The second last name goes on with `-<packing>` unless that is "concat", and with `-images<images_per_row>` unless
+    that is 0.
+    """
     ending = "" if check_packing(packing) == "concat" else f"-{packing}"
+    ending += f"-images{images_per_row}" if images_per_row else ""
     return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}{ending}", split)
 
 
@@ -278,10 +349,12 @@ def is_packed(
     cache_dir: str | os.PathLike,
     sequence_length: int,
     packing: str = "concat",
+    images_per_row: int = 0,
     splits: Sequence[str] = ("train", "validation"),
 ) -> bool:
     """Whether all `splits` of a task have a manifest; False for mixtures, which only SeqIO knows."""
-    folders = (packed_folder(cache_dir, mixture_or_task, sequence_length, split, packing) for split in splits)
+    where = (cache_dir, mixture_or_task, sequence_length)
+    folders = (packed_folder(*where, split, packing, images_per_row) for split in splits)
     return all((folder / MANIFEST).is_file() for folder in folders)
 
 
@@ -306,6 +379,7 @@ def write_shard(
     columns: Sequence[Column],
     token_bytes: np.ndarray,
     method: str,
+    images_per_row: int = 0,
 ) -> Shard:
     """Sorts documents by key, packs them and writes one ArrayRecord file, which appears only when it is whole.
 
@@ -316,16 +390,22 @@ def write_shard(
         columns: the columns to write, of `columns_for`.
         token_bytes: int array [vocab_size], UTF-8 bytes of text that each id stands for (0 for control tokens).
         method: a key of `PACKINGS`.
+        images_per_row: the most pictures of an example.
 
     Raises:
-        ValueError: a document has misaligned weights or segments, or segments in a packing that cuts.
+        ValueError: a document has misaligned weights or segments, segments or pictures in a packing that cuts, or
+            pictures with another number of places than others.
     """
     ordered = [document for _, document in sorted(spread_copies(documents), key=lambda item: item[0])]
-    fitted = fit(ordered, sequence_length) if keeps_documents(method) else _terminate_all(ordered, method, eos_id)
+    if keeps_documents(method):
+        fitted, options = fit(ordered, sequence_length, images_per_row), {"images_per_row": images_per_row}
+    else:
+        fitted, options = _terminate_all(ordered, method, eos_id), {}
+    image_tokens = _image_tokens(fitted.documents)
     records = 0
     with files.new_file(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        for example in PACKINGS[method](fitted.documents, sequence_length=sequence_length, eos_id=eos_id):
+        for example in PACKINGS[method](fitted.documents, sequence_length=sequence_length, eos_id=eos_id, **options):
             writer.write(encode_record(example, columns))
             records += 1
         writer.close()
@@ -340,7 +420,21 @@ def write_shard(
         file_bytes=file_bytes,
         truncated=fitted.truncated,
         left_out=fitted.left_out,
+        images=sum(len(document.images) for document in fitted.documents),
+        image_tokens=image_tokens,
     )
+
+
+def _image_tokens(documents: Iterable[Document]) -> int:
+    """Places between the tags of each picture; 0 without pictures."""
+    spans = [document.image_spans for document in documents if document.images]
+    found = {int(end - start) - 2 for one in spans if one is not None for start, end in one}
+    if len(found) > 1:
+        raise ValueError(
+            f"pictures have {' and '.join(map(str, sorted(found)))} places for features: a task must give each as many "
+            "as the model has queries"
+        )
+    return found.pop() if found else 0
 
 
 def _terminate_all(documents: Iterable[Document], method: str, eos_id: int) -> Fitted:
@@ -350,10 +444,11 @@ def _terminate_all(documents: Iterable[Document], method: str, eos_id: int) -> F
     for document in documents:
         if document.left_out:
             add_removed(left_out, document.left_out, 0)
-        elif document.segment_lengths is not None or document.ends is not None:
+        elif document.segment_lengths is not None or document.ends is not None or document.images:
             raise ValueError(
-                f"conversations, pairs and prompts cannot be packed by {method!r}, which cuts documents and ends them "
-                "with <|endoftext|>: pack them by 'whole' (--packing=whole, PACKING = 'whole'), or prompts by 'padded'"
+                f"conversations, pairs, prompts and documents with pictures cannot be packed by {method!r}, which cuts "
+                "documents and ends them with <|endoftext|>: pack them by 'whole' (--packing=whole, PACKING = "
+                "'whole'), or prompts by 'padded'"
             )
         else:
             kept.append(Document(*terminated(document, eos_id)))
