@@ -29,6 +29,7 @@ from qwen_jax.hardware import HardwareConfig
 from qwen_jax.models.build import parameter_count
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.lora import LoraConfig
+from qwen_jax.models.vision.config import VisionConfig
 from qwen_jax.reference_column import ReferenceModel
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training.objectives import next_token_prediction
@@ -111,6 +112,7 @@ for _configurable in (
     ScheduleConfig,
     SkipConfig,
     TrainerConfig,
+    VisionConfig,
     direct_preference,
     next_token_prediction,
     pairwise_preference,

@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from qwen_jax import files
 from qwen_jax.alignment.dpo import reference_column
-from qwen_jax.batch_spec import Column, token_columns
+from qwen_jax.batch_spec import Column, image_column, token_columns
 from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps, write_run_files
 from qwen_jax.command_line import quiet, run
 from qwen_jax.compilation_cache import CompilationCache, shared_cache
 from qwen_jax.configuration import parse_args
-from qwen_jax.conversion.initial_weights import InitialWeights
+from qwen_jax.conversion.initial_weights import InitialWeights, JoinedWeights
 from qwen_jax.conversion.load import find_tokenizer
 from qwen_jax.data import task_configuration
 from qwen_jax.data.default_tokenizer import default_tokenizer
@@ -69,6 +69,8 @@ def train(
     epochs: float | None = None,
     reference: ReferenceModel | None = None,
     packing: str = "concat",
+    images_per_row: int = 0,
+    vision_checkpoint: PathLike | None = None,
     compiler_options: dict | None = None,
     compilation_cache: PathLike | None = "auto",
     watchdog: Watchdog | None = None,
@@ -88,6 +90,9 @@ def train(
       packing: "concat" merges documents and cuts them to the sequence length, as the report does; "best_fit" puts whole
         documents into sequences, and attention and positions stay within each; "whole" does so with conversations and
         pairs, and cuts none into two sequences; "padded" has one document a sequence.
+      images_per_row: the most pictures of a sequence, for a model with an image encoder; 0: text alone.
+      vision_checkpoint: initial weights of the image encoder of a new run, in place of those that `initial_checkpoint`
+        has: a run folder, or released weights with an encoder.
       compiler_options: options of XLA for the train step, by name; hardware files set them.
       compilation_cache: folder of compiled programs, for a quick next start; None: no cache. "auto" keeps them in
         `output_dir`; on CPUs, where a program may not run on another machine, in `shared_cache`.
@@ -102,13 +107,15 @@ def train(
     """
     output, cache_dir = files.as_path(output_dir, "OUTPUT_DIR"), files.as_path(cache_dir, "CACHE_DIR")
     check_length(trainer, model)
-    initial_weights = None if initial_checkpoint is None else InitialWeights(initial_checkpoint, initial_subtree, model)
+    check_images(images_per_row, trainer, model, reference)
+    initial_weights = find_initial_weights(initial_checkpoint, initial_subtree, vision_checkpoint, model)
     check_initial_weights(initial_weights, model, output)
     devices = make_mesh(mesh)
-    columns = batch_columns(trainer.sequence_length, packing, reference)
+    columns = batch_columns(trainer.sequence_length, packing, reference, images_per_row, model)
     check_state(build_model(model), optimizer, trainer, devices, columns)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
         where = {"cache_dir": cache_dir, "sequence_length": trainer.sequence_length, "packing": packing}
+        where["images_per_row"] = images_per_row
         train_set, eval_set = open_data(mixture_or_task, where, data_seed, model, run_folder)
         if eval_set is not None and not trainer.eval_batches:
             log.warning("EVAL_BATCHES is 0: no held-out loss is measured")
@@ -176,7 +183,21 @@ def check_state(
     )
 
 
-def check_initial_weights(weights: InitialWeights | None, model: ModelConfig, output: Path) -> None:
+def find_initial_weights(
+    checkpoint: PathLike | None,
+    subtree: str | Sequence[str] | Mapping[str, str] | None,
+    vision_checkpoint: PathLike | None,
+    model: ModelConfig,
+) -> InitialWeights | JoinedWeights | None:
+    """Initial weights of the arguments of `train`; None: all are random."""
+    weights = None if checkpoint is None else InitialWeights(checkpoint, subtree, model)
+    if vision_checkpoint is None:
+        return weights
+    encoder = InitialWeights(vision_checkpoint, ["vision"])
+    return encoder if weights is None else JoinedWeights([weights, encoder])
+
+
+def check_initial_weights(weights: InitialWeights | JoinedWeights | None, model: ModelConfig, output: Path) -> None:
     """Compares initial weights, if any, with the model, before the minutes of preparing data and compiling.
 
     A run that goes on in `output` does not read them.
@@ -230,9 +251,13 @@ def prepare_data(mixture_or_task: str, where: dict, run_folder: Run) -> None:
     run_folder.activity.now("opening the data")
 
 
-def batch_columns(length: int, packing: str, reference: ReferenceModel | None) -> tuple[Column, ...]:
+def batch_columns(
+    length: int, packing: str, reference: ReferenceModel | None, images_per_row: int, model: ModelConfig
+) -> tuple[Column, ...]:
     """The columns of a batch of rows of `length` tokens, known before there are data."""
     columns = token_columns(length, packed=has_segments(packing))
+    if images_per_row and model.vision is not None:
+        columns += (image_column(images_per_row, model.vision.image_size),)
     return columns if reference is None else (*columns, reference_column(length))
 
 
@@ -272,6 +297,59 @@ def check_length(trainer: TrainerConfig, model: ModelConfig) -> None:
         )
 
 
+def check_images(
+    images_per_row: int, trainer: TrainerConfig, model: ModelConfig, reference: ReferenceModel | None
+) -> None:
+    """Checks that a model can read the pictures of its rows.
+
+    Raises:
+      ValueError: the message names the settings.
+    """
+    if not isinstance(images_per_row, int) or images_per_row < 0:
+        raise ValueError(f"IMAGES_PER_ROW must be an integer of at least 0, found {images_per_row!r}")
+    if not images_per_row:
+        return
+    if model.vision is None:
+        raise ValueError(
+            f"IMAGES_PER_ROW is {images_per_row}, and the model has no image encoder: set ModelConfig.vision, as "
+            "gin/models/vl_7b.gin does, or IMAGES_PER_ROW to 0"
+        )
+    if reference is not None:
+        raise ValueError(f"IMAGES_PER_ROW is {images_per_row}, and a reference model reads text alone: set it to 0")
+    needed = model.vision.num_queries + 2
+    if needed > trainer.sequence_length:
+        raise ValueError(
+            f"a picture takes {needed} tokens (VisionConfig.num_queries, <img> and </img>), more than SEQUENCE_LENGTH "
+            f"{trainer.sequence_length}: raise it"
+        )
+
+
+def check_image_tokens(name: str, image_tokens: int, model: ModelConfig) -> None:
+    """Compares the places of pictures in the data with those that the model fills with features.
+
+    Args:
+      name: of the task or mixture.
+      image_tokens: places between the tags of a picture; 0: the data have no pictures.
+
+    Raises:
+      ValueError: the message has both, and the setting to change.
+    """
+    vision = model.vision
+    if not image_tokens or vision is None:
+        return
+    if image_tokens != vision.num_queries:
+        raise ValueError(
+            f"{name} gives each picture {image_tokens} places, and the model fills VisionConfig.num_queries = "
+            f"{vision.num_queries}: set NUM_QUERIES to that of the model and cache anew, or choose another model"
+        )
+    start = default_tokenizer().vision_tokens["<img>"]
+    if vision.image_start_id != start:
+        raise ValueError(
+            f"<img> is {start} in VOCABULARY ({default_tokenizer().path}), and VisionConfig.image_start_id is "
+            f"{vision.image_start_id}: set it to {start}"
+        )
+
+
 def prepare_task(mixture_or_task: str, where: dict) -> None:
     """Caches and packs the splits that the cache lacks.
 
@@ -306,6 +384,7 @@ def load_data(
     Raises:
       ValueError: the data has another vocabulary, or the model is too small for it.
     """
+    where = where | {"image_size": None if model.vision is None else model.vision.image_size}
     train_set = ExampleLoader(mixture_or_task, split="train", seed=seed, **where)
     try:
         eval_set = ExampleLoader(mixture_or_task, split="validation", shuffle=False, repeat=False, **where)
@@ -322,6 +401,8 @@ def load_data(
             f"the vocabulary has {train_set.vocab_size} ids and the model {model.vocab_size} rows: choose a model with "
             f"ModelConfig.vocab_size >= {train_set.vocab_size}, or another VOCABULARY"
         )
+    for one in (train_set, eval_set):
+        check_image_tokens(mixture_or_task, 0 if one is None else one.image_tokens, model)
     return train_set, eval_set
 
 

@@ -75,7 +75,9 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     mesh = make_mesh(settings["mesh"], hardware.devices())
     accumulation = trainer.accumulation(mesh)
     packing, reference = settings.get("packing", "concat"), settings.get("reference")
-    columns = train.batch_columns(trainer.sequence_length, packing, reference)
+    images_per_row = settings.get("images_per_row", 0)
+    train.check_images(images_per_row, trainer, model, reference)
+    columns = train.batch_columns(trainer.sequence_length, packing, reference, images_per_row, model)
     shape = {"batch_size": trainer.batch_size, "columns": columns, "accumulation": accumulation}
     state_bytes = check_run(
         build_model(model), optimizer, trainer.train_steps, mesh, memory=hardware.hbm_bytes, **shape

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
@@ -138,6 +139,33 @@ class InitialWeights:
                 f"shapes, or take a part of the weights (subtree)"
             )
         return sources
+
+
+class JoinedWeights:
+    """Parameters of several checkpoints, such as a decoder and an image encoder; of two, the later one counts.
+
+    Attributes:
+      path: that of the first one, whose vocabulary the model has.
+    """
+
+    def __init__(self, parts: Sequence[InitialWeights]):
+        """Reads nothing."""
+        self._parts, self.path = parts, parts[0].path
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self._parts))
+
+    def check(self, abstract: dict) -> None:
+        """As `InitialWeights.check`, of each."""
+        for part in self._parts:
+            part.check(abstract)
+
+    def load(self, abstract: dict) -> dict:
+        """As `InitialWeights.load`, of all of them."""
+        flat: dict[str, jax.Array] = {}
+        for part in self._parts:
+            flat |= flatten_dict(part.load(abstract), sep="/")
+        return unflatten_dict(flat, sep="/")
 
 
 def _is_adapter(path: str) -> bool:

@@ -34,6 +34,7 @@ class Objective:
         least 1. The function sees traced arrays, in the train step.
       evaluate: `(sums, examples) -> metrics` of held-out examples, from sums over all of them, as Python floats.
       describe: `metrics -> text` of a held-out evaluation, for the line that the run prints.
+      counts: names of sums that count something, such as pictures: a run reports them for each step, and their pace.
       initial_extra: makes the running statistics of a new run, a dict of arrays; None keeps none.
       update_extra: `(extra, sums) -> extra` after each step.
     """
@@ -42,6 +43,7 @@ class Objective:
     summarize: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = _nothing_else
     evaluate: Callable[[dict[str, float], object], dict[str, float]] = _mean_loss
     describe: Callable[[dict[str, float]], str] = _all_of_them
+    counts: tuple[str, ...] = ()
     initial_extra: Callable[[], dict] | None = None
     update_extra: Callable[[dict, dict[str, jax.Array]], dict] | None = None
 

@@ -18,18 +18,22 @@ def next_token_loss(model: Model, params, batch: dict[str, jax.Array], rng: jax.
 
     Args:
       batch: "tokens" int32 [batch, length]; "loss_weights" float32 [batch, length], of each token as a target; and
-        optionally "segment_ids" and "positions", int32 [batch, length], for packed rows.
+        optionally "segment_ids" and "positions", int32 [batch, length], for packed rows, and "images", the pictures of
+        each row in the order of its text, for a model that takes them.
       rng: key for dropout, or None for a deterministic pass.
 
     Returns:
-      (loss sum in nats, {"weight": loss-carrying tokens, "correct": how many of them were the most probable}).
+      (loss sum in nats, {"weight": loss-carrying tokens, "correct": how many of them were the most probable, and
+      "images": number of pictures, where the batch has the column}).
     """
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    pictures = {"images": batch["images"]} if "images" in batch else {}
     hidden = model.apply(
         {"params": params},
         tokens,
         positions=batch.get("positions"),
         segment_ids=segment_ids,
+        **pictures,
         deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng},
         method="hidden_states",
@@ -41,6 +45,8 @@ def next_token_loss(model: Model, params, batch: dict[str, jax.Array], rng: jax.
     kernel = model.apply({"params": params}, method="output_kernel")
     sums = cross_entropy_sums(hidden, kernel, targets, weights)
     loss = sums.pop("loss")
+    if pictures:
+        sums["images"] = model.apply({"params": params}, tokens, method="count_images")
     return loss, sums
 
 
@@ -49,7 +55,7 @@ def next_token_prediction() -> Objective:
 
     Held-out examples are reported with perplexity and bits per UTF-8 byte, so they must know their `bytes_per_token`.
     """
-    return Objective(next_token_loss, _token_metrics, _held_out_metrics, _held_out_text)
+    return Objective(next_token_loss, _token_metrics, _held_out_metrics, _held_out_text, counts=("images",))
 
 
 def _token_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:

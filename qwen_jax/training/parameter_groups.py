@@ -15,6 +15,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 SCHEDULES = ("cosine", "constant")
+# Components that lie before the first layer of an encoder, besides embeddings.
+_BEFORE_LAYERS = ("positions", "input_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +79,9 @@ class ParameterGroup:
       start_step: updates of the run before the first update of this group. Until then its parameters and moments do not
         change, and its gradient does not count for clipping.
       layer_decay: factor on the update per layer below the top (BEiT, arXiv 2106.08254): layer i of n is multiplied by
-        layer_decay^(n - i), embeddings by layer_decay^(n + 1), everything else by 1. Layers are the first axis of the
-        parameters below a `layers` component; embeddings have `embedding` in their path.
+        layer_decay^(n - i), what lies before the first layer by layer_decay^(n + 1), everything else by 1. Layers are
+        the first axis of the parameters below a `layers` component. Before them lie, of the components beside it,
+        those with `embedding` in their name, `positions` and `input_norm`.
       dtype: of a frozen group: "float32", or "bfloat16", which halves its memory.
     """
 
@@ -228,14 +231,20 @@ def has_layers(path: str) -> bool:
 def layer_multipliers(params, decay: float):
     """Pytree of factors of the layer-wise decay: float32 [layers, 1, …] or a number."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    depth = max(leaf.shape[0] for path, leaf in leaves if has_layers(path_name(path)))
+    stacked = [(path_name(path), leaf) for path, leaf in leaves if has_layers(path_name(path))]
+    depth = max(leaf.shape[0] for _, leaf in stacked)
+    beside = {tuple(name.split("/")[: name.split("/").index("layers")]) for name, _ in stacked}
 
     def one(path, leaf):
         name = path_name(path)
         if has_layers(name):
             above = jnp.arange(leaf.shape[0], 0, -1, dtype=jnp.float32)
             return jnp.power(jnp.float32(decay), above).reshape(-1, *[1] * (leaf.ndim - 1))
-        return decay ** (depth + 1) if "embedding" in name else 1.0
+        parts = name.split("/")
+        first = any(
+            "embedding" in part or part in _BEFORE_LAYERS for n, part in enumerate(parts) if tuple(parts[:n]) in beside
+        )
+        return decay ** (depth + 1) if first else 1.0
 
     return jax.tree_util.tree_map_with_path(one, params)
 

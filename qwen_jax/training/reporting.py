@@ -68,6 +68,7 @@ class Reporter(Callback):
     def _restart_clock(self):
         self._since, self._steps, self._waited = time.perf_counter(), 0, self._trainer.batches.waited
         self._device_wait = 0.0
+        self._counted: dict[str, float] = {}
 
     def after_step(self, trainer, metrics):
         """Reads the step before, while this one computes: the host never holds the devices up."""
@@ -111,8 +112,12 @@ class Reporter(Callback):
         self._device_wait += time.perf_counter() - began
         self._check(step, values)
         self._steps += 1
+        for name in self._trainer.objective.counts:
+            if name in values:
+                self._counted[name] = self._counted.get(name, 0.0) + values[name]
         shown = None
         if step % config.log_every == 0 or step == config.train_steps:
+            counted = list(self._counted)
             self._add_pace(values)
             self._write_goodput(step)
             values["goodput"] = self._goodput.shares()["steps"]
@@ -120,6 +125,7 @@ class Reporter(Callback):
             self._restart_clock()
             self._trainer.latest.update(values)
             shown = {"loss": f"{values['loss']:.4f}", "tokens/s": f"{values['tokens_per_second']:,.0f}"}
+            shown |= {f"{name}/s": f"{values[f'{name}_per_second']:,.1f}" for name in counted}
         writer.progress(step, shown)
 
     def _write_goodput(self, step: int) -> None:
@@ -152,6 +158,7 @@ class Reporter(Callback):
         seconds = max(time.perf_counter() - self._since, 1e-9)
         waited = self._trainer.batches.waited - self._waited
         values["tokens_per_second"] = self._steps * config.batch_size * config.sequence_length / seconds
+        values |= {f"{name}_per_second": count / seconds for name, count in self._counted.items()}
         values["data_wait"] = waited / seconds
         if self._processes == 1:
             return

@@ -81,6 +81,7 @@ def make_train_step(
         metrics = {
             "loss": sums["loss"] / weight,
             **objective.summarize(sums | {"weight": weight}),
+            **{name: sums[name] for name in objective.counts if name in sums},
             "gradient_norm": optax.global_norm(gradient),
             **rates(updates_made(state.opt_state, state.step)),
             **skip_metrics(opt_state),

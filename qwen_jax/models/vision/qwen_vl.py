@@ -1,5 +1,6 @@
 """Qwen-VL (arXiv 2308.12966): the decoder, in which features of pictures take the place of some embeddings."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -62,6 +63,12 @@ class QwenVL(Qwen):
         leading = images.shape[:-3]
         features = self.vision(images.reshape(-1, *images.shape[-3:]))
         return features.reshape(*leading, *features.shape[1:])
+
+    @nn.nowrap
+    def count_images(self, tokens: jax.Array) -> jax.Array:
+        """Number of pictures in rows of tokens int32 [batch, length], float32."""
+        assert self.config.vision is not None
+        return jnp.sum(tokens == self.config.vision.image_start_id, dtype=jnp.float32)
 
     def hidden_states(self, tokens, *, images=None, embeddings=None, **arguments) -> jax.Array:
         """As of a decoder, with pictures as in `__call__`."""
