@@ -19,6 +19,7 @@ from qwen_jax.data.images import open_image, squash
 from qwen_jax.generate import load_engine, read_prompts
 from qwen_jax.inference import StreamChunk
 from tests.fakes import random_run, random_vision_run
+from tests.warm_python import python
 
 BOXED = (
     Reference("the cat"),
@@ -265,7 +266,7 @@ def test_a_checkpoint_without_an_encoder_is_one_line_and_status_2(tmp_path, file
     folder = random_run(tmp_path, hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=64)
     arguments = ["--checkpoint", folder, "--image", files / "a.png", "--prompt", "x"]
     done = subprocess.run(
-        [sys.executable, "-m", "qwen_jax.generate", *arguments], capture_output=True, text=True, env=plain_environment
+        [python(), "-m", "qwen_jax.generate", *arguments], capture_output=True, text=True, env=plain_environment
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1] == (

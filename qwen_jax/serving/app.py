@@ -34,7 +34,12 @@ RETRY_SECONDS = 1
 # see a broken connection instead of the answer, and send it again.
 _DRAINED = 8
 _PAGE_FOLDER = Path(__file__).parent / "page"
-_PAGE = {"index.html": "text/html", "chat.css": "text/css", "chat.js": "text/javascript"}
+_PAGE = {
+    "index.html": "text/html",
+    "chat.css": "text/css",
+    "chat.js": "text/javascript",
+    "pictures.js": "text/javascript",
+}
 # The page uses nothing but this server, and no other page may show it in a frame.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -265,7 +270,14 @@ def create_app(service: Service) -> Starlette:
         return await generate(request, parse_completion)
 
     def described() -> dict[str, Any]:
-        return {"id": service.served.model, "object": "model", "created": service.started, "owned_by": "qwen_jax"}
+        reads = ["text"] if service.served.vision is None else ["text", "image"]
+        return {
+            "id": service.served.model,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "qwen_jax",
+            "input_modalities": reads,
+        }
 
     async def models(request: Request) -> Response:
         service.check_caller(request)

@@ -4,9 +4,13 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from qwen_jax.data.images import open_image, squash
 from tests.browser import browser, find_chromium
+from tests.fakes import SMALL_VISION
 from tests.serving.scripted import ScriptedEngine, serving
 from tests.serving.test_limits import Call, until
 
@@ -155,10 +159,55 @@ def test_the_page_asks_for_a_key_and_needs_no_other_server(tokenizer, running):
     with serving(ScriptedEngine(tokenizer, lambda prompt: ""), api_key="key") as guarded:
         status, headers, text = Call(guarded.url, None, "/", "GET").answer()
     assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
-    for name in ("chat.css", "chat.js"):
+    for name in ("chat.css", "chat.js", "pictures.js"):
         assert f"/page/{name}" in text
         status, headers, text_of_it = Call(running.url, None, f"/page/{name}", "GET").answer()
         assert status == 200 and "http" not in text_of_it.replace("http-", "")
     for name in ("../app.py", "%2e%2e/app.py", "nothing"):
         assert Call(running.url, None, f"/page/{name}", "GET").answer()[0] == 404
     assert "http" not in Path("qwen_jax/serving/page/index.html").read_text()
+
+
+def test_pictures_are_attached_shown_and_sent_and_boxes_are_drawn(page, tokenizer, tmp_path):
+    files = [tmp_path / "one.png", tmp_path / "two.jpg"]
+    Image.new("RGB", (60, 30), "red").save(files[0])
+    Image.new("RGB", (40, 80), "white").save(files[1])
+    engine = ScriptedEngine(tokenizer, lambda prompt: "<ref>it</ref><box>(100,500),(900,750)</box> & <box>(9,9)</box>")
+    with serving(engine, vision=SMALL_VISION) as running:
+        page.problems.clear()
+        resize(page, 360)
+        page.open(running.url + "/")
+        until(lambda: not page.evaluate("document.getElementById('attach').hidden"))
+        chooser = page.call("Runtime.evaluate", expression="document.getElementById('pictures')")["result"]["objectId"]
+        page.call("DOM.setFileInputFiles", files=list(map(str, files)), objectId=chooser)
+        until(lambda: page.evaluate("document.querySelectorAll('#attached img').length") == 2)
+        send(page, "Where?")
+        idle(page)
+        assert page.evaluate("document.querySelectorAll('#attached img').length") == 0
+        assert page.evaluate("document.querySelectorAll('.user img').length") == 2
+        assert turns(page)[0] == ["turn user", "Where?"]
+        assert "user\nPicture 1: <img>" in engine.prompts[0] and "</img>\nPicture 2: <img>" in engine.prompts[0]
+        for pixels, file in zip(engine.requests[0].images, files, strict=True):
+            np.testing.assert_array_equal(pixels, squash(open_image(file), 28))
+        # The box is drawn on the last picture, 40 wide and 80 high.
+        canvas = "document.querySelector('.assistant canvas')"
+        until(lambda: page.evaluate(f"{canvas}.width") == 40)
+        colored = "[...document.querySelector('.assistant canvas').getContext('2d').getImageData({}, {}, 1, 1).data]"
+        assert page.evaluate(colored.format(36, 50)) != [255] * 4 == page.evaluate(colored.format(20, 70))
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and page.problems == []
+        # A picture that the server refuses comes back to the person, with the text.
+        files[0].write_bytes(b"no picture")
+        page.call("DOM.setFileInputFiles", files=[str(files[0])], objectId=chooser)
+        until(lambda: page.evaluate("document.querySelectorAll('#attached img').length") == 1)
+        send(page, "And this?")
+        idle(page)
+        assert "picture 3 cannot be read" in page.evaluate("document.querySelector('.wrong').textContent")
+        assert page.evaluate("document.querySelectorAll('#attached img').length") == 1
+        page.evaluate("document.querySelector('#attached button').click()")
+        assert page.evaluate("attached.length") == 0 and page.evaluate("document.getElementById('message').value")
+
+
+def test_a_model_that_reads_text_alone_is_not_shown_pictures(page, running):
+    page.open(running.url + "/")
+    until(lambda: page.evaluate("document.getElementById('model').textContent") == "tiny")
+    assert page.evaluate("document.getElementById('attach').hidden")

@@ -100,12 +100,13 @@ async function reply() {
       add(box, "div", "note wrong", error.message);
       // Back to the person, who may change it; as a part of the conversation it would be in the way of the next one.
       if (!said.content && messages.at(-1).role === "user") {
-        const back = messages.pop().content;
+        const back = takeBack(messages.pop().content);
         at("message").value ||= back;
       }
     }
   }
   if (said.content || said.tool_calls) messages.push(said);
+  drawBoxes(box, said.content);
   for (const call of said.tool_calls ?? []) ask(box, call, said.tool_calls);
   if (notes.length) add(box, "div", "note", notes.join(" · "));
   conversation.scrollTop = conversation.scrollHeight;
@@ -134,10 +135,12 @@ function ask(box, call, all) {
 
 function send() {
   const text = at("message").value;
-  if (!text.trim() || running) return;
+  if ((!text.trim() && !attached.length) || running) return;
   at("message").value = "";
-  messages.push({ role: "user", content: text });
-  turn("user", text);
+  const content = contentOf(text);
+  messages.push({ role: "user", content });
+  showPictures(turn("user", text).box, content);
+  conversation.scrollTop = conversation.scrollHeight;
   reply();
 }
 
@@ -155,14 +158,18 @@ at("stop").addEventListener("click", () => running?.abort());
 at("new").addEventListener("click", () => {
   running?.abort();
   messages = [];
+  latest = null;
   conversation.replaceChildren();
   at("message").focus();
 });
 
 async function name() {
   const response = await fetch("/v1/models", { headers: headers() });
-  if (response.ok) at("model").textContent = (await response.json()).data[0].id;
-  else {
+  if (response.ok) {
+    const model = (await response.json()).data[0];
+    at("model").textContent = model.id;
+    at("attach").hidden = !model.input_modalities.includes("image");
+  } else {
     at("model").textContent = "This server needs its key";
     at("settings").open = true;
   }
