@@ -15,6 +15,7 @@ import collections
 from qwen_jax.command_line import escape, path_argument, run
 from qwen_jax.evaluate import find_benchmarks
 from qwen_jax.evaluation.benchmark import Benchmark, Choices, Example, LeftOut
+from qwen_jax.evaluation.report_tables import place
 
 
 def answered(benchmark: Benchmark) -> str:
@@ -30,7 +31,7 @@ def table() -> str:
     names = ("name", "table", "shots", "answers", "average", "examples", "files under its folder", "TFDS", "source")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for one in sorted(
-        find_benchmarks(["all"]), key=lambda one: (int(one.table.removeprefix("Table ") or 99), one.name)
+        find_benchmarks(["all"]), key=lambda one: (*(place(one.table) if one.table else (2000, "")), one.name)
     ):
         choices = one.answers if isinstance(one.answers, Choices) else None
         kind = "written" if choices is None else f"ranked, {choices.normalization}" + ", apart" * choices.apart

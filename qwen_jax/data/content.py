@@ -51,7 +51,14 @@ class Region:
     points: tuple[tuple[int, int], ...]
 
 
-Part = str | Picture | Reference | Region
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """The opening tag of a region, at the end of a prompt: the model writes the rest."""
+
+    tag: str = "<box>"
+
+
+Part = str | Picture | Reference | Region | Opening
 Content = str | Sequence[Part]
 
 
@@ -74,6 +81,7 @@ def parse_parts(given: Sequence[object], where: str) -> tuple[Part, ...]:
         {"type": "image", "image": "pictures/a.png"}
         {"type": "box", "ref": "the cat", "boxes": [[12, 40, 530, 999]]}
         {"type": "quad", "ref": "EXIT", "quads": [[10, 20, 90, 20, 90, 40, 10, 40]]}
+        {"type": "opening", "ref": "the cat"}                                           a box that the model writes
 
     `ref` may be absent. Text that holds tags stays text.
 
@@ -88,9 +96,11 @@ def parse_parts(given: Sequence[object], where: str) -> tuple[Part, ...]:
     for number, one in enumerate(given):
         place = f"{where}, part {number}"
         kind = one.get("type") if isinstance(one, Mapping) else None
-        if not isinstance(one, Mapping) or kind not in ("text", "image", "box", "quad"):
+        if not isinstance(one, Mapping) or kind not in _KINDS:
             raise Unusable("a part that is no text, image, box or quad", f"{place}: type {kind!r}")
-        if kind in ("text", "image"):
+        if kind == "opening":
+            parts += [*_reference(one, place), Opening()]
+        elif kind in ("text", "image"):
             value = one.get(kind)
             if not isinstance(value, str) or (kind == "image" and not value):
                 raise Unusable(f"a part of type {kind} without a {kind}", place)
@@ -100,14 +110,21 @@ def parse_parts(given: Sequence[object], where: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _grounded(one: Mapping, kind: str, place: str) -> list[Part]:
-    reference, regions = one.get("ref"), one.get(f"{kind}s" if kind == "quad" else "boxes")
+_KINDS = ("text", "image", "box", "quad", "opening")
+
+
+def _reference(one: Mapping, place: str) -> list[Part]:
+    reference = one.get("ref")
     if reference is not None and not isinstance(reference, str):
         raise Unusable("a reference that is no text", place)
+    return [] if reference is None else [Reference(reference)]
+
+
+def _grounded(one: Mapping, kind: str, place: str) -> list[Part]:
+    regions = one.get(f"{kind}s" if kind == "quad" else "boxes")
     if not isinstance(regions, Sequence) or isinstance(regions, str) or not regions:
         raise Unusable(f"a part of type {kind} without regions", place)
-    parts: list[Part] = [] if reference is None else [Reference(reference)]
-    return parts + [region(numbers, place, corners=2 if kind == "box" else 4) for numbers in regions]
+    return _reference(one, place) + [region(numbers, place, corners=2 if kind == "box" else 4) for numbers in regions]
 
 
 def region(numbers: object, where: str, corners: int = 2) -> Region:
@@ -215,7 +232,7 @@ def _written(part: Part) -> str:
     if isinstance(part, Region):
         tag = "box" if len(part.points) == 2 else "quad"
         return f"<{tag}>{_corners(part)}</{tag}>"
-    return part
+    return part.tag if isinstance(part, Opening) else part
 
 
 def _corners(part: Region) -> str:
@@ -246,6 +263,8 @@ def encode(tokenizer: Tokenizer, content: Content, num_queries: int = NUM_QUERIE
         elif isinstance(part, Region):
             tag = "box" if len(part.points) == 2 else "quad"
             ids += [tags[f"<{tag}>"], *tokenizer.encode(_corners(part)), tags[f"</{tag}>"]]
+        elif isinstance(part, Opening):
+            ids.append(tags[part.tag])
     return ids
 
 

@@ -31,6 +31,9 @@ class Example:
         chat: what the user says to a chat model, or "" where the benchmark defines no such prompt.
         extra: further fields of the publisher's row that `extract` and `judge` need, of JSON types.
         weight: points that the question is worth.
+        parts: the prompt with pictures, in the JSON layout of `qwen_jax.data.content.parse_parts` with paths of image
+            files; `prompt` is then what a person reads. Empty: the prompt is text.
+        chat_parts: the same of `chat`.
     """
 
     id: str
@@ -41,16 +44,25 @@ class Example:
     chat: str = ""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weight: float = 1.0
+    parts: tuple[Mapping[str, Any], ...] = ()
+    chat_parts: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> str:
         """The example as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        fields = dataclasses.asdict(self)
+        # Benchmarks of text keep the fingerprints that they had before there were pictures.
+        fields = {name: value for name, value in fields.items() if value or name not in _PARTS}
+        return json.dumps(fields, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Example":
         """The example of `to_json`."""
         fields = json.loads(text)
-        return cls(**fields | {"choices": tuple(fields["choices"])})
+        lists = {name: tuple(fields[name]) for name in ("choices", *_PARTS) if name in fields}
+        return cls(**fields | lists)
+
+
+_PARTS = ("parts", "chat_parts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +180,8 @@ class Benchmark:
         table: table of the report that has it, such as "Table 2", or "".
         report: the report's figures in percent by model, such as {"Qwen-7B": 58.2}.
         source: where prompt, shots and rules come from.
+        summary: scores that are not means over examples, from all examples and their outcomes; they take the place of
+            means of the same name. See `scores` for names.
         size: number of examples of the whole publication, or 0 where it is not known.
     """
 
@@ -185,6 +199,7 @@ class Benchmark:
     table: str = ""
     report: Mapping[str, float] = dataclasses.field(default_factory=dict)
     source: str = ""
+    summary: "Callable[[Sequence[Example], Sequence[Outcome]], Mapping[str, float]] | None" = None
     size: int = 0
 
     def __post_init__(self):
@@ -261,8 +276,12 @@ def judged(benchmark: Benchmark, example: Example, output: Any, chat: bool = Fal
     )
 
 
-def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float]:
+def scores(benchmark: Benchmark, outcomes: Sequence[Outcome], examples: Sequence[Example] = ()) -> dict[str, float]:
     """Scores of a benchmark in percent.
+
+    Args:
+        outcomes: of all examples.
+        examples: in the same order; only benchmarks with a `summary` need them.
 
     Returns:
         `score` and its standard error `score_stderr` by the first way of extraction, `score_WAY` by each further one,
@@ -283,6 +302,8 @@ def scores(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, float
         result[f"subject/{subject}"] = _mean([one for one in outcomes if one.subject == subject], first)[0]
     for name in outcomes[0].figures:
         result[f"mean/{name}"] = sum(outcome.figures[name] for outcome in outcomes) / len(outcomes)
+    if benchmark.summary is not None:
+        result |= benchmark.summary(examples, outcomes)
     no_answer = sum(outcome.extracted[first] is None for outcome in outcomes)
     return result | {"examples": float(len(outcomes)), "no_answer": float(no_answer)}
 

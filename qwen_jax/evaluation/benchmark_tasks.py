@@ -123,8 +123,7 @@ def add_benchmark(benchmark: Benchmark, data_dir: Callable[[], Path | None]) -> 
         return tf.data.Dataset.from_generator(rows, output_signature={"inputs": one, "targets": one})
 
     def score(targets: Sequence[Example], predictions: Sequence[Outcome]) -> Mapping[str, float]:
-        del targets  # an outcome has been judged with its example
-        return scores(benchmark, predictions)
+        return scores(benchmark, predictions, targets)
 
     _BENCHMARKS[benchmark.name] = benchmark
     seqio.TaskRegistry.add(

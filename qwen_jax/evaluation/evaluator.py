@@ -18,7 +18,7 @@ from tqdm import tqdm
 from qwen_jax.data import chatml
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Activity
-from qwen_jax.evaluation import benchmark_tasks
+from qwen_jax.evaluation import benchmark_tasks, pictures
 from qwen_jax.evaluation.benchmark import Benchmark, Choices, Example, Generation, LeftOut, judged
 from qwen_jax.evaluation.encoding import (
     CutPrompt,
@@ -37,6 +37,7 @@ from qwen_jax.inference.requests import LENGTH
 FIRST_WINDOW = 32
 _SMALLEST_WINDOW, _LARGEST_WINDOW = 8, 1024
 _SHORT_SECONDS, _LONG_SECONDS = 10.0, 60.0
+_PICTURES_AT_A_TIME = 128
 # A line of progress so often where there is no terminal, in seconds.
 _LOG_SECONDS = 30.0
 
@@ -169,7 +170,11 @@ def _ranked(engine: Engine, benchmark: Benchmark, examples: Sequence[Example]) -
     for window in _windows(benchmark.name, examples):
         pairs = [_encoded_pairs(engine, benchmark, example) for example in window]
         found = iter(
-            engine.score([prompt.ids for of in pairs for prompt, _ in of], [choice for of in pairs for _, choice in of])
+            engine.score(
+                [prompt.ids for of in pairs for prompt, _ in of],
+                [choice for of in pairs for _, choice in of],
+                **_shown(engine, benchmark, window, pairs),
+            )
         )
         for example, of in zip(window, pairs, strict=True):
             scores = [next(found) for _ in of]
@@ -185,6 +190,14 @@ def _ranked(engine: Engine, benchmark: Benchmark, examples: Sequence[Example]) -
                 "greedy": [bool(score.most_likely.all()) for score in scores],
             }
             yield _Answer(example, False, output, max(prompt.cut for prompt, _ in of))
+
+
+def _shown(engine: Engine, benchmark: Benchmark, window: Sequence[Example], pairs: Sequence[Sequence]) -> dict:
+    """The argument `images` of `Engine.score`, the pictures of each pair; none where no example has any."""
+    if not any(example.parts for example in window):
+        return {}
+    shown = (pictures.read(engine, benchmark.name, example.id, example.parts) for example in window)
+    return {"images": [images for images, of in zip(shown, pairs, strict=True) for _ in of]}
 
 
 def _windows(name: str, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
@@ -203,6 +216,13 @@ def _windows(name: str, examples: Sequence[Example]) -> Iterator[Sequence[Exampl
 def _encoded_pairs(engine: Engine, benchmark: Benchmark, example: Example) -> list[tuple[CutPrompt, list[int]]]:
     answers = benchmark.answered_by(example)
     assert isinstance(answers, Choices) and engine.tokenizer is not None
+    if example.parts:
+        if not answers.apart or answers.normalization == "text":
+            raise ValueError(
+                f"{benchmark.name}: choices after pictures must be encoded apart, and not ranked as whole texts"
+            )
+        prompt = pictures.prompt(engine, benchmark.name, example.id, example.parts, engine.context_length - 1)
+        return [(CutPrompt(prompt, 0), engine.tokenizer.encode(choice)) for choice in example.choices]
     pairs = []
     for context, group in itertools.groupby(answers.pairs(example), key=lambda pair: pair[0]):
         texts = [continuation for _, continuation in group]
@@ -217,27 +237,36 @@ def _encoded_pairs(engine: Engine, benchmark: Benchmark, example: Example) -> li
 
 def _written(engine: Engine, benchmark: Benchmark, examples: Sequence[Example], chat: bool) -> Iterator[_Answer]:
     """The text that continues the prompt of each example, as they finish."""
-    if not examples:
-        return
+    # Pictures are decoded for some examples at a time: those of a whole benchmark are tens of gigabytes.
+    shown = any(example.parts for example in examples)
+    size = _PICTURES_AT_A_TIME if shown else max(len(examples), 1)
+    for start in range(0, len(examples), size):
+        window = examples[start : start + size]
+        requests = [_request(engine, benchmark, example, chat) for example in window]
+        for result in engine.generate([request for request, _ in requests]):
+            example = window[result.index]
+            talk, cut = as_chat(benchmark, example, chat), requests[result.index][1]
+            yield _Answer(example, talk, result.text or "", cut, result.finish_reason)
+
+
+def _request(engine: Engine, benchmark: Benchmark, example: Example, chat: bool) -> tuple[Request, int]:
+    """The request for an answer, and the number of tokens that were cut off its prompt."""
     assert engine.tokenizer is not None
-    stop_ids = chatml.stop_ids(engine.tokenizer)
-    requests, asked = [], []
-    for example in examples:
-        answers, talk = benchmark.answered_by(example, chat), as_chat(benchmark, example, chat)
-        assert isinstance(answers, Generation)
-        limit = new_tokens(answers, engine.context_length)
-        room = engine.context_length - limit
-        if talk:
-            prompt = chat_prompt(engine.tokenizer, example.chat, room)
-        else:
-            prompt = cut_left(encode_prompt(engine.tokenizer, example.prompt), room)
-        # Stop strings separate the shots of base prompts; a chat model ends its turn.
-        stop = () if talk else answers.stop
-        requests.append(Request(prompt.ids, limit, stop_ids=stop_ids, stop_strings=stop))
-        asked.append((example, talk, prompt.cut))
-    for result in engine.generate(requests):
-        example, talk, cut = asked[result.index]
-        yield _Answer(example, talk, result.text or "", cut, result.finish_reason)
+    answers, talk = benchmark.answered_by(example, chat), as_chat(benchmark, example, chat)
+    assert isinstance(answers, Generation)
+    limit = new_tokens(answers, engine.context_length)
+    room = engine.context_length - limit
+    # Stop strings separate the shots of base prompts; a chat model ends its turn.
+    stop, stop_ids = () if talk else answers.stop, chatml.stop_ids(engine.tokenizer)
+    if parts := example.chat_parts if talk else example.parts:
+        ids = pictures.prompt(engine, benchmark.name, example.id, parts, room, chat=talk)
+        images = pictures.read(engine, benchmark.name, example.id, parts)
+        return Request(ids, limit, stop_ids=stop_ids, stop_strings=stop, images=images), 0
+    if talk:
+        prompt = chat_prompt(engine.tokenizer, example.chat, room)
+    else:
+        prompt = cut_left(encode_prompt(engine.tokenizer, example.prompt), room)
+    return Request(prompt.ids, limit, stop_ids=stop_ids, stop_strings=stop), prompt.cut
 
 
 class _Judges:

@@ -14,6 +14,10 @@ LAYOUTS = {
     "Table 15": ("cmmlu", "agieval", "gaokao_bench", "arc_easy", "arc_challenge"),
     "Table 16": ("boolq", "commonsenseqa", "natural_questions", "lambada"),
     "Table 17": ("hellaswag", "piqa", "siqa", "ocnli"),
+    "Qwen-VL, Table 4": ("nocaps", "flickr30k", "vqav2", "okvqa", "scienceqa"),
+    "Qwen-VL, Table 5": ("textvqa", "docvqa"),
+    "Qwen-VL, Table 6": ("refcoco", "refcoco_plus", "refcocog"),
+    "Qwen-VL, Table 7": ("seed_bench", "mme"),
 }
 # Tables whose columns are the subject groups of one benchmark.
 GROUP_TABLES = {"mmlu": "Table 13", "ceval": "Table 14"}
@@ -110,11 +114,12 @@ def report_tables(model: str, entries: Mapping[str, Entry], registry: Mapping[st
             found[caption] = _columns_of_groups(caption, model, entry, groups)
     placed = {name for names in layouts.values() for name in names}
     others = [entry.benchmark for name, entry in entries.items() if name not in placed]
-    tables = [found[title] for title in sorted(found, key=_place)]
+    tables = [found[title] for title in sorted(found, key=place)]
     return tables + ([_columns_of_benchmarks("Not in the report", model, entries, others)] if others else [])
 
 
-def _place(title: str) -> tuple[int, str]:
+def place(title: str) -> tuple[int, str]:
+    """Where a table stands among others: those of the report by number, then those of other papers by name."""
     number = title.removeprefix("Table ").split()[0].removesuffix(":")
     return (int(number) if number.isdigit() else 1000, title)
 
@@ -156,7 +161,7 @@ def counts_table(entries: Mapping[str, Entry]) -> Table:
             key.removeprefix("score_"): value
             for key, value in metrics.items()
             if key.startswith("score_") and key != "score_stderr"
-        }
+        } | {key.removeprefix("mean/"): value for key, value in metrics.items() if key.startswith("mean/")}
         counted = f"{entry.examples:,}" + (f" of {benchmark.size:,}" if benchmark.size > entry.examples else "")
         if entry.limit is not None:
             each = " of each subject" if any(key.startswith("subject/") for key in metrics) else ""

@@ -80,7 +80,7 @@ def test_an_oracle_scores_100_and_its_opposite_0(name, data_dir):
     if missing := FILES[name].missing():
         pytest.skip(missing)
     right = evaluate(name, outputs(name, data_dir, right=True))
-    assert right["score"] == pytest.approx(100) and right["examples"] == FILES[name].examples
+    assert right["score"] == pytest.approx(FILES[name].oracle) and right["examples"] == FILES[name].examples
     assert all(score == pytest.approx(100) for key, score in right.items() if key.startswith(("subject/", "group/")))
     wrong = evaluate(name, outputs(name, data_dir, right=False))
     assert (wrong["score"], wrong["no_answer"]) == (0, 0)

@@ -29,6 +29,7 @@ class Published:
         are replaced.
       right: for texts that a model writes, a right one; None: the target itself.
       false: a wrong one that an answer is found in.
+      oracle: the score of right answers to all.
       data: what the copy in the shared data gives: (examples, rows left out), their sum, or an error; None: there is no
         copy.
       tfds: rows of its TFDS dataset by split, with labels by name or number; each becomes an example.
@@ -42,6 +43,7 @@ class Published:
     wrong: tuple[str, str]
     right: Callable[[Example], str] = lambda example: str(example.target)
     false: Callable[[Example], str] = lambda example: "-17"
+    oracle: float = 100
     data: tuple[int, int] | int | str | None = None
     missing: Callable[[], str | None] = lambda: None
     slow: bool = False
