@@ -124,6 +124,13 @@ def _questions(query: str | None) -> Iterator[str]:
             yield line.strip()
 
 
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date such as 2023-09-25: {error}") from error
+
+
 @programs_kept()
 def main(argv=None) -> int:
     """Command line of `python -m qwen_jax.agent`; returns 1 if a question has no final answer."""
@@ -135,7 +142,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--query", help="the question; default: standard input, one a line")
     parser.add_argument("--tools", type=path_argument, metavar="FILE", help="a .py with TOOLS, or a .json; see above")
-    parser.add_argument("--date", type=datetime.date.fromisoformat, metavar="YYYY-MM-DD", help="what `date` says")
+    parser.add_argument("--date", type=_date, metavar="YYYY-MM-DD", help="what `date` says")
     parser.add_argument("--save", type=path_argument, metavar="FILE", help="add the conversation to this .jsonl")
     parser.add_argument("--style", choices=STYLES, default=DEFAULT_STYLE, help="of the prompt; default: %(default)s")
     parser.add_argument("--rule", choices=react.RULES, help="which of several calls counts; default: by the style")

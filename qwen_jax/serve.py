@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qwen_jax.serving.server import Server
 
 API_KEY_VARIABLE = "QWEN_JAX_API_KEY"
+MOST_SLOTS = 4096
 _LARGEST_BODY, _LARGEST_WITH_PICTURES = 4 << 20, 32 << 20
 
 
@@ -102,7 +103,11 @@ def serve(
         raise ValueError("the server runs in one process, this job has several: start one server on each host")
     for name, value in (("--max_waiting", max_waiting), ("--grace_seconds", grace_seconds)):
         if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must not be negative, found {value}")
+            raise ValueError(f"{name} must not be negative, infinite or nan, found {value}")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise ValueError(
+            f"--slots must be from 1 to {MOST_SLOTS}, found {slots}: each has memory for the keys of its tokens"
+        )
     sizes = {"max_request_bytes": max_request_bytes, "max_images": max_images, "max_image_pixels": max_image_pixels}
     for name, value in sizes.items():
         if value is not None and value < 1:

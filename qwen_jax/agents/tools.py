@@ -198,6 +198,8 @@ def load_tools(path: str | Path, ask: Callable[[str, dict], str] | None = None) 
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        raise ValueError(f"{path}: it ends the process (sys.exit): {error}") from error
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     tools = getattr(module, "TOOLS", None)

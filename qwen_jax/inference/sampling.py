@@ -40,11 +40,12 @@ class SamplingConfig:
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k must be 0 (all) or a positive integer, found {self.top_k}")
         if not 0 < self.top_p <= 1:
-            greedy = "temperature 0 takes the most probable token, whatever top_p: leave it at 1"
-            raise ValueError(
-                f"top_p must be above 0 and at most 1, found {self.top_p}: "
-                + (greedy if self.temperature == 0 else "for the most probable token alone, set temperature to 0")
-            )
+            hint = "for the most probable token alone, set temperature to 0"
+            if self.temperature == 0:
+                hint = "temperature 0 takes the most probable token, whatever top_p: leave it at 1"
+            elif self.top_p > 0:
+                hint = "1 samples from all tokens"
+            raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}: {hint}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive (1: none), found {self.repetition_penalty}")
 

@@ -186,12 +186,14 @@ class EventStream(StreamingResponse):
 async def _events(service: Service, job: Job, submission: Submission, begun: float) -> AsyncIterator[bytes]:
     answer = responses.Answer(job, service.served.model)
     choices = [Choice(job, service.served.tokenizer) for _ in job.requests]
-    tokens = 0
+    tokens, cached = 0, {}
     for data in answer.begin():
         yield data
     try:
         async for place, chunk in service.chunks(submission, begun):
             tokens += len(chunk.tokens)
+            if chunk.result is not None:
+                cached[place] = chunk.result.cached_tokens
             for data in answer.events(place, choices[place].take(chunk)):
                 yield data
     except ApiError as error:
@@ -201,19 +203,21 @@ async def _events(service: Service, job: Job, submission: Submission, begun: flo
         log.exception("a stream ended with an error")
         yield responses.event(_failed(error).body)
         return
-    for data in answer.end(responses.usage(job, tokens)):
+    for data in answer.end(responses.usage(job, tokens, cached)):
         yield data
 
 
 async def _whole(service: Service, job: Job, submission: Submission, begun: float) -> bytes:
     choices = [Choice(job, service.served.tokenizer) for _ in job.requests]
     parts: list[list[Part]] = [[] for _ in job.requests]
-    tokens = 0
+    tokens, cached = 0, {}
     async for place, chunk in service.chunks(submission, begun):
         tokens += len(chunk.tokens)
+        if chunk.result is not None:
+            cached[place] = chunk.result.cached_tokens
         parts[place].append(choices[place].take(chunk))
     answer = responses.Answer(job, service.served.model)
-    return responses.dump(answer.whole([whole(one) for one in parts], responses.usage(job, tokens)))
+    return responses.dump(answer.whole([whole(one) for one in parts], responses.usage(job, tokens, cached)))
 
 
 async def _unless_disconnected(request: Request, work) -> Any:

@@ -119,6 +119,9 @@ def parse_chat(body: Mapping, served: Served) -> Job:
     except (Unusable, ValueError) as error:
         raise bad_request("messages", str(error)) from None
     messages = conversation.messages
+    for number, (given, message) in enumerate(zip(body["messages"], messages, strict=True)):
+        if given.get("content") is None and message.role in ("user", "system"):
+            raise bad_request("messages", f"message {number}: a message of role {given['role']!r} needs content")
     check_pictures(conversation, served.max_images)
     _check_size(sum(_characters(message) for message in messages), "messages", served)
     if any(len(message.calls) > MAX_TOOLS for message in messages):

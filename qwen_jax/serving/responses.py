@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen_jax.serving.choices import Part
@@ -41,7 +41,7 @@ class Answer:
         }
         self._offsets: dict[int, int] = {}
 
-    def whole(self, parts: Sequence[Part], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, parts: Sequence[Part], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer as one object, of all choices in order."""
         choices = []
         for index, part in enumerate(parts):
@@ -62,23 +62,25 @@ class Answer:
         """The first events of a stream: who speaks, once for each choice, in their order."""
         if self._chat:
             for index in range(len(self._job.requests)):
-                yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
+                delta = {"role": "assistant", "content": ""}
+                yield self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def events(self, index: int, part: Part) -> Iterator[bytes]:
-        """The events of a part of choice `index`. Fields without a value are left out, as the client adds deltas up."""
-        choice: dict[str, Any] = {"index": index}
+        """The events of a part of choice `index`; only what is said in it is in its delta."""
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": None}
         if self._job.logprobs and part.tokens:
             choice["logprobs"] = self._log_probs(index, part)
-        if part.content or "logprobs" in choice:
+        if part.content or choice["logprobs"] is not None:
             text = {"delta": {"content": part.content}} if self._chat else {"text": part.content}
             yield self._chunk(choice | text)
         if part.call is not None:
-            yield self._chunk({"index": index, "delta": {"tool_calls": [{"index": 0, **_call(part.call)}]}})
+            delta = {"tool_calls": [{"index": 0, **_call(part.call)}]}
+            yield self._chunk({**choice, "logprobs": None, "delta": delta})
         if part.finish_reason is not None:
             text = {"delta": {}} if self._chat else {"text": ""}
-            yield self._chunk({"index": index, "finish_reason": part.finish_reason, **text})
+            yield self._chunk({**choice, "logprobs": None, "finish_reason": part.finish_reason, **text})
 
-    def end(self, usage: dict[str, int]) -> Iterator[bytes]:
+    def end(self, usage: dict[str, Any]) -> Iterator[bytes]:
         """The last events: the usage where it is asked for, and the mark of the end."""
         if self._job.include_usage:
             yield self._chunk(None, usage=usage)
@@ -111,12 +113,22 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-def usage(job: Job, completion_tokens: int) -> dict[str, int]:
-    """Numbers of tokens; a prompt is counted once, whatever `n`."""
+def usage(job: Job, completion_tokens: int, cached: Mapping[int, int] | None = None) -> dict[str, Any]:
+    """Numbers of tokens; a prompt is counted once, whatever `n`.
+
+    Args:
+        cached: tokens of the prompt that were not computed for a request, by its place in the job.
+    """
     # The requests of one prompt share its list of ids.
     prompt_tokens = sum({id(request.prompt): len(request.prompt) for request in job.requests}.values())
+    # Of the requests of one prompt, those after the first compute nothing.
+    least: dict[int, int] = {}
+    for place, tokens in (cached or {}).items():
+        prompt = id(job.requests[place].prompt)
+        least[prompt] = min(tokens, least.get(prompt, tokens))
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(least.values())},
     }

@@ -174,6 +174,7 @@ def test_tools_come_from_a_python_file_or_from_definitions(tmp_path):
     for name, content, message in (
         ("none.py", "", "expected a list TOOLS"),
         ("fails.py", "1 / 0", "ZeroDivisionError"),
+        ("ends.py", "import sys; sys.exit('bye')", r"ends.py: it ends the process .sys.exit.: bye"),
         ("words.json", '{"a": 1}', "expected a list of objects"),
         ("cut.json", "[", "words|Expecting|cut"),
         ("tools.yaml", "", "expected a .py with a list TOOLS, or a .json"),

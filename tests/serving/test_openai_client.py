@@ -81,10 +81,14 @@ def test_only_a_stream_that_asks_for_the_usage_ends_with_a_chunk_without_choices
         response = connection.getresponse()
         text = response.read().decode()
         assert response.headers["content-type"].startswith("text/event-stream")
-        assert text.endswith("data: [DONE]\n\n") and "null" not in text
+        assert text.endswith("data: [DONE]\n\n")
         events = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
         assert all(line.startswith("data: {") for line in text.split("\n\n")[:-2])
         assert [event["choices"][0]["delta"] for event in events[:1]] == [{"role": "assistant", "content": ""}]
+        choices = [choice for event in events for choice in event["choices"]]
+        assert all(set(choice) == {"index", "delta", "logprobs", "finish_reason"} for choice in choices)
+        assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+        assert all(choice["logprobs"] is None and None not in choice["delta"].values() for choice in choices)
         found.append([event.get("usage") for event in events if not event["choices"]])
     assert found[0] == [] and found[1][0]["completion_tokens"] > 5
 
@@ -172,6 +176,12 @@ WRONG = {
     "model": ({"model": "gpt-4"}, 404, "model", "'gpt-4' is not served"),
     "no messages": ({"messages": []}, 400, "messages", "no message"),
     "messages": ({"messages": "hi"}, 400, "messages", "must be a list"),
+    "no content": (
+        {"messages": [{"role": "user"}]},
+        400,
+        "messages",
+        "message 0: a message of role 'user' needs content",
+    ),
     "role": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", "unknown role"),
     "picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -184,6 +194,7 @@ WRONG = {
     "temperature": ({"temperature": -1}, 400, "temperature", "must be 0"),
     "temperature of text": ({"temperature": "hot"}, 400, "temperature", "must be a number"),
     "top_p": ({"top_p": 0}, 400, "top_p", "above 0"),
+    "top_p above 1": ({"top_p": 1.1}, 400, "top_p", "at most 1, found 1.1: 1 samples from all tokens"),
     "top_logprobs": ({"logprobs": True, "top_logprobs": 5}, 400, "top_logprobs", "not supported"),
     "presence": ({"presence_penalty": 0.5}, 400, "presence_penalty", "repetition_penalty"),
     "form": ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
@@ -216,6 +227,19 @@ def test_prompts_that_are_too_long_are_refused(client):
         assert refused.value.code == "context_length_exceeded" and refused.value.param == "messages"
     with pytest.raises(openai.BadRequestError, match="4096 tokens"):
         client.completions.create(model="tiny", prompt="x", max_tokens=4096)
+
+
+def test_tokens_that_were_not_computed_again_are_counted(tmp_path):
+    run = random_run(tmp_path, hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=256)
+    engine = Engine(*load_pretrained(run), load_tokenizer(run), slots=2, prefix_cache_tokens=512)
+    with serving(engine) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        given = dict(model="tiny", prompt="x" * 100, max_tokens=4, n=2)
+        first, second = (client.completions.create(**given).usage.prompt_tokens_details for _ in range(2))
+        options = {"include_usage": True}
+        *_, last = client.completions.create(**given, stream=True, stream_options=options)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 96)
+    assert last.usage.prompt_tokens_details.cached_tokens == 96 and last.usage.prompt_tokens == 100
 
 
 def test_a_real_model_answers_as_the_engine_does(tmp_path):
