@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_jax.agents.react import STOP
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, stop_ids
-from qwen_jax.data.content import NUM_QUERIES, pictures
+from qwen_jax.data.content import NUM_QUERIES, Reference, pictures
 from qwen_jax.data.conversations import Message, Unusable, from_openai
 from qwen_jax.data.react import DEFAULT_STYLE
 from qwen_jax.inference import Request, SamplingConfig
@@ -127,8 +127,11 @@ def parse_chat(body: Mapping, served: Served) -> Job:
     if any(len(message.calls) > MAX_TOOLS for message in messages):
         raise bad_request("messages", f"a message may have {MAX_TOOLS} calls at most")
     # Each takes some tokens.
-    if (turns := sum(1 + len(message.calls) for message in messages)) > served.context_length:
-        raise _too_long("messages", f"{turns} messages and calls", served)
+    turns = sum(
+        1 + len(message.calls) + sum(not isinstance(part, str) for part in message.parts) for message in messages
+    )
+    if turns > served.context_length:
+        raise _too_long("messages", f"{turns} messages, calls, pictures and regions", served)
     shown = [picture for message in messages for picture in pictures(message.parts)]
     queries = served.vision.num_queries if served.vision is not None else NUM_QUERIES
     prompt = chat_prompt(served.tokenizer, conversation, choice, served.system, served.tool_style, queries)
@@ -184,8 +187,9 @@ def _check_model(body: Mapping, served: Served) -> None:
 
 
 def _characters(message: Message) -> int:
-    """Number of characters of the texts of a message; of a region, those that all have."""
-    return len(message.content) + sum(len(part) if isinstance(part, str) else 1 for part in message.parts)
+    """Number of characters of the texts of a message."""
+    texts = (part.text if isinstance(part, Reference) else part for part in message.parts)
+    return len(message.content) + sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _check_size(characters: int, param: str, served: Served) -> None:

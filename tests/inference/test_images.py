@@ -102,6 +102,16 @@ def test_decoding_weights_and_any_mesh_give_the_same(loaded, folder):
     assert tokens_of(engine, requests_of()) == expected
 
 
+def test_in_bfloat16(folder):
+    """The program of another dtype: features, their places and the prefix cache are all of it."""
+    engine = Engine(*load_for_decoding(folder, dtype="bfloat16"), slots=2, prefix_cache_tokens=256)
+    request = Request([*[3] * 20, *PICTURE, *[4] * 20], 5, images=[NOISE])
+    (first,), (second,) = engine.generate([request]), engine.generate([request])
+    assert first.tokens == second.tokens and second.cached_tokens == 32
+    (score,) = engine.score([request.prompt], [first.tokens], [request.images])
+    np.testing.assert_allclose(score.log_probs, first.log_probs, atol=0.2)
+
+
 def test_a_picture_is_encoded_once(loaded, encoded):
     engine = Engine(*loaded, slots=8)
     request = Request([1, *PICTURE, 9], 6, SamplingConfig(temperature=1.0), images=[RED])

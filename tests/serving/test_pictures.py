@@ -112,6 +112,8 @@ WRONG = {
     "too many": ([part(RED)] * 4, "4 pictures: there may be 3 at most"),
     "outside": ([{"type": "box", "boxes": [[0, 0, 1000, 5]]}], "no integers in [0, 1000)"),
     "too long": ([part(RED), text("x" * 240)], "at most 256 tokens"),
+    "many regions": ([{"type": "box", "boxes": [[0, 0, 9, 9]] * 257}], "258 messages, calls, pictures and regions"),
+    "a long reference": ([{"type": "box", "ref": "x" * 200_000, "boxes": [[0, 0, 9, 9]]}], "200000 characters"),
 }
 
 
