@@ -1,12 +1,15 @@
 """Pictures on the command line: chat and generate with them, boxes drawn, and one line for what cannot be."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_jax import chat as chat_module
@@ -171,6 +174,22 @@ def test_content_of_a_reply_is_what_was_encoded(engine):
     parts = (Picture("/x/y/a.png"), "see", *BOXED, Region(((1, 1), (2, 2))), Region(((1, 1), (2, 1), (2, 2), (1, 2))))
     assert parse_parts(to_json(parts, "/x/y"), "here") == (Picture("a.png"), *parts[1:])
     assert to_json(("x", Reference("y")), "/") == [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
+
+
+NUMBERS = st.integers(0, 999)
+REGIONS = st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS).map(
+    lambda n: Region(((min(n[::2]), min(n[1::2])), (max(n[::2]), max(n[1::2]))))
+)
+TEXTS = st.text(st.characters(codec="ascii"), min_size=1, max_size=12)
+
+
+@hypothesis.given(parts=st.lists(st.one_of(TEXTS, TEXTS.map(Reference), REGIONS), max_size=6))
+def test_any_content_comes_back(engine, parts):
+    """Whatever a text says, a tag or a box among it, it stays text, and tags stay tags."""
+    texts = itertools.groupby(parts, key=lambda part: isinstance(part, str))
+    content = tuple(part for text, group in texts for part in (["".join(group)] if text else group))
+    found = decode(engine.tokenizer, encode(engine.tokenizer, content))
+    assert found == content or (isinstance(found, str) and content in ((), (found,)))
 
 
 def test_boxes_that_are_none_are_named():

@@ -3,14 +3,17 @@ fit."""
 
 import dataclasses
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from qwen_jax.conversion import load_for_decoding, load_pretrained
 from qwen_jax.data import images as data_images
 from qwen_jax.inference import Engine, Request, SamplingConfig, programs
+from qwen_jax.inference.images import prompt_key
 from qwen_jax.models.vision import config as vision_config
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.fakes import SMALL_VISION, random_run, random_vision_run
@@ -72,6 +75,32 @@ def requests_of(count=8):
         Request([7] * 40 + PICTURE + [5], count, images=[BLUE]),
         Request([1, *PICTURE, 9], count, SamplingConfig(temperature=1.0), images=[NOISE], seed=3),
     ]
+
+
+# Prompts of fillings and pictures, of which there are three.
+PROMPTS = st.lists(st.one_of(st.integers(0, 3), st.sampled_from("rbn")), max_size=5)
+
+
+@hypothesis.given(one=PROMPTS, other=PROMPTS)
+def test_prompts_have_one_key_if_they_are_one(one, other):
+    """Up to any position: so far, keys are equal where tokens and pictures are."""
+    shown = {"r": RED, "b": BLUE, "n": NOISE}
+
+    def key(items):
+        prompt = [token for item in items for token in (PICTURE if isinstance(item, str) else [item])]
+        return prompt_key(prompt, [shown[item] for item in items if isinstance(item, str)], SMALL_VISION)
+
+    def content(items):
+        """What stands at each position."""
+        return [
+            (place, item) if 0 < place < len(PICTURE) - 1 else token
+            for item in items
+            for place, token in (enumerate(PICTURE) if isinstance(item, str) else [(0, item)])
+        ]
+
+    length = min(len(key(one)), len(key(other)))
+    for end in range(length + 1):
+        assert (key(one)[:end] == key(other)[:end]) == (content(one)[:end] == content(other)[:end])
 
 
 def test_the_constants_are_one():
