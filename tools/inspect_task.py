@@ -23,6 +23,7 @@ from qwen_jax import command_line
 from qwen_jax.command_line import escape
 
 _LOSS, _CONTROL = ("\x1b[32m", "\x1b[0m"), ("\x1b[7m", "\x1b[0m")
+_SHOWN_SIZE = 16  # of pictures, which are counted here and not looked at
 _PLAIN_LOSS, _PLAIN_CONTROL = ("⟦", "⟧"), ("⟪", "⟫")
 
 
@@ -187,6 +188,8 @@ def _inspect_packed(arguments) -> None:
         split=arguments.split,
         seed=arguments.seed,
         packing=arguments.packing,
+        images_per_row=arguments.images_per_row,
+        image_size=_SHOWN_SIZE,
     )
     tokenizer = _tokenizer()
     if tokenizer.fingerprint != loader.vocabulary_fingerprint:
@@ -244,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sequence_length", type=int, help="tokens of a packed example")
     parser.add_argument("--packing", choices=task_arguments.PACKINGS, default="concat", help="packing of the examples")
+    parser.add_argument("--images_per_row", type=int, default=0, help="the most pictures of a packed example")
     parser.add_argument("--seed", type=int, default=0, help="seed for the order of packed examples")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     arguments = task_arguments.parse(parser, argv)

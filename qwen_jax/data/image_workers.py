@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,8 @@ _REQUEST, _ANSWER = struct.Struct("<IIII"), struct.Struct("<I")
 class ImageWorkers:
     """Worker processes that decode and resize pictures.
 
-    `decode` may be called from several threads. Workers start with the first call; `close` ends them.
+    `decode` may be called from several threads. Workers start with the first call, and end with `close` or when nothing
+    refers to this any more.
     """
 
     def __init__(self, size: int, num_workers: int):
@@ -54,6 +56,7 @@ class ImageWorkers:
         for _ in range(num_workers):
             self._idle.put(None)  # started when it is first needed
         self._pool = concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="images")
+        self.close = weakref.finalize(self, _close, self._pool, self._idle, num_workers)
 
     def decode(self, images: Sequence[bytes]) -> np.ndarray:
         """As `images.decode_images`: uint8 [len(images), size, size, 3].
@@ -93,19 +96,20 @@ class ImageWorkers:
                 worker = None  # the next call starts another one
             self._idle.put(worker)
 
-    def close(self) -> None:
-        """Ends the workers."""
-        self._pool.shutdown(cancel_futures=True)
-        for _ in range(self._num_workers):
-            worker = self._idle.get()
-            if worker is not None:
-                worker.close()
-
     def __enter__(self) -> "ImageWorkers":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _close(pool: concurrent.futures.ThreadPoolExecutor, idle: queue.SimpleQueue, count: int) -> None:
+    """Ends the workers."""
+    pool.shutdown(cancel_futures=True)
+    for _ in range(count):
+        worker = idle.get()
+        if worker is not None:
+            worker.close()
 
 
 class _Worker:

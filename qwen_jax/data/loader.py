@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from qwen_jax.data.packing import has_segments
 from qwen_jax.files import as_path
 
 logger = logging.getLogger(__name__)
+
+# Cores that image workers leave to the reading thread and to what drives the devices, and the most workers.
+_CORES_OF_TRAINING, _MOST_WORKERS = 2, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,8 @@ class ExampleLoader:
         packing: packing of the cached task, a key of `PACKINGS` (`qwen_jax.data.packing`).
         images_per_row: pictures of an example at most, as the task was packed; 0: the examples are text.
         image_size: height and width of the pictures in pixels, where there are any.
+        image_workers: processes that decode pictures; None: one for each core but two, at most 16. 0: the reading
+            thread decodes them.
 
     Attributes:
         bytes_per_token: UTF-8 bytes of text per token (end-of-text counted as a token, pictures not); in a repeated
@@ -83,6 +88,7 @@ class ExampleLoader:
         packing: str = "concat",
         images_per_row: int = 0,
         image_size: int | None = None,
+        image_workers: int | None = None,
     ):
         if images_per_row and not image_size:
             raise ValueError(f"examples with {images_per_row} picture(s) need an image_size, found {image_size}")
@@ -90,11 +96,8 @@ class ExampleLoader:
             raise ValueError(f"seed is {seed}: it must be in [0, 2**32)")
         self.name, self.split, self.sequence_length = mixture_or_task, split, sequence_length
         self.seed, self.shuffle, self.repeat, self.packing = seed, shuffle, repeat, packing
-        self.cache_dir, self.images_per_row, self._image_size = (
-            as_path(cache_dir, "cache_dir"),
-            images_per_row,
-            image_size,
-        )
+        self.cache_dir, self.images_per_row = as_path(cache_dir, "cache_dir"), images_per_row
+        self._decode = _decoder(image_size, image_workers) if images_per_row and image_size else None
         where = _Where(self.cache_dir, sequence_length, split, packing, images_per_row)
         rates = _rates(mixture_or_task, where)
         if not repeat:
@@ -171,16 +174,15 @@ class ExampleLoader:
 
     def _pixels(self, pictures: list[list[bytes]]) -> dict[str, np.ndarray]:
         """The column of these pictures of each row."""
-        from qwen_jax.data.images import UnusableImageError, decode_images  # here, because text needs no Pillow
+        from qwen_jax.data.images import UnusableImageError  # here, because text needs no Pillow
 
-        assert self._image_size is not None  # see the constructor
-        size = self._image_size
-        values = np.zeros((len(pictures), self.images_per_row, size, size, 3), np.uint8)
+        assert self._decode is not None  # see the constructor
+        values = np.zeros((len(pictures), *self.columns[-1].shape), np.uint8)
         places = [(row, index) for row, found in enumerate(pictures) for index in range(len(found))]
         if places:
             rows, indices = np.array(places).T
             try:
-                values[rows, indices] = decode_images([image for found in pictures for image in found], size)
+                values[rows, indices] = self._decode([image for found in pictures for image in found])
             except UnusableImageError as error:
                 raise OSError(
                     f"a picture of {self.name} {self.split} in {self.cache_dir} is damaged ({error}): leave it out of "
@@ -214,6 +216,17 @@ class ExampleLoader:
             return sum(m.text_bytes for m in manifests) / max(sum(m.text_tokens for m in manifests), 1)
         rates, manifests = self.rates, self.manifests
         return sum(rates[task] * m.text_bytes / max(m.text_tokens, 1) for task, m in manifests.items())
+
+
+def _decoder(size: int, workers: int | None) -> Callable[[list[bytes]], np.ndarray]:
+    """Decodes pictures, in so many processes; see `ExampleLoader`. The processes start with the first pictures."""
+    from qwen_jax.data import image_workers, images  # here, because text needs no Pillow
+
+    if workers is None:
+        workers = min(max(len(os.sched_getaffinity(0)) - _CORES_OF_TRAINING, 0), _MOST_WORKERS)
+    if not workers:
+        return lambda some: images.decode_images(some, size)
+    return image_workers.ImageWorkers(size, workers).decode
 
 
 def split_by_weight(indices: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -220,6 +220,8 @@ def test_a_batch_has_the_pictures_of_its_rows_decoded_and_zeros_elsewhere(tmp_pa
     part = loader.read(1, 3)
     for name, array in part.items():
         np.testing.assert_array_equal(array, batch[name][1:3])
+    by_workers = ExampleLoader("pictured", **where, image_workers=2).read(0, len(loader))
+    np.testing.assert_array_equal(by_workers["images"], batch["images"])
     with pytest.raises(FileNotFoundError, match="--packing=whole --images_per_row=2`"):
         ExampleLoader("local_files", **{**where, "images_per_row": 2})
 
