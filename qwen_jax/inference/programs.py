@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.inference.sampling import RowSampling, next_tokens
-from qwen_jax.models.attention import KVCache
+from qwen_jax.models.attention import KVCache, cache_dtype
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.decoding import (
     DecodingCache,
@@ -287,7 +287,7 @@ def empty_pool(config: ModelConfig, blocks: int) -> tuple[KVCache, ...]:
     shape = (blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
 
     def zeros():
-        return constrain(jnp.zeros(shape, config.compute_dtype), None, "kv_heads", None, None)
+        return constrain(jnp.zeros(shape, cache_dtype(config)), None, "kv_heads", None, None)
 
     return tuple(KVCache(zeros(), zeros()) for _ in range(config.num_layers))
 

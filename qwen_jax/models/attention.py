@@ -12,14 +12,23 @@ from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.kernels import causal_attention, dot_product_attention
 from qwen_jax.models.layers import Projection
 from qwen_jax.models.positions import ContextExtension, rotate
-from qwen_jax.sharding import constrain
+from qwen_jax.sharding import constrain, platform
+
+
+def cache_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype that keys and values are kept in: the compute dtype, on CPUs float32.
+
+    Products of CPUs are float32's: each step would convert the whole cache of bfloat16, which takes longer than to read
+    it. The values are the same.
+    """
+    return jnp.dtype(jnp.float32) if platform() == "cpu" else config.compute_dtype
 
 
 @flax.struct.dataclass
 class KVCache:
     """Rotated keys and values of one layer. Slot j of a row holds position j, unless several texts lie in the row.
 
-    key, value: [batch, kv_heads, slots, head_dim] in the compute dtype.
+    key, value: [batch, kv_heads, slots, head_dim], values of the compute dtype in `cache_dtype`.
     """
 
     key: jax.Array
@@ -30,7 +39,7 @@ class KVCache:
         """Zeros for `batch` rows of at most `slots` positions."""
         shape = (batch, config.num_kv_heads, slots, config.head_dim)
         names = ("batch", "kv_heads", None, None)
-        return cls(*(constrain(jnp.zeros(shape, config.compute_dtype), *names) for _ in range(2)))
+        return cls(*(constrain(jnp.zeros(shape, cache_dtype(config)), *names) for _ in range(2)))
 
     def write(self, starts: jax.Array, key: jax.Array, value: jax.Array) -> "KVCache":
         """Puts key and value [batch, kv_heads, length, head_dim] at each row's positions from `starts` [batch] on.
@@ -39,6 +48,7 @@ class KVCache:
         """
 
         def put(cache, new):
+            new = new.astype(cache.dtype)
             # Updates of slices are done in place. XLA copies the whole cache for the batched form of a single one.
             if cache.shape[0] == 1:
                 written = jax.lax.dynamic_update_slice(cache, new, (0, 0, starts[0], 0))

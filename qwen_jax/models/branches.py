@@ -83,7 +83,7 @@ def branch_attention(
         weights, before = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
         product = jnp.einsum(
             "bkglm,bkmd->bkgld",
-            weights.astype(value.dtype),
+            weights.astype(query.dtype),
             values,
             precision=precision,
             preferred_element_type=jnp.float32,

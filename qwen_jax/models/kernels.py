@@ -21,7 +21,8 @@ def dot_product_attention(
 
     Args:
       query: [batch, heads, length, head_dim].
-      key, value: [batch, kv_heads, keys, head_dim]; query head h reads kv head h // (heads / kv_heads).
+      key, value: [batch, kv_heads, keys, head_dim], of the dtype of `query` or of `cache_dtype`; query head h reads kv
+        head h // (heads / kv_heads).
       mask: bool, broadcastable to [batch, length, keys]; False is not attended to. None: all are.
       dropout_rate, dropout_rng: dropout on the attention weights when an rng is given.
 
@@ -43,7 +44,7 @@ def dot_product_attention(
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
     mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(query.dtype), value, precision=precision)
-    return mixed.reshape(batch, heads, length, head_dim)
+    return mixed.astype(query.dtype).reshape(batch, heads, length, head_dim)
 
 
 def causal_mask(length: int, segment_ids: jax.Array | None) -> jax.Array:
