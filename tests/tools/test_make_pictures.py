@@ -1,0 +1,156 @@
+"""Pictures made by rule: what the rows say is what the pixels show, and nothing held out is in training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+COUNTS = ("--pairs=60", "--tasks=60", "--dialogues=40", "--texts=40", "--held_out=8", "--text_share=0.2")
+
+
+@pytest.fixture(scope="module")
+def pictures(tool):
+    return tool("make_pictures")
+
+
+@pytest.fixture(scope="module")
+def made(pictures, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    pictures.main(["--output", f"{folder}", "--seed=3", *COUNTS])
+    return folder
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def parts(row: dict) -> list[dict]:
+    return [part for message in row["messages"] for part in message["content"]]
+
+
+def said(row: dict) -> str:
+    return "".join(part.get("text", "") for part in parts(row))
+
+
+def blobs(path: Path, pictures) -> list[tuple[str, tuple[int, ...]]]:
+    """Color and box of each connected area of one of the colors, found by scipy."""
+    pixels = np.asarray(Image.open(path))
+    found = []
+    for name, color in pictures.COLORS.items():
+        labels, _ = ndimage.label((pixels == color).all(axis=-1))
+        for rows, columns in ndimage.find_objects(labels):
+            found.append((name, (columns.start, rows.start, columns.stop - 1, rows.stop - 1)))
+    return found
+
+
+def test_the_same_seed_gives_the_same_files(made, pictures, tmp_path):
+    pictures.main(["--output", f"{tmp_path}", "--seed=3", *COUNTS])
+    first, second = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} for folder in (made, tmp_path)
+    )
+    assert first == second and len(first) > 200
+    pictures.main(["--output", f"{tmp_path}", "--seed=4", *COUNTS])
+    assert (tmp_path / "pairs.jsonl").read_bytes() != first[Path("pairs.jsonl")]
+
+
+def test_boxes_are_where_the_things_are(made, pictures):
+    checked = 0
+    for row in read(made / "held_out/questions.jsonl"):
+        for part in parts(row):
+            if part["type"] == "box":
+                image = made / "held_out" / parts(row)[0]["image"]
+                box = [side * pictures.SIDE / 1000 for side in part["boxes"][0]]
+                nearest = min(
+                    blobs(image, pictures), key=lambda blob: sum(abs(a - b) for a, b in zip(blob[1], box, strict=True))
+                )
+                assert np.abs(np.array(nearest[1]) - box).max() < 2
+                words = part.get("ref") or said(row)
+                assert any(language.colors[nearest[0]] in words for language in pictures.LANGUAGES.values())
+                assert all(0 <= side < 1000 for side in part["boxes"][0])
+                checked += 1
+    assert checked == 16  # eight to find, eight to name
+
+
+def test_counts_and_colors_are_those_of_the_pixels(made, pictures):
+    for row in read(made / "held_out/questions.jsonl"):
+        if row["kind"] in ("count", "color"):
+            seen = blobs(made / "held_out" / parts(row)[0]["image"], pictures)
+            language, answer = pictures.LANGUAGES[row["language"]], parts(row)[-1]["text"]
+            if row["kind"] == "count":
+                assert answer == language.numbers[len(seen)]
+            else:
+                assert answer in {language.colors[color] for color, _ in seen}
+
+
+def test_comparisons_say_what_both_pictures_show(made, pictures):
+    rows = [row for row in read(made / "dialogues.jsonl") if sum(part["type"] == "image" for part in parts(row)) == 2]
+    verdicts = []
+    for row in rows:
+        both = [blobs(made / part["image"], pictures) for part in parts(row)[:2]]
+        language = next(one for one in pictures.LANGUAGES.values() if one.compare["color"] in said(row))
+        for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            asked, answer = question["content"][-1]["text"], answer["content"][0]["text"]
+            if asked == language.compare["color"]:
+                first, second = (language.colors[seen[0][0]] for seen in both)
+            elif asked == language.compare["number"]:
+                first, second = (language.numbers[len(seen)] for seen in both)
+            else:
+                continue
+            assert answer == language.verdict.format(first, second, language.same[first == second])
+            verdicts.append(first == second)
+    assert 0.2 < np.mean(verdicts) < 0.8
+
+
+def test_every_kind_is_held_out_and_no_sign_of_it_is_trained_on(made, pictures):
+    rows = read(made / "held_out/questions.jsonl")
+    assert [row["kind"] for row in rows] == [kind for kind in pictures.KINDS for _ in range(8)]
+    assert {row["language"] for row in rows} == {"en", "zh"}
+    signs = {parts(row)[-1]["text"] for row in rows if row["kind"] == "read"}
+    assert len(signs) > 4 and all(pictures.held_out_sign(sign) for sign in signs)
+    training = "".join((made / f"{name}.jsonl").read_text() for name in ("pairs", "tasks", "dialogues", "text"))
+    assert not [sign for sign in signs if f'sign {sign}"' in training or f'牌子{sign}"' in training]
+    answers = [
+        part["text"]
+        for name in ("tasks", "dialogues")
+        for row in read(made / f"{name}.jsonl")
+        for message in row["messages"]
+        if message["role"] == "assistant"
+        for part in message["content"]
+        if "text" in part
+    ]
+    assert not signs & set(answers)
+
+
+def test_rows_name_pictures_that_exist_and_some_tasks_have_none(made):
+    for name in ("pairs", "tasks", "dialogues"):
+        rows = read(made / f"{name}.jsonl")
+        named = [part["image"] for row in rows for part in ([row] if "image" in row else parts(row)) if "image" in part]
+        assert len(named) == len(set(named)) and all((made / one).is_file() for one in named)
+    tasks = read(made / "tasks.jsonl")
+    without = [row for row in tasks if not any(part["type"] == "image" for part in parts(row))]
+    assert 2 < len(without) < 30
+    assert not [part for row in without for part in parts(row) if part["type"] == "box"]
+
+
+def test_signs_are_drawn_whole_and_differ(pictures):
+    furthest = pictures.SIDE - 2 * pictures.CELL + pictures.CELL - pictures.GLYPH - 4
+    drawn = set()
+    for glyph in pictures.STROKES:
+        images = [
+            np.asarray(pictures.Scene(pictures.BACKGROUNDS[0], sign=glyph * 2, corner=(at, at)).drawn())
+            for at in (2, furthest)
+        ]
+        inks = [np.argwhere((image == pictures.INK).all(axis=-1)) for image in images]
+        assert len(inks[0]) == len(inks[1]) > 60, glyph  # nothing is cut at the edges
+        drawn.add(images[0].tobytes())
+    assert len(drawn) == len(pictures.STROKES)
+
+
+@pytest.mark.parametrize("wrong", ["--pairs=0", "--text_share=1.5", "--turns=-1"])
+def test_bad_numbers_are_refused_before_anything_is_written(pictures, wrong, tmp_path):
+    with pytest.raises(ValueError, match=wrong.split("=")[0]):
+        pictures.main(["--output", f"{tmp_path / 'new'}", wrong])
+    assert not (tmp_path / "new").exists()
