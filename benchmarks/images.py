@@ -2,7 +2,8 @@
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install torch torchvision numpy
     python benchmarks/images.py --peer_python=/tmp/peer/bin/python
-    python benchmarks/images.py --peer_python=/tmp/peer/bin/python --pictures=FOLDER --processes=4
+    python benchmarks/images.py --peer_python=/tmp/peer/bin/python --pictures=FOLDER --processes=4 \\
+        --simd_python=/tmp/simd/bin/python
 
 torchvision stays out of the project's environment: its wheels on PyPI need another torch. Both sides read the same JPEG
 files and decode and resize them bicubically in the same number of processes:
@@ -12,13 +13,16 @@ files and decode and resize them bicubically in the same number of processes:
     ours         `qwen_jax.data.image_workers`: uint8, equal to the released pixels before they are normalized, which
                  the model does on the device
     ours, one    the same in the process itself, without workers
+    pillow-simd  ours, whose workers have pillow-simd in place of Pillow (`--simd_python`): the same code
+
+        python -m venv /tmp/simd && CC="cc -mavx2" /tmp/simd/bin/pip install --no-binary pillow-simd pillow-simd numpy
 
 Without `--pictures`, files are made: noise over smooth colors, in the sizes of COCO's photographs and about as large.
 Measurements take turns; medians are printed, and how far the pixels of each are from Pillow's.
 """
 
 import argparse
-import io
+import contextlib
 import os
 import statistics
 import subprocess
@@ -147,27 +151,26 @@ def per_second(batches: Iterator[int], seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def deviations(peer: Peer, paths: list[Path], size: int, folder: Path) -> dict[str, tuple[int, float]]:
+def deviations(
+    peer: Peer, decoders: dict[str, Callable[[list[bytes]], np.ndarray]], paths: list[Path], size: int, folder: Path
+) -> dict[str, tuple[int, float]]:
     """Largest difference from Pillow's pixels in levels of 255, and the share of values that differ."""
-    found: dict[str, list[np.ndarray]] = {"released": [], "v2 on uint8": [], "ours": []}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("released", "v2 on uint8", *decoders)}
     for path in paths[:12]:
-        expected = np.asarray(
-            Image.open(io.BytesIO(path.read_bytes())).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        ).astype(int)
+        expected = squash(open_image(path), size).astype(int)
         for name, way in (("released", "released"), ("v2 on uint8", "v2")):
             peer.ask(way, 0, [path, folder / "pixels.npy"])
             found[name].append(np.abs(np.load(folder / "pixels.npy") - expected))
-        found["ours"].append(np.abs(squash(open_image(path), size) - expected))
-    return {
-        name: (max(one.max() for one in some), np.mean([(one > 0).mean() for one in some]))
-        for name, some in found.items()
-    }
+        for name, decode in decoders.items():
+            found[name].append(np.abs(decode([path.read_bytes()])[0] - expected))
+    return {name: (max(map(np.max, some)), np.mean([(one > 0).mean() for one in some])) for name, some in found.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints a table with the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer_python", type=path_argument, required=True, help="Python with torch and torchvision")
+    parser.add_argument("--simd_python", type=path_argument, help="Python with pillow-simd and NumPy")
     parser.add_argument("--pictures", type=path_argument, help="folder with JPEG files (default: made ones)")
     parser.add_argument("--size", type=int, default=448)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -184,25 +187,36 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _measure(arguments: argparse.Namespace, paths: list[Path], folder: Path) -> None:
-    size, processes, batch = arguments.size, arguments.processes, arguments.batch
-    peer = Peer(arguments.peer_python, size, processes, batch)
+    size, processes, batch, seconds = arguments.size, arguments.processes, arguments.batch, arguments.seconds
     kilobytes = statistics.mean(path.stat().st_size for path in paths) / 1e3
     print(f"{len(paths)} files of {kilobytes:.0f} kB to {size} pixels; {processes} processes, {os.cpu_count()} cores")
-    speeds: dict[str, list[float]] = {name: [] for name in ("released", "v2 on uint8", "ours", "ours, one")}
-    with ImageWorkers(size, processes) as workers:
-        for _ in range(arguments.rounds):
-            speeds["released"].append(peer.ask("released", arguments.seconds, [*paths]))
-            speeds["ours"].append(per_second(ours(paths, batch, workers.decode), arguments.seconds))
-            speeds["v2 on uint8"].append(peer.ask("v2", arguments.seconds, [*paths]))
-            one = ours(paths, batch, lambda images: decode_images(images, size))
-            speeds["ours, one"].append(per_second(one, arguments.seconds))
-    away = deviations(peer, paths, size, folder)
-    peer.close()
+    with contextlib.ExitStack() as stack:
+        peer = Peer(arguments.peer_python, size, processes, batch)
+        stack.callback(peer.close)
+        workers = {"ours": stack.enter_context(ImageWorkers(size, processes))}
+        if arguments.simd_python:
+            simd = ImageWorkers(size, processes, python=str(arguments.simd_python))
+            workers["pillow-simd"] = stack.enter_context(simd)
+        decoders = {name: some.decode for name, some in workers.items()}
+        decoders["ours, one"] = lambda images: decode_images(images, size)
+        measured: dict[str, Callable[[], float]] = {
+            "released": lambda: peer.ask("released", seconds, [*paths]),
+            "v2 on uint8": lambda: peer.ask("v2", seconds, [*paths]),
+        } | {
+            name: lambda decode=decode: per_second(ours(paths, batch, decode), seconds)
+            for name, decode in decoders.items()
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in measured}
+        for number in range(arguments.rounds):
+            # Every other round backwards, so that a machine that others use favors none.
+            for name in list(measured)[:: 1 if number % 2 == 0 else -1]:
+                speeds[name].append(measured[name]())
+        away = deviations(peer, decoders, paths, size, folder)
     base = statistics.median(speeds["released"])
     print(f"{'':14}{'pictures/s':>11}{'lowest':>9}{'highest':>9}{'ratio':>7}  from Pillow: levels, share")
     for name, values in speeds.items():
         middle = statistics.median(values)
-        levels = f"{away[name][0]}, {away[name][1]:.3%}" if name in away else ""
+        levels = f"{away[name][0]}, {away[name][1]:.3%}"
         print(f"{name:14}{middle:>11,.0f}{min(values):>9,.0f}{max(values):>9,.0f}{middle / base:>7.2f}  {levels}")
 
 

@@ -29,6 +29,9 @@ from qwen_jax.data.records import add_task
 from qwen_jax.data.vision import KINDS, VisionChatRows, VisionRows
 from qwen_jax.files import Pattern
 
+# Of pictures on the web, some percent are always damaged; more is a mistake.
+MAX_LEFT_OUT_SHARE = 0.1
+
 
 @gin.configurable
 def picture_places(num_queries: int = NUM_QUERIES) -> int:
@@ -43,6 +46,7 @@ def vision_pairs(
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
     fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
     """Pictures with a caption.
 
@@ -53,8 +57,9 @@ def vision_pairs(
         unusable: `stop` names the first row that cannot be trained on, `leave_out` counts them by reason.
         max_pixels: largest width times height of a picture; larger ones are unusable, before they are decoded.
         fields: names in the files to names in rows, such as `{"caption": "text"}`; a list of texts makes several rows.
+        max_left_out_share: caching ends with an error where a larger share of a split is left out.
     """
-    return _records("pairs", pattern, validation_share, unusable, max_pixels, fields)
+    return _records("pairs", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
 
 
 @gin.configurable
@@ -64,9 +69,10 @@ def vision_documents(
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
     fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
     """Documents of texts and pictures; arguments as `vision_pairs`."""
-    return _records("documents", pattern, validation_share, unusable, max_pixels, fields)
+    return _records("documents", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
 
 
 @gin.configurable
@@ -76,9 +82,10 @@ def vision_vqa(
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
     fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
     """Questions about pictures; arguments as `vision_pairs`."""
-    return _records("vqa", pattern, validation_share, unusable, max_pixels, fields)
+    return _records("vqa", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
 
 
 @gin.configurable
@@ -88,9 +95,10 @@ def vision_referring(
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
     fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
     """Phrases, and the boxes that they refer to; arguments as `vision_pairs`."""
-    return _records("referring", pattern, validation_share, unusable, max_pixels, fields)
+    return _records("referring", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
 
 
 @gin.configurable
@@ -100,9 +108,10 @@ def vision_grounded_captions(
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
     fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
     """Boxes, and what is in them; arguments as `vision_pairs`."""
-    return _records("grounded_captions", pattern, validation_share, unusable, max_pixels, fields)
+    return _records("grounded_captions", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
 
 
 @gin.configurable
@@ -112,9 +121,10 @@ def vision_ocr(
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
     fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
     """Lines of text in pictures, and where they are; arguments as `vision_pairs`."""
-    return _records("ocr", pattern, validation_share, unusable, max_pixels, fields)
+    return _records("ocr", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
 
 
 @gin.configurable
@@ -128,6 +138,7 @@ def vision_chat(
     unusable: str = "stop",
     max_pixels: int = MAX_PIXELS,
     fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
     """Conversations with pictures; arguments as `vision_pairs`, and these.
 
@@ -146,12 +157,19 @@ def vision_chat(
         unusable=unusable,
         max_pixels=max_pixels,
         fields=tuple((fields or {}).items()),
+        max_left_out_share=max_left_out_share,
         task="vision_chat",
     )
 
 
 def _records(
-    kind: str, pattern, validation_share: float, unusable: str, max_pixels: int, fields: Mapping[str, str] | None
+    kind: str,
+    pattern,
+    validation_share: float,
+    unusable: str,
+    max_pixels: int,
+    fields: Mapping[str, str] | None,
+    most: float,
 ) -> PictureRecords:
     task = f"vision_{kind}"
     return PictureRecords(
@@ -161,6 +179,7 @@ def _records(
         unusable=unusable,
         max_pixels=max_pixels,
         fields=tuple((fields or {}).items()),
+        max_left_out_share=most,
         task=task,
     )
 

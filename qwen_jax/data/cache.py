@@ -115,7 +115,25 @@ def prepare(
                 images_per_row=images_per_row,
             )
             prepared.append(packer.prepare(beam_options, check_shards=num_shards is not None))
+            _check_left_out(task, prepared[-1].manifest)
     return prepared
+
+
+def _check_left_out(task: seqio.Task, manifest: packing.Manifest) -> None:
+    """Refuses a split of which more is left out than the corpus allows; what is packed stays."""
+    try:
+        most = getattr(task.source, "max_left_out_share", 1.0)
+    except (ValueError, FileNotFoundError):  # no corpus is named, so the cache is meant
+        return
+    left_out = sum(entry["documents"] for entry in manifest.left_out.values())
+    share = left_out / max(left_out + manifest.documents, 1)
+    if share > most:
+        reasons = "; ".join(f"{entry['documents']:,}: {reason}" for reason, entry in manifest.left_out.items())
+        raise ValueError(
+            f"{left_out:,} of {left_out + manifest.documents:,} documents of {task.name} {manifest.split} are left "
+            f"out, {share:.1%} ({reasons}); {task.name}.max_left_out_share is {most:.1%}: correct the files, or raise "
+            f"it"
+        )
 
 
 def _tasks(name: str) -> list[seqio.Task]:

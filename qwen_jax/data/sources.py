@@ -272,12 +272,14 @@ class Corpus:
     """Files and how to read them.
 
     `validation_share`, in [0, 1), is the share of documents held out by hash: at least one document of a corpus that
-    has several, and none where it is 0.
+    has several, and none where it is 0. Caching ends with an error where more than `max_left_out_share` of the
+    documents of a split are left out.
     """
 
     files: Sequence[Path]
     text_field: str = "text"
     validation_share: float = 0.01
+    max_left_out_share: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.validation_share < 1:
@@ -316,6 +318,11 @@ class DocumentSource(seqio.DataSource):
     def supports_arbitrary_sharding(self) -> bool:
         """False: a file is the smallest piece."""
         return False
+
+    @property
+    def max_left_out_share(self) -> float:
+        """See `Corpus`; raises as the function that makes it."""
+        return self._corpus().max_left_out_share
 
     def list_shards(self, split: str) -> list[str]:
         """Names of the input shards."""

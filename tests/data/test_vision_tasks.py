@@ -16,6 +16,7 @@ from PIL import Image
 
 import tasks  # noqa: F401  registers them
 from qwen_jax.beam import short_errors
+from qwen_jax.data import cache
 from qwen_jax.data.tokenizer import Tokenizer
 
 PLACES = 4
@@ -97,6 +98,23 @@ def test_rows_whose_picture_is_bad_are_named_and_counted(tmp_path, caplog):
     assert "large.png has 40 x 30 pixels, more than 1,000" in caplog.text
     with pytest.raises(ValueError, match=r"rows.jsonl:2: a damaged picture .* vision_pairs.unusable = 'leave_out'"):
         examples("vision_pairs", pattern, unusable="stop", **limits)
+
+
+def test_a_job_ends_where_too_much_is_left_out(tmp_path, tool, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "good.png").write_bytes(png())
+    rows = [{"image": f"{name}.png", "text": name} for name in ("good", "none", "good", "good")]
+    settings = {"pattern": write_rows(data, rows), "validation_share": 0.0, "unusable": "leave_out"}
+    for name, value in settings.items():
+        gin.bind_parameter(f"vision_pairs.{name}", value)
+    where = dict(cache_dir=tmp_path, sequence_length=64, packing="whole", images_per_row=2, splits=("train",))
+    message = r"1 of 4 documents of vision_pairs train are left out, 25.0% \(1: a picture that cannot be read\)"
+    with pytest.raises(ValueError, match=message):
+        cache.prepare("vision_pairs", **where)
+    gin.bind_parameter("vision_pairs.max_left_out_share", 0.25)
+    (prepared,) = cache.prepare("vision_pairs", **where)
+    assert prepared.manifest.images == 3 and prepared.manifest.documents == 3
 
 
 def test_dialogues_may_have_several_pictures_or_none(tmp_path):
