@@ -19,6 +19,7 @@ from qwen_jax.data.boxes import draw, find_boxes
 from qwen_jax.data.chatml import encode_prompt
 from qwen_jax.data.content import Picture, Reference, Region, decode, encode, parse_parts, to_json
 from qwen_jax.data.images import open_image, squash
+from qwen_jax.data.vision import VisionChatRows
 from qwen_jax.generate import load_engine, read_prompts
 from qwen_jax.inference import StreamChunk
 from tests.fakes import random_run, random_vision_run
@@ -114,6 +115,22 @@ def test_a_conversation_about_pictures_is_as_released(engine, files, tmp_path):
     chat.reset()
     say(chat, "no picture")
     assert not recorded.requests[-1].images
+
+
+def test_a_saved_conversation_is_trained_on_as_it_was_held(engine, files, tmp_path):
+    """The row of training data begins with the tokens that the model saw, pictures and regions among them."""
+    recorded = Recorded(engine, [BOXED, "yes"])
+    chat = Chat(recorded, system="S", max_new_tokens=8)
+    chat.attach(files / "a.png")
+    say(chat, "Where? <box>(1,2),(3,4)</box>")
+    chat.attach(files / "b.jpg")
+    say(chat, "There, too?")
+    chat.save(tmp_path / "saved.json")
+    row = json.loads((tmp_path / "saved.json").read_text())
+    encoded = VisionChatRows(num_queries=4).encode(row, engine.tokenizer)
+    seen = list(recorded.requests[1].prompt)
+    assert encoded.tokens[: len(seen)].tolist() == seen
+    assert [(tmp_path / name).resolve() for name in encoded.images] == [files / "a.png", files / "b.jpg"]
 
 
 def test_pictures_leave_with_their_turns_and_keep_their_numbers(engine, files):
