@@ -201,6 +201,11 @@ class Chat:
             self._shown, self._attached, self._first = shown, [], first
             self._answers += 1
 
+    @property
+    def attached(self) -> int:
+        """Number of pictures for the next message."""
+        return len(self._attached)
+
     def draw(self, folder: str | Path) -> list[str]:
         """Draws the boxes of the last answer on the last picture of the conversation; see `draw_reply`."""
         text = written(self.messages[-1]["content"])
@@ -315,7 +320,7 @@ def converse(chat: Chat, interactive: bool, boxes: str | Path) -> None:
             if text.startswith("/") and not text.startswith("//"):
                 told = command(chat, text)
                 if told is None:
-                    return
+                    break
                 print(told, file=sys.stdout if interactive else sys.stderr)
                 continue
             _answer(chat, text[1:] if text.startswith("//") else text, boxes)
@@ -323,6 +328,8 @@ def converse(chat: Chat, interactive: bool, boxes: str | Path) -> None:
             if not interactive:
                 raise
             print(f"error: {error}", file=sys.stderr)
+    if chat.attached:
+        print(f"note: {chat.attached} picture(s) were not shown, as no message followed", file=sys.stderr)
 
 
 def _answer(chat: Chat, text: str, boxes: str | Path) -> None:

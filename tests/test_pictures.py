@@ -159,7 +159,9 @@ def test_boxes_of_a_reply_are_drawn(engine, files, tmp_path, monkeypatch, capsys
     """On the last picture as large as it is, in a file of its own each time; tags stay tags in the next prompt."""
     recorded = Recorded(engine, [BOXED, ("no ", Region(((5, 5), (9, 9)))), "and <box>(1,2),(3,1000)</box>"])
     monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: recorded)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {files / 'b.jpg'}\nWhere?\nAnd?\nMore?\n"))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO(f"/image {files / 'b.jpg'}\nWhere?\nAnd?\nMore?\n/image {files / 'a.png'}\n")
+    )
     boxes = tmp_path / "boxes"
     options = ["--checkpoint", str(tmp_path), "--boxes", str(boxes), "--max_new_tokens", "8", "--system", "S"]
     chat_module.main([*options, "--image", str(files / "a.png")])
@@ -167,6 +169,7 @@ def test_boxes_of_a_reply_are_drawn(engine, files, tmp_path, monkeypatch, capsys
     assert out.splitlines()[0] == (
         "<ref>the cat</ref><box>(100,200),(500,900)</box> and <ref>dog</ref><box>(0,0),(999,999)</box>"
     )
+    assert err.endswith("note: 1 picture(s) were not shown, as no message followed\n")
     assert f"note: drew 2 box(es) on {boxes / 'b-1.png'}" in err and f"drew 1 box(es) on {boxes / 'b-2.png'}" in err
     assert "note: not drawn: <box>(1,2),(3,1000)</box>: coordinates that are no integers in [0, 1000)" in err
     assert sorted(path.name for path in boxes.iterdir()) == ["b-1.png", "b-2.png"]
