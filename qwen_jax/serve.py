@@ -23,6 +23,7 @@ from qwen_jax.data.react import DEFAULT_STYLE, TRAINED_STYLES
 
 with quick_imports():
     import jax
+    import numpy as np
 
     from qwen_jax.compilation_cache import programs_kept
     from qwen_jax.conversion.huggingface import GENERATION_FILE
@@ -47,11 +48,18 @@ def sampling_of(checkpoint: str | Path) -> SamplingConfig:
 
 
 def compile_first(engine: Engine, sampling: SamplingConfig) -> None:
-    """Generates a few tokens, so that the first client does not wait for the programs of a short prompt."""
+    """Generates a few tokens, so that no client waits for the programs of a short prompt or a picture."""
     length = min(16, engine.context_length - 1)
-    engine.submit(Request([0] * length, min(4, engine.context_length - length), sampling), streaming=True)
-    while engine.live:
-        engine.step()
+    requests = [Request([0] * length, min(4, engine.context_length - length), sampling)]
+    vision = engine.model.config.vision
+    if vision is not None and vision.num_queries + 2 < engine.context_length:
+        shown = [vision.image_start_id, *[vision.image_pad_id] * vision.num_queries, vision.image_end_id]
+        black = np.zeros((vision.image_size, vision.image_size, 3), np.uint8)
+        requests.append(Request(shown, 1, sampling, images=[black]))
+    for request in requests:
+        engine.submit(request, streaming=True)
+        while engine.live:
+            engine.step()
 
 
 def serve(

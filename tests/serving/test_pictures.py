@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import zlib
 
 import numpy as np
@@ -14,7 +15,8 @@ from qwen_jax.data.chatml import encode_prompt  # noqa: E402
 from qwen_jax.data.content import Picture  # noqa: E402
 from qwen_jax.data.images import squash  # noqa: E402
 from qwen_jax.generate import load_engine  # noqa: E402
-from qwen_jax.inference import Request  # noqa: E402
+from qwen_jax.inference import Request, SamplingConfig  # noqa: E402
+from qwen_jax.serve import compile_first  # noqa: E402
 from tests.fakes import SMALL_VISION, random_vision_run  # noqa: E402
 from tests.serving.scripted import ScriptedEngine, serving  # noqa: E402
 from tests.serving.test_openai_client import post  # noqa: E402
@@ -45,8 +47,13 @@ def huge_png():
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return load_engine(random_vision_run(tmp_path_factory.mktemp("pictures")), slots=2, prefix_cache_tokens=256)
+def folder(tmp_path_factory):
+    return random_vision_run(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return load_engine(folder, slots=2, prefix_cache_tokens=256)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,16 @@ def test_an_answer_is_the_engine_s_and_the_pictures_are_counted(client, engine):
     other = client.chat.completions.create(messages=said, **given, logprobs=True).choices[0]
     found = np.asarray([token.logprob for token in other.logprobs.content])
     assert np.abs(found - expected.log_probs[: len(found)]).max() > 1e-3
+
+
+def test_the_first_client_waits_for_no_encoder(folder, caplog):
+    caplog.set_level(logging.INFO, "qwen_jax.inference")
+    engine = load_engine(folder, slots=1)
+    compile_first(engine, SamplingConfig())
+    assert caplog.text.count("compiled encode 1 pictures") == 1
+    ids = [SMALL_VISION.image_start_id, *[SMALL_VISION.image_pad_id] * 4, SMALL_VISION.image_end_id, 5]
+    list(engine.generate([Request(ids, 1, images=[squash(RED, 28)])]))
+    assert caplog.text.count("compiled encode") == 1
 
 
 def test_regions_are_tags_where_they_are_parts_and_text_elsewhere(tokenizer):
