@@ -33,6 +33,7 @@ from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
 from qwen_jax.host_memory import keep_freed_memory
+from qwen_jax.image_rows import check_image_tokens, check_images
 from qwen_jax.models.build import build_model, parameter_count
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import abstract_params
@@ -70,6 +71,7 @@ def train(
     reference: ReferenceModel | None = None,
     packing: str = "concat",
     images_per_row: int = 0,
+    image_workers: int | None = None,
     vision_checkpoint: PathLike | None = None,
     compiler_options: dict | None = None,
     compilation_cache: PathLike | None = "auto",
@@ -91,6 +93,7 @@ def train(
         documents into sequences, and attention and positions stay within each; "whole" does so with conversations and
         pairs, and cuts none into two sequences; "padded" has one document a sequence.
       images_per_row: the most pictures of a sequence, for a model with an image encoder; 0: text alone.
+      image_workers: processes of this host that decode pictures; see `ExampleLoader`.
       vision_checkpoint: initial weights of the image encoder of a new run, in place of those that `initial_checkpoint`
         has: a run folder, or released weights with an encoder.
       compiler_options: options of XLA for the train step, by name; hardware files set them.
@@ -107,16 +110,17 @@ def train(
     """
     output, cache_dir = files.as_path(output_dir, "OUTPUT_DIR"), files.as_path(cache_dir, "CACHE_DIR")
     check_length(trainer, model)
-    check_images(images_per_row, trainer, model, reference)
+    where = {"cache_dir": cache_dir, "sequence_length": trainer.sequence_length, "packing": packing}
+    where["images_per_row"] = images_per_row
+    with_reference = reference is not None
+    check_images(images_per_row, where["sequence_length"], model, workers=image_workers, with_reference=with_reference)
     initial_weights = find_initial_weights(initial_checkpoint, initial_subtree, vision_checkpoint, model)
     check_initial_weights(initial_weights, model, output)
     devices = make_mesh(mesh)
     columns = batch_columns(trainer.sequence_length, packing, reference, images_per_row, model)
     check_state(build_model(model), optimizer, trainer, devices, columns)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
-        where = {"cache_dir": cache_dir, "sequence_length": trainer.sequence_length, "packing": packing}
-        where["images_per_row"] = images_per_row
-        train_set, eval_set = open_data(mixture_or_task, where, data_seed, model, run_folder)
+        train_set, eval_set = open_data(mixture_or_task, where, data_seed, model, run_folder, image_workers)
         if eval_set is not None and not trainer.eval_batches:
             log.warning("EVAL_BATCHES is 0: no held-out loss is measured")
         trainer, documents = trainer.within_epochs(epochs, len(train_set)), train_set.documents
@@ -223,7 +227,12 @@ def check_initial_weights(weights: InitialWeights | JoinedWeights | None, model:
 
 
 def open_data(
-    mixture_or_task: str, where: dict, seed: int, model: ModelConfig, run_folder: Run
+    mixture_or_task: str,
+    where: dict,
+    seed: int,
+    model: ModelConfig,
+    run_folder: Run,
+    image_workers: int | None = None,
 ) -> tuple[ExampleLoader, ExampleLoader | None]:
     """(training set, held-out set or None) of a task, cached and packed if it is not yet; the same in all processes.
 
@@ -231,7 +240,7 @@ def open_data(
       ValueError, OSError: see `prepare_task`, `load_data` and `check_same_data`.
     """
     prepare_data(mixture_or_task, where, run_folder)
-    train_set, eval_set = load_data(mixture_or_task, where, seed, model)
+    train_set, eval_set = load_data(mixture_or_task, where, seed, model, image_workers)
     fingerprints = [one.fingerprint for one in (train_set, eval_set) if one is not None]
     check_same_data(mixture_or_task, where["cache_dir"], fingerprints)
     return train_set, eval_set
@@ -297,59 +306,6 @@ def check_length(trainer: TrainerConfig, model: ModelConfig) -> None:
         )
 
 
-def check_images(
-    images_per_row: int, trainer: TrainerConfig, model: ModelConfig, reference: ReferenceModel | None
-) -> None:
-    """Checks that a model can read the pictures of its rows.
-
-    Raises:
-      ValueError: the message names the settings.
-    """
-    if not isinstance(images_per_row, int) or images_per_row < 0:
-        raise ValueError(f"IMAGES_PER_ROW must be an integer of at least 0, found {images_per_row!r}")
-    if not images_per_row:
-        return
-    if model.vision is None:
-        raise ValueError(
-            f"IMAGES_PER_ROW is {images_per_row}, and the model has no image encoder: set ModelConfig.vision, as "
-            "gin/models/vl_7b.gin does, or IMAGES_PER_ROW to 0"
-        )
-    if reference is not None:
-        raise ValueError(f"IMAGES_PER_ROW is {images_per_row}, and a reference model reads text alone: set it to 0")
-    needed = model.vision.num_queries + 2
-    if needed > trainer.sequence_length:
-        raise ValueError(
-            f"a picture takes {needed} tokens (VisionConfig.num_queries, <img> and </img>), more than SEQUENCE_LENGTH "
-            f"{trainer.sequence_length}: raise it"
-        )
-
-
-def check_image_tokens(name: str, image_tokens: int, model: ModelConfig) -> None:
-    """Compares the places of pictures in the data with those that the model fills with features.
-
-    Args:
-      name: of the task or mixture.
-      image_tokens: places between the tags of a picture; 0: the data have no pictures.
-
-    Raises:
-      ValueError: the message has both, and the setting to change.
-    """
-    vision = model.vision
-    if not image_tokens or vision is None:
-        return
-    if image_tokens != vision.num_queries:
-        raise ValueError(
-            f"{name} gives each picture {image_tokens} places, and the model fills VisionConfig.num_queries = "
-            f"{vision.num_queries}: set NUM_QUERIES to that of the model and cache anew, or choose another model"
-        )
-    start = default_tokenizer().vision_tokens["<img>"]
-    if vision.image_start_id != start:
-        raise ValueError(
-            f"<img> is {start} in VOCABULARY ({default_tokenizer().path}), and VisionConfig.image_start_id is "
-            f"{vision.image_start_id}: set it to {start}"
-        )
-
-
 def prepare_task(mixture_or_task: str, where: dict) -> None:
     """Caches and packs the splits that the cache lacks.
 
@@ -377,14 +333,19 @@ def prepare_task(mixture_or_task: str, where: dict) -> None:
 
 
 def load_data(
-    mixture_or_task: str, where: dict, seed: int, model: ModelConfig
+    mixture_or_task: str,
+    where: dict,
+    seed: int,
+    model: ModelConfig,
+    image_workers: int | None = None,
 ) -> tuple[ExampleLoader, ExampleLoader | None]:
     """(training set, held-out set or None) of a cached task.
 
     Raises:
-      ValueError: the data has another vocabulary, or the model is too small for it.
+      ValueError: the data has another vocabulary, the model is too small for it, or gives pictures other places.
     """
-    where = where | {"image_size": None if model.vision is None else model.vision.image_size}
+    image_size = None if model.vision is None else model.vision.image_size
+    where = where | {"image_size": image_size, "image_workers": image_workers}
     train_set = ExampleLoader(mixture_or_task, split="train", seed=seed, **where)
     try:
         eval_set = ExampleLoader(mixture_or_task, split="validation", shuffle=False, repeat=False, **where)

@@ -79,3 +79,22 @@ def no_log_of_another_test():
     for handler in set(logging.root.handlers) - before:
         if type(handler) is logging.StreamHandler:
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture
+def run_main(capsys, monkeypatch):
+    """Runs `qwen_jax.train` in this process (a process each would take minutes), on one device."""
+    import gin
+
+    from qwen_jax import command_line, sharding, train
+
+    one = sharding.jax.devices()[:1]
+    monkeypatch.setattr(sharding.jax, "devices", lambda *_: one)
+
+    def run(arguments):
+        gin.clear_config()
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(lambda: train.main(arguments))
+        return ended.value.code, capsys.readouterr().err
+
+    return run

@@ -271,25 +271,6 @@ def test_what_a_start_that_failed_has_left_does_not_bar_the_next(corpus, tmp_pat
     assert code == 0 and len(losses(output)) == 6, stderr
 
 
-@pytest.fixture
-def run_main(capsys, monkeypatch):
-    """Runs the entry point in this process (a process each would take minutes), on one device."""
-    import gin
-
-    from qwen_jax import command_line, sharding, train
-
-    one = jax.devices()[:1]
-    monkeypatch.setattr(sharding.jax, "devices", lambda *_: one)
-
-    def run(arguments):
-        gin.clear_config()
-        with pytest.raises(SystemExit) as ended:
-            command_line.run(lambda: train.main(arguments))
-        return ended.value.code, capsys.readouterr().err
-
-    return run
-
-
 def test_whole_documents_can_be_packed_instead(tmp_path, corpus, unbroken, run_main):
     short = {"TRAIN_STEPS": 8, "OUTPUT_DIR": tmp_path / "run", "PACKING": "best_fit"}
     code, stderr = run_main(command(corpus, tmp_path / "run", **short)[3:])

@@ -16,6 +16,7 @@ from qwen_jax.alignment.rollouts import rollout_columns
 from qwen_jax.batch_spec import is_packed, row_length, token_columns
 from qwen_jax.configuration import ConfigurationError
 from qwen_jax.hardware import HardwareConfig
+from qwen_jax.image_rows import check_images
 from qwen_jax.inference import programs
 from qwen_jax.inference.sampling import RowSampling
 from qwen_jax.models.attention import KVCache
@@ -76,7 +77,8 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
     accumulation = trainer.accumulation(mesh)
     packing, reference = settings.get("packing", "concat"), settings.get("reference")
     images_per_row = settings.get("images_per_row", 0)
-    train.check_images(images_per_row, trainer, model, reference)
+    with_reference = reference is not None
+    check_images(images_per_row, trainer.sequence_length, model, workers=None, with_reference=with_reference)
     columns = train.batch_columns(trainer.sequence_length, packing, reference, images_per_row, model)
     shape = {"batch_size": trainer.batch_size, "columns": columns, "accumulation": accumulation}
     state_bytes = check_run(
