@@ -32,6 +32,7 @@ from qwen_jax.training.program import (
     check_memory,
     check_run,
     compile_run,
+    frozen_parts,
     least_between_slices,
     least_collectives,
     model_flops_per_token,
@@ -100,11 +101,18 @@ def prepare_train_step(hardware: HardwareConfig) -> Prepared:
 
     tokens = trainer.batch_size * trainer.sequence_length
     trained = trained_count(build_model(model), optimizer, trainer.train_steps, mesh)
+    frozen = frozen_parts(build_model(model), optimizer)
+    flops = [
+        model_flops_per_token(
+            model, trainer.sequence_length, causal=causal, images_per_row=images_per_row, frozen=frozen
+        ).total
+        for causal in (True, False)
+    ]
     work = Work(
         parameters=parameter_count(model),
         tokens=tokens,
-        flops_per_token=model_flops_per_token(model, trainer.sequence_length).total,
-        flops_per_token_all_keys=model_flops_per_token(model, trainer.sequence_length, causal=False).total,
+        flops_per_token=flops[0],
+        flops_per_token_all_keys=flops[1],
         least=least_collectives(model, mesh, tokens, accumulation, trained),
         parts=accumulation,
         between_slices=least_between_slices(model, mesh, hardware.slices, trained),

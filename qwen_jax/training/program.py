@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from qwen_jax.batch_spec import Column, is_packed, row_length
@@ -16,6 +18,7 @@ from qwen_jax.programs.account import CollectiveTotal
 from qwen_jax.training.model import Model
 from qwen_jax.training.objective import Objective
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from qwen_jax.training.parameter_groups import assign_groups
 from qwen_jax.training.state import TrainState, abstract_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 
@@ -61,30 +64,75 @@ class ModelFlops:
 
     matmuls: 6 per parameter that is multiplied by (the embedding is looked up, not multiplied).
     attention: the products of queries with keys and of weights with values.
+    images: those of the pictures of a row, over its tokens.
     """
 
     matmuls: float
     attention: float
+    images: float = 0.0
 
     @property
     def total(self) -> float:
-        """Sum of both."""
-        return self.matmuls + self.attention
+        """Sum of all."""
+        return self.matmuls + self.attention + self.images
 
 
-def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = True) -> ModelFlops:
+def model_flops_per_token(
+    config: ModelConfig,
+    sequence_length: int,
+    causal: bool = True,
+    *,
+    images_per_row: int = 0,
+    frozen: Collection[str] = (),
+) -> ModelFlops:
     """Operations per token of training.
 
     Args:
       causal: count only the keys that a token may see, half of them on average; False is the usual convention, which
         counts all (PaLM, appendix B).
+      images_per_row: pictures of a row. Rows with fewer compute as many.
+      frozen: the parts of `frozen_parts` that do not learn. A frozen decoder has no gradients of its parameters, and a
+        frozen encoder has no backward pass.
     """
-    multiplied = parameter_count(config)
+    multiplied = parameter_count(dataclasses.replace(config, vision=None))
     if not config.tie_embeddings or config.head == "scalar":
         multiplied -= config.vocab_size * config.hidden_size
     width = config.num_heads * config.head_dim
     attention = 12.0 * config.num_layers * width * sequence_length * (0.5 if causal else 1.0)
-    return ModelFlops(6.0 * multiplied, attention)
+    matmuls = (4.0 if DECODER in frozen else 6.0) * multiplied
+    images = images_per_row * image_flops(config, 1 if ENCODER in frozen else 3) if images_per_row else 0.0
+    return ModelFlops(matmuls, attention, images / sequence_length)
+
+
+ENCODER, DECODER = "encoder", "decoder"
+
+
+def frozen_parts(model: Model, optimizer: OptimizerConfig) -> set[str]:
+    """Of the decoder and the image encoder (without the resampler) those of which no parameter learns."""
+    if not optimizer.groups:
+        return set()
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(model.init_params(jax.random.key(0))))
+    learns: dict[str, bool] = {}
+    for path, group in assign_groups(list(flatten_dict(shapes, sep="/")), optimizer.groups).items():
+        part = ENCODER if path.startswith("vision/layers/") else "" if path.startswith("vision/") else DECODER
+        learns[part] = learns.get(part, False) or not group.frozen
+    return {part for part, any_learns in learns.items() if part and not any_learns}
+
+
+def image_flops(config: ModelConfig, passes: int = 3) -> float:
+    """Operations of one picture of `config.vision` in the encoder and the resampler.
+
+    Args:
+      passes: of the encoder: 3 with the backward pass, which is twice the forward pass, or 1. The resampler has 3.
+    """
+    vision, hidden = config.vision, config.hidden_size
+    assert vision is not None  # callers ask for pictures
+    patches, width, queries = (vision.image_size // vision.patch_size) ** 2, vision.width, vision.num_queries
+    layer = 2.0 * patches * width * (4 * width + 2 * vision.mlp_size) + 4.0 * patches**2 * width
+    encoder = 2.0 * patches * vision.patch_size**2 * 3 * width + vision.num_layers * layer
+    # Input, keys and values; attention. Below, its output and the last projection. Queries are projected once for all.
+    resampler = 2.0 * patches * (width * hidden + 2 * hidden**2) + 4.0 * queries * patches * hidden
+    return passes * encoder + 3 * (resampler + 2 * 2.0 * queries * hidden**2)
 
 
 def memory_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -1,15 +1,19 @@
 """What a compiled step needs: collectives counted as often as they run, memory, operations against a known model."""
 
+import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from qwen_jax.batch_spec import token_columns
-from qwen_jax.models.build import parameter_count
+from qwen_jax.models.build import build_model, parameter_count
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen
+from qwen_jax.models.vision.config import VisionConfig
+from qwen_jax.models.vision.encoder import VisionEncoder
 from qwen_jax.programs.account import collectives_per_device
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.objectives import next_token_prediction
@@ -19,6 +23,8 @@ from qwen_jax.training.program import (
     TooLittleMemory,
     check_run,
     compile_run,
+    frozen_parts,
+    image_flops,
     least_between_slices,
     least_collectives,
     memory_per_device,
@@ -157,3 +163,41 @@ def test_frozen_parameters_are_not_counted_as_trained():
     count = functools.partial(trained_count, Qwen(config), train_steps=10, mesh=mesh)
     assert count(OptimizerConfig(1e-3)) == parameter_count(config)
     assert count(OptimizerConfig(1e-3, groups=groups)) == (2 * config.vocab_size + 1) * config.hidden_size
+
+
+def test_operations_of_pictures_are_those_that_xla_counts():
+    """Products only, so a little less; forward alone, and with the gradients of all parameters."""
+    vision = VisionConfig(
+        image_size=64, patch_size=4, width=128, num_layers=1, num_heads=2, mlp_size=512, num_queries=16
+    )
+    config = small_model(hidden_size=256, head_dim=64, vision=vision)
+    encoder, images = VisionEncoder(config, vision), jax.ShapeDtypeStruct((8, 64, 64, 3), "float32")
+    params = jax.eval_shape(lambda: nn.meta.unbox(build_model(config).init_params(jax.random.key(0))))["vision"]
+
+    def total(params, images):
+        return encoder.apply({"params": params}, images).sum()
+
+    for function, passes in ((total, 1), (jax.grad(total), 3)):
+        counted = jax.jit(function).lower(params, images).cost_analysis()["flops"] / 8
+        resampler = image_flops(config, 0) / 3
+        expected = image_flops(config, passes) - (3 - passes) * resampler
+        assert expected == pytest.approx(counted, rel=0.06) and expected < 1.01 * counted
+
+
+def test_what_is_frozen_has_no_operations_of_its_gradients():
+    vision = VisionConfig(image_size=28, patch_size=14, width=32, num_layers=1, num_heads=2, mlp_size=48, num_queries=4)
+    config = small_model(hidden_size=128, vision=vision)
+    rest = ParameterGroup("rest", ".*", ScheduleConfig(1e-3))
+    encoder = ParameterGroup("encoder", "vision/(?!resampler).*", None)
+    decoder = ParameterGroup("decoder", "(?!vision).*", None)
+    found = {
+        name: frozen_parts(build_model(config), OptimizerConfig(1e-3, groups=groups))
+        for name, groups in {"none": (), "encoder": (encoder, rest), "decoder": (decoder, rest)}.items()
+    }
+    assert found == {"none": set(), "encoder": {"encoder"}, "decoder": {"decoder"}}
+    flops = {name: model_flops_per_token(config, 32, images_per_row=2, frozen=parts) for name, parts in found.items()}
+    text = model_flops_per_token(dataclasses.replace(config, vision=None), 32)
+    assert flops["none"].matmuls == text.matmuls == flops["encoder"].matmuls == 1.5 * flops["decoder"].matmuls
+    assert flops["none"].images == 2 * image_flops(config) / 32 == flops["decoder"].images
+    assert flops["none"].total - flops["encoder"].total == 4 / 32 * (image_flops(config) - image_flops(config, 2))
+    assert model_flops_per_token(config, 32) == text
