@@ -2,8 +2,7 @@
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install torch torchvision numpy
     python benchmarks/images.py --peer_python=/tmp/peer/bin/python
-    python benchmarks/images.py --peer_python=/tmp/peer/bin/python --pictures=FOLDER --processes=4 \\
-        --simd_python=/tmp/simd/bin/python
+    python benchmarks/images.py --peer_python=/tmp/peer/bin/python --pictures=FOLDER --processes=4
 
 torchvision stays out of the project's environment: its wheels on PyPI need another torch. Both sides read the same JPEG
 files and decode and resize them bicubically in the same number of processes:
@@ -11,18 +10,18 @@ files and decode and resize them bicubically in the same number of processes:
     released     torchvision as the released Qwen-VL prepares pictures: Pillow, Resize, ToTensor, Normalize; float32
     v2 on uint8  torchvision's fastest: its own JPEG decoder and its resize of 8-bit levels, not normalized
     ours         `qwen_jax.data.image_workers`: uint8, equal to the released pixels before they are normalized, which
-                 the model does on the device
-    ours, one    the same in the process itself, without workers
-    pillow-simd  ours, whose workers have pillow-simd in place of Pillow (`--simd_python`): the same code
-
-        python -m venv /tmp/simd && CC="cc -mavx2" /tmp/simd/bin/pip install --no-binary pillow-simd pillow-simd numpy
+                 the model does on the device; with Numba (extra `images`) where it is installed
+    ours, Pillow the same where Numba is not installed, and the same pixels
+    ours, threads  Pillow in two threads of the process itself, without workers
 
 Without `--pictures`, files are made: noise over smooth colors, in the sizes of COCO's photographs and about as large.
 Measurements take turns; medians are printed, and how far the pixels of each are from Pillow's.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qwen_jax.command_line import path_argument, run  # noqa: E402
-from qwen_jax.data.image_workers import ImageWorkers  # noqa: E402
+from qwen_jax.data.image_workers import ImageWorkers, fastest_resize  # noqa: E402
 from qwen_jax.data.images import decode_images, open_image, squash  # noqa: E402
 
 SIZES = ((640, 480), (640, 480), (480, 640), (640, 427), (500, 375), (640, 360))
@@ -133,13 +132,16 @@ class Peer:
 
 
 def ours(paths: list[Path], batch: int, decode: Callable[[list[bytes]], np.ndarray]) -> Iterator[int]:
-    """Counts of the pictures of one batch after the other."""
-    files = [path.read_bytes for path in paths]
-    place = 0
-    while True:
-        images = [files[(place + index) % len(files)]() for index in range(batch)]
-        place += batch
-        yield len(decode(images))
+    """Counts of the pictures of one batch after the other; two batches are made at a time, as for the peer more are."""
+
+    def make(number: int) -> int:
+        return len(decode([paths[(number * batch + index) % len(paths)].read_bytes() for index in range(batch)]))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(make, number) for number in range(2)]
+        for number in itertools.count(2):
+            yield ahead.pop(0).result()
+            ahead.append(pool.submit(make, number))
 
 
 def per_second(batches: Iterator[int], seconds: float) -> float:
@@ -170,7 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     """Measures, prints a table with the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer_python", type=path_argument, required=True, help="Python with torch and torchvision")
-    parser.add_argument("--simd_python", type=path_argument, help="Python with pillow-simd and NumPy")
     parser.add_argument("--pictures", type=path_argument, help="folder with JPEG files (default: made ones)")
     parser.add_argument("--size", type=int, default=448)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -193,12 +194,10 @@ def _measure(arguments: argparse.Namespace, paths: list[Path], folder: Path) -> 
     with contextlib.ExitStack() as stack:
         peer = Peer(arguments.peer_python, size, processes, batch)
         stack.callback(peer.close)
-        workers = {"ours": stack.enter_context(ImageWorkers(size, processes))}
-        if arguments.simd_python:
-            simd = ImageWorkers(size, processes, python=str(arguments.simd_python))
-            workers["pillow-simd"] = stack.enter_context(simd)
+        names = {"ours": True} if fastest_resize() is squash else {"ours": True, "ours, Pillow": False}
+        workers = {name: stack.enter_context(ImageWorkers(size, processes, numba=use)) for name, use in names.items()}
         decoders = {name: some.decode for name, some in workers.items()}
-        decoders["ours, one"] = lambda images: decode_images(images, size)
+        decoders["ours, threads"] = lambda images: decode_images(images, size)
         measured: dict[str, Callable[[], float]] = {
             "released": lambda: peer.ask("released", seconds, [*paths]),
             "v2 on uint8": lambda: peer.ask("v2", seconds, [*paths]),

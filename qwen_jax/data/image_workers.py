@@ -1,10 +1,12 @@
 """Pictures decoded by worker processes, ahead of the devices.
 
 Encoded files go to a worker through a pipe, and pixels come back in memory that both share, so nothing is pickled. A
-worker is `python -m qwen_jax.data.image_workers`: it imports Pillow and NumPy and nothing that trains, and it ends when
-the process that started it does. A file that kills its worker is named, and another worker takes the place.
+worker is `python -m qwen_jax.data.image_workers`: it imports Pillow and NumPy, Numba if it is there
+(`qwen_jax.data.fast_resize`), and nothing that trains. It ends when the process that started it does. A file that kills
+its worker is named, and another worker takes the place.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import mmap
@@ -17,17 +19,20 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from qwen_jax.data.images import UnusableImageError, decode_into
+from qwen_jax.data.images import UnusableImageError, decode_into, squash
 
 # Pictures of a request: several, so that a worker does not wait for the next one after each.
 CHUNK = 8
-# Requests that a worker has at a time: it decodes one while the pixels of the other are copied.
+# Requests that a worker has at a time: it decodes one while the pixels of the other are copied and the next is sent.
 _SIDES = 2
+# A request of photographs as a rule, so that the sender need not wait until it is read.
+_PIPE_BYTES = 1 << 20
 # Side of the shared memory, pictures, number of the first one and of all; and number and length of what failed.
 _REQUEST, _ANSWER = struct.Struct("<IIII"), struct.Struct("<I")
 
@@ -39,21 +44,20 @@ class ImageWorkers:
     refers to this any more.
     """
 
-    def __init__(self, size: int, num_workers: int, python: str = sys.executable):
+    def __init__(self, size: int, num_workers: int, numba: bool = True):
         """Starts nothing yet.
 
         Args:
             size: height and width of the decoded pictures.
             num_workers: processes; one for each core that the devices leave free.
-            python: interpreter of the workers. It needs NumPy, and Pillow or pillow-simd, which resizes ten times as
-                fast, within 2 levels of Pillow.
+            numba: whether `fast_resize` is used where it can be.
 
         Raises:
             ValueError: there would be no worker.
         """
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}: it takes at least one process to decode")
-        self._size, self._num_workers, self._python = size, num_workers, python
+        self._size, self._num_workers, self._numba = size, num_workers, numba
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         for _ in range(num_workers):
             self._idle.put(None)  # started when it is first needed
@@ -90,7 +94,7 @@ class ImageWorkers:
     def _work(self, chunks, result: np.ndarray, total: int) -> None:
         worker = self._idle.get()
         try:
-            worker = worker or _Worker(self._size, self._python)
+            worker = worker or _Worker(self._size, self._numba)
             worker.decode(chunks, result, total)
         finally:
             if worker is not None and worker.ended:
@@ -121,7 +125,7 @@ class _Worker:
         ended: whether the process is gone.
     """
 
-    def __init__(self, size: int, python: str):
+    def __init__(self, size: int, numba: bool):
         self.ended = False
         shape = (_SIDES, CHUNK, size, size, 3)
         with _shared_file(int(np.prod(shape))) as file:
@@ -129,25 +133,30 @@ class _Worker:
             package = Path(__file__).resolve().parents[2]
             paths = [str(package), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             self._process = subprocess.Popen(
-                [python, "-m", "qwen_jax.data.image_workers", str(file.fileno()), str(size)],
+                [sys.executable, "-m", "qwen_jax.data.image_workers", *map(str, (file.fileno(), size, int(numba)))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[file.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                pipesize=_PIPE_BYTES,
             )
 
     def decode(self, chunks, result: np.ndarray, total: int) -> None:
         """Decodes chunks (first picture, files) into their places in `result`."""
-        side, waiting = 0, None
-        for start, files in chunks:
+        asked: collections.deque[tuple[int, int, int]] = collections.deque()
+        error = None
+        for number, (start, files) in enumerate(chunks):
+            side = number % _SIDES
             self._send(side, start, files, total)
-            if waiting is not None:
-                self._copy(*waiting, result)
-            self._receive(start, len(files), total)
-            waiting = side, start, len(files)
-            side = (side + 1) % _SIDES
-        if waiting is not None:
-            self._copy(*waiting, result)
+            asked.append((side, start, len(files)))
+            if len(asked) == _SIDES:
+                error = self._receive(*asked.popleft(), total, result)
+                if error is not None:
+                    break
+        while asked:  # also after an error, or its answer would be taken for that of the next call
+            error = self._receive(*asked.popleft(), total, result) or error
+        if error is not None:
+            raise error
 
     def _send(self, side: int, start: int, files: Sequence[bytes], total: int) -> None:
         assert self._process.stdin is not None
@@ -160,7 +169,8 @@ class _Worker:
         except BrokenPipeError as error:
             raise self._ended(start, len(files), total) from error
 
-    def _receive(self, start: int, count: int, total: int) -> None:
+    def _receive(self, side: int, start: int, count: int, total: int, result: np.ndarray) -> UnusableImageError | None:
+        """Takes the pixels of a chunk, or gives the error of one of its pictures."""
         assert self._process.stdout is not None
         header = self._process.stdout.read(_ANSWER.size)
         if len(header) < _ANSWER.size:
@@ -168,7 +178,9 @@ class _Worker:
         (length,) = _ANSWER.unpack(header)
         if length:
             reason, _, message = self._process.stdout.read(length).decode("utf-8", "replace").partition("\n")
-            raise UnusableImageError(message, reason)
+            return UnusableImageError(message, reason)
+        result[start : start + count] = self._pixels[side, :count]
+        return None
 
     def _ended(self, start: int, count: int, total: int) -> UnusableImageError:
         self.ended = True
@@ -178,9 +190,6 @@ class _Worker:
             f"status {status}): leave it out, or give the machine more memory",
             "a picture that ended its process",
         )
-
-    def _copy(self, side: int, start: int, count: int, result: np.ndarray) -> None:
-        result[start : start + count] = self._pixels[side, :count]
 
     def close(self) -> None:
         """Ends the process."""
@@ -205,11 +214,11 @@ def _shared_file(size: int):
     raise OSError(f"no room for {size:,} bytes of pixels in /dev/shm nor in {tempfile.gettempdir()}: set TMPDIR")
 
 
-def serve(file: int, size: int) -> None:
+def serve(file: int, size: int, numba: bool) -> None:
     """The loop of a worker: reads requests from standard input, answers on standard output, ends with its input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides what an interrupt means
     pixels = np.frombuffer(mmap.mmap(file, 0), np.uint8).reshape(_SIDES, CHUNK, size, size, 3)
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    requests, answers, resize = sys.stdin.buffer, sys.stdout.buffer, fastest_resize() if numba else squash
     while len(header := requests.read(_REQUEST.size)) == _REQUEST.size:
         side, count, start, total = _REQUEST.unpack(header)
         lengths = struct.unpack(f"<{count}Q", requests.read(8 * count))
@@ -217,7 +226,7 @@ def serve(file: int, size: int) -> None:
         failure = b""
         for number, data in enumerate(images):
             try:
-                decode_into(data, pixels[side, number], name=f"picture {start + number} of {total}")
+                decode_into(data, pixels[side, number], f"picture {start + number} of {total}", resize)
             except UnusableImageError as error:
                 failure = f"{error.reason}\n{error}".encode("utf-8", "replace")
                 break
@@ -225,5 +234,14 @@ def serve(file: int, size: int) -> None:
         answers.flush()
 
 
+def fastest_resize() -> Callable[[Image.Image, int], np.ndarray]:
+    """`images.squash`, or that of `fast_resize` where Numba is installed and gives the pixels of this Pillow."""
+    try:
+        from qwen_jax.data import fast_resize
+    except (ImportError, RuntimeError):  # RuntimeError: there is no folder that Numba may keep its programs in
+        return squash
+    return fast_resize.squash if fast_resize.agrees() else squash
+
+
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")

@@ -7,7 +7,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -113,6 +113,12 @@ def decode_images(images: Sequence[bytes], size: int) -> np.ndarray:
     return result
 
 
-def decode_into(data: bytes, pixels: np.ndarray, name: str) -> None:
-    """An encoded image file into `pixels`, uint8 [size, size, 3]; see `decode_images`."""
-    pixels[...] = squash(open_image(data, name=name), len(pixels))
+def decode_into(
+    data: bytes, pixels: np.ndarray, name: str, resize: Callable[[Image.Image, int], np.ndarray] = squash
+) -> None:
+    """An encoded image file into `pixels`, uint8 [size, size, 3]; see `decode_images`.
+
+    Args:
+      resize: `squash`, or a function that equals it.
+    """
+    pixels[...] = resize(open_image(data, name=name), len(pixels))

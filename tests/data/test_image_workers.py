@@ -11,11 +11,14 @@ import sys
 import textwrap
 
 import numpy as np
+import PIL
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from qwen_jax.data.image_workers import CHUNK, ImageWorkers
-from qwen_jax.data.images import UnusableImageError, decode_images
+from qwen_jax.data.image_workers import CHUNK, ImageWorkers, fastest_resize
+from qwen_jax.data.images import UnusableImageError, decode_images, squash
 
 SIZE = 28
 
@@ -95,6 +98,39 @@ def test_workers_end_with_the_process_that_started_them():
         worker = os.pidfd_open(pid)
         assert select.select([worker], [], [], 60)[0], "the worker goes on without its parent"
         os.close(worker)
+
+
+def test_the_compiled_resize_is_pillows_to_the_last_bit():
+    fast_resize = pytest.importorskip(
+        "qwen_jax.data.fast_resize", reason="Numba is not installed (extra images)", exc_type=ImportError
+    )
+    if int(PIL.__version__.split(".")[0]) >= 13:
+        assert not fast_resize.agrees()  # its passes are in another order: workers use Pillow itself
+        return
+    assert fast_resize.agrees() and fastest_resize() is fast_resize.squash
+
+    @settings(max_examples=60, deadline=None)
+    @example(height=400, width=3, size=28, seed=0, edges=True)
+    @given(
+        height=st.integers(1, 300),
+        width=st.integers(1, 300),
+        size=st.sampled_from([1, 14, 28, 112, 224]),
+        seed=st.integers(0, 99),
+        edges=st.booleans(),
+    )
+    def check(height, width, size, seed, edges):
+        levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+        image = Image.fromarray(np.where(levels > 127, 255, 0).astype(np.uint8) if edges else levels)
+        np.testing.assert_array_equal(fast_resize.squash(image, size), squash(image, size))
+
+    check()
+
+
+def test_without_numba_pillow_resizes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "qwen_jax.data.fast_resize", raising=False)
+    monkeypatch.delattr("qwen_jax.data.fast_resize", raising=False)
+    assert fastest_resize() is squash
 
 
 def test_without_workers_there_is_nothing_to_ask():
