@@ -63,7 +63,7 @@ class Engine:
 
         Args:
           model, params: as `load_pretrained` returns them, or as a training state holds them.
-          tokenizer: with `decode_bytes` and `vision_vocab_size`; without one there is no text and are no stop strings.
+          tokenizer: as `text.token_bytes` takes it; without one there is no text and are no stop strings.
           mesh: the devices, from `qwen_jax.sharding.make_mesh`: weights lie on them as in training, rows over `data`
             and `fsdp`, heads over `tensor`. None: one device.
           slots: the largest number of requests that are generated together.

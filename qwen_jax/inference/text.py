@@ -58,5 +58,10 @@ class TextStream:
 
 
 def token_bytes(tokenizer, token: int) -> bytes:
-    """Bytes of a token; those of U+FFFD for an id that only a padded vocabulary has."""
-    return tokenizer.decode_bytes([token]) if token < tokenizer.vision_vocab_size else "\ufffd".encode()
+    """Bytes of a token; those of U+FFFD for an id that only a padded vocabulary has.
+
+    Args:
+      tokenizer: with `decode_bytes` and `vocab_size`, and `vision_vocab_size` if it has tags of pictures after them.
+    """
+    size = getattr(tokenizer, "vision_vocab_size", tokenizer.vocab_size)
+    return tokenizer.decode_bytes([token]) if token < size else "\ufffd".encode()
