@@ -15,6 +15,7 @@ from PIL import Image
 from qwen_jax import chat as chat_module
 from qwen_jax import generate as generate_module
 from qwen_jax.chat import Chat, command
+from qwen_jax.conversion import convert
 from qwen_jax.data.boxes import draw, find_boxes
 from qwen_jax.data.chatml import encode_prompt
 from qwen_jax.data.content import Picture, Reference, Region, decode, encode, parse_parts, to_json
@@ -36,7 +37,7 @@ BOXED = (
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return random_vision_run(tmp_path_factory.mktemp("pictures"))
+    return random_vision_run(tmp_path_factory.mktemp("pictures"), head_dim=128)  # as format qwen has it
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,9 @@ def test_generate_with_pictures(run_folder, files, tmp_path, capsys, monkeypatch
     lines = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda line: line["index"])
     generate_module.main([*options, "--image", str(files / "a.png"), "--prompt", "What?"])
     assert capsys.readouterr().out == lines[1]["text"] + "\n"
+    released = convert("orbax", run_folder, "qwen", tmp_path / "qwen", progress=False)
+    texts = generate_module.generate(checkpoint=released, images=[files / "a.png"], prompt="What?", max_new_tokens=8)
+    assert "".join(texts) == lines[1]["text"]
     assert len({line["text"] for line in lines}) == 3
     recorded = Recorded(load_engine(run_folder), [BOXED])
     monkeypatch.setattr(generate_module, "load_engine", lambda *_, **__: recorded)
