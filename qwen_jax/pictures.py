@@ -123,5 +123,7 @@ def draw_reply(text: str, picture: str | Path | None, folder: str | Path) -> lis
         path = next(name for name in names if not name.exists())
         with files.new_file(path) as temporary:
             boxes.draw(open_image(picture), found).save(temporary, "PNG")
-        lines.append(f"drew {len(found)} box(es) on {path}")
+        shown = zip(boxes.labels(found), found, strict=True)
+        numbers = [f"{label} is {one.label}" for label, one in shown if not one.label.startswith(label)]
+        lines.append(f"drew {len(found)} box(es) on {path}" + (f" ({', '.join(numbers)})" if numbers else ""))
     return lines

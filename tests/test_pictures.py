@@ -23,6 +23,7 @@ from qwen_jax.data.images import open_image, squash
 from qwen_jax.data.vision import VisionChatRows
 from qwen_jax.generate import load_engine, read_prompts
 from qwen_jax.inference import StreamChunk
+from qwen_jax.pictures import draw_reply
 from tests.fakes import random_run, random_vision_run
 from tests.warm_python import python
 
@@ -232,6 +233,12 @@ def test_boxes_that_are_none_are_named():
     assert draw(wide, number).tobytes() == draw(wide, chinese).tobytes() != wide.tobytes()
     tiny = Image.new("RGB", (3, 2))
     assert draw(tiny, found).size == (3, 2) and tiny.getcolors() == [(6, (0, 0, 0))]
+
+
+def test_labels_that_cannot_be_written_are_explained(files, tmp_path):
+    reply = "<ref>a</ref><box>(1,2),(30,40)</box><ref>猫</ref><box>(5,6),(7,8)</box><box>(5,6),(7,8)</box>"
+    lines = draw_reply(reply, files / "a.png", tmp_path)
+    assert lines == [f"drew 3 box(es) on {tmp_path / 'a-1.png'} (2 is 猫, 3 is 猫)"]
 
 
 def test_generate_with_pictures(run_folder, files, tmp_path, capsys, monkeypatch):

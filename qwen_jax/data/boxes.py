@@ -50,10 +50,18 @@ def find_boxes(text: str) -> tuple[list[LabelledRegion], list[str]]:
     return found, wrong
 
 
-def draw(image: Image.Image, found: Sequence[LabelledRegion]) -> Image.Image:
-    """A copy of a picture with boxes; equal labels have one color.
+def labels(found: Sequence[LabelledRegion]) -> list[str]:
+    """What `draw` writes at each box: its label, "" without one, or its number, from 1 on.
 
-    A label that the font of Pillow cannot write (Chinese, say) is shown as the number of its box, from 1 on.
+    The font of Pillow has no Chinese, say: a label with characters that it does not have is shown as the number.
+    """
+    font = ImageFont.load_default()
+    shown = [one.label[:_SHOWN] for one in found]
+    return [label if _writes(font, label) else str(number) for number, label in enumerate(shown, start=1)]
+
+
+def draw(image: Image.Image, found: Sequence[LabelledRegion]) -> Image.Image:
+    """A copy of a picture with boxes and `labels`; equal labels have one color.
 
     Args:
       image: in mode RGB, of any size.
@@ -63,15 +71,14 @@ def draw(image: Image.Image, found: Sequence[LabelledRegion]) -> Image.Image:
     width = max(1, min(image.size) // 150)
     font = ImageFont.load_default(max(10, min(image.size) // 24))
     colors: dict[str, str] = {}
-    for number, one in enumerate(found, start=1):
+    for label, one in zip(labels(found), found, strict=True):
         color = colors.setdefault(one.label, _COLORS[len(colors) % len(_COLORS)])
         corners = [(x * image.width / UNITS, y * image.height / UNITS) for x, y in one.region.points]
         if len(corners) == 2:
             canvas.rectangle(corners, outline=color, width=width)
         else:
             canvas.line([*corners, corners[0]], fill=color, width=width, joint="curve")
-        if label := one.label[:_SHOWN]:
-            label = label if _writes(font, label) else str(number)
+        if label:
             _write(canvas, font, label, color, min(x for x, _ in corners), min(y for _, y in corners))
     return image
 
