@@ -4,9 +4,10 @@
     printf 'Hello!\\nAnd in French?\\n' | python -m qwen_jax.chat --checkpoint exports/chat --temperature 0
     python -m qwen_jax.chat --checkpoint exports/vl_chat --image a.png --image b.png
 
-Commands: /image FILE shows a picture with the next message, /reset forgets the conversation, /system TEXT sets the
-system message, /save FILE writes the conversation as JSON, /help, /exit. A line that ends in a backslash goes on in the
-next; // at the beginning is a / of the message. Boxes of an answer are drawn on the last picture, in a file.
+Commands: /image FILE shows a picture with the next message, /tags TEXT is a message with boxes, /reset forgets the
+conversation, /system TEXT sets the system message, /save FILE writes the conversation as JSON, /help, /exit. A line
+that ends in a backslash goes on in the next; // at the beginning is a / of the message. Boxes of an answer are drawn
+on the last picture, in a file.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from qwen_jax.data.content import (
     Content,
     Picture,
     decode,
+    parse_tags,
     pictures,
     to_json,
     with_labels,
@@ -45,6 +47,7 @@ with quick_imports():
 # generation_config.json of the released chat models (7B and 14B); temperature is what transformers has without one.
 RELEASED = {"temperature": 1.0, "top_p": 0.8, "top_k": 0, "repetition_penalty": 1.1, "max_new_tokens": 512}
 HELP = """/image FILE   show a picture with the next message
+/tags TEXT    a message in which <ref>, <box> and <quad> are tags, as in: What is in <box>(10,20),(500,600)</box>?
 /reset        forget the conversation, keep the system message
 /system TEXT  set the system message, from the next message on
 /save FILE    write the conversation as JSON
@@ -123,18 +126,19 @@ class Chat:
         """
         self._attached.append(load_picture(path, vision_of(self.engine)))
 
-    def answer(self, text: str) -> Generator[str]:
-        """Yields the assistant's answer to `text`, in pieces. Closed early, the answer is the pieces so far.
+    def answer(self, said: Content) -> Generator[str]:
+        """Yields the assistant's answer to `said`, in pieces. Closed early, the answer is the pieces so far.
 
         When message and answer may not fit, the oldest turns are left out, for good, and a notice says so.
 
         Raises:
-          ValueError: the system message and `text` alone leave no room for an answer. The conversation is as before.
+          ValueError: the system message and `said` alone leave no room for an answer. The conversation is as before.
         """
         self.notices = []
-        content: Content = valid_text(text)
+        content: Content = valid_text(said) if isinstance(said, str) else said
         if self._attached:
-            content = (*(Picture(os.fspath(picture.path)) for picture in self._attached), content)
+            parts = [content] if isinstance(content, str) else content
+            content = (*(Picture(os.fspath(picture.path)) for picture in self._attached), *parts)
         messages = [*self.messages, {"role": "user", "content": content}]
         first, prompt = self._fit(messages)
         if first > self._first:
@@ -305,6 +309,18 @@ def messages_from(stream, interactive: bool) -> Iterator[str]:
             return
 
 
+def tagged(text: str) -> Content:
+    """The content of a message whose author asks for tags of regions to be read.
+
+    Raises:
+      ValueError: a tag without its other half, a region that is none, or a picture.
+    """
+    content = parse_tags(valid_text(text), "/tags")
+    if pictures(content):
+        raise ValueError("/tags reads <ref>, <box> and <quad>; a picture is shown with /image FILE")
+    return content
+
+
 def converse(chat: Chat, interactive: bool, boxes: str | Path) -> None:
     """Answers the messages of standard input until it ends. Notices and errors go to standard error.
 
@@ -317,6 +333,9 @@ def converse(chat: Chat, interactive: bool, boxes: str | Path) -> None:
     """
     for text in messages_from(sys.stdin, interactive):
         try:
+            if text.startswith("/tags "):
+                _answer(chat, tagged(text.removeprefix("/tags ")), boxes)
+                continue
             if text.startswith("/") and not text.startswith("//"):
                 told = command(chat, text)
                 if told is None:
@@ -332,8 +351,8 @@ def converse(chat: Chat, interactive: bool, boxes: str | Path) -> None:
         print(f"note: {chat.attached} picture(s) were not shown, as no message followed", file=sys.stderr)
 
 
-def _answer(chat: Chat, text: str, boxes: str | Path) -> None:
-    pieces = chat.answer(text)
+def _answer(chat: Chat, said: Content, boxes: str | Path) -> None:
+    pieces = chat.answer(said)
     try:
         for piece in pieces:
             sys.stdout.write(piece)

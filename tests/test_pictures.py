@@ -235,6 +235,25 @@ def test_boxes_that_are_none_are_named():
     assert draw(tiny, found).size == (3, 2) and tiny.getcolors() == [(6, (0, 0, 0))]
 
 
+def test_a_person_may_ask_for_tags(engine, capsys, monkeypatch):
+    recorded = Recorded(engine, ["a cat", "text"])
+    chat = Chat(recorded, system="S", max_new_tokens=8)
+    question = "What is in <box>(1,2),(3,4)</box> & <ref>it</ref>?"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/tags {question}\n{question}\n"))
+    chat_module.converse(chat, False, "boxes")
+    tags = engine.tokenizer.vision_tokens
+    counts = [list(request.prompt).count(tags["<box>"]) for request in recorded.requests]
+    assert counts == [1, 1]  # of the first message alone
+    for wrong, message in (
+        ("<box>(1,2),(3,1000)</box>", "no integers in .0, 1000."),
+        ("<box>(1,2)", "<box> without its other half"),
+        ("<img>a.png</img>", "a picture is shown with /image FILE"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"/tags {wrong}\n"))
+        with pytest.raises(ValueError, match=message):
+            chat_module.converse(chat, False, "boxes")
+
+
 def test_labels_that_cannot_be_written_are_explained(files, tmp_path):
     reply = "<ref>a</ref><box>(1,2),(30,40)</box><ref>猫</ref><box>(5,6),(7,8)</box><box>(5,6),(7,8)</box>"
     lines = draw_reply(reply, files / "a.png", tmp_path)
