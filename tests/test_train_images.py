@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw
 
 from qwen_jax.checkpoints.arrays import load_params
 from qwen_jax.training.metrics import read_metrics
+from tests.environment import one_device
 from tests.fakes import random_run, text_corpus
+from tests.test_hosts import free_port
 
 # The vocabulary of `text_corpus` has 512 ids.
 SIZES = {"vocab_size": 528, "hidden_size": 128, "num_layers": 1, "num_heads": 2, "head_dim": 16, "ffn_size": 64}
@@ -137,6 +139,23 @@ def test_killed_it_goes_on_bit_for_bit(folder, unbroken, plain_environment, tmp_
     assert done.returncode == 0 and "resuming" in done.stderr, done.stderr
     assert losses(output) == losses(unbroken[0])
     jax.tree.map(np.testing.assert_array_equal, parameters(output), parameters(unbroken[0]))
+
+
+@pytest.mark.slow
+def test_two_processes_read_the_pictures_of_their_rows_and_give_the_same_losses(folder, unbroken, tmp_path):
+    address, started = f"localhost:{free_port()}", []
+    for index in range(2):
+        place = [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}"]
+        flags = [*place, "--heartbeat_timeout=300", *arguments(folder, tmp_path / "run")]
+        log = open(tmp_path / f"{index}.log", "w")
+        command = [sys.executable, "-m", "qwen_jax.train", *flags]
+        started.append(subprocess.Popen(command, env=one_device(), stdout=log, stderr=log))
+    codes = [process.wait(1200) for process in started]
+    assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    assert "2 process(es)" in (tmp_path / "0.log").read_text()
+    found, expected = losses(tmp_path / "run"), losses(unbroken[0])
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), [expected[key] for key in found], rtol=1e-5)
 
 
 def test_stages_2_and_3_go_on_from_the_run_before(folder, unbroken, tmp_path, run_main):

@@ -39,7 +39,7 @@ def settings(recipe, *bindings):
 
 
 def stage(number, size="7b"):
-    return settings(f"vl_stage{number}_{size}", *(["MIXTURE_OR_TASK=x"] if number == 2 and size == "7b" else []))
+    return settings(f"vl_stage{number}_{size}")
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -127,7 +127,6 @@ def test_each_stage_asks_for_the_weights_that_it_starts_from():
     for number in (1, 2, 3):
         with pytest.raises(ValueError, match="INITIAL_CHECKPOINT"):
             load_gin([f"gin/runs/vl_stage{number}_7b.gin"], ["OUTPUT_DIR=runs/x"])
-    with pytest.raises(ValueError, match="MIXTURE_OR_TASK"):
-        settings("vl_stage2_7b")
     assert stage(1)["initial_subtree"] == ["token_embedding", "layers", "final_norm", "output"]
+    assert [stage(n)["mixture_or_task"] for n in (1, 2, 3)] == ["vision_pairs", "vision_multitask", "vision_chat"]
     assert stage(2)["initial_subtree"] is None and stage(3)["vision_checkpoint"] is None
