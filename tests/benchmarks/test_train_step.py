@@ -33,10 +33,23 @@ def test_it_runs_and_both_sides_train_alike(root, plain_environment):
     assert re.search(r"qwen_jax / fastest peer: \d", done.stdout)
 
 
+@pytest.mark.slow
+def test_with_pictures_both_sides_train_alike(root, plain_environment):
+    pytest.importorskip("torch", reason="the peer is torch")
+    sizes = ("--preset=tiny", "--rounds=1", "--steps=1", "--batch=1", "--length=160", "--peers=eager")
+    command = [sys.executable, "benchmarks/vl_train_step.py", *sizes]
+    done = subprocess.run(command, cwd=root, env=plain_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "NOT THE SAME TRAINING" not in done.stdout and "left out" not in done.stderr
+    losses = re.findall(r"\| (\S+), (\S+) \|$", done.stdout, re.MULTILINE)
+    assert len(losses) == 2 and losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["train_step.py", "--rounds=0"], "error: --rounds must be at least 1, found 0"),
+        (["vl_train_step.py", "--images=9"], "error: 9 pictures of 64 features do not fit in 512 tokens"),
         (
             ["compile_time.py", "--models=tinny"],
             "error: tinny for v5p_256: --gin_file=gin/runs/pretrain_tinny.gin: no such",
