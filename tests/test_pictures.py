@@ -1,5 +1,6 @@
 """Pictures on the command line: chat and generate with them, boxes drawn, and one line for what cannot be."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ from qwen_jax.data.vision import VisionChatRows
 from qwen_jax.generate import load_engine, read_prompts
 from qwen_jax.inference import StreamChunk
 from qwen_jax.pictures import draw_reply
-from tests.fakes import random_run, random_vision_run
+from tests.fakes import SMALL_VISION, random_run, random_vision_run
 from tests.warm_python import python
 
 BOXED = (
@@ -320,15 +321,7 @@ def test_what_cannot_be_is_named(run_folder, engine, files, tmp_path, monkeypatc
         options = ["--checkpoint", str(run_folder), "--prompts", str(bad)]
         generate_module.main([*options, "--image", str(files / "a.png")])
     with pytest.raises(ValueError, match="<img> is id 470 of 473 .* and id 400 of 480 in the model"):
-        load_engine(random_vision_run(tmp_path, vision=_other_tags()))
-
-
-def _other_tags():
-    import dataclasses
-
-    from tests.fakes import SMALL_VISION
-
-    return dataclasses.replace(SMALL_VISION, image_start_id=400)
+        load_engine(random_vision_run(tmp_path, vision=dataclasses.replace(SMALL_VISION, image_start_id=400)))
 
 
 def test_a_checkpoint_without_an_encoder_is_one_line_and_status_2(tmp_path, files, plain_environment):
