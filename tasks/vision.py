@@ -3,18 +3,20 @@
 | task | rows |
 |---|---|
 | `vision_pairs` | `{"image": "a.png", "text": "a red square"}`; the text may be parts, with boxes |
+| `vision_grounding` | the same, with boxes in each text: captions that say where things are (GRIT) |
 | `vision_documents` | `{"content": [PART, …]}`: texts and pictures in any order |
 | `vision_vqa` | `{"image": "a.png", "question": "What is red?", "answer": "the square"}` |
 | `vision_referring` | `{"image": "a.png", "ref": "the square", "boxes": [[x1, y1, x2, y2]]}` |
 | `vision_grounded_captions` | `{"image": "a.png", "boxes": [[x1, y1, x2, y2]], "text": "a red square"}` |
 | `vision_ocr` | `{"image": "a.png", "lines": [{"text": "EXIT", "quad": [eight numbers]}, …]}` |
+| `vision_text` | `{"text": "…"}`: a document without pictures, for mixtures |
+| `vision_multitask` | a mixture of these, but `vision_documents`: the second stage |
 | `vision_chat` | `{"messages": [{"role": "user", "content": [PART, …]}, …]}`, or another layout |
 
 A PART is `{"type": "text", "text": …}`, `{"type": "image", "image": "a.png"}`, or `{"type": "box", "ref": …, "boxes":
 [[x1, y1, x2, y2], …]}`. Paths are relative to the folder of the file with the rows; tars, Parquet and TFDS hold the
-pictures themselves. Coordinates are thousandths of the
-width and height of the stored picture, integers in [0, 1000). Rows become tokens in `qwen_jax.data.vision`;
-docs/how_to/vision_data.md shows all of them.
+pictures themselves. Coordinates are thousandths of the width and height of the stored picture, integers in [0, 1000).
+Rows become tokens in `qwen_jax.data.vision`; docs/how_to/vision_data.md shows all of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,9 @@ import gin
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.content import NUM_QUERIES, PICTURE_LABEL
 from qwen_jax.data.images import MAX_PIXELS
+from qwen_jax.data.mixing import ConfiguredRate
 from qwen_jax.data.picture_records import PictureRecords, picture_files
+from qwen_jax.data.quick_seqio import seqio
 from qwen_jax.data.records import add_task
 from qwen_jax.data.vision import KINDS, VisionChatRows, VisionRows
 from qwen_jax.files import Pattern
@@ -60,6 +64,19 @@ def vision_pairs(
         max_left_out_share: caching ends with an error where a larger share of a split is left out.
     """
     return _records("pairs", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
+
+
+@gin.configurable
+def vision_grounding(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
+) -> PictureRecords:
+    """Captions with boxes, pairs of which each has a region; arguments as `vision_pairs`."""
+    return _records("grounding", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
 
 
 @gin.configurable
@@ -128,6 +145,19 @@ def vision_ocr(
 
 
 @gin.configurable
+def vision_text(
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    validation_share: float = 0.01,
+    unusable: str = "stop",
+    max_pixels: int = MAX_PIXELS,
+    fields: Mapping[str, str] | None = None,
+    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
+) -> PictureRecords:
+    """Documents without pictures; arguments as `vision_pairs`."""
+    return _records("text", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
+
+
+@gin.configurable
 def vision_chat(
     pattern: Pattern | Sequence[Pattern] | None = None,
     validation_share: float = 0.01,
@@ -186,3 +216,31 @@ def _records(
 
 for _name in (*(f"vision_{kind}" for kind in KINDS), "vision_chat"):
     add_task(_name, globals()[_name], pictures=True)
+
+
+@gin.configurable
+def multitask_rates(
+    pairs: float = 19.7,
+    vqa: float = 3.6,
+    grounding: float = 3.5,
+    referring: float = 8.7,
+    grounded_captions: float = 8.7,
+    ocr: float = 24.8,
+    text: float = 7.8,
+) -> dict[str, float]:
+    """Rates of `vision_multitask`: the samples of the second stage in millions (arXiv 2308.12966, table 3).
+
+    A task with rate 0 is left out, and needs no files.
+    """
+    return {
+        "vision_pairs": pairs,
+        "vision_vqa": vqa,
+        "vision_grounding": grounding,
+        "vision_referring": referring,
+        "vision_grounded_captions": grounded_captions,
+        "vision_ocr": ocr,
+        "vision_text": text,
+    }
+
+
+seqio.MixtureRegistry.add("vision_multitask", [(name, ConfiguredRate(multitask_rates)) for name in multitask_rates()])

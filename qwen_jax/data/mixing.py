@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +13,18 @@ logger = logging.getLogger(__name__)
 
 # Rates are turned into whole numbers; below this share of a mixture a task could not be told from rounding.
 _SMALLEST_RATE = Fraction(1, 100_000)
+
+
+class ConfiguredRate:
+    """A rate of a mixture that gin sets; unlike other functions of a task, it is known before the task is cached."""
+
+    def __init__(self, rates: Callable[[], Mapping[str, float]]):
+        """`rates` gives the rate of each task by name."""
+        self._rates = rates
+
+    def __call__(self, task: seqio.Task) -> float:
+        """The rate of a task, as SeqIO asks for it."""
+        return self._rates()[task.name]
 
 
 def used_tasks(mixture: seqio.Mixture) -> list[seqio.Task]:
@@ -35,7 +48,8 @@ def used_tasks(mixture: seqio.Mixture) -> list[seqio.Task]:
 
 def _rate_before_caching(mixture: seqio.Mixture, task: seqio.Task) -> Fraction | None:
     inner = [one for one in _inner_mixtures(mixture) if task in one.tasks]
-    if callable(mixture.rate_per_task_name.get(task.name)) or any(map(_depends_on_size, inner)):
+    rate = mixture.rate_per_task_name.get(task.name)
+    if (callable(rate) and not isinstance(rate, ConfiguredRate)) or any(map(_depends_on_size, inner)):
         return None
     return _fraction(mixture, task)
 

@@ -4,12 +4,13 @@
 does, with `<|endoftext|>` behind it:
 
     pairs               <img>…</img>Generate the caption in English: a red square
-    pairs with regions  <img>…</img>Generate the caption in English with grounding: a <ref>square</ref><box>…</box>
+    grounding           <img>…</img>Generate the caption in English with grounding: a <ref>square</ref><box>…</box>
     documents           texts and pictures as they stand; all text carries loss
     vqa                 <img>…</img>What is red? Answer: the square
     referring           <img>…</img><ref>the square</ref><box>…</box>
     grounded_captions   <img>…</img><ref>This</ref><box>…</box> is a square
     ocr                 <img>…</img>OCR with grounding: <ref>EXIT</ref><quad>…</quad><ref>…
+    text                a document without pictures; all of it carries loss
 
 `VisionChatRows` writes the dialogues of the third in ChatML, with `Picture 1: <img>…</img>` and a line end for each
 picture. The prompts are those of the paper's appendix; the space before an answer belongs to the answer, as it does in
@@ -61,7 +62,7 @@ class VisionRows:
         """Tokens and loss weights; raises `Unusable` and `ValueError` as the readers in `KINDS` do."""
         prompt, answer = KINDS[self.kind](row)
         parts = [*prompt, *answer]
-        if not content.pictures(parts):
+        if not content.pictures(parts) and self.kind != "text":
             raise Unusable("a row without a picture")
         asked = content.encode(tokenizer, prompt, self.num_queries)
         said = content.encode(tokenizer, answer, self.num_queries)
@@ -85,6 +86,14 @@ def _from_pair(row: Mapping) -> tuple[list[Part], list[Part]]:
     language = row.get("language") or ("Chinese" if _is_chinese(words) else "English")
     grounding = " with grounding" if any(isinstance(part, Region) for part in answer) else ""
     return [*_pictures(row), f"Generate the caption in {language}{grounding}:"], _spaced(answer)
+
+
+def _from_grounded_pair(row: Mapping) -> tuple[list[Part], list[Part]]:
+    """As `_from_pair`, with a region."""
+    prompt, answer = _from_pair(row)
+    if not any(isinstance(part, Region) for part in answer):
+        raise Unusable("a caption without a box")
+    return prompt, answer
 
 
 def _from_document(row: Mapping) -> tuple[list[Part], list[Part]]:
@@ -134,13 +143,23 @@ def _from_lines(row: Mapping) -> tuple[list[Part], list[Part]]:
     return [*_pictures(row), "OCR with grounding:"], answer
 
 
+def _from_text(row: Mapping) -> tuple[list[Part], list[Part]]:
+    """`{"text": "…"}`, a document without pictures, so that a mixture of these rows has text, too."""
+    text = _text(row, "text")
+    if not text.strip():
+        raise Unusable("a document without text")
+    return [], [text]
+
+
 KINDS: dict[str, Callable[[Mapping], tuple[list[Part], list[Part]]]] = {
     "pairs": _from_pair,
+    "grounding": _from_grounded_pair,
     "documents": _from_document,
     "vqa": _from_question,
     "referring": _from_reference,
     "grounded_captions": _from_region,
     "ocr": _from_lines,
+    "text": _from_text,
 }
 
 

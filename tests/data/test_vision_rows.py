@@ -53,7 +53,7 @@ def rows(kind: str) -> VisionRows:
             " 红色的正方形, a<|endoftext|>",
         ),
         (
-            "pairs",
+            "grounding",
             {
                 "image": "a.png",
                 "text": [
@@ -174,6 +174,7 @@ def test_text_alone_is_what_chat_tasks_make_of_it(tokenizer):
     ("kind", "row", "reason"),
     [
         ("pairs", {"image": "a.png", "text": " "}, "a picture without text"),
+        ("grounding", {"image": "a.png", "text": "a red square"}, "a caption without a box"),
         ("documents", {"content": [{"type": "text", "text": "x"}]}, "a row without a picture"),
         ("documents", {"content": [{"type": "video"}]}, "a part that is no text, image, box or quad"),
         ("documents", {"content": [{"type": "image", "image": ""}]}, "a part of type image without a image"),

@@ -17,6 +17,7 @@ from PIL import Image
 import tasks  # noqa: F401  registers them
 from qwen_jax.beam import short_errors
 from qwen_jax.data import cache
+from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.data.tokenizer import Tokenizer
 
 PLACES = 4
@@ -115,6 +116,36 @@ def test_a_job_ends_where_too_much_is_left_out(tmp_path, tool, capsys):
     gin.bind_parameter("vision_pairs.max_left_out_share", 0.25)
     (prepared,) = cache.prepare("vision_pairs", **where)
     assert prepared.manifest.images == 3 and prepared.manifest.documents == 3
+
+
+def test_the_second_stage_mixes_pictures_and_text(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = {
+        "pairs": {"text": "red"},
+        "referring": {"ref": "it", "boxes": [[1, 2, 3, 4]]},
+        "text": {"text": "some text"},
+    }
+    for kind, row in rows.items():
+        pattern = write_rows(tmp_path / kind, [row | {"image": "../a.png"}] * 4)
+        gin.bind_parameter(f"vision_{kind}.pattern", pattern)
+        gin.bind_parameter(f"vision_{kind}.validation_share", 0.0)
+    for name in ("vqa", "grounding", "grounded_captions", "ocr"):
+        gin.bind_parameter(f"multitask_rates.{name}", 0)
+    where = dict(cache_dir=tmp_path / "cache", sequence_length=64, packing="whole", images_per_row=2)
+    prepared = cache.prepare("vision_multitask", **where, splits=("train",))
+    assert {one.manifest.task: one.manifest.images for one in prepared} == {
+        "vision_pairs": 4,
+        "vision_referring": 4,
+        "vision_text": 0,
+    }
+    loader = ExampleLoader("vision_multitask", **where, image_size=14)
+    assert loader.rates == pytest.approx(
+        {"vision_text": 0.2155, "vision_pairs": 0.5442, "vision_referring": 0.2403}, abs=1e-3
+    )
+    batch = loader.read(0, 12)
+    shown = batch["images"].any(axis=(1, 2, 3, 4))
+    tokenizer = Tokenizer(gin.query_parameter("vocabulary_path.path"))
+    assert (shown == (batch["tokens"] == tokenizer.vision_tokens["<img>"]).any(axis=1)).all() and 0 < shown.sum() < 12
 
 
 def test_dialogues_may_have_several_pictures_or_none(tmp_path):
