@@ -146,6 +146,15 @@ def region(numbers: object, where: str, corners: int = 2) -> Region:
     return Region(tuple(zip(numbers[::2], numbers[1::2], strict=True)))
 
 
+def thousandths(box: Sequence[float], width: int, height: int) -> list[int]:
+    """A box in pixels, `[x1, y1, x2, y2, …]`, in thousandths of the picture, as `region` takes it.
+
+    Numbers are rounded to the nearest thousandth, and what lies on or beyond an edge goes to 0 or 999.
+    """
+    sides = (width, height)
+    return [min(max(round(one * UNITS / sides[place % 2]), 0), UNITS - 1) for place, one in enumerate(box)]
+
+
 _TAG = re.compile("(</?(?:img|ref|box|quad)>|<imgpad>)")
 _POINTS = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _BETWEEN = re.compile(r"[\s,]*")

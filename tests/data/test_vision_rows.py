@@ -13,6 +13,7 @@ from qwen_jax.data.content import Picture, Reference, Region, Unusable, parse_pa
 from qwen_jax.data.conversations import check, from_openai, read_parts
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.data.vision import VisionChatRows, VisionRows
+from qwen_jax.evaluation.vision.grounding import to_pixels
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(os.environ.get("QWEN_JAX_SHARED", ROOT.parent / "shared")) / "golden" / "qwenvl_full" / "vl_tokens.json"
@@ -278,6 +279,14 @@ def test_only_parts_become_control_tokens(tokenizer, some):
 @given(some=st.lists(regions | st.just(Picture("a.png")) | st.sampled_from(["x", " y\n"]).map(Reference), max_size=5))
 def test_tags_are_read_as_they_are_written(some):
     assert list(parse_tags(content.written(some), "here")) == some
+
+
+def test_pixels_become_thousandths_and_come_back():
+    assert content.thousandths([0, 0, 640, 480], 640, 480) == [0, 0, 999, 999]
+    assert content.thousandths([64.2, -3, 320, 479], 640, 480) == [100, 0, 500, 998]
+    box = (30.0, 41.5, 611.25, 300.0)
+    found = to_pixels(tuple(content.thousandths(box, 640, 480)), 640, 480, units=1000)
+    assert found == pytest.approx(box, abs=0.33)
 
 
 def test_json_parts_are_read():
