@@ -1,6 +1,7 @@
 # make demo    the main job, start to end, on this machine
 # make test    lint and tests
 # make tool_use    a tiny model and the choice of tools, before and after
+# make vision    a tiny model learns to see in the three stages of Qwen-VL, measured around each
 # make specialists    a code model and a math model from one base model, before and after
 # All first make .venv from requirements.txt; a second call reuses it.
 
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo specialists tool_use test test-slow lint types identical findings lock clean
+.PHONY: demo specialists tool_use vision test test-slow lint types identical findings lock clean
 
 demo: $(VENV)/installed
 	$(PY) tools/demo.py
@@ -20,6 +21,9 @@ specialists: $(VENV)/installed
 
 tool_use: $(VENV)/installed
 	$(PY) tools/tool_use.py
+
+vision: $(VENV)/installed
+	$(PY) tools/vision.py
 
 test: $(VENV)/installed-test lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
