@@ -2,21 +2,22 @@
 
     python tools/make_tool_use.py --output runs/tool_use/data --count 3000
 
-Every example draws tools of its own: a name without a meaning, a subject such as "copper price", and an argument. Only
-the description says what a tool is about, so that the right one is found by reading. Some questions are about nothing
-that a listed tool is about, and some ask for no look-up at all: they are answered without a call. Half of the examples
-are Chinese.
+Every example draws tools of its own: a subject such as "copper price", the name `copper_price` that says so, and an
+argument. Some questions are about a listed tool's subject, some about another one, and some ask for no look-up at all:
+the latter two are answered without a call. A model that is right names the subject of the question and finds out
+whether it is in the list. Half of the examples are Chinese; names are English there, too.
 
     train.jsonl     conversations with calls, results and answers, in OpenAI's layout (task `chat_messages`); each has
                     several questions, so that much is learned from one list of tools
-    one_tool.jsonl  one question with one tool, which is always called: the form of a call, without a choice
+    one_tool.jsonl  one question with one tool, which is called whatever is asked: the form of a call, without a choice
     text.jsonl      plain text for a base model to begin with (task `local_files`): lists of names and what each is
                     about, with questions after them, from which a small model learns to look things up; and some
                     examples of one_tool.jsonl
     tool_use/       exam_plugin_made_react_{positive,negative}.jsonl: the layout of the publisher of Table 6, which the
                     benchmark `tool_use` reads
 
-No subject and no name of a tool of `tool_use` is in the other files; their words are.
+No subject and no name of a tool of `tool_use` is in the other files; their words are. No two tools of a list share
+the second word of their subjects.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
@@ -37,14 +38,17 @@ from qwen_jax.data.react import DEFAULT_STYLE, TRAINED_STYLES, say
 
 MOST_TOOLS = 5
 HELD_OUT_SHARE = 0.2  # of the subjects
-NEAR_SHARE = 0.15  # of the other tools that share a word with what is asked
+NEAR_SHARE = 0.15  # of the other tools that share the first word with what is asked; no two share the second
+LIST_QUESTIONS = 8  # of a list in text.jsonl
 CHAT_SHARE = 0.3  # of the questions without a call that ask for no look-up
-SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """Words and sentences of one language; {first} and {second} are the words of a subject."""
+    """Words and sentences of one language; {first} and {second} are the words of a subject.
+
+    The words of both languages are in one order, so that a subject is a pair of indices.
+    """
 
     firsts: tuple[str, ...]
     seconds: tuple[str, ...]
@@ -53,7 +57,6 @@ class Language:
     arguments: tuple[str, ...]
     descriptions: tuple[str, ...]
     questions: tuple[str, ...]
-    asked: str
     found: str
     missing: str
     answer: str
@@ -83,9 +86,8 @@ ENGLISH = Language(
     arguments=("city", "place", "town", "location"),
     descriptions=("Tells the {subject} of a {argument}.", "Looks up the {subject} in one {argument}."),
     questions=("What is the {subject} of {place}?", "I want to know the {subject} in {place}.", "{place}: {subject}?"),
-    asked="The question is about the {subject}.",
-    found="{name} is about it.",
-    missing="No API is about it.",
+    found="The question needs {name}.",
+    missing="The question needs {name}, and no API is about it.",
     answer="The {subject} of {place} is {result}.",
     refusal="I cannot look up the {subject}.",
     chats=(
@@ -111,9 +113,8 @@ CHINESE = Language(
     arguments=("city", "place", "town", "location"),
     descriptions=("查询一个地方的{subject}。", "提供{subject}，按地方查找。"),
     questions=("{place} 的{subject}是多少？", "请告诉我 {place} 的{subject}。", "我想了解{subject}，地点是 {place}。"),
-    asked="问题是{subject}。",
-    found="可以用 {name}。",
-    missing="没有合适的工具。",
+    found="问题需要 {name}。",
+    missing="问题需要 {name}，但没有这样的工具。",
     answer="{place} 的{subject}是 {result}。",
     refusal="我查不到{subject}。",
     chats=(
@@ -125,7 +126,7 @@ CHINESE = Language(
     no_lookup="不需要工具。",
 )
 LANGUAGES = {"en": ENGLISH, "zh": CHINESE}
-Subject = tuple[str, str]
+Subject = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,111 +154,120 @@ class Maker:
 
     def __init__(self, seed: int, part: str, held_out: bool = False):
         self._draw = random.Random(f"{seed}/{part}")
-        self._held_out = held_out
-        self._subjects: dict[str, list[Subject]] = {}
-        for name, language in LANGUAGES.items():
-            every = [(first, second) for first in language.firsts for second in language.seconds]
-            random.Random(f"{seed}/{name}").shuffle(every)
-            cut = round(HELD_OUT_SHARE * len(every))
-            self._subjects[name] = every[:cut] if held_out else every[cut:]
+        every = [(first, second) for first in range(len(ENGLISH.firsts)) for second in range(len(ENGLISH.seconds))]
+        random.Random(seed).shuffle(every)
+        cut = round(HELD_OUT_SHARE * len(every))
+        self._subjects = every[:cut] if held_out else every[cut:]
 
     def example(self, *, tools: tuple[int, int], calls: Sequence[bool]) -> Made:
-        """A conversation.
+        """A conversation in which a question with a call is about a listed tool, and no other is.
 
         Args:
             tools: the smallest and the largest number of them.
             calls: of each question, whether it needs a call.
         """
-        draw, name = self._draw, self._draw.choice(sorted(LANGUAGES))
-        count = draw.randint(*tools)
-        asked = [draw.choice(self._subjects[name]) for _ in calls]
-        listed: list[Subject] = []
-        while len(listed) < count:
-            near = draw.random() < NEAR_SHARE
-            other = self._near(name, asked[0]) if near else draw.choice(self._subjects[name])
-            if other not in listed:
-                listed.append(other)
-        definitions = [self._tool(LANGUAGES[name], subject, named) for named, subject in self._named(listed)]
+        name, listed, definitions = self._listed(self._draw.randint(*tools))
         messages: list[dict] = []
-        for subject, call in zip(asked, calls, strict=True):
-            while not call and subject in listed:
-                subject = draw.choice(self._subjects[name])
+        missing: list[Subject] = []
+        for call in calls:
             if call:
-                place = draw.randrange(count)
+                place = self._draw.randrange(len(listed))
                 messages += self._called(LANGUAGES[name], listed[place], definitions[place]["function"])
             else:
-                messages += self._answered(LANGUAGES[name], subject)
+                missing.append(self._other(listed + missing))
+                messages += self._answered(LANGUAGES[name], missing[-1])
         return Made(name, tuple(definitions), tuple(messages))
 
+    def unasked(self) -> Made:
+        """One question and one tool, which is called although the question is about something else as a rule."""
+        name, _, definitions = self._listed(1)
+        question = self._draw.choice(self._subjects)
+        return Made(name, tuple(definitions), self._called(LANGUAGES[name], question, definitions[0]["function"]))
+
     def catalog(self, questions: int) -> str:
-        """Plain text: names with descriptions, a line each, and questions that say which name is about them."""
-        made = self.example(tools=(1, MOST_TOOLS), calls=[self._draw.random() < 0.8 for _ in range(questions)])
-        lines = [f"{tool['function']['name']}: {tool['function']['description']}" for tool in made.tools]
-        for question, reply in zip(made.messages, made.messages[1:], strict=False):
-            if question["role"] == "user":
-                lines += [f"Question: {question['content']}", reply["content"]]
-                for call in reply.get("tool_calls", ()):
-                    lines.append(f"{call['function']['name']}: {call['function']['arguments']}")
+        """Plain text: names with descriptions, a line each, and questions, half of them about no listed name."""
+        name, listed, definitions = self._listed(self._draw.randint(1, MOST_TOOLS))
+        language, missing = LANGUAGES[name], []
+        lines = [f"{tool['function']['name']}: {tool['function']['description']}" for tool in definitions]
+        for _ in range(questions):
+            found = self._draw.random() < 0.5
+            subject = self._draw.choice(listed) if found else self._other(listed + missing)
+            missing += [] if found else [subject]
+            words = self._words(language, subject)
+            thought = (language.found if found else language.missing).format(**words)
+            lines += [self._draw.choice(language.questions).format(**words), f"Thought: {thought}"]
+            if found:
+                (argument,) = definitions[listed.index(subject)]["function"]["parameters"]["required"]
+                lines.append(f"{words['name']}: {json.dumps({argument: words['place']}, ensure_ascii=False)}")
         return "\n".join(lines)
 
-    def _named(self, listed: list[Subject]) -> Iterator[tuple[str, Subject]]:
-        """Subjects with names that are not alike and, by their hash, belong to this part."""
-        begun: set[str] = set()
-        for subject in listed:
-            while True:
-                parts = self._draw.sample(SYLLABLES, 3)
-                # The sum decides: no name is in both parts, and nobody needs a list of all names.
-                if parts[0] not in begun and (sum(map(SYLLABLES.index, parts)) % 5 == 0) == self._held_out:
-                    break
-            begun.add(parts[0])
-            yield "".join(parts), subject
+    def _listed(self, count: int) -> tuple[str, list[Subject], list[dict]]:
+        """A language, and tools with their subjects."""
+        name = self._draw.choice(sorted(LANGUAGES))
+        listed: list[Subject] = []
+        while len(listed) < count:
+            near = listed and self._draw.random() < NEAR_SHARE
+            subject = self._other(listed, first=self._draw.choice(listed)[0] if near else None)
+            listed.append(subject)
+        return name, listed, [self._tool(LANGUAGES[name], subject) for subject in listed]
 
-    def _near(self, name: str, asked: Subject) -> Subject:
-        """A subject that shares a word with `asked`, or any where there is none."""
-        near = [one for one in self._subjects[name] if one != asked and (one[0] == asked[0] or one[1] == asked[1])]
-        return self._draw.choice(near or self._subjects[name])
+    def _other(self, listed: list[Subject], first: int | None = None) -> Subject:
+        """A subject whose second word none of `listed` has, with the given first word where there is such a one."""
+        seconds = {second for _, second in listed}
+        others = [one for one in self._subjects if one[1] not in seconds]
+        return self._draw.choice([one for one in others if one[0] == first] or others)
 
-    def _tool(self, language: Language, subject: Subject, name: str) -> dict:
+    def _tool(self, language: Language, subject: Subject) -> dict:
         argument = self._draw.choice(language.arguments)
         description = self._draw.choice(language.descriptions).format(
             subject=_written(language, subject), argument=argument
         )
         schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
-        return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+        return {
+            "type": "function",
+            "function": {"name": _name(subject), "description": description, "parameters": schema},
+        }
+
+    def _words(self, language: Language, subject: Subject) -> dict[str, str]:
+        """What the sentences of a language ask for."""
+        words = {"subject": _written(language, subject), "name": _name(subject)}
+        return words | {"place": self._draw.choice(language.places)}
 
     def _called(self, language: Language, subject: Subject, tool: dict) -> tuple[dict, ...]:
-        """A question, its call and result, and the answer."""
-        words = {"subject": _written(language, subject), "place": self._draw.choice(language.places)}
+        """A question, the call of a tool and its result, and the answer."""
+        words = self._words(language, subject) | {"name": tool["name"], "result": str(self._draw.randint(10, 99))}
         (argument,) = tool["parameters"]["required"]
         call = {"name": tool["name"], "arguments": json.dumps({argument: words["place"]}, ensure_ascii=False)}
-        result = str(self._draw.randint(10, 99))
-        thought = f"Thought: {language.asked.format(**words)} {language.found.format(name=tool['name'])}"
+        thought = f"Thought: {language.found.format(**words)}"
         return (
             {"role": "user", "content": self._draw.choice(language.questions).format(**words)},
             {"role": "assistant", "content": thought, "tool_calls": [{"type": "function", "function": call}]},
-            {"role": "tool", "content": result},
-            {"role": "assistant", "content": language.answer.format(**words, result=result)},
+            {"role": "tool", "content": words["result"]},
+            {"role": "assistant", "content": language.answer.format(**words)},
         )
 
     def _answered(self, language: Language, subject: Subject) -> tuple[dict, ...]:
         """A question that needs no call, and the answer."""
+        words = self._words(language, subject) | {"person": self._draw.choice(language.people)}
         if self._draw.random() < CHAT_SHARE:
-            question, answer = self._draw.choice(language.chats)
-            words = {"person": self._draw.choice(language.people)}
-            thought = language.no_lookup
+            (question, answer), thought = self._draw.choice(language.chats), language.no_lookup
         else:
-            words = {"subject": _written(language, subject), "place": self._draw.choice(language.places)}
             question, answer = self._draw.choice(language.questions), language.refusal
-            thought = f"{language.asked.format(**words)} {language.missing}"
-        told = f"Thought: {thought}\nFinal Answer: {answer.format(**words)}"
+            thought = language.missing
+        told = f"Thought: {thought}\nFinal Answer: {answer}"
         return (
             {"role": "user", "content": question.format(**words)},
-            {"role": "assistant", "content": told},
+            {"role": "assistant", "content": told.format(**words)},
         )
 
 
 def _written(language: Language, subject: Subject) -> str:
-    return language.subject.format(first=subject[0], second=subject[1])
+    return language.subject.format(first=language.firsts[subject[0]], second=language.seconds[subject[1]])
+
+
+def _name(subject: Subject) -> str:
+    """The name of the tool for a subject."""
+    return f"{ENGLISH.firsts[subject[0]]}_{ENGLISH.seconds[subject[1]]}"
 
 
 def exam_row(made: Made, style: str) -> dict:
@@ -276,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--one_tool", type=int, default=1_500, help="lines of one_tool.jsonl (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=24_000, help="lists in text.jsonl (default: %(default)s)")
     parser.add_argument("--held_out", type=int, default=200, help="questions of each kind (default: %(default)s)")
-    parser.add_argument("--without", type=float, default=0.4, help="share of questions without a call (%(default)s)")
+    parser.add_argument("--without", type=float, default=0.5, help="share of questions without a call (%(default)s)")
     parser.add_argument("--style", choices=TRAINED_STYLES, default=DEFAULT_STYLE, help="of the prompts in tool_use/")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments = parser.parse_args(argv)
@@ -294,8 +304,8 @@ def main(argv: list[str] | None = None) -> None:
     maker = Maker(seed, "train")
     train = [maker.example(tools=every, calls=calls(arguments.questions)) for _ in range(arguments.count)]
     maker = Maker(seed, "one_tool")
-    one_tool = [maker.example(tools=(1, 1), calls=[True]) for _ in range(arguments.one_tool)]
-    texts = [maker.catalog(arguments.questions) for _ in range(arguments.texts)]
+    one_tool = [maker.unasked() for _ in range(arguments.one_tool)]
+    texts = [maker.catalog(LIST_QUESTIONS) for _ in range(arguments.texts)]
     texts += [
         "\n".join(one.content for one in say(from_openai(made.row), style)) for made in one_tool[: len(texts) // 8]
     ]

@@ -150,7 +150,7 @@ def draw(found: dict[str, dict[str, float]], by_chance: float, path: Path) -> No
             panel.text(place, value, f"{value:.1f}", ha="center", va="bottom")
         if key == "selection":
             panel.axhline(100 * by_chance, color="black", linestyle=":", linewidth=1)
-            panel.text(1.4, 100 * by_chance, "chance", ha="right", va="bottom", fontsize="small")
+            panel.text(-0.4, 100 * by_chance, "chance", ha="left", va="bottom", fontsize="small")
         panel.set_xticks(range(2), ["one tool\nin training", "up to\nfive"])
         panel.set_ylabel(label)
         panel.set_ylim(0, 110)

@@ -54,7 +54,7 @@ def test_commands_of_the_page(tmp_path):
     _, asked, own, inspected, program, _ = output.split("=====\n")
     assert asked.startswith("Question: What is 12.5 * 37?\n") and own.startswith("Question: What is the copper price")
     (saved,) = [json.loads(line) for line in (tmp_path / "traces.jsonl").read_text().splitlines()]
-    assert [tool["name"] for tool in saved["tools"]] == ["mivako"] and saved["ended"] == "answered"
+    assert [tool["name"] for tool in saved["tools"]] == ["copper_price"] and saved["ended"] == "answered"
     assert "tokens with loss" in inspected and program.endswith("end 'failed'\n")
     scores = files.read_json(tmp_path / "runs/scores/tool_use_none/scores.json")
     assert scores["metrics"]["mean/false_positive"] == 0 and scores["examples"] >= 1

@@ -124,31 +124,40 @@ def test_what_is_held_out_is_in_no_training_file(made):
         assert asked and not [one for one in asked if one in trained]
 
 
-def test_only_a_description_gives_the_tool_away(made):
-    """Names share nothing with questions; the tool asked for is described, in no fixed place, and no other is."""
+def test_only_the_list_tells_whether_there_is_a_tool(made):
+    """The tool asked for is listed, in no fixed place; a question without a call could be about a tool as well."""
     folder, maker = made
-    places = []
-    for row in rows(folder / "tool_use/exam_plugin_made_react_positive.jsonl"):
-        question, tools = row["prompt"].rsplit("Question: ", 1)[1], listed(row["prompt"])
-        right = tool_use.released(row["response"]).action
-        language = maker.LANGUAGES[row["language"]]
-        subjects = [
-            subject
-            for first in language.firsts
-            for second in language.seconds
-            if (subject := language.subject.format(first=first, second=second)) in question
-        ]
-        assert len(subjects) == 1 and not any(name in question for name, _ in tools)
-        assert [name for name, about in tools if subjects[0] in about] == [right]
-        places.append([name for name, _ in tools].index(right) / (len(tools) - 1))
-    assert 0.35 < sum(places) / len(places) < 0.65
-    for row in rows(folder / "tool_use/exam_plugin_made_react_negative.jsonl"):
-        assert "response" in row and not tool_use.released(row["response"]).called
+    places, missing = [], 0
+    for kind in ("positive", "negative"):
+        for row in rows(folder / f"tool_use/exam_plugin_made_react_{kind}.jsonl"):
+            question, tools = row["prompt"].rsplit("Question: ", 1)[1], listed(row["prompt"])
+            language = maker.LANGUAGES[row["language"]]
+            subjects = [
+                (first, second)
+                for first in language.firsts
+                for second in language.seconds
+                if language.subject.format(first=first, second=second) in question
+            ]
+            names = [name for name, _ in tools]
+            assert len(subjects) <= 1 and len({name.split("_")[1] for name in names}) == len(names) == row["tools"]
+            if kind == "positive":
+                right = tool_use.released(row["response"]).action
+                about = language.subject.format(first=subjects[0][0], second=subjects[0][1])
+                assert [name for name, told in tools if about in told] == [right]
+                places.append(names.index(right) / (len(tools) - 1))
+            else:
+                assert not tool_use.released(row["response"]).called
+                assert not subjects or not any(
+                    language.subject.format(first=f, second=s) in row["prompt"].rsplit("Question: ", 1)[0]
+                    for f, s in subjects
+                )
+                missing += len(subjects)
+    assert 0.35 < sum(places) / len(places) < 0.65 and missing > 0.5 * len(places)
 
 
 def test_training_rows_can_be_trained_on_and_depend_on_the_seed_alone(made, tmp_path):
     folder, maker = made
-    for name, share in (("train.jsonl", 0.6), ("one_tool.jsonl", 1.0)):
+    for name, share in (("train.jsonl", 0.5), ("one_tool.jsonl", 1.0)):
         found = rows(folder / name)
         assert all(check(from_openai(row)) for row in found)
         said = [message for row in found for message in row["messages"]]
