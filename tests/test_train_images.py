@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from qwen_jax.training.metrics import read_metrics
 from tests.environment import one_device
 from tests.fakes import random_run, text_corpus
 from tests.test_hosts import free_port
+from tests.warm_python import python
 
 # The vocabulary of `text_corpus` has 512 ids.
 SIZES = {"vocab_size": 528, "hidden_size": 128, "num_layers": 1, "num_heads": 2, "head_dim": 16, "ffn_size": 64}
@@ -82,7 +82,7 @@ def arguments(folder, output, stage=1, **changes):
 @pytest.fixture(scope="module")
 def unbroken(folder, plain_environment):
     output = folder / "stage1"
-    command = [sys.executable, "-m", "qwen_jax.train", *arguments(folder, output)]
+    command = [python(), "-m", "qwen_jax.train", *arguments(folder, output)]
     done = subprocess.run(command, env=plain_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output, done
@@ -130,11 +130,11 @@ command_line.run(train.main)
 
 def test_killed_it_goes_on_bit_for_bit(folder, unbroken, plain_environment, tmp_path, run_main):
     output = tmp_path / "run"
-    command = [sys.executable, "-c", KILLING.format(output=str(output)), *arguments(folder, output)]
+    command = [python(), "-c", KILLING.format(output=str(output)), *arguments(folder, output)]
     killed = subprocess.run(command, env=plain_environment, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert [path.name for path in (output / "checkpoints").glob("*") if path.name.isdigit()]
-    command = [sys.executable, "-m", "qwen_jax.train", *arguments(folder, output)]
+    command = [python(), "-m", "qwen_jax.train", *arguments(folder, output)]
     done = subprocess.run(command, env=plain_environment, capture_output=True, text=True)
     assert done.returncode == 0 and "resuming" in done.stderr, done.stderr
     assert losses(output) == losses(unbroken[0])
@@ -148,7 +148,7 @@ def test_two_processes_read_the_pictures_of_their_rows_and_give_the_same_losses(
         place = [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}"]
         flags = [*place, "--heartbeat_timeout=300", *arguments(folder, tmp_path / "run")]
         log = open(tmp_path / f"{index}.log", "w")
-        command = [sys.executable, "-m", "qwen_jax.train", *flags]
+        command = [python(), "-m", "qwen_jax.train", *flags]
         started.append(subprocess.Popen(command, env=one_device(), stdout=log, stderr=log))
     codes = [process.wait(1200) for process in started]
     assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
@@ -162,7 +162,7 @@ def test_stages_2_and_3_go_on_from_the_run_before(folder, unbroken, tmp_path, ru
     """Larger pictures, dialogues with several of them, and pictures decoded by a process beside the run."""
     one, two, three = unbroken[0], tmp_path / "stage2", tmp_path / "stage3"
     short = {"IMAGE_SIZE": 32, "TRAIN_STEPS": 2, "EVAL_EVERY": 2, "IMAGES_PER_ROW": 2, "IMAGE_WORKERS": 1}
-    short |= {"SEQUENCE_LENGTH": 128}
+    short |= {"SEQUENCE_LENGTH": 128, "vision_chat.max_left_out_share": 0.5}
     code, stderr = run_main(arguments(folder, two, 2, INITIAL_CHECKPOINT=one, **short))
     assert code == 0, stderr
     left_out = [line for line in stderr.splitlines() if "left out" in line]

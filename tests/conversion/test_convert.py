@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -255,10 +256,11 @@ convert("qwen", sys.argv[1], "qwen", sys.argv[2], progress=False)
 """
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
+def run(*arguments, interpreter=None) -> subprocess.CompletedProcess:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([python(), *arguments], capture_output=True, text=True, env=environment, check=False)
+    command = [interpreter or python(), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def test_a_killed_conversion_leaves_only_a_hidden_folder_that_the_next_one_removes(tmp_path):
@@ -310,5 +312,6 @@ def test_the_program_reports_errors_in_one_line(tmp_path, name, words):
 
 def test_importing_the_room_loads_neither_tensorflow_nor_torch():
     unwanted = ("tensorflow", "seqio", "t5", "torch", "transformers")
-    done = run("-c", f"import sys, qwen_jax.conversion; print([m for m in {unwanted} if m in sys.modules])")
+    program = f"import sys, qwen_jax.conversion; print([m for m in {unwanted} if m in sys.modules])"
+    done = run("-c", program, interpreter=sys.executable)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

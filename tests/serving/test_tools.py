@@ -201,7 +201,10 @@ def test_more_calls_than_could_be_read_are_refused(running):
     call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     many = {"role": "assistant", "tool_calls": [call] * 5000}
     few = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "1"}] * 2000
-    for messages, text in (([*QUESTION, many], "128 calls at most"), ([*QUESTION, *few], "6001 messages and calls")):
+    for messages, text in (
+        ([*QUESTION, many], "128 calls at most"),
+        ([*QUESTION, *few], "6001 messages, calls, pictures and regions"),
+    ):
         status, _, answer = post(running.url, CHAT, {"messages": messages, "tools": [WEATHER]})
         assert status == 400 and text in answer["error"]["message"]
 
