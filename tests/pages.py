@@ -14,8 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """(what stands after the three ticks, such as "sh", and text) of the code blocks of a page of docs/, in order."""
-    (file,) = (ROOT / "docs").rglob(page)
+    """(what stands after the three ticks, such as "sh", and text) of the code blocks of a page of docs/, in order.
+
+    Of pages of one name, that in docs/how_to, which has commands.
+    """
+    (file,) = [*(ROOT / "docs/how_to").glob(page)] or (ROOT / "docs").rglob(page)
     text = file.read_text(encoding="utf-8")
     return re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
