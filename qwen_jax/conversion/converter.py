@@ -207,7 +207,7 @@ def _write_external(
         if table.head == "tokens":
             generation = huggingface.generation_config(table, config, tokenizer.endoftext_id, tokenizer.im_end_id)
             files.write_json(folder / huggingface.GENERATION_FILE, generation)
-        write_tokenizer(folder, tokenizer, config.context_length, config.vocab_size)
+        write_tokenizer(folder, tokenizer, config.context_length, config.vocab_size, config.vision is not None)
     tensors = external_tensors(table, config)
     huggingface.write_safetensors(
         folder, tensors, lambda tensor, kind: gather(weights, tensor, kind), dtype, max_shard_size, checksums, progress

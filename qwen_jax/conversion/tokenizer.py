@@ -64,11 +64,12 @@ def _written(token: bytes) -> str:
     return "".join(_CHARACTERS[byte] for byte in token)
 
 
-def tokenizer_json(tokenizer: Tokenizer, rows: int | None = None) -> dict:
+def tokenizer_json(tokenizer: Tokenizer, rows: int | None = None, vision: bool = False) -> dict:
     """The content of tokenizer.json: NFC, Qwen's pattern, byte-level BPE, control tokens.
 
     Args:
       rows: number of vocabulary rows of the model; control tokens without a row are left out. None: all of them.
+      vision: whether the 9 tokens of Qwen-VL for pictures, references and boxes are among them.
 
     Raises:
       ValueError: see `derive_merges`.
@@ -80,7 +81,7 @@ def tokenizer_json(tokenizer: Tokenizer, rows: int | None = None) -> dict:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in _control(tokenizer, rows).items()],
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in _control(tokenizer, rows, vision)],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
@@ -107,11 +108,12 @@ def tokenizer_json(tokenizer: Tokenizer, rows: int | None = None) -> dict:
     }
 
 
-def _control(tokenizer: Tokenizer, rows: int | None) -> dict[str, int]:
-    return {name: i for name, i in tokenizer.control_tokens.items() if rows is None or i < rows}
+def _control(tokenizer: Tokenizer, rows: int | None, vision: bool) -> list[tuple[str, int]]:
+    every = {**tokenizer.control_tokens, **(tokenizer.vision_tokens if vision else {})}
+    return [(name, i) for name, i in every.items() if rows is None or i < rows]
 
 
-def tokenizer_config(tokenizer: Tokenizer, context_length: int, rows: int | None = None) -> dict:
+def tokenizer_config(tokenizer: Tokenizer, context_length: int, rows: int | None = None, vision: bool = False) -> dict:
     """The content of tokenizer_config.json: a class of transformers itself, and the ChatML template."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
@@ -122,24 +124,26 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int, rows: int | None
         "unk_token": None,
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
-        "added_tokens_decoder": {str(i): {"content": name, **flags} for name, i in _control(tokenizer, rows).items()},
+        "added_tokens_decoder": {str(i): {"content": name, **flags} for name, i in _control(tokenizer, rows, vision)},
         "chat_template": CHAT_TEMPLATE,
     }
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int, rows: int | None = None) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, context_length: int, rows: int | None = None, vision: bool = False
+) -> None:
     """Writes tokenizer.json, tokenizer_config.json and a copy of the `.tiktoken` file into an existing folder.
 
     Args:
-      rows: see `tokenizer_json`.
+      rows, vision: see `tokenizer_json`.
 
     Raises:
       ValueError: see `derive_merges`.
     """
-    content = tokenizer_json(tokenizer, rows)
+    content = tokenizer_json(tokenizer, rows, vision)
     # Without line breaks: the file has 300,000 entries.
     files.write_json(folder / TOKENIZER_FILE, content, indent=None)
-    files.write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, context_length, rows))
+    files.write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, context_length, rows, vision))
     shutil.copyfile(tokenizer.path, folder / RANKS_FILE)
 
 

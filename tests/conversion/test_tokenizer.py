@@ -55,6 +55,24 @@ def pair(tokenizer_file):
     return ours, tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(ours)))
 
 
+def test_a_model_with_an_encoder_brings_the_tokens_of_pictures_and_boxes(tokenizer_file, tmp_path):
+    ours = Tokenizer(tokenizer_file)
+    write_tokenizer(tmp_path, ours, 64, ours.vision_vocab_size, vision=True)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert len(ours.vision_tokens) == 9 and {name: theirs.token_to_id(name) for name in ours.vision_tokens} == (
+        ours.vision_tokens
+    )
+    tags = [ours.vision_tokens[name] for name in ("<box>", "</box>")]
+    assert theirs.encode("a<box>(1,2)</box>").ids == [*ours.encode("a"), tags[0], *ours.encode("(1,2)"), tags[1]]
+    decoder = json.loads((tmp_path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert set(map(str, ours.vision_tokens.values())) <= set(decoder)
+    # Read back without the file of ranks, which others do not have.
+    for file in tmp_path.glob("*.tiktoken"):
+        file.unlink()
+    (tmp_path / "scratch").mkdir()
+    assert Tokenizer(recover_ranks(tmp_path, tmp_path / "scratch")).fingerprint == ours.fingerprint
+
+
 def test_released_vocabulary_has_the_known_number_of_merges(released):
     content = json.loads((released[1] / "tokenizer.json").read_text())
     assert len(content["model"]["merges"]) == 151_387
