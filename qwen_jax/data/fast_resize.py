@@ -9,7 +9,7 @@ release is one that this equals, and image workers fall back on Pillow where it 
 import functools
 import math
 
-import numba  # ty: ignore[import-not-found]  of the extra `images`
+import numba  # of the extra `images`
 import numpy as np
 from PIL import Image
 
