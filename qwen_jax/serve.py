@@ -62,6 +62,21 @@ def compile_first(engine: Engine, sampling: SamplingConfig) -> None:
             engine.step()
 
 
+def _check_limits(max_waiting: int, grace_seconds: float, slots: int, api_key: str | None, **positive) -> None:
+    for name, value in (("max_waiting", max_waiting), ("grace_seconds", grace_seconds)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--{name} must not be negative, infinite or nan, found {value}")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise ValueError(
+            f"--slots must be from 1 to {MOST_SLOTS}, found {slots}: each has memory for the keys of its tokens"
+        )
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be positive, found {value}")
+    if api_key is not None and (not api_key or not api_key.isascii() or not api_key.isprintable()):
+        raise ValueError("the API key must be printable ASCII characters, and not empty")
+
+
 def serve(
     *,
     checkpoint: str | Path,
@@ -109,19 +124,8 @@ def serve(
 
     if jax.process_count() > 1:
         raise ValueError("the server runs in one process, this job has several: start one server on each host")
-    for name, value in (("--max_waiting", max_waiting), ("--grace_seconds", grace_seconds)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must not be negative, infinite or nan, found {value}")
-    if not 1 <= slots <= MOST_SLOTS:
-        raise ValueError(
-            f"--slots must be from 1 to {MOST_SLOTS}, found {slots}: each has memory for the keys of its tokens"
-        )
     sizes = {"max_request_bytes": max_request_bytes, "max_images": max_images, "max_image_pixels": max_image_pixels}
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be positive, found {value}")
-    if api_key is not None and (not api_key or not api_key.isascii() or not api_key.isprintable()):
-        raise ValueError("the API key must be printable ASCII characters, and not empty")
+    _check_limits(max_waiting, grace_seconds, slots, api_key, **sizes)
     with bind(host, port) as sock:
         print(f"loading {checkpoint}", flush=True)
         engine = load_engine(checkpoint, dtype, slots, prefix_cache_tokens)

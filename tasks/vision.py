@@ -19,7 +19,7 @@ pictures themselves. Coordinates are thousandths of the width and height of the 
 Rows become tokens in `qwen_jax.data.vision`; docs/how_to/vision_data.md shows all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import gin
 
@@ -43,118 +43,43 @@ def picture_places(num_queries: int = NUM_QUERIES) -> int:
     return num_queries
 
 
-@gin.configurable
-def vision_pairs(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Pictures with a caption.
+def _rows_of(kind: str) -> Callable[..., PictureRecords]:
+    """The rows of the task `vision_` + `kind`, a gin configurable of that name."""
+    task = f"vision_{kind}"
 
-    Args:
-        pattern: folder, glob, or list of these, of `.jsonl` and `.json` (also compressed), `.tar` and `.parquet`; or
-            the folder of a TFDS dataset (`qwen_jax.data.picture_files`).
-        validation_share: share of the pictures held out, with all their rows.
-        unusable: `stop` names the first row that cannot be trained on, `leave_out` counts them by reason.
-        max_pixels: largest width times height of a picture; larger ones are unusable, before they are decoded.
-        fields: names in the files to names in rows, such as `{"caption": "text"}`; a list of texts makes several rows.
-        max_left_out_share: caching ends with an error where a larger share of a split is left out.
-    """
-    return _records("pairs", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
+    @gin.configurable(task, module=__name__)
+    def records(
+        pattern: Pattern | Sequence[Pattern] | None = None,
+        validation_share: float = 0.01,
+        unusable: str = "stop",
+        max_pixels: int = MAX_PIXELS,
+        fields: Mapping[str, str] | None = None,
+        max_left_out_share: float = MAX_LEFT_OUT_SHARE,
+    ) -> PictureRecords:
+        """Rows with pictures, as the table above has them.
 
+        Args:
+            pattern: folder, glob, or list of these, of `.jsonl` and `.json` (also compressed), `.tar` and `.parquet`;
+                or the folder of a TFDS dataset (`qwen_jax.data.picture_files`).
+            validation_share: share of the pictures held out, with all their rows.
+            unusable: `stop` names the first row that cannot be trained on, `leave_out` counts them by reason.
+            max_pixels: largest width times height of a picture; larger ones are unusable, before they are decoded.
+            fields: names in the files to names in rows, such as `{"caption": "text"}`; a list of texts makes several
+                rows.
+            max_left_out_share: caching ends with an error where a larger share of a split is left out.
+        """
+        return PictureRecords(
+            picture_files(pattern, task),
+            validation_share=validation_share,
+            rows=VisionRows(kind, picture_places()),
+            unusable=unusable,
+            max_pixels=max_pixels,
+            fields=tuple((fields or {}).items()),
+            max_left_out_share=max_left_out_share,
+            task=task,
+        )
 
-@gin.configurable
-def vision_grounding(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Captions with boxes, pairs of which each has a region; arguments as `vision_pairs`."""
-    return _records("grounding", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
-
-
-@gin.configurable
-def vision_documents(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Documents of texts and pictures; arguments as `vision_pairs`."""
-    return _records("documents", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
-
-
-@gin.configurable
-def vision_vqa(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Questions about pictures; arguments as `vision_pairs`."""
-    return _records("vqa", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
-
-
-@gin.configurable
-def vision_referring(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Phrases, and the boxes that they refer to; arguments as `vision_pairs`."""
-    return _records("referring", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
-
-
-@gin.configurable
-def vision_grounded_captions(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Boxes, and what is in them; arguments as `vision_pairs`."""
-    return _records("grounded_captions", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
-
-
-@gin.configurable
-def vision_ocr(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Lines of text in pictures, and where they are; arguments as `vision_pairs`."""
-    return _records("ocr", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
-
-
-@gin.configurable
-def vision_text(
-    pattern: Pattern | Sequence[Pattern] | None = None,
-    validation_share: float = 0.01,
-    unusable: str = "stop",
-    max_pixels: int = MAX_PIXELS,
-    fields: Mapping[str, str] | None = None,
-    max_left_out_share: float = MAX_LEFT_OUT_SHARE,
-) -> PictureRecords:
-    """Documents without pictures; arguments as `vision_pairs`."""
-    return _records("text", pattern, validation_share, unusable, max_pixels, fields, max_left_out_share)
+    return records
 
 
 @gin.configurable
@@ -170,7 +95,7 @@ def vision_chat(
     fields: Mapping[str, str] | None = None,
     max_left_out_share: float = MAX_LEFT_OUT_SHARE,
 ) -> PictureRecords:
-    """Conversations with pictures; arguments as `vision_pairs`, and these.
+    """Conversations with pictures; arguments as of the other tasks, and these.
 
     Args:
         layout: `messages`, `released` (the rows of the released `finetune.py`, with `<img>path</img>` in the text; only
@@ -192,30 +117,9 @@ def vision_chat(
     )
 
 
-def _records(
-    kind: str,
-    pattern,
-    validation_share: float,
-    unusable: str,
-    max_pixels: int,
-    fields: Mapping[str, str] | None,
-    most: float,
-) -> PictureRecords:
-    task = f"vision_{kind}"
-    return PictureRecords(
-        picture_files(pattern, task),
-        validation_share=validation_share,
-        rows=VisionRows(kind, picture_places()),
-        unusable=unusable,
-        max_pixels=max_pixels,
-        fields=tuple((fields or {}).items()),
-        max_left_out_share=most,
-        task=task,
-    )
-
-
-for _name in (*(f"vision_{kind}" for kind in KINDS), "vision_chat"):
-    add_task(_name, globals()[_name], pictures=True)
+for _kind in KINDS:
+    add_task(f"vision_{_kind}", _rows_of(_kind), pictures=True)
+add_task("vision_chat", vision_chat, pictures=True)
 
 
 @gin.configurable
