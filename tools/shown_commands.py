@@ -1,11 +1,42 @@
-"""Commands that a tool runs one after the other, each printed as one would type it."""
+"""Commands that a tool runs one after the other, each printed as one would type it, and each finished one once only."""
 
+import ctypes
+import dataclasses
+import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from qwen_jax import files
+
+# Lines of JSON in the folder of a tool: the words of each finished step, and its seconds.
+DONE = "steps.jsonl"
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+      heading: what it does; empty: the step belongs to the one before.
+      words: its arguments, after `python`.
+      makes: a folder or file that the command makes whole or not at all, and refuses to make twice. Where it exists,
+        the step is finished, also if the tool was killed before it could write that down.
+    """
+
+    heading: str
+    words: tuple[str, ...]
+    makes: Path | None = None
 
 
 def title(text: str) -> None:
@@ -21,9 +52,57 @@ def show(arguments: list) -> list[str]:
 
 
 def call(*arguments) -> None:
-    """Runs a command to its end.
+    """Runs a command to its end. On Linux it ends with this process, also where that is killed.
 
     Raises:
       subprocess.CalledProcessError: it fails.
     """
-    subprocess.run(show(list(arguments)), cwd=ROOT, check=True)
+    parent = os.getpid()
+    # Loaded before the fork: between fork and exec only what is already there is safe to call.
+    kernel = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if kernel is not None:
+            kernel.prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    subprocess.run(show(list(arguments)), cwd=ROOT, check=True, preexec_fn=end_with_parent)
+
+
+def finished(folder: Path) -> dict[tuple[str, ...], float]:
+    """Words of the finished steps of a folder to the seconds that each took, in the order in which they ended."""
+    if not (folder / DONE).exists():
+        return {}
+    return {tuple(row["words"]): row["seconds"] for _, row in files.read_json_lines(folder / DONE)}
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def go(folder: Path, steps: Sequence[Step]) -> None:
+    """Runs the steps that have not been run, and says how long each took.
+
+    Raises:
+      subprocess.CalledProcessError: a step fails.
+    """
+    done = finished(folder)
+    number, headings = 0, sum(bool(step.heading) for step in steps)
+    for step in steps:
+        if step.heading:
+            number += 1
+            title(f"{number} of {headings}. {step.heading}")
+        if step.words in done:
+            print(f"done before: python {' '.join(step.words[:2])} …", flush=True)
+            continue
+        began = time.monotonic()
+        if step.makes is not None and step.makes.exists():
+            print(f"done before: {step.makes}", flush=True)
+        else:
+            call(*step.words)
+        done[step.words] = round(time.monotonic() - began, 1)
+        print(f"took {clock(done[step.words])}, all so far {clock(sum(done.values()))}", flush=True)
+        rows = [{"words": words, "seconds": seconds} for words, seconds in done.items()]
+        files.write_text(folder / DONE, "".join(json.dumps(row) + "\n" for row in rows))

@@ -14,19 +14,13 @@ and fails if a claim does not hold:
 """
 
 import argparse
-import dataclasses
-import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import shown_commands
-from shown_commands import ROOT, title
-
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from shown_commands import Step, go
 
 from qwen_jax import command_line, files
 
@@ -36,20 +30,6 @@ MATH_BEFORE, MATH_AFTER = 0.02, 0.50
 WINDOW, STRIDE = 256, 128
 # Held-out groups of texts, in the order of the table.
 GROUPS = ("code", "text")
-DONE = "done.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One command.
-
-    Attributes:
-      heading: what it does; empty: the step belongs to the one before.
-      words: its arguments, after `python`.
-    """
-
-    heading: str
-    words: tuple[str, ...]
 
 
 def data_steps(folder: Path, rehearse: bool) -> list[Step]:
@@ -119,27 +99,6 @@ def model_steps(folder: Path, seed: int, settings: list[str]) -> list[Step]:
 def run_folder(folder: Path, seed: int) -> Path:
     """Where the runs of a seed lie: those of the first one where the recipes expect them."""
     return folder if seed == 0 else folder / f"seed_{seed}"
-
-
-def go(folder: Path, steps: list[Step]) -> None:
-    """Runs the steps that have not been run.
-
-    Raises:
-      subprocess.CalledProcessError: a step fails.
-    """
-    record = folder / DONE
-    done = [tuple(json.loads(line)) for line in record.read_text().splitlines()] if record.exists() else []
-    number = 0
-    for step in steps:
-        if step.heading:
-            number += 1
-            title(f"{number}. {step.heading}")
-        if step.words in done:
-            print(f"done before: python {' '.join(step.words[:2])} …", flush=True)
-            continue
-        shown_commands.call(*step.words)
-        done.append(step.words)
-        files.write_text(record, "".join(json.dumps(words) + "\n" for words in done))
 
 
 def figures(runs: Path) -> dict[str, float]:

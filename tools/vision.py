@@ -25,11 +25,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from shown_commands import ROOT
-from specialists import Step, go
-
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from shown_commands import Step, go
 
 from qwen_jax import command_line, files
 

@@ -64,7 +64,7 @@ def test_commands_of_the_page(tmp_path):
     assert shown.count("holds  ") + shown.count("FAILS  ") == 4
     assert (runs / "specialists.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is run twice, and what is measured was measured on the same texts.
-    assert len((runs / "done.jsonl").read_text().splitlines()) == 11
+    assert len((runs / "steps.jsonl").read_text().splitlines()) == 11
     base, code = (files.read_json(runs / "measured" / name / "perplexity.json") for name in ("base", "code"))
     assert [group["size"] for group in base["groups"]] == [group["size"] for group in code["groups"]]
     assert read_config(tmp_path / "runs/own/chat_2").hidden_size == 64

@@ -19,19 +19,19 @@ def specialists(tool):
     return tool("specialists")
 
 
-def test_a_second_call_goes_on_after_the_last_finished_step(specialists, tmp_path, monkeypatch, capsys):
-    called = []
+def test_a_second_call_goes_on_after_the_last_finished_step(specialists, tool, tmp_path, monkeypatch, capsys):
+    called, shown_commands = [], tool("shown_commands")
 
     def call(*words):
         if len(called) == 2:
             raise subprocess.CalledProcessError(1, words)
         called.append(words)
 
-    monkeypatch.setattr(specialists.shown_commands, "call", call)
+    monkeypatch.setattr(shown_commands, "call", call)
     steps = specialists.data_steps(tmp_path, False)
     with pytest.raises(subprocess.CalledProcessError):
         specialists.go(tmp_path, steps)
-    monkeypatch.setattr(specialists.shown_commands, "call", lambda *words: called.append(words))
+    monkeypatch.setattr(shown_commands, "call", lambda *words: called.append(words))
     specialists.go(tmp_path, steps)
     assert called == [step.words for step in steps]
     assert capsys.readouterr().out.count("done before: python tools/make_") == 2
