@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow.parquet
@@ -40,9 +40,8 @@ class ContaminationConfig:
     min_shared: int = 1
 
 
-def long_ngrams(texts: Sequence[str], config: ContaminationConfig) -> np.ndarray:
+def long_ngrams(tokens: normalize.Tokens, config: ContaminationConfig) -> np.ndarray:
     """Hashes of the long n-grams of some texts, sorted, uint64 [n-grams]. No n-gram reaches over the end of a text."""
-    tokens = normalize.tokenize(texts)
     characters = np.concatenate([[0], np.cumsum(tokens.ideograph)])
     found = []
     for size, of_characters in ((config.words, False), (config.characters, True)):
@@ -121,17 +120,17 @@ def index(config: ContaminationConfig) -> np.ndarray:
     Raises:
         FileNotFoundError, ValueError: see `benchmark_texts`; or no text is long enough to have an n-gram.
     """
-    parts = [long_ngrams(list(benchmark_texts(path)), config) for path in config.files]
+    parts = [long_ngrams(normalize.tokenize(list(benchmark_texts(path))), config) for path in config.files]
     merged = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
     if parts and not len(merged):
         raise ValueError(f"no text in the benchmark files has {config.words} words or {config.characters} characters")
     return merged
 
 
-def shared(text: str, benchmarks: np.ndarray, config: ContaminationConfig) -> int:
-    """Number of different long n-grams that a text shares with `benchmarks`, the array of `index`."""
+def shared(tokens: normalize.Tokens, benchmarks: np.ndarray, config: ContaminationConfig) -> int:
+    """Number of different long n-grams that texts share with `benchmarks`, the array of `index`."""
     if not len(benchmarks):
         return 0
-    grams = long_ngrams([text], config)
+    grams = long_ngrams(tokens, config)
     places = np.minimum(np.searchsorted(benchmarks, grams), len(benchmarks) - 1)
     return int((benchmarks[places] == grams).sum())

@@ -8,7 +8,7 @@ deduplication.
 import dataclasses
 import functools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -135,6 +135,27 @@ def windows(tokens: Tokens, size: int) -> tuple[np.ndarray, np.ndarray]:
         inside[positions[positions >= 0]] = False
     where = np.flatnonzero(inside[:count])
     return mix(sums[where]), where
+
+
+def ngrams(hashes: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each size with values for so many consecutive tokens of one document, uint64 [n-grams].
+
+    Of one size, the values of two n-grams are equal where their `windows` are; they are not spread over all bits.
+
+    Args:
+        hashes: uint64 [tokens].
+        sizes: each one more than the one before, or twice as large; before the first is 1.
+    """
+    before, size_before = hashes, 1
+    for size in sizes:
+        step = size - size_before
+        if step not in (1, size_before):
+            raise ValueError(f"n-grams of {size} tokens cannot be made from those of {size_before}")
+        ends = hashes if step == 1 else before
+        count = max(len(hashes) - size + 1, 0)
+        factor = np.uint64(pow(int(_WINDOW_BASE), step, 1 << 64))
+        before, size_before = before[:count] * factor + ends[size_before : size_before + count], size
+        yield size, before
 
 
 def shingles(tokens: Tokens, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ scripts without spaces are counted in characters: a word is a token of `normaliz
 
 import collections
 import dataclasses
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ _ELLIPSIS = ("...", "…", "⋯")
 _BULLETS = tuple("•-*·●▪►■◆")
 _MARKUP = frozenset("#{}<>|\\^~=+_[]")
 _WORD = re.compile(r"\w+")
+# Flags of a character.
+_LETTER_OR_DIGIT, _LETTER, _DIGIT, _SYMBOL, _SPACE = (1 << bit for bit in range(5))
 STOP_WORDS: Mapping[str, frozenset[str]] = {
     "en": frozenset("the be to of and that have with a in is for it on as was are this by from at or an".split()),
     "zh": frozenset("的 是 在 了 和 有 不 这 我 他 也 就 都 而 与 为 一 人 上 中".split()),
@@ -94,45 +97,74 @@ CHINESE = Rules(
 )
 
 
-def statistics(text: str, language: str) -> dict[str, float]:
-    """The statistics that `Rules` bound, by name; those that make no sense for the text are missing."""
-    tokens = normalize.tokenize([text])
+@functools.cache
+def character_flags() -> np.ndarray:
+    """What each code point is, uint8 [0x110000]: bits for a letter or digit, letter, digit, symbol and white space."""
+    flags = np.full(0x110000, _SYMBOL, np.uint8)  # not assigned, for the most part
+    flags[0xF0000:] = 0  # private use
+    points = [*range(0x40000), *range(0xE0000, 0xE1000), 0xFFFFE, 0xFFFFF, 0x10FFFE, 0x10FFFF]
+    for point in points:
+        one = chr(point)
+        flag = one.isalnum() * _LETTER_OR_DIGIT | one.isalpha() * _LETTER | one.isdigit() * _DIGIT
+        symbol = one in _MARKUP or unicodedata.category(one) in ("So", "Sk", "Cn")
+        flags[point] = flag | symbol * _SYMBOL | one.isspace() * _SPACE
+    return flags
+
+
+def statistics(text: str, language: str, tokens: normalize.Tokens | None = None) -> dict[str, float]:
+    """The statistics that `Rules` bound, by name; those that make no sense for the text are missing.
+
+    Args:
+        text: of a document.
+        language: names the stop words.
+        tokens: `normalize.tokenize([text])`, where that is known.
+    """
+    tokens = tokens or normalize.tokenize([text])
     count, length = len(tokens.hashes), max(len(text), 1)
-    lines = [line for line in map(str.strip, text.split("\n")) if line]
     values: dict[str, float] = {"tokens": count}
-    letters = sum(map(str.isalnum, text))
+    flags = character_flags()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
     if count:
-        values["mean_token_length"] = letters / count
-    characters = collections.Counter(text)
-    symbols = sum(
-        number
-        for one, number in characters.items()
-        if one in _MARKUP or unicodedata.category(one) in ("So", "Sk", "Cn")
-    )
-    values["symbol_share"] = symbols / length
-    values["digit_share"] = sum(number for one, number in characters.items() if one.isdigit()) / length
-    if pieces := text.split():
-        values["letter_share"] = sum(any(map(str.isalpha, piece)) for piece in pieces) / len(pieces)
-    if lines:
-        values["terminal_share"] = sum(line.endswith(_TERMINAL) for line in lines) / len(lines)
-        values["ellipsis_share"] = sum(line.endswith(_ELLIPSIS) for line in lines) / len(lines)
-        values["bullet_share"] = sum(line.startswith(_BULLETS) for line in lines) / len(lines)
-        seen = collections.Counter(lines)
-        values["duplicate_line_share"] = (len(lines) - len(seen)) / len(lines)
-        repeated = sum((number - 1) * len(line) for line, number in seen.items())
-        values["duplicate_line_characters"] = repeated / max(sum(map(len, lines)), 1)
-    for size in (2, 3, 4):
-        if count >= size * 5:
-            _, numbers = np.unique(normalize.windows(tokens, size)[0], return_counts=True)
-            most = int(numbers.max())
-            values[f"top_{size}gram"] = most * size / count if most > 1 else 0.0
-    for size in (5, 10):
-        grams = normalize.windows(tokens, size)[0]
-        if len(grams):
-            values[f"duplicate_{size}gram"] = 1 - len(np.unique(grams)) / len(grams)
+        values["mean_token_length"] = int(np.count_nonzero(flags & _LETTER_OR_DIGIT)) / count
+    values["symbol_share"] = int(np.count_nonzero(flags & _SYMBOL)) / length
+    values["digit_share"] = int(np.count_nonzero(flags & _DIGIT)) / length
+    solid = np.concatenate([[False], flags & _SPACE == 0])
+    starts = np.flatnonzero(solid[1:] & ~solid[:-1])
+    if len(starts):  # what lies between white space
+        with_letter = np.maximum.reduceat(flags & _LETTER, starts)
+        values["letter_share"] = int(np.count_nonzero(with_letter)) / len(starts)
+    values |= _line_statistics(text) | _repetitions(tokens.hashes)
     if language in STOP_WORDS:
         words = STOP_WORDS[language]
         values["stop_words"] = (
             len(words & set(text)) if language == "zh" else len(words & set(_WORD.findall(text.lower())))
         )
     return {name: round(float(value), 4) for name, value in values.items()}
+
+
+def _line_statistics(text: str) -> dict[str, float]:
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    if not lines:
+        return {}
+    seen = collections.Counter(lines)
+    repeated = sum((number - 1) * len(line) for line, number in seen.items())
+    return {
+        "terminal_share": sum(line.endswith(_TERMINAL) for line in lines) / len(lines),
+        "ellipsis_share": sum(line.endswith(_ELLIPSIS) for line in lines) / len(lines),
+        "bullet_share": sum(line.startswith(_BULLETS) for line in lines) / len(lines),
+        "duplicate_line_share": (len(lines) - len(seen)) / len(lines),
+        "duplicate_line_characters": repeated / max(sum(map(len, lines)), 1),
+    }
+
+
+def _repetitions(hashes: np.ndarray) -> dict[str, float]:
+    """Shares of repeated n-grams, from the hashes of the tokens of one document, uint64 [tokens]."""
+    count, values = len(hashes), {}
+    for size, grams in normalize.ngrams(hashes, (2, 3, 4, 5, 10)):
+        grams = np.sort(grams)
+        new = np.flatnonzero(grams[1:] != grams[:-1])
+        if size < 5 and count >= size * 5:
+            most = int(np.diff(np.concatenate([[-1], new, [len(grams) - 1]])).max())
+            values[f"top_{size}gram"] = most * size / count if most > 1 else 0.0
+        if size >= 5 and len(grams):
+            values[f"duplicate_{size}gram"] = 1 - (len(new) + 1) / len(grams)
+    return values

@@ -21,7 +21,18 @@ from typing import Any
 import numpy as np
 
 from qwen_jax import files
-from qwen_jax.curation import contamination, dedup, html, language, quality, readers, sampling, scoring, storage
+from qwen_jax.curation import (
+    contamination,
+    dedup,
+    html,
+    language,
+    normalize,
+    quality,
+    readers,
+    sampling,
+    scoring,
+    storage,
+)
 from qwen_jax.curation.contamination import ContaminationConfig
 from qwen_jax.curation.ledger import Ledger
 from qwen_jax.curation.tally import Tally
@@ -403,12 +414,13 @@ class _Judge:
         if shown is not None:
             self._ledger.sample(f"cluster: {shown}", row)
         more: dict = {}
+        tokens = functools.cache(lambda: normalize.tokenize([row["text"]]))
         for stage, check in (
             ("exact", lambda: self._duplicate(self._exact, index, more)),
             ("fuzzy", lambda: self._duplicate(self._fuzzy, index, more)),
-            ("rules", lambda: self._rules(row, more)),
+            ("rules", lambda: self._rules(row, tokens(), more)),
             ("scores", lambda: self._scores(row, more)),
-            ("contamination", lambda: self._contamination(row, more)),
+            ("contamination", lambda: self._contamination(tokens(), more)),
             ("sampling", lambda: self._sampling(row)),
         ):
             self._ledger.enter(stage, size)
@@ -425,8 +437,8 @@ class _Judge:
         more["duplicate_of"] = self._work.units[unit].document_id(*self._work.array(unit, "where")[row].tolist())
         return "duplicate" if dropped is self._exact else "near_duplicate"
 
-    def _rules(self, row: dict, more: dict) -> str | None:
-        values = quality.statistics(row["text"], row["language"])
+    def _rules(self, row: dict, tokens: normalize.Tokens, more: dict) -> str | None:
+        values = quality.statistics(row["text"], row["language"], tokens)
         # Scores are computed here too, so that the histograms show all documents that the rules saw.
         more["scores"] = {
             one.name: round(float(one.scorer(row["text"])), 6)
@@ -446,9 +458,9 @@ class _Judge:
                 return reason
         return None
 
-    def _contamination(self, row: dict, more: dict) -> str | None:
+    def _contamination(self, tokens: normalize.Tokens, more: dict) -> str | None:
         config = self._work.config.contamination
-        count = contamination.shared(row["text"], self._benchmarks, config)
+        count = contamination.shared(tokens, self._benchmarks, config)
         if count < config.min_shared:
             return None
         more["shared_ngrams"] = count

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.curation import contamination, quality, sampling, scoring
+from qwen_jax.curation import contamination, normalize, quality, sampling, scoring
 from qwen_jax.curation.configuration import benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,49 @@ def test_statistics_of_any_text_are_numbers_within_their_range(text, language):
         assert math.isfinite(value) and value >= 0
         if name.endswith(("share", "gram", "characters")):
             assert value <= 1
+
+
+@settings(max_examples=200)
+@given(
+    st.text(
+        st.sampled_from("ab C1２ß,.\n\x1c 你好。é٣²Ⅷ#{•…😀\u0378\ufdd0\U000e0100\U000f0000\U0010ffff"), max_size=120
+    )
+)
+def test_statistics_are_those_of_loops_over_characters_and_tokens(text):
+    found = quality.statistics(text, "en")
+    tokens = normalize.tokenize([text]).hashes.tolist()
+    pieces = text.split()
+
+    def symbol(one):
+        return one in "#{}<>|\\^~=+_[]" or unicodedata.category(one) in ("So", "Sk", "Cn")
+
+    expected = {
+        "symbol_share": sum(map(symbol, text)) / max(len(text), 1),
+        "digit_share": sum(map(str.isdigit, text)) / max(len(text), 1),
+    }
+    if tokens:
+        expected["mean_token_length"] = sum(map(str.isalnum, text)) / len(tokens)
+    if pieces:
+        expected["letter_share"] = sum(any(map(str.isalpha, piece)) for piece in pieces) / len(pieces)
+    for size in (2, 3, 4, 5, 10):
+        grams = [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
+        most = max(map(grams.count, grams), default=0)
+        if size < 5 and len(tokens) >= size * 5:
+            expected[f"top_{size}gram"] = most * size / len(tokens) if most > 1 else 0.0
+        if size >= 5 and grams:
+            expected[f"duplicate_{size}gram"] = 1 - len(set(grams)) / len(grams)
+    grams = {name for name in found if name.endswith("gram")}
+    assert grams == {name for name in expected if name.endswith("gram")}
+    assert {name: found[name] for name in expected} == {name: round(value, 4) for name, value in expected.items()}
+
+
+def test_flags_of_all_characters():
+    flags = quality.character_flags().tolist()
+    for point in range(0, 0x110000):
+        one = chr(point)
+        symbol = one in "#{}<>|\\^~=+_[]" or unicodedata.category(one) in ("So", "Sk", "Cn")
+        bits = one.isalnum(), one.isalpha(), one.isdigit(), symbol, one.isspace()
+        assert flags[point] == sum(bit << place for place, bit in enumerate(bits)), hex(point)
 
 
 def test_rules_have_bounds_by_statistic():
@@ -174,7 +218,7 @@ def test_documents_that_share_a_long_ngram_are_found(tmp_path):
     index = contamination.index(config)
 
     def shared(text):
-        return contamination.shared(text, index, config)
+        return contamination.shared(normalize.tokenize([text]), index, config)
 
     words = QUESTION.split()
     assert shared("He said: " + QUESTION.upper().replace(" ", ",  ") + "!") == len(words) - 12
@@ -232,8 +276,9 @@ def test_questions_of_real_benchmarks_are_found():
     assert {"HumanEval.jsonl.gz", "word_sorting.json"} <= names and "LICENSE_NOTE.txt" not in names
     rows = [json.loads(line) for line in (SHARED / "data" / "gsm8k" / "test.jsonl").read_text().splitlines()[:50]]
     long = [row["question"] for row in rows if len(row["question"].split()) > 20]
-    assert all(contamination.shared(f"Homework: {text} Thanks!", index, config) for text in long)
-    assert not contamination.shared(Path(contamination.__file__).read_text(), index, config)
+    for text in long:
+        assert contamination.shared(normalize.tokenize([f"Homework: {text} Thanks!"]), index, config)
+    assert not contamination.shared(normalize.tokenize([Path(contamination.__file__).read_text()]), index, config)
 
 
 def test_copies_are_as_many_as_the_weight_on_average():

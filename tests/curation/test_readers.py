@@ -1,5 +1,6 @@
 """What crawlers leave behind: everything is read or counted, nothing is fatal."""
 
+import functools
 import gzip
 
 import pyarrow
@@ -8,6 +9,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from qwen_jax.curation import html, language, readers, sources
 
@@ -329,7 +331,20 @@ def test_chinese_languages_count_together_unless_kept_apart():
     assert language.identify("我哋今日去咗公園玩，啲細路喺湖邊唱歌，佢哋好開心㗎。", {})[0] == "yue"
 
 
+LIBRARY = functools.cache(lambda: LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True))
+
+
+@settings(max_examples=150)
+@given(st.text(st.sampled_from("the of and в на 的是了 é\u0301ßñあ한ع\n.1Aﬁ\ud800") | st.characters(), max_size=300))
+def test_probabilities_are_those_of_the_library_to_the_last_bit(text):
+    mine = language.model().probabilities(text)
+    first = {}
+    for label, value in zip(language.model().labels, mine.tolist(), strict=True):
+        first.setdefault(label, value)
+    assert first == dict(LIBRARY().rank(text))
+
+
 def test_the_model_has_as_many_languages_as_the_documentation_says():
-    codes = set(language._identifier().labels)
+    codes = set(language.model().labels)
     assert len(codes) == 140 and {"zh", "yue", "wuu", "zxx"} < codes
     assert "139 languages and `zxx`" in language.__doc__
