@@ -1,12 +1,18 @@
-"""Start of Apache Beam pipelines: in this process unless an option names a runner, with short errors, a quiet log."""
+"""Start of Apache Beam pipelines: in this process unless an option names a runner, with short errors, a quiet log.
+
+`open_engine` runs independent pieces of work on a runner, as `qwen_jax.workers` does on this machine.
+"""
 
 import argparse
 import builtins
 import contextlib
 import difflib
+import functools
+import importlib
 import logging
 import re
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
@@ -24,6 +30,8 @@ _EXPECTED = "|".join(
 # TensorFlow and Beam carry the errors of generators and workers as text.
 _CARRIED = re.compile(rf"(?:^|[\s}}])(?:{_EXPECTED}): ([^\n]+)")
 _STEP = re.compile(r"\s*\[while running '[^']*'\]")
+
+_PROGRESS_SECONDS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -111,3 +119,73 @@ def open_pipeline(options: Sequence[str]) -> Generator[beam.Pipeline]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def open_engine(options: Sequence[str]) -> Generator[Callable[[str, Callable, Sequence[tuple], Callable], None]]:
+    """A runner for the stages of a run, each a pipeline of independent calls.
+
+    These pipelines are `Create | Reshuffle | Map`, without side inputs and with one branch: every runner has these
+    three. Dask's runner leaves out all branches but the last.
+
+    Args:
+      options: of Beam, with a `--runner`. Dask's runner without an address gets a cluster on this machine, a process
+        for each core, which ends with the block.
+
+    Yields:
+      As `qwen_jax.workers.Workers`.
+
+    Raises:
+      ValueError: see `check_options` and `short_errors`; no runner is named.
+    """
+    check_options(options)
+    runner = next((one.partition("=")[2].lower() for one in options if one.startswith("--runner=")), None)
+    if runner is None:
+        raise ValueError(f"Beam: {options[0]} is for a runner, and none is named: give --beam.runner=NAME, too")
+    is_dask = runner == "daskrunner"
+    with _dask_cluster(options) if is_dask else contextlib.nullcontext(list(options)) as options:
+
+        def run(label: str, function: Callable, pieces: Sequence[tuple], done: Callable[[tuple], bool]) -> None:
+            # Dask's runner otherwise puts 128 pieces into one task, and Reshuffle does nothing there.
+            more = [f"--dask_npartitions={len(pieces)}"] if is_dask else []
+            with _progress(label, pieces, done), open_pipeline([*options, *more]) as pipeline:
+                call = functools.partial(_call, function)
+                _ = pipeline | beam.Create(list(pieces)) | beam.Reshuffle() | beam.Map(call)
+
+        yield run
+
+
+def _call(function: Callable, piece: tuple) -> None:
+    function(*piece)
+
+
+@contextlib.contextmanager
+def _dask_cluster(options: Sequence[str]) -> Generator[list[str]]:
+    """The options with the address of a scheduler: theirs, or of a cluster that is started here."""
+    distributed = importlib.import_module("distributed")
+    if any(one.partition("=")[0] in ("--dask_client_address", "--dask_scheduler_file") for one in options):
+        yield list(options)
+        return
+    with distributed.LocalCluster(threads_per_worker=1, dashboard_address=None) as cluster:
+        logger.info("Dask: %d workers on this machine, %s", len(cluster.workers), cluster.scheduler_address)
+        yield [*options, f"--dask_client_address={cluster.scheduler_address}"]
+
+
+@contextlib.contextmanager
+def _progress(label: str, pieces: Sequence[tuple], done: Callable[[tuple], bool]) -> Generator[None]:
+    """Logs how many pieces are done, by their output: the log of distant workers is elsewhere."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        left = list(pieces)
+        while not stop.wait(_PROGRESS_SECONDS):
+            left = [piece for piece in left if not done(piece)]
+            logger.info("%s: %d of %d pieces are done", label, len(pieces) - len(left), len(pieces))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

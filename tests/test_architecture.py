@@ -25,6 +25,7 @@ WALLS = {
     "qwen_jax/files.py": ("qwen_jax", "jax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/host_memory.py": ("qwen_jax", "jax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/beam.py": ("qwen_jax", "jax", "flax", "gin", *TORCH),
+    "qwen_jax/workers.py": ("jax", "flax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/batch_spec.py": ("qwen_jax", "jax", "flax", "optax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/sharding.py": ("qwen_jax", "optax", "gin", *DATA_LIBRARIES, *TORCH),
     "qwen_jax/models": (

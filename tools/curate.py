@@ -6,8 +6,9 @@
 `--input NAME=FOLDER_OR_GLOB` names a source and may be given several times, for one source too; without a name it is
 called `web`. Formats: WARC and WET (.warc, .wet), HTML, text and JSON lines (.jsonl, .ndjson), each also as .gz or
 .zst, .json.gz, .json.zst and Parquet.
-`--gin.NAME=VALUE` sets a parameter, `--beam.OPTION=VALUE` is handed to Beam as `--OPTION=VALUE`. Without
-a runner it works in this process, some hundred pages a second. An interrupted run goes on where it stopped. Look at
+`--gin.NAME=VALUE` sets a parameter. `--num_workers=N` works in N processes of this machine, some hundred pages a second
+each; `--beam.OPTION=VALUE` is handed to Beam as `--OPTION=VALUE`, for an engine on many machines
+(docs/how_to/clusters.md). An interrupted run goes on where it stopped. Look at
 `report.html` in the output. If more than 1% of the bytes of an input file cannot be read, the run ends with exit code 2
 (`--max_unread_share`).
 """
@@ -50,6 +51,13 @@ def main(argv: list[str] | None = None) -> None:
         metavar="SHARE",
         help="largest unreadable share of a file; above it, the run ends with exit code 2 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="worker processes on this machine (default: %(default)s)",
+    )
     parser.add_argument("--keep_work", action="store_true", help="keep the intermediate files in OUTPUT/work")
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
@@ -67,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs,
         arguments.output,
         configuration.make_config(),
+        num_workers=arguments.num_workers,
         beam_options=["--" + one.removeprefix(_BEAM) for one in argv if one.startswith(_BEAM)],
         keep_work=arguments.keep_work,
     )

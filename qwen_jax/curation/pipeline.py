@@ -1,8 +1,9 @@
-"""From a crawl to a training set, on Apache Beam (report section 2.1).
+"""From a crawl to a training set (report section 2.1).
 
-Stages follow one another; within a stage, Beam deals pieces of work (`qwen_jax.curation.stages`) to workers, which see
-one folder. What a piece makes appears whole, so a run that was killed goes on with the pieces that are missing, and the
-bytes written depend neither on the number of workers nor on interruptions.
+Stages follow one another; within a stage, pieces of work (`qwen_jax.curation.stages`) are dealt to workers
+(`qwen_jax.workers`: processes of this machine, or an engine of Apache Beam), which see one folder. What a piece makes
+appears whole, so a run that was killed goes on with the pieces that are missing, and the bytes written depend neither
+on the number of workers nor on interruptions.
 
     output/documents/<source>/*.jsonl.zst   documents kept: text, url, source, language, scores; read by `local_files`
     output/dropped/<source>/*.jsonl.zst     documents dropped, with stage and reason
@@ -23,21 +24,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import apache_beam as beam
-
 from qwen_jax import files
-from qwen_jax.beam import open_pipeline
 from qwen_jax.curation import contamination, report, stages, storage
 from qwen_jax.curation.ledger import Ledger
 from qwen_jax.curation.sources import Source, list_source
 from qwen_jax.curation.tally import UNREADABLE
+from qwen_jax.workers import Workers, open_workers
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 MANIFEST, REPORT = "manifest.json", "report.html"
 _PLAN = "plan.json"
-_PROGRESS_SECONDS = 10
+# Without `unit_bytes`, a corpus has some 64 pieces, enough for the cores of one machine, of these sizes.
+_PIECES, _MIN_UNIT, _MAX_UNIT = 64, 1_000_000, 64_000_000
 
 
 def curate(
@@ -45,6 +45,7 @@ def curate(
     output: str | os.PathLike,
     config: stages.CurationConfig = stages.CurationConfig(),
     *,
+    num_workers: int = 1,
     beam_options: Sequence[str] = (),
     keep_work: bool = False,
 ) -> dict:
@@ -55,7 +56,8 @@ def curate(
             that is named first is kept.
         output: a folder that all workers see.
         config: languages, rules, scores and other settings.
-        beam_options: such as `--runner=FlinkRunner`; the default runner works in this process.
+        num_workers: worker processes on this machine; 1 works in this process.
+        beam_options: such as `--runner=FlinkRunner`, in the place of workers on this machine.
         keep_work: leave `output/work` there.
 
     Returns:
@@ -81,7 +83,8 @@ def curate(
     _check_output(output, work.folder, description)
     with files.locked(work.folder):
         _prepare(work, description)
-        _run_stages(work, _Runner(work, beam_options))
+        with open_workers(num_workers, beam_options, preload=(stages.__name__,)) as workers:
+            _run_stages(work, _Runner(work, workers))
         manifest = _finish(work, output, description)
         if not keep_work:
             shutil.rmtree(work.folder)
@@ -206,8 +209,11 @@ def _check_same(output: Path, found: dict, expected: dict) -> None:
     raise ValueError(f"{output} was made from {reason}: give another --output, or delete that folder to make it anew")
 
 
-def _units(sources: Sequence[Source], unit_bytes: int) -> tuple[stages.Unit, ...]:
+def _units(sources: Sequence[Source], unit_bytes: int | None) -> tuple[stages.Unit, ...]:
     units = []
+    if unit_bytes is None:  # by the corpus, not by the workers: each unit is a file of the output
+        total = sum(size for source in sources for _, size in source.files)
+        unit_bytes = min(max(total // _PIECES, _MIN_UNIT), _MAX_UNIT)
     for priority, source in enumerate(sources):
         group, size = [], 0
         for file in source.files:
@@ -221,7 +227,9 @@ def _units(sources: Sequence[Source], unit_bytes: int) -> tuple[stages.Unit, ...
 
 def _run_stages(work: stages.Work, run: "_Runner") -> None:
     config, folder, numbers = work.config, work.folder, range(len(work.units))
-    run("extract", stages.extract, [(number,) for number in numbers], lambda number: work.extracted(number))
+    # The largest first, so that no worker begins with one when the others are done.
+    by_size = sorted(((number,) for number in numbers), key=lambda piece: -sum(work.units[piece[0]].sizes))
+    run("extract", stages.extract, by_size, lambda number: work.extracted(number))
     total = sum(len(work.array(number, "lengths")) for number in numbers)
     parts = max(1, -(-total // config.documents_per_part))
     if config.exact:
@@ -242,21 +250,19 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
         run(
             "near-duplicates",
             stages.edges,
-            [(number,) for number in numbers],
+            by_size,
             lambda number: folder / "edges" / f"{number:06d}.npy",
         )
         if not (folder / "clusters.json").exists():
             stages.clusters(work)
-    run("select", stages.select, [(number,) for number in numbers], lambda number: work.selected(number))
+    run("select", stages.select, by_size, lambda number: work.selected(number))
 
 
 class _Runner:
-    """Runs the pieces of a stage that are not done, on Beam."""
+    """Runs the pieces of a stage that are not done."""
 
-    logged = 0.0  # when this process last showed progress
-
-    def __init__(self, work: stages.Work, beam_options: Sequence[str]):
-        self._work, self._options = work, list(beam_options)
+    def __init__(self, work: stages.Work, workers: Workers):
+        self._work, self._workers = work, workers
 
     def __call__(self, label: str, function: Callable, pieces: Sequence[tuple], made: Callable[..., Path]) -> None:
         """Calls `function(work, *piece)` for each piece whose file or folder, `made(*piece)`, is not there."""
@@ -264,21 +270,10 @@ class _Runner:
             files.remove_unfinished(folder) if folder.exists() else None
         missing = [piece for piece in pieces if not made(*piece).exists()]
         logger.info("%s: %d of %d pieces to do", label, len(missing), len(pieces))
-        if not missing:
-            return
         started = time.monotonic()
-        with open_pipeline(self._options) as pipeline:
-            call = functools.partial(_piece, self._work, function, label, len(missing))
-            _ = pipeline | beam.Create(list(enumerate(missing, 1))) | beam.Reshuffle() | beam.Map(call)
-        logger.info("%s: done in %.1f s", label, time.monotonic() - started)
-
-
-def _piece(work: stages.Work, function: Callable, label: str, total: int, numbered: tuple[int, tuple]) -> None:
-    number, piece = numbered
-    function(work, *piece)
-    if number == total or time.monotonic() - _Runner.logged > _PROGRESS_SECONDS:
-        _Runner.logged = time.monotonic()
-        logger.info("%s: piece %d of %d is done", label, number, total)
+        self._workers(label, functools.partial(function, self._work), missing, lambda piece: made(*piece).exists())
+        if missing:
+            logger.info("%s: done in %.1f s", label, time.monotonic() - started)
 
 
 def _finish(work: stages.Work, output: Path, description: dict) -> dict:

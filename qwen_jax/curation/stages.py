@@ -62,7 +62,8 @@ class CurationConfig:
         seed: of sampling.
         documents_per_part: number of documents that deduplication holds at a time, per band; the default takes about
             1 GB of memory.
-        unit_bytes: bytes up to which small files form one piece of work.
+        unit_bytes: bytes up to which small files form one piece of work, and one file of the output; None takes a 64th
+            of the corpus, from 1 to 64 MB.
     """
 
     text_field: str = "text"
@@ -81,7 +82,7 @@ class CurationConfig:
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
     documents_per_part: int = 16_000_000
-    unit_bytes: int = 64_000_000
+    unit_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,18 +98,34 @@ def test_the_output_is_read_by_the_task_local_files(run):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "workers",
     [
-        ["--runner=FnApiRunner", "--direct_running_mode=multi_threading", "--direct_num_workers=3"],
-        ["--runner=FnApiRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+        {"num_workers": 2},
+        {
+            "beam_options": [
+                "--runner=FnApiRunner",
+                "--direct_running_mode=multi_threading",
+                "--direct_num_workers=3",
+            ]
+        },
     ],
 )
-def test_bytes_do_not_depend_on_workers_or_on_where_the_crawl_lies(run, crawl, config, options, tmp_path):
+def test_bytes_do_not_depend_on_workers_or_on_where_the_crawl_lies(run, crawl, config, workers, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(crawl, moved)
     inputs = {name: [str(moved / name)] for name in ("books", "web")}
-    pipeline.curate(inputs, tmp_path / "again", config, beam_options=options)
+    pipeline.curate(inputs, tmp_path / "again", config, **workers)
     assert contents(tmp_path / "again") == contents(run.folder)
+
+
+def test_a_small_corpus_of_two_files_is_work_for_two_workers(tmp_path):
+    """The number of units is the corpus's: the same files of output for any number of workers."""
+    listed = [
+        sources.Source("web", "/", tuple((f"/{number}.warc.gz", size) for number in range(2))) for size in (9_000_000,)
+    ]
+    assert [len(unit.files) for unit in pipeline._units(listed, None)] == [1, 1]
+    listed = [sources.Source("web", "/", tuple((f"/{number}.html", 20_000) for number in range(200)))]
+    assert [len(unit.files) for unit in pipeline._units(listed, None)] == [50] * 4
 
 
 def test_a_piece_that_fails_leaves_nothing_and_the_next_run_goes_on(run, inputs, config, tmp_path, monkeypatch):

@@ -1,0 +1,187 @@
+"""Independent pieces of work: in this process, in worker processes of this machine, or on an engine of Apache Beam.
+
+A piece is a call that writes a file or folder which appears whole or not at all, so it may be done twice, anywhere.
+What is run depends on `num_workers` and `beam_options` alone, never what is written.
+
+Workers are started once and serve all stages of a run. They end with the process that started them, also when it is
+killed.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import pickle
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 10
+# One worker is one core: the threads of numpy's products would fight over those of the others.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class Workers(Protocol):
+    """What `open_workers` gives."""
+
+    def __call__(
+        self, label: str, function: Callable[..., object], pieces: Sequence[tuple], done: Callable[[tuple], bool]
+    ) -> None:
+        """Calls `function(*piece)` for each piece; returns when all are done.
+
+        Args:
+          label: name of the stage, for progress and errors.
+          function: can be pickled, unless it is called in this process; its result is ignored.
+          pieces: the calls, those that take longest first.
+          done: whether the output of a piece is there.
+
+        Raises:
+          ValueError: a worker was killed, or as `qwen_jax.beam.short_errors`; and what `function` raises.
+          RuntimeError: the output of a piece is missing though no call failed.
+        """
+        ...
+
+
+@contextlib.contextmanager
+def open_workers(
+    num_workers: int = 1, beam_options: Sequence[str] = (), preload: Sequence[str] = ()
+) -> Generator[Workers]:
+    """Workers for several stages, which are stopped when the block ends.
+
+    Args:
+      num_workers: processes on this machine; 1 works in this process.
+      beam_options: options of Beam, with a `--runner`; empty for this machine.
+      preload: modules that worker processes share, so that each starts in no time.
+
+    Raises:
+      ValueError: fewer than one worker, both kinds of workers, Beam options without a runner, or unknown ones.
+    """
+    if num_workers < 1:
+        raise ValueError(f"{num_workers} workers: give at least 1")
+    if beam_options and num_workers > 1:
+        raise ValueError("num_workers is for this machine, a Beam runner has workers of its own: give one of the two")
+    if beam_options:
+        from qwen_jax import beam  # here, because work on this machine needs no Beam
+
+        with beam.open_engine(beam_options) as run:
+            yield functools.partial(_checked, run)
+    elif num_workers > 1:
+        with _Processes(num_workers, preload) as run:
+            yield functools.partial(_checked, run)
+    else:
+        yield functools.partial(_checked, _here)
+
+
+def _checked(run, label: str, function: Callable, pieces: Sequence[tuple], done: Callable[[tuple], bool]) -> None:
+    if not pieces:
+        return
+    run(label, function, pieces, done)
+    lost = [piece for piece in pieces if not done(piece)]
+    if lost:
+        raise RuntimeError(f"{label}: the output of {len(lost)} of {len(pieces)} pieces is missing, first {lost[0]}")
+
+
+def _here(label: str, function: Callable, pieces: Sequence[tuple], done: Callable) -> None:
+    progress = Progress(label, len(pieces))
+    for number, piece in enumerate(pieces, 1):
+        function(*piece)
+        progress(number)
+
+
+class Progress:
+    """Logs how many pieces of a stage are done: now and then, and at the end."""
+
+    def __init__(self, label: str, total: int):
+        self._label, self._total, self._logged = label, total, time.monotonic()
+
+    def __call__(self, number: int) -> None:
+        """`number`: pieces done so far."""
+        if number == self._total or time.monotonic() - self._logged > _PROGRESS_SECONDS:
+            self._logged = time.monotonic()
+            logger.info("%s: %d of %d pieces are done", self._label, number, self._total)
+
+
+class _Processes:
+    """Worker processes of this machine: started at the first stage, forked from one that has the imports."""
+
+    def __init__(self, num_workers: int, preload: Sequence[str]):
+        self._num_workers, self._preload = num_workers, list(preload)
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "_Processes":
+        self._folder = tempfile.TemporaryDirectory(prefix="qwen_jax-workers-")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._folder.cleanup()
+
+    def __call__(self, label: str, function: Callable, pieces: Sequence[tuple], done: Callable) -> None:
+        if self._pool is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(self._preload)
+            with _environment(_ONE_THREAD):
+                self._pool = concurrent.futures.ProcessPoolExecutor(
+                    self._num_workers, mp_context=context, initializer=_end_with_launcher
+                )
+                self._pool.submit(os.getpid).result()  # starts the server, with this environment
+        # Written once a stage: a description of a large corpus would take long to send with every piece.
+        file = Path(self._folder.name) / label.replace(" ", "-")
+        file.write_bytes(pickle.dumps(function))
+        futures = [self._pool.submit(_call, file, piece) for piece in pieces]
+        progress = Progress(label, len(pieces))
+        try:
+            for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                future.result()
+                progress(number)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"{label}: a worker process was killed, as the system does where memory is short: give fewer workers, "
+                "and the same command goes on from here"
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@functools.lru_cache(maxsize=1)
+def _load(file: Path) -> Callable:
+    return pickle.loads(file.read_bytes())
+
+
+def _call(file: Path, piece: tuple) -> None:
+    _load(file)(*piece)
+
+
+def _end_with_launcher() -> None:
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None  # this runs in a worker
+
+    def watch() -> None:
+        launcher.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Generator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
