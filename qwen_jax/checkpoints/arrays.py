@@ -6,6 +6,7 @@ one tree. A run of several models (PPO) is read as its policy.
 Orbax is imported where it is used, which is not in generation: importing it takes a third of a second.
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -33,6 +34,16 @@ from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import abstract_params
 
 PIECE_BYTES = 2**26
+# Chunks of a piece. They are compressed and read side by side, and fit into the caches of a core.
+CHUNKS_IN_PIECE = 8
+# Transposing the bits of numbers before LZ4 takes a seventh of the time of Zstandard's level 1, and writes 20% less of
+# float32 that came from bfloat16 (90 million of them: 0.3 instead of 2.2 CPU seconds, and 0.4 instead of 0.7 to read).
+COMPRESSION = {
+    "name": "blosc",
+    "configuration": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "typesize": 4, "blocksize": 0},
+}
+# Bytes of arrays whose writing is under way.
+WRITING_BYTES = 2**28
 # Trees of a checkpoint that hold parameters.
 PARAMETER_TREES = ("params", "frozen")
 # Sub-tree of a run of several models that the run folder stands for.
@@ -74,9 +85,22 @@ def save_params(folder: str | Path, config: ModelConfig, params, tokenizer: str 
         ocp.save_checkpointables(str((temporary / CHECKPOINTS / "0").absolute()), {"params": params})
 
 
+def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The part of an array that is compressed as one: whole rows of the first axis, or of the second one of one row."""
+    limit, row = PIECE_BYTES // CHUNKS_IN_PIECE // 4, math.prod(shape[1:])
+    if row <= limit or len(shape) < 2:
+        return min(shape[0], max(1, limit // max(1, row))), *shape[1:]
+    parts = -(-row // limit)
+    return 1, -(-shape[1] // min(parts, shape[1])), *shape[2:]
+
+
 def pieces(shape: tuple[int, ...]) -> list[slice]:
-    """Slices of the first axis that together cover an array, each of about `PIECE_BYTES` in float32, or one index."""
-    step = max(1, PIECE_BYTES // max(1, 4 * math.prod(shape[1:])))
+    """Slices of the first axis that together cover an array, each of about `PIECE_BYTES` in float32, or one index.
+
+    Each is a number of whole chunks.
+    """
+    rows = chunk_shape(shape)[0]
+    step = rows * max(1, PIECE_BYTES // max(1, 4 * rows * math.prod(shape[1:])))
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
@@ -93,7 +117,7 @@ class ParamsWriter:
         self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context({"file_io_sync": False})
         self._path: str | None = None
         self._array: ts.TensorStore | None = None
-        self._pending: ts.WriteFutures | None = None
+        self._pending: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
 
     def write(self, path: str, piece: slice, array: np.ndarray) -> None:
         """Writes one of the `pieces` of a parameter; those of one parameter follow each other.
@@ -103,30 +127,29 @@ class ParamsWriter:
         """
         if self._array is None or path != self._path:
             self._path, self._array = path, self._replace(path)
-        self.wait()
-        self._pending = self._array[piece].write(array)
+        while self._pending and sum(size for _, size in self._pending) + array.nbytes > WRITING_BYTES:
+            self._pending.popleft()[0].result()
+        future = self._array[piece].write(array, can_reference_source_data_indefinitely=True)
+        self._pending.append((future, array.nbytes))
 
     def wait(self) -> None:
         """Returns when all pieces are on disk."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        while self._pending:
+            self._pending.popleft()[0].result()
 
     def _replace(self, path: str) -> ts.TensorStore:
         """Makes the array of the parameter's full shape, with the data format that Orbax chose for its one number."""
         spec = _array_spec(self._folder, path)
         metadata = ts.open(spec, context=self._context).result().spec().to_json()["metadata"]
         shape = self._shapes[path]
-        chunk = [piece.stop - piece.start for piece in pieces(shape)[:1]] + list(shape[1:])
+        chunk = list(chunk_shape(shape))
         metadata |= {"shape": list(shape)}
         metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
         codecs = metadata["codecs"]
         if codecs[0]["name"] == "sharding_indexed":
             codecs[0]["configuration"]["chunk_shape"] = chunk
             codecs = codecs[0]["configuration"]["codecs"]
-        for codec in codecs:
-            if codec["name"] == "zstd":  # Orbax's level 3 takes twice the time and saves 2% more
-                codec["configuration"]["level"] = 1
+        codecs[:] = [codec for codec in codecs if codec["name"] != "zstd"] + [COMPRESSION]
         # Zeros are written like other numbers: Orbax takes a chunk that is left out for one that is lost.
         spec |= {"metadata": metadata, "store_data_equal_to_fill_value": True}
         return ts.open(spec, create=True, delete_existing=True, context=self._context).result()

@@ -298,12 +298,12 @@ def write_adapter(
         },
         indent=1,
     )
-    total = sum(math.prod(tensor.shape) for tensor in tensors)
+    total, kind = sum(math.prod(tensor.shape) for tensor in tensors), huggingface.numpy_dtype(dtype)
     with huggingface.progress_bar(total, dtype, progress) as bar:
         huggingface.write_file(
             folder / WEIGHTS_FILE,
             tensors,
-            lambda tensor, kind: np.ascontiguousarray(_external(source, tensor), kind),
+            (np.ascontiguousarray(_external(source, tensor), kind) for tensor in tensors),
             dtype,
             checksums,
             bar,

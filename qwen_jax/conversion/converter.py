@@ -12,9 +12,10 @@ from qwen_jax import files
 from qwen_jax.conversion import adapters, gguf_file, huggingface, run_folder
 from qwen_jax.conversion.checksums import Checksums, flush
 from qwen_jax.conversion.load import FORMAT_NAMES, ORBAX, check_rows, find_tokenizer, open_weights
-from qwen_jax.conversion.mapping import FORMATS, Format, Weights, external_tensors, gather
+from qwen_jax.conversion.mapping import FORMATS, Format, Weights, external_tensors
 from qwen_jax.conversion.merging import without_adapters
 from qwen_jax.conversion.padding import repad
+from qwen_jax.conversion.pipelines import assembled
 from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED, RunFolder
 from qwen_jax.conversion.tokenizer import write_tokenizer
 from qwen_jax.data.tokenizer import Tokenizer
@@ -209,9 +210,9 @@ def _write_external(
             files.write_json(folder / huggingface.GENERATION_FILE, generation)
         write_tokenizer(folder, tokenizer, config.context_length, config.vocab_size, config.vision is not None)
     tensors = external_tensors(table, config)
-    huggingface.write_safetensors(
-        folder, tensors, lambda tensor, kind: gather(weights, tensor, kind), dtype, max_shard_size, checksums, progress
-    )
+    kind = huggingface.numpy_dtype(dtype)
+    with contextlib.closing(assembled(weights, [(tensor, kind) for tensor in tensors])) as arrays:
+        huggingface.write_safetensors(folder, tensors, arrays, dtype, max_shard_size, checksums, progress)
 
 
 @contextlib.contextmanager

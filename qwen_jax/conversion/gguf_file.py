@@ -3,6 +3,7 @@
 Needs the package `gguf`, which llama.cpp publishes; nothing else of the project does.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,7 +16,8 @@ from tqdm import tqdm
 
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import ExternalWeights, StoredTensor
-from qwen_jax.conversion.mapping import QWEN2, Weights, external_tensors, gather
+from qwen_jax.conversion.mapping import QWEN2, Weights, external_tensors
+from qwen_jax.conversion.pipelines import assembled
 from qwen_jax.conversion.tokenizer import CHAT_TEMPLATE, RANKS_FILE, ranks_of, tokenizer_json
 from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 from qwen_jax.models.config import ModelConfig
@@ -109,10 +111,12 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, kind in zip(tqdm(tensors, desc="tensors", disable=not progress), kinds, strict=True):
-        array = gather(weights, tensor, kind)
-        checksums.add(tensor.name, array)
-        writer.write_tensor_data(array if kind is np.float32 else array.view(np.uint16))
+    with contextlib.closing(assembled(weights, zip(tensors, kinds, strict=True))) as arrays:
+        for tensor, kind in zip(tqdm(tensors, desc="tensors", disable=not progress), kinds, strict=True):
+            array = next(arrays)
+            checksums.add(tensor.name, array)
+            writer.write_tensor_data(array if kind is np.float32 else array.view(np.uint16))
+            del array
     writer.close()
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +288,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def write_safetensors(
     folder: Path,
     tensors: Sequence[ExternalTensor],
-    produce: Callable[[ExternalTensor, np.dtype], np.ndarray],
+    arrays: Iterator[np.ndarray],
     dtype: str,
     max_shard_size: int,
     checksums: Checksums,
@@ -299,13 +299,13 @@ def write_safetensors(
     Args:
       folder: an existing folder.
       tensors: the tensors, in the order of writing.
-      produce: makes one tensor, contiguous and in this dtype; called once for each, just before writing it.
+      arrays: their contents in this order, contiguous and in this dtype; each is taken just before it is written.
       dtype: "float32" or "bfloat16".
       max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
       checksums: records every tensor.
       progress: whether to show a progress bar.
     """
-    itemsize = READ_DTYPES[WRITE_DTYPES[dtype]].itemsize
+    itemsize = numpy_dtype(dtype).itemsize
     shards: list[list[ExternalTensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -321,33 +321,46 @@ def write_safetensors(
         names = [SINGLE_FILE]
     with progress_bar(total, dtype, progress) as bar:
         for file, shard in zip(names, shards, strict=True):
-            write_file(folder / file, shard, produce, dtype, checksums, bar)
+            write_file(folder / file, shard, arrays, dtype, checksums, bar)
     if len(shards) > 1:
         where = {tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
         metadata = {"total_parameters": total, "total_size": total * itemsize}
         files.write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
 
 
+def numpy_dtype(dtype: str) -> np.dtype:
+    """The numpy dtype of "float32" or "bfloat16"."""
+    return READ_DTYPES[WRITE_DTYPES[dtype]]
+
+
 def progress_bar(numbers: int, dtype: str, shown: bool) -> tqdm:
     """A bar of the bytes of so many numbers."""
-    size = numbers * READ_DTYPES[WRITE_DTYPES[dtype]].itemsize
+    size = numbers * numpy_dtype(dtype).itemsize
     return tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=not shown)
 
 
-def write_file(path: Path, tensors, produce, dtype: str, checksums: Checksums, bar: tqdm) -> None:
+def write_file(
+    path: Path,
+    tensors: Sequence[ExternalTensor],
+    arrays: Iterator[np.ndarray],
+    dtype: str,
+    checksums: Checksums,
+    bar: tqdm,
+) -> None:
     """Writes one safetensors file; arguments as in `write_safetensors`."""
     kind = WRITE_DTYPES[dtype]
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
     end = 0
     for tensor in tensors:
-        start, end = end, end + math.prod(tensor.shape) * READ_DTYPES[kind].itemsize
+        start, end = end, end + math.prod(tensor.shape) * numpy_dtype(dtype).itemsize
         header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts at a multiple of eight bytes
     with open(path, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            array = produce(tensor, READ_DTYPES[kind])
+            array = next(arrays)
             checksums.add(tensor.name, array)
             stream.write(array.reshape(-1).view(np.uint8).data)
             bar.update(array.nbytes)
+            del array  # the next one may be as large

@@ -10,10 +10,11 @@ import functools
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
+import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -410,17 +411,47 @@ def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]
 def copy_moved(source: np.ndarray, target: np.ndarray) -> None:
     """`target[...] = source` for arrays of one shape, where `source` may have its axes moved.
 
-    Goes by blocks that fit into the processor's cache: a transposed copy takes a fourth of numpy's time.
+    Goes by blocks that fit into the processor's cache: a transposed copy takes a fourth of numpy's time. bfloat16, the
+    upper half of the bits of float32, is copied as integers, which takes a fourth of the time once more.
+
+    Args:
+      target: contiguous in its last axis.
     """
+    copy: Callable[[np.ndarray, np.ndarray], None] = np.copyto
+    if (source.dtype, target.dtype) == (_BFLOAT16, np.float32):
+        source, target, copy = source.view(np.uint16), target.view(np.uint32), _widen
+    elif (source.dtype, target.dtype) == (np.float32, _BFLOAT16):
+        target, copy = target.view(np.uint16), _round
+    elif source.dtype == target.dtype == _BFLOAT16:
+        source, target = source.view(np.uint16), target.view(np.uint16)
+    elif source.dtype != target.dtype:
+        copy = _cast
     if source.ndim < 2 or source.flags.c_contiguous:
-        target[...] = source
+        copy(target, source)
         return
     rows = source.reshape(len(source), -1)
     into = target.reshape(rows.shape)
     for i in range(0, rows.shape[0], COPY_BLOCK):
         for j in range(0, rows.shape[1], COPY_BLOCK):
             block = slice(i, i + COPY_BLOCK), slice(j, j + COPY_BLOCK)
-            into[block] = rows[block]
+            copy(into[block], rows[block])
+
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def _widen(target: np.ndarray, source: np.ndarray) -> None:
+    """float32 of bfloat16, both as unsigned integers."""
+    np.left_shift(source, 16, out=target, dtype=np.uint32)
+
+
+def _round(target: np.ndarray, source: np.ndarray) -> None:
+    """bfloat16, as unsigned integers, of float32."""
+    target[...] = source.astype(_BFLOAT16).view(np.uint16)
+
+
+def _cast(target: np.ndarray, source: np.ndarray) -> None:
+    target[...] = source
 
 
 def float32_copy(source: np.ndarray) -> np.ndarray:
@@ -432,10 +463,20 @@ def float32_copy(source: np.ndarray) -> np.ndarray:
 
 def gather(weights: Weights, tensor: ExternalTensor, dtype: Any = None) -> np.ndarray:
     """An external tensor made of our parameters, in `dtype`; None: their stored dtype."""
-    parts = [to_external(tensor.mapping.layout, weights.read(part, tensor.layer)) for part in tensor.mapping.parts]
-    whole = np.empty(tensor.shape, dtype or parts[0].dtype)
-    if len(parts) == 1 and parts[0].flags.c_contiguous and parts[0].dtype == whole.dtype:
+    return assemble(tensor, read_parts(weights, tensor), dtype)
+
+
+def read_parts(weights: Weights, tensor: ExternalTensor) -> list[np.ndarray]:
+    """The parameters that an external tensor is made of, in their stored dtype."""
+    return [weights.read(part, tensor.layer) for part in tensor.mapping.parts]
+
+
+def assemble(tensor: ExternalTensor, parts: Sequence[np.ndarray], dtype: Any = None) -> np.ndarray:
+    """An external tensor, contiguous, made of its `read_parts`; `dtype` as for `gather`."""
+    parts = [to_external(tensor.mapping.layout, part) for part in parts]
+    if len(parts) == 1 and parts[0].flags.c_contiguous and parts[0].dtype == (dtype or parts[0].dtype):
         return parts[0]
+    whole = np.empty(tensor.shape, dtype or parts[0].dtype)
     start = 0
     for part in parts:
         copy_moved(part, whole[start : start + len(part)])

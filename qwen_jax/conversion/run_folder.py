@@ -4,7 +4,9 @@
 has one sub-tree per block, `layers_0/mlp/up/kernel` and so on, for code without `nn.scan`.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from qwen_jax.checkpoints import arrays, run_folder
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import listing
 from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, float32_copy, is_stacked, parameter_shapes
+from qwen_jax.conversion.pipelines import staged
 from qwen_jax.models.config import ModelConfig
 
 SCANNED, UNSCANNED = "scanned", "unscanned"
@@ -117,34 +120,48 @@ def write_run_folder(
     total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     with (
         arrays.writing_params(folder, source.config, tokenizer, shapes) as writer,
+        contextlib.closing(staged(_read_pieces(source, layout), (_made,), _bytes)) as made,
         tqdm(total=total, unit="B", unit_scale=True, desc="parameters", disable=not progress) as bar,
     ):
-        for path, piece, array in _pieces(source, layout):
+        for path, piece, array in made:
             checksums.add(_piece_name(path, piece), array)
             writer.write(path, piece, array)
             bar.update(array.nbytes)
+            del array
 
 
-def _pieces(source: Weights, layout: str):
-    """(path, piece, contiguous float32 array) of the whole model, in the order of the paths."""
+def _read_pieces(source: Weights, layout: str) -> Iterator[tuple[str, slice, np.ndarray | list[np.ndarray]]]:
+    """(path, piece, its content as it is stored, or that of each of its layers), in the order of the paths."""
     for path, shape in parameter_shapes(source.config).items():
         if not is_stacked(path):
             whole = source.read(path, None)
             for piece in arrays.pieces(shape):
-                # A copy, because Orbax writes in the background and `whole` is freed.
-                yield path, piece, float32_copy(whole[piece])
+                yield path, piece, whole[piece]
             del whole
         elif layout == SCANNED:
             for piece in arrays.pieces(shape):
-                block = np.empty((piece.stop - piece.start, *shape[1:]), np.float32)
-                for layer in range(piece.start, piece.stop):
-                    copy_moved(source.read(path, layer), block[layer - piece.start])
-                yield path, piece, block
+                yield path, piece, [source.read(path, layer) for layer in range(piece.start, piece.stop)]
         else:
             for layer in range(shape[0]):
                 own = source.read(path, layer)
                 for piece in arrays.pieces(shape[1:]):
-                    yield unscanned_path(path, layer), piece, float32_copy(own[piece])
+                    yield unscanned_path(path, layer), piece, own[piece]
+
+
+def _made(read: tuple[str, slice, np.ndarray | list[np.ndarray]]) -> tuple[str, slice, np.ndarray]:
+    """(path, piece, contiguous float32 array), which shares no memory with what was read."""
+    path, piece, content = read
+    if isinstance(content, np.ndarray):
+        return path, piece, float32_copy(content)
+    block = np.empty((len(content), *content[0].shape), np.float32)
+    for layer, array in enumerate(content):
+        copy_moved(array, block[layer])
+    return path, piece, block
+
+
+def _bytes(item: tuple[str, slice, np.ndarray | list[np.ndarray]]) -> int:
+    content = item[-1]
+    return content.nbytes if isinstance(content, np.ndarray) else sum(array.nbytes for array in content)
 
 
 def read_again(folder: Path):

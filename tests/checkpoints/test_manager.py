@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.checkpoints import manager
+from qwen_jax.checkpoints.arrays import StoredParams
 from qwen_jax.checkpoints.manager import Checkpoints, OldFormatError
 from qwen_jax.checkpoints.rewind import rewind
 from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
@@ -84,3 +86,20 @@ def test_a_key_with_a_dot_is_refused(tmp_path):
         checkpoints.save(1, {"params": {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}}, METADATA)
     assert not checkpoints.steps()
     checkpoints.close()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_layer_of_a_large_stacked_parameter_is_read_without_the_others(tmp_path, devices, monkeypatch):
+    monkeypatch.setattr(manager, "CHUNK_BYTES", 2**12)
+    mesh = make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    kernel = np.arange(6 * 16 * 64, dtype=np.float32).reshape(6, 16, 64)
+    write_run_files(tmp_path, small_model(), None)
+    checkpoints = Checkpoints(tmp_path)
+    saved = {"params": {"layers": {"kernel": jax.device_put(kernel, split), "scale": jnp.ones((6, 16))}}}
+    checkpoints.save(4, saved, METADATA)
+    checkpoints.close()
+    stored = StoredParams(tmp_path)
+    assert stored.stored_together("layers/kernel") == 1 and stored.stored_together("layers/scale") == 6
+    np.testing.assert_array_equal(stored.read("layers/kernel", slice(2, 3)), kernel[2:3])
+    assert np.array_equal(Checkpoints(tmp_path).restore_latest(saved)[1]["params"]["layers"]["kernel"], kernel)

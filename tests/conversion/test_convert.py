@@ -245,13 +245,13 @@ def test_a_checkpoint_with_damaged_data_is_named(tmp_path, run_folder):
 
 KILLED = """
 import os, signal, sys
-from qwen_jax.conversion import convert, converter
-whole = converter.gather
-def gather(weights, tensor, dtype):
+from qwen_jax.conversion import convert, pipelines
+whole = pipelines.assemble
+def assemble(tensor, parts, dtype):
     if tensor.name == "transformer.ln_f.weight":
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole(weights, tensor, dtype)
-converter.gather = gather
+    return whole(tensor, parts, dtype)
+pipelines.assemble = assemble
 convert("qwen", sys.argv[1], "qwen", sys.argv[2], progress=False)
 """
 

@@ -1,10 +1,13 @@
 """The tables: exact in both directions, complete, and honest about what they cannot express."""
 
 import dataclasses
+import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from qwen_jax.conversion import mapping as tables
 from qwen_jax.conversion.mapping import (
     FORMATS,
     external_shape,
@@ -77,3 +80,16 @@ def test_qwen2_has_grouped_queries_and_tied_embeddings(config):
     shapes = {tensor.name: tensor.shape for tensor in external_tensors(FORMATS["qwen2"], grouped)}
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (16, 48)
     assert "lm_head.weight" not in shapes
+
+
+@pytest.mark.parametrize("source, target", itertools.product(("float32", ml_dtypes.bfloat16), repeat=2))
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_moved_copies_have_the_bits_that_numpy_gives(source, target, axes, monkeypatch):
+    monkeypatch.setattr(tables, "COPY_BLOCK", 8)
+    bits = np.random.default_rng(0).integers(0, 2**16, (12, 9, 10), np.uint16)  # infinities and subnormals too
+    values = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    values = np.where(np.isnan(values), np.float32(1 / 3), values).astype(source).transpose(axes)
+    found = np.empty(values.shape, target)
+    tables.copy_moved(values, found)
+    expected = np.ascontiguousarray(values.astype(target))
+    np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
