@@ -16,9 +16,12 @@ from collections.abc import Callable, Generator, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+from apache_beam.runners.runner import PipelineResult
 
 # In one process: Beam's other direct runners first try to download a program called Prism.
 DEFAULT_RUNNER = "FnApiRunner"
+# Beam knows this runner by its full name alone.
+_DASK, _DASK_NAME = "daskrunner", "apache_beam.runners.dask.dask_runner.DaskRunner"
 # These runners ask a job server for options of its own, which Beam's classes do not know.
 _WITH_JOB_SERVER = ("flinkrunner", "sparkrunner", "portablerunner")
 # Errors that say what a user has to change: `command_line.run` shows their message and no traceback.
@@ -41,6 +44,12 @@ def is_local(options: Sequence[str]) -> bool:
     return not any(option.partition("=")[0] == "--runner" for option in options)
 
 
+def _runner(options: Sequence[str]) -> str | None:
+    """The runner that the options name, in lower case, without its module."""
+    found = [option.partition("=")[2] for option in options if option.startswith("--runner=")]
+    return found[-1].lower().rpartition(".")[2] if found else None
+
+
 class _OneLineParser(_BeamArgumentParser):
     def error(self, message: str):
         raise ValueError(f"Beam: {message}")
@@ -54,6 +63,9 @@ def check_options(options: Sequence[str]) -> None:
     Raises:
       ValueError: an unknown option, with the known one that is nearest, or a value of the wrong type.
     """
+    if _runner(options) == _DASK:
+        importlib.import_module("distributed")  # named in the error, if it is missing
+        importlib.import_module("apache_beam.runners.dask.dask_runner")  # its options are known once it is imported
     parser = _OneLineParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
     for known in PipelineOptions.__subclasses__():
         known._add_argparse_args(parser)
@@ -98,6 +110,9 @@ def carried(error: BaseException) -> str | None:
 def open_pipeline(options: Sequence[str]) -> Generator[beam.Pipeline]:
     """A pipeline that runs when the block ends.
 
+    Dask's runner leaves out, without a word, all branches of a pipeline but the last, and its Reshuffle does nothing:
+    give it one branch, which begins with the elements that are to be spread.
+
     Args:
       options: options of Beam, such as "--runner=FlinkRunner". Without a runner, this process runs the pipeline.
 
@@ -105,18 +120,26 @@ def open_pipeline(options: Sequence[str]) -> Generator[beam.Pipeline]:
       ValueError: see `check_options` and `short_errors`.
     """
     check_options(options)
-    local = is_local(options)
+    local, is_dask = is_local(options), _runner(options) == _DASK
     options = [*options, f"--runner={DEFAULT_RUNNER}"] if local else list(options)
+    if is_dask:
+        options = [*(one for one in options if not one.startswith("--runner=")), f"--runner={_DASK_NAME}"]
+        if not any(one.startswith(("--dask_partition_size", "--dask_npartitions")) for one in options):
+            options.append("--dask_partition_size=1")  # by default 128 elements are one task
     # SeqIO logs whole examples (documents of others, thousands of tokens each). Beam's local runner logs its internals,
-    # and the traceback of each error that it raises afterwards.
-    levels = {"absl": logging.WARNING} | ({"apache_beam": logging.CRITICAL} if local else {})
+    # and the traceback of each error that it raises afterwards. Dask logs each step of its start and end.
+    levels = {"absl": logging.WARNING, "distributed": logging.WARNING}
+    levels |= {"apache_beam": logging.CRITICAL} if local else {}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+    pipeline = None
     try:
         with short_errors(), beam.Pipeline(options=PipelineOptions(options)) as pipeline:
             yield pipeline
     finally:
+        if is_dask and isinstance(result := getattr(pipeline, "result", None), PipelineResult):
+            result.client.close()  # the runner leaves it open
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
 
@@ -124,9 +147,6 @@ def open_pipeline(options: Sequence[str]) -> Generator[beam.Pipeline]:
 @contextlib.contextmanager
 def open_engine(options: Sequence[str]) -> Generator[Callable[[str, Callable, Sequence[tuple], Callable], None]]:
     """A runner for the stages of a run, each a pipeline of independent calls.
-
-    These pipelines are `Create | Reshuffle | Map`, without side inputs and with one branch: every runner has these
-    three. Dask's runner leaves out all branches but the last.
 
     Args:
       options: of Beam, with a `--runner`. Dask's runner without an address gets a cluster on this machine, a process
@@ -139,16 +159,13 @@ def open_engine(options: Sequence[str]) -> Generator[Callable[[str, Callable, Se
       ValueError: see `check_options` and `short_errors`; no runner is named.
     """
     check_options(options)
-    runner = next((one.partition("=")[2].lower() for one in options if one.startswith("--runner=")), None)
-    if runner is None:
+    if _runner(options) is None:
         raise ValueError(f"Beam: {options[0]} is for a runner, and none is named: give --beam.runner=NAME, too")
-    is_dask = runner == "daskrunner"
-    with _dask_cluster(options) if is_dask else contextlib.nullcontext(list(options)) as options:
+    with _with_cluster(options) as options:
 
         def run(label: str, function: Callable, pieces: Sequence[tuple], done: Callable[[tuple], bool]) -> None:
-            # Dask's runner otherwise puts 128 pieces into one task, and Reshuffle does nothing there.
-            more = [f"--dask_npartitions={len(pieces)}"] if is_dask else []
-            with _progress(label, pieces, done), open_pipeline([*options, *more]) as pipeline:
+            with _progress(label, pieces, done), open_pipeline(options) as pipeline:
+                # What every runner can do: no side inputs, no state, one branch.
                 call = functools.partial(_call, function)
                 _ = pipeline | beam.Create(list(pieces)) | beam.Reshuffle() | beam.Map(call)
 
@@ -160,12 +177,14 @@ def _call(function: Callable, piece: tuple) -> None:
 
 
 @contextlib.contextmanager
-def _dask_cluster(options: Sequence[str]) -> Generator[list[str]]:
-    """The options with the address of a scheduler: theirs, or of a cluster that is started here."""
-    distributed = importlib.import_module("distributed")
-    if any(one.partition("=")[0] in ("--dask_client_address", "--dask_scheduler_file") for one in options):
+def _with_cluster(options: Sequence[str]) -> Generator[list[str]]:
+    """The options, for Dask with the address of a scheduler: theirs, or of a cluster that is started here."""
+    addresses = ("--dask_client_address", "--dask_scheduler_file")
+    if _runner(options) != _DASK or any(one.partition("=")[0] in addresses for one in options):
         yield list(options)
         return
+    distributed = importlib.import_module("distributed")  # of an extra that few need
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     with distributed.LocalCluster(threads_per_worker=1, dashboard_address=None) as cluster:
         logger.info("Dask: %d workers on this machine, %s", len(cluster.workers), cluster.scheduler_address)
         yield [*options, f"--dask_client_address={cluster.scheduler_address}"]

@@ -7,6 +7,7 @@ _EXTRAS = {
     **dict.fromkeys(("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "regex", "tokenizers"), "data"),
     **dict.fromkeys(("apache_beam", "pyarrow", "zstandard", "sentencepiece"), "data"),
     **dict.fromkeys(("fastwarc", "resiliparse", "py3langid", "sklearn"), "curation"),
+    **dict.fromkeys(("dask", "distributed"), "dask"),
     "numba": "images",
     "lm_eval": "evaluation",
     "t5": "t5",

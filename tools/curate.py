@@ -67,6 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     with command_line.quiet():
         from qwen_jax.configuration import parse_args
         from qwen_jax.curation import configuration, pipeline
+
+        beam_options = ["--" + one.removeprefix(_BEAM) for one in argv if one.startswith(_BEAM)]
+        if beam_options:
+            import qwen_jax.beam  # noqa: F401
     arguments = parse_args(parser, [one for one in argv if not one.startswith(_BEAM)])
     inputs: dict[str, list[str]] = {}
     for name, pattern in arguments.input:
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.output,
         configuration.make_config(),
         num_workers=arguments.num_workers,
-        beam_options=["--" + one.removeprefix(_BEAM) for one in argv if one.startswith(_BEAM)],
+        beam_options=beam_options,
         keep_work=arguments.keep_work,
     )
     print(f"{'stage':14} {'read':>12} {'kept':>12} {'dropped':>12} {'kept bytes':>16}")

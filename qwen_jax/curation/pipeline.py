@@ -81,10 +81,10 @@ def curate(
         return manifest
     work = stages.Work(output / "work", config, _units(sources, config.unit_bytes))
     _check_output(output, work.folder, description)
-    with files.locked(work.folder):
+    # Wrong options are refused before anything is written.
+    with open_workers(num_workers, beam_options, (stages.__name__,)) as workers, files.locked(work.folder):
         _prepare(work, description)
-        with open_workers(num_workers, beam_options, preload=(stages.__name__,)) as workers:
-            _run_stages(work, _Runner(work, workers))
+        _run_stages(work, _Runner(work, workers))
         manifest = _finish(work, output, description)
         if not keep_work:
             shutil.rmtree(work.folder)
