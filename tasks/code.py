@@ -17,8 +17,9 @@ from pathlib import Path
 import gin
 
 from qwen_jax import files
+from qwen_jax.data.corpora import LINE_SUFFIXES, Corpus, list_files, utf8
 from qwen_jax.data.quick_seqio import seqio
-from qwen_jax.data.sources import LINE_SUFFIXES, Corpus, DocumentSource, list_files, utf8
+from qwen_jax.data.sources import DocumentSource
 from qwen_jax.files import Pattern
 from tasks import pretrain
 

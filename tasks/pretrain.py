@@ -19,8 +19,9 @@ from pathlib import Path
 
 import gin
 
+from qwen_jax.data.corpora import Corpus, list_files
 from qwen_jax.data.quick_seqio import seqio, tf
-from qwen_jax.data.sources import Corpus, DocumentSource, TfdsSource, list_files
+from qwen_jax.data.sources import DocumentSource, TfdsSource
 from qwen_jax.data.vocabulary import QwenVocabulary
 from qwen_jax.files import Pattern
 
@@ -77,7 +78,7 @@ def local_files(
     """Files of the user.
 
     Args:
-        pattern: folder, glob, or list of these; see `qwen_jax.data.sources.list_files` for the formats.
+        pattern: folder, glob, or list of these; see `qwen_jax.data.corpora.list_files` for the formats.
         text_field: field of JSON lines or column of Parquet that holds the text.
         validation_share: share of the documents held out.
     """

@@ -218,6 +218,8 @@ def test_training_knows_a_model_protocol_and_no_decoder_or_metric(root):
         ("qwen_jax.evaluate", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
         ("qwen_jax.evaluation.perplexity", ("tensorflow", "seqio", "torch", "transformers", "gin", "optax")),
         ("qwen_jax.data.tokenizer", ("tensorflow", "seqio", "jax", "torch")),
+        ("qwen_jax.data.pack_cache", ("tensorflow", "seqio", "apache_beam", "jax", "gin", "torch")),
+        ("qwen_jax.data.corpora", ("tensorflow", "seqio", "apache_beam", "jax", "gin", "torch")),
         ("qwen_jax.data.chatml", ("tensorflow", "seqio", "jax", "torch")),
         ("qwen_jax.agents.react", ("tensorflow", "seqio", "jax", "torch")),
     ],

@@ -50,7 +50,7 @@ class Input:
 
     def texts(self) -> Iterator[str]:
         """Documents of the input."""
-        from qwen_jax.data.sources import documents, read_file
+        from qwen_jax.data.corpora import documents, read_file
 
         if self.pattern is not None:
             yield from (document["text"] for document in documents(self.pattern, text_field=self.text_field))

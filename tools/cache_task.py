@@ -1,12 +1,14 @@
-"""Caches a task or mixture: tokenizes it with Beam and packs it into examples of one length.
+"""Caches a task or mixture: tokenizes it and packs it into examples of one length.
 
     python tools/cache_task.py python_corpus --cache_dir=cache --sequence_length=2048
-    python tools/cache_task.py local_files --cache_dir=cache --sequence_length=2048 \\
-        --gin.local_files.pattern='corpus/**/*.jsonl.zst' --beam.runner=FlinkRunner --beam.flink_master=localhost:8081
+    python tools/cache_task.py local_files --cache_dir=cache --sequence_length=2048 --num_workers=16 \\
+        --gin.local_files.pattern='corpus/**/*.jsonl.zst'
+    python tools/cache_task.py local_files … --beam.runner=FlinkRunner --beam.flink_master=localhost:8081
 
-`--gin.NAME=VALUE` and `--gin_file=FILE` configure the task, `--beam.OPTION=VALUE` is handed to Beam as
-`--OPTION=VALUE` (https://beam.apache.org/documentation/runners). Without a runner it works in this process:
-`python_corpus`, 10 MB, takes about 20 seconds. Complete splits are used as they are; an interrupted run continues.
+`--gin.NAME=VALUE` and `--gin_file=FILE` configure the task. `--num_workers` processes of this machine share the work,
+or the workers of a cluster, where `--beam.OPTION=VALUE` is handed to Beam as `--OPTION=VALUE`
+(https://beam.apache.org/documentation/runners). Complete splits are used as they are; an interrupted run continues
+with the next shard.
 """
 
 import argparse
@@ -24,11 +26,14 @@ def main(argv: list[str] | None = None) -> None:
         "--cache_dir",
         type=command_line.path_argument,
         required=True,
-        help="folder of the cache; all Beam workers must see it",
+        help="folder of the cache; all workers must see it",
     )
     parser.add_argument("--sequence_length", required=True, type=int, help="tokens of an example")
     parser.add_argument(
         "--splits", default="train,validation", help="splits, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_workers", type=_positive, default=1, help="worker processes on this machine (default: %(default)s)"
     )
     parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")
     parser.add_argument("--seed", type=int, default=0, help="seed for the order of documents (default: %(default)s)")
@@ -56,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         sequence_length=arguments.sequence_length,
         splits=tuple(arguments.splits.split(",")),
         beam_options=arguments.beam_options,
+        num_workers=arguments.num_workers,
         num_shards=arguments.num_shards,
         seed=arguments.seed,
         packing=arguments.packing,

@@ -150,10 +150,10 @@ def measure(
         ({language: bytes read}, {language: {tokenizer: bytes per token}}).
 
     Raises:
-        FileNotFoundError, ValueError: see `qwen_jax.data.sources.documents`.
+        FileNotFoundError, ValueError: see `qwen_jax.data.corpora.documents`.
     """
     with quiet():  # TensorFlow is imported with the sources
-        from qwen_jax.data.sources import documents
+        from qwen_jax.data.corpora import documents
 
     sizes, ratios = {}, {}
     for language, pattern in texts.items():

@@ -187,7 +187,7 @@ def draw(table: list[list[float]], training_length: int, name: str, output: Path
 def _documents(arguments, tokenizer) -> Iterator:
     """Token ids of the documents of --text, or of the held-out ones of --task."""
     if arguments.text:
-        from qwen_jax.data.sources import documents
+        from qwen_jax.data.corpora import documents
 
         for document in documents(arguments.text, text_field=arguments.text_field):
             yield tokenizer.encode(document["text"])

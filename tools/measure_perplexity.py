@@ -36,10 +36,10 @@ def read_texts(folder: Path, text_field: str = "text", limit: int | None = None)
         limit: the first so many of each group; None: all.
 
     Raises:
-        OSError, ValueError: as `qwen_jax.data.sources.read_rows`.
+        OSError, ValueError: as `qwen_jax.data.corpora.read_rows`.
     """
     with quiet():
-        from qwen_jax.data.sources import list_files, read_rows
+        from qwen_jax.data.corpora import list_files, read_rows
 
     counts: dict[tuple[str, str], int] = {}
     paths = list_files(folder)

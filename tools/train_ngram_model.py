@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from qwen_jax.curation.scoring import NgramPerplexity, train_ngram
 
     with command_line.quiet():
-        from qwen_jax.data.sources import documents
+        from qwen_jax.data.corpora import documents
 
     rows = itertools.islice(documents(arguments.corpus, text_field=arguments.text_field), arguments.max_documents)
     held_out: list[str] = []

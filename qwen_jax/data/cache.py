@@ -1,9 +1,9 @@
-"""From a SeqIO task to packed examples on disk, on Apache Beam.
+"""From a SeqIO task to packed examples on disk.
 
 Two stages. First each task is cached in SeqIO's own layout, so `get_dataset(use_cached=True)` reads it after
 `seqio.add_global_cache_dirs([cache_dir])`. Then its documents are packed (`qwen_jax.data.packing`): a hash of the
-document names the shard and its place in it, so the bytes written depend neither on the number of workers nor on the
-order in which Beam delivers.
+document names the shard and its place in it. Both stages consist of pieces that each write a file (`qwen_jax.workers`),
+in this process, in several, or on Beam; the bytes written do not depend on which.
 
     cache_dir/<task>/{train,validation}.tfrecord-*  info.*.json  stats.*.json  COMPLETED    SeqIO's cache
     cache_dir/<task>/description.json                                                       vocabulary and corpus
@@ -13,33 +13,27 @@ order in which Beam delivers.
 """
 
 import contextlib
+import hashlib
 import importlib
+import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import apache_beam as beam
-import gin
-import numpy as np
-
-from qwen_jax.data.quick_seqio import seqio
-
-# isort: split
-from seqio import beam_utils
-
 from qwen_jax import files
-from qwen_jax.beam import check_options, open_pipeline
-from qwen_jax.data import mixing, packing
-from qwen_jax.data.default_tokenizer import vocabulary_path
+from qwen_jax.data import mixing, packing, token_cache
 from qwen_jax.data.merges import derive_merges
-from qwen_jax.data.pack_cache import TOKENS, Packer, Prepared, WorkerSetup
+from qwen_jax.data.pack_cache import IMAGES, TOKENS, Packer, Prepared, pack
 from qwen_jax.data.packing import check_packing
+from qwen_jax.data.quick_seqio import seqio
+from qwen_jax.data.task_examples import WorkerSetup, examples_of, last_steps_of, modules_of
+from qwen_jax.data.token_cache import TokenizeShard
 from qwen_jax.data.tokenizer import RELEASED_FINGERPRINT, Tokenizer
 from qwen_jax.data.vocabulary import QwenVocabulary
+from qwen_jax.workers import Workers, open_workers
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +42,6 @@ DESCRIPTION = "description.json"
 TOKENS_PER_SHARD = 1 << 25
 # So are its pictures. 32M tokens alone are less.
 BYTES_PER_SHARD = 1 << 30
-_MAX_CACHE_FILES = 64
-_PROGRESS_SECONDS = 10
 
 
 def prepare(
@@ -59,6 +51,7 @@ def prepare(
     sequence_length: int,
     splits: Sequence[str] = ("train", "validation"),
     beam_options: Sequence[str] = (),
+    num_workers: int = 1,
     num_shards: int | None = None,
     seed: int = 0,
     packing: str = "concat",
@@ -67,20 +60,21 @@ def prepare(
 ) -> list[Prepared]:
     """Caches and packs a task, or each task of a mixture; uses complete splits as they are.
 
-    A call after an interrupted one continues with the next split when caching, with the next shard when packing.
+    A call after an interrupted one continues with the next shard.
 
     Args:
         mixture_or_task: a registered name (`tasks` is imported first).
-        cache_dir: a folder that all Beam workers see.
+        cache_dir: a folder that all workers see.
         sequence_length: tokens of one example.
         splits: splits to cache; a warning names the ones that a task lacks, and `validation` if it has no document.
-        beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; the default runner works in this process.
+        beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; without any, Beam is not used.
+        num_workers: processes of this machine that work where there are no Beam options.
         num_shards: shards of the packed data; None takes one for every 32M tokens, or GiB of pictures.
         seed: seed for the order of documents.
         packing: a key of `PACKINGS` (`qwen_jax.data.packing`): `concat` merges documents and cuts them, `best_fit`
             keeps them apart, `whole` never cuts one into two examples, `padded` takes one an example.
         images_per_row: the most pictures of an example. 0 leaves out, and counts, documents with pictures.
-        task_modules: modules that register tasks, imported here and by Beam workers.
+        task_modules: modules that register tasks, imported here and by workers.
 
     Returns:
         One `Prepared` for each task and split.
@@ -91,32 +85,45 @@ def prepare(
             or number of shards (the message says which, and what to do).
     """
     check_packing(packing)
-    check_options(beam_options)
     for module in task_modules:
         importlib.import_module(module)
     cache_dir, prepared = files.as_path(cache_dir, "cache_dir"), []
-    for task in _tasks(mixture_or_task):
-        vocabulary = _check_task(task, splits)
-        folder = Path(cache_dir, *task.name.split(":"))
-        setup = WorkerSetup(tuple(task_modules), gin.config_str(), vocabulary_path(), task.name, vocabulary.fingerprint)
-        wanted = [split for split in splits if split in task.splits]
-        description = _cache_task(task, wanted, folder, beam_options, setup)
-        for split in _with_documents(task.name, wanted, description["splits"], folder):
-            packer = Packer(
-                task=task.name,
-                split=split,
-                cache_folder=folder,
-                sequence_length=sequence_length,
-                method=packing,
-                seed=seed,
-                num_shards=num_shards or _default_shards(folder, split),
-                source=description["source"],
-                setup=setup,
-                images_per_row=images_per_row,
-            )
-            prepared.append(packer.prepare(beam_options, check_shards=num_shards is not None))
-            _check_left_out(task, prepared[-1].manifest)
+    found = _tasks(mixture_or_task)
+    with open_workers(num_workers, beam_options, preload=modules_of(found, task_modules)) as workers:
+        for task in found:
+            vocabulary = _check_task(task, splits)
+            folder = Path(cache_dir, *task.name.split(":"))
+            setup = WorkerSetup.of(task, vocabulary, task_modules)
+            wanted = [split for split in splits if split in task.splits]
+            description = _cache_task(task, wanted, folder, workers, setup)
+            packers = [
+                Packer(
+                    task=task.name,
+                    split=split,
+                    cache_folder=folder,
+                    cached=tuple(sorted(path.name for path in folder.glob(f"{split}.tfrecord-*-of-*"))),
+                    features=files.read_json(seqio.get_cached_info_path(str(folder), split))["features"],
+                    last_steps=last_steps_of(task, setup),
+                    tokenizer=setup.tokenizer,
+                    num_ids=_num_ids(task, vocabulary.tokenizer),
+                    sequence_length=sequence_length,
+                    method=packing,
+                    seed=seed,
+                    num_shards=num_shards or _default_shards(folder, split),
+                    source=description["source"],
+                    images_per_row=images_per_row,
+                )
+                for split in _with_documents(task.name, wanted, description["splits"], folder)
+            ]
+            for one in pack(packers, workers, check_shards=num_shards is not None):
+                prepared.append(one)
+                _check_left_out(task, one.manifest)
     return prepared
+
+
+def _num_ids(task: seqio.Task, tokenizer: Tokenizer) -> int:
+    """Number of ids that a task may yield; a task with pictures has those of Qwen-VL."""
+    return tokenizer.vision_vocab_size if IMAGES in task.output_features else tokenizer.vocab_size
 
 
 def _check_left_out(task: seqio.Task, manifest: packing.Manifest) -> None:
@@ -207,9 +214,10 @@ def _that_can_be_made(task: seqio.Task, missing: list[str], done: Sequence[str])
     return missing
 
 
-def _cache_task(task, splits, folder: Path, beam_options, setup: WorkerSetup) -> dict:
+def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: Workers, setup: WorkerSetup) -> dict:
     """Makes SeqIO's cache of the `splits` that it lacks; returns its description."""
     vocabulary = task.output_features[TOKENS].vocabulary
+    assert isinstance(vocabulary, QwenVocabulary)  # see `_check_task`
     path = folder / DESCRIPTION
     found = files.read_json(path) if path.exists() else None
     done = found["splits"] if found else []
@@ -229,70 +237,77 @@ def _cache_task(task, splits, folder: Path, beam_options, setup: WorkerSetup) ->
             logger.info("%s: cached already in %s", task.name, folder)
             return found
     _check_merges(vocabulary.tokenizer)
+    origin = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
+    shards = {split: _shards(task, split, folder, setup, origin) for split in missing}
     folder.mkdir(parents=True, exist_ok=True)
     for split in missing:
-        try:
+        token_cache.remove_unfinished(folder, split, shards[split])
+    started = time.monotonic()
+    left = [shard for split in missing for shard in shards[split] if not shard.is_done()]
+    total = sum(map(len, shards.values()))
+    names = " and ".join(missing)
+    logger.info("%s: tokenizing %s, %d shards (%d done before)", task.name, names, total, total - len(left))
+    try:
+        token_cache.tokenize(left, workers)
+        for split in missing:
             # A few documents may all be for training.
-            _cache_split(task, split, folder, beam_options, setup, may_be_empty=split == "validation" and bool(done))
-        except BaseException:
-            if not done:
-                # Only empty folders go: other splits, or data of a user, stay.
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise
-        done = [*done, split]
-        description = description | {"splits": done}
-        files.write_json(path, description, sort_keys=True)
+            _finish_split(task, split, folder, shards[split], may_be_empty=split == "validation" and bool(done))
+            done = [*done, split]
+            description = description | {"splits": done}
+            files.write_json(path, description, sort_keys=True)
+            for shard in shards[split]:
+                shard.counted.unlink()
+            logger.info("%s %s: tokenized, %.0f s from the start", task.name, split, time.monotonic() - started)
+    except ValueError:
+        # Its cause is in the corpus: once that is corrected, the shards are those of another corpus.
+        for split in missing:
+            if split not in done:
+                token_cache.remove_unfinished(folder, split, [])
+        if not done:
+            # Only empty folders go: other splits, or data of a user, stay.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     (folder / "COMPLETED").touch()
     return description
 
 
-def _cache_split(
-    task, split: str, folder: Path, beam_options, setup: WorkerSetup, *, may_be_empty: bool = False
-) -> None:
-    logger.info("%s %s: tokenizing", task.name, split)
-    started = time.monotonic()
-    temporary = folder / f".{split}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        target = str(temporary)
-        with open_pipeline(beam_options) as pipeline:
-            preprocess = beam_utils.PreprocessTask(task, split, setup_fn=setup)
-            num_files = max(1, min(len(preprocess.shards), _MAX_CACHE_FILES))
-            examples = (
-                pipeline
-                | "preprocess" >> preprocess
-                | "progress" >> beam.ParDo(_Progress(f"{task.name} {split}"))
-                | "spread" >> beam.Reshuffle()
-            )
-            _ = examples | "write" >> beam_utils.WriteExampleTfRecord(
-                seqio.get_cached_tfrecord_prefix(target, split), num_shards=num_files
-            )
-            for name, transform, destination in (
-                ("info", beam_utils.GetInfo(num_files), seqio.get_cached_info_path(target, split)),
-                ("stats", beam_utils.GetStats(task.output_features), seqio.get_cached_stats_path(target, split)),
-                ("characters", _CountCharacters(task.output_features[TOKENS].vocabulary), temporary / "characters"),
-            ):
-                _ = examples | name >> transform | f"write_{name}" >> beam_utils.WriteJson(str(destination))
-        stats = _stats(temporary, split)
-        if not stats["examples"] and not may_be_empty:
-            raise ValueError(
-                f"task {task.name} yields no document in split {split!r}: check its corpus; if only this split is "
-                "empty, hold out another share of the documents or leave the split out (--splits)"
-            )
-        # Where SeqIO's mixing rate by characters looks; SeqIO itself counts them with SentencePiece vocabularies only.
-        stats["text_chars"] = files.read_json(temporary / "characters")
-        (temporary / "characters").unlink()
-        files.write_json(seqio.get_cached_stats_path(target, split), stats)
-        for file in temporary.iterdir():
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    tokens, seconds = stats.get(f"{TOKENS}_tokens", 0), time.monotonic() - started
-    logger.info(
-        "%s %s: %s documents, %s tokens in %.0f s", task.name, split, f"{stats['examples']:,}", f"{tokens:,}", seconds
-    )
+def _shards(task: seqio.Task, split: str, folder: Path, setup: WorkerSetup, origin: str) -> list[TokenizeShard]:
+    examples = examples_of(task, split, setup)
+    left_out = {name: _ids_not_counted(feature.vocabulary) for name, feature in task.output_features.items()}
+    return [
+        TokenizeShard(
+            task=task.name,
+            split=split,
+            index=index,
+            count=len(examples),
+            folder=folder,
+            examples=one,
+            left_out=left_out,
+            tokens=TOKENS,
+            tokenizer=setup.tokenizer,
+            origin=origin,
+        )
+        for index, one in enumerate(examples)
+    ]
+
+
+def _ids_not_counted(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
+    """As in `seqio.beam_utils.GetStats`."""
+    return tuple({one for one in (vocabulary.eos_id, vocabulary.pad_id) if one is not None})
+
+
+def _finish_split(task, split: str, folder: Path, shards: list[TokenizeShard], *, may_be_empty: bool) -> None:
+    """Writes SeqIO's statistics and description of a split, of which all shards are written."""
+    stats, features = token_cache.totals_of(shards)
+    if not stats["examples"] and not may_be_empty:
+        raise ValueError(
+            f"task {task.name} yields no document in split {split!r}: check its corpus; if only this split is "
+            "empty, hold out another share of the documents or leave the split out (--splits)"
+        )
+    files.write_json(seqio.get_cached_stats_path(str(folder), split), stats, sort_keys=True)
+    info = {"num_shards": len(shards), "features": features, "seqio_version": seqio.__version__}
+    files.write_json(seqio.get_cached_info_path(str(folder), split), info, sort_keys=True)
 
 
 def _check_same(folder: Path, found: dict, expected: dict) -> None:
@@ -320,37 +335,3 @@ def _default_shards(folder: Path, split: str) -> int:
     tokens = _stats(folder, split).get(f"{TOKENS}_tokens", 0)
     size = sum(path.stat().st_size for path in folder.glob(f"{split}.tfrecord-*-of-*"))
     return max(1, math.ceil(tokens / TOKENS_PER_SHARD), math.ceil(size / BYTES_PER_SHARD))
-
-
-class _CountCharacters(beam.PTransform):
-    """The number of characters in all documents, control tokens left out."""
-
-    def __init__(self, vocabulary: QwenVocabulary):
-        super().__init__()
-        self._vocabulary = vocabulary
-
-    def expand(self, input_or_inputs):
-        return input_or_inputs | "count" >> beam.Map(self._count) | "sum" >> beam.CombineGlobally(sum)
-
-    def _count(self, example) -> int:
-        tokenizer = self._vocabulary.tokenizer
-        # Taken out of the tensor at once: TensorFlow makes a tensor of each element that is asked for.
-        ids = np.asarray(example[TOKENS])
-        return len(tokenizer.decode(ids[ids < tokenizer.num_ranks].tolist()))
-
-
-class _Progress(beam.DoFn):
-    """Passes documents on and logs how many, now and then."""
-
-    def __init__(self, label: str):
-        self._label = label
-
-    def setup(self):
-        self._count, self._logged = 0, time.monotonic()
-
-    def process(self, element):
-        self._count += 1
-        if time.monotonic() - self._logged > _PROGRESS_SECONDS:
-            self._logged = time.monotonic()
-            logger.info("%s: %s documents so far in this worker", self._label, f"{self._count:,}")
-        yield element

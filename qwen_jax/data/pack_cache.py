@@ -1,27 +1,28 @@
-"""Packing of SeqIO's cache on Beam: the second stage of `qwen_jax.data.cache`.
+"""Packing of SeqIO's cache: the second stage of `qwen_jax.data.cache`.
 
-Cached examples go through the task's last steps and become documents (`documents_of`); a hash of each names the shard
-and its place in it. Each shard is sorted, packed and written by one worker; the manifest comes last.
+Cached examples go through the task's last steps and become documents (`document_of`); a hash of each names the shard
+and its place in it. Where there are several shards, the documents of each file of the cache are first dealt to them
+(`pack_spill`). Then each shard is sorted, packed and written by one worker; the manifest comes last.
 """
 
 import dataclasses
-import importlib
+import functools
+import hashlib
+import json
 import logging
 import shutil
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import apache_beam as beam
-import gin
 import numpy as np
 
 from qwen_jax import files
-from qwen_jax.beam import open_pipeline
-from qwen_jax.data import packing
-from qwen_jax.data.quick_seqio import seqio, tf
-from qwen_jax.data.vocabulary import QwenVocabulary
+from qwen_jax.data import pack_spill, packing
+from qwen_jax.data.row_steps import LastSteps
+from qwen_jax.data.token_cache import read_examples
+from qwen_jax.data.tokenizer import PinnedTokenizer, Tokenizer
+from qwen_jax.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,10 @@ TOKENS, LOSS_WEIGHTS, SEGMENT_LENGTHS, TURN_ENDS, LEFT_OUT, IMAGES = (
     "left_out",
     "images",
 )
-_THIS_PROCESS = uuid.uuid4().hex
 # Key, tokens, loss weights, lengths of segments, ends, reason for leaving out, pictures and their places: a document as
-# bytes, for Beam's coders.
+# bytes.
 _Keyed = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes, bytes]
+_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,179 +48,166 @@ class Prepared:
     manifest: packing.Manifest
 
 
-def vocabulary_of(task: str) -> QwenVocabulary:
-    """The vocabulary of the tokens of a registered task."""
-    vocabulary = seqio.TaskRegistry.get(task).output_features[TOKENS].vocabulary
-    assert isinstance(vocabulary, QwenVocabulary)  # `_check_task` refuses others before a worker starts
-    return vocabulary
-
-
-def num_ids(task: str) -> int:
-    """Number of ids that a registered task may yield; a task with pictures has those of Qwen-VL."""
-    tokenizer = vocabulary_of(task).tokenizer
-    with_pictures = IMAGES in seqio.TaskRegistry.get(task).output_features
-    return tokenizer.vision_vocab_size if with_pictures else tokenizer.vocab_size
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkerSetup:
-    """Called in each Beam worker before it touches a task: registers tasks and configures them as in the launcher."""
-
-    task_modules: tuple[str, ...]
-    gin_config: str
-    vocabulary_path: str | None
-    task: str
-    fingerprint: str
-    launcher: str = _THIS_PROCESS
-
-    def __call__(self) -> None:
-        if self.launcher == _THIS_PROCESS:
-            return
-        # See `qwen_jax.beam`; workers have a logging level of their own.
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        for module in self.task_modules:
-            importlib.import_module(module)
-        with gin.unlock_config():
-            # Configurables of models and training are unknown here. One of them may have computed the path, so the
-            # path is bound as a value.
-            gin.parse_config(self.gin_config, skip_unknown=True)
-            gin.bind_parameter("vocabulary_path.path", self.vocabulary_path)
-        vocabulary = vocabulary_of(self.task)
-        if vocabulary.fingerprint != self.fingerprint:
-            raise RuntimeError(
-                f"this worker has the vocabulary {vocabulary.tokenizer.path} (fingerprint "
-                f"{vocabulary.fingerprint[:12]}), the job was started with {self.fingerprint[:12]}: put the same file "
-                "on every worker"
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Packs one split of a cached task; sent to Beam workers."""
+    """Packs one split of a cached task; sent to workers.
+
+    Attributes:
+        task, split: names.
+        cache_folder: folder of the task in the cache.
+        cached: names of the files of the split there.
+        features: of the cached examples, from SeqIO's info file.
+        last_steps: steps of the task after the cache.
+        tokenizer: of the tokens.
+        num_ids: number of ids that the task may yield.
+        sequence_length, method, seed, num_shards, images_per_row: see `cache.prepare`; `method` is its `packing`.
+        source: identity of the corpus.
+    """
 
     task: str
     split: str
     cache_folder: Path
+    cached: tuple[str, ...]
+    features: Mapping[str, Mapping]
+    last_steps: LastSteps
+    tokenizer: PinnedTokenizer
+    num_ids: int
     sequence_length: int
     method: str  # a key of packing.PACKINGS
     seed: int
     num_shards: int
     source: dict
-    setup: WorkerSetup
     images_per_row: int = 0
 
     @property
     def folder(self) -> Path:
+        """Folder of the packed split."""
         where = (self.cache_folder, "", self.sequence_length, self.split)
         return packing.packed_folder(*where, self.method, self.images_per_row)
 
-    def columns(self) -> tuple[packing.Column, ...]:
-        return packing.columns_for(num_ids(self.task), self.sequence_length, self.method, self.images_per_row)
-
-    def prepare(self, beam_options: Sequence[str], *, check_shards: bool) -> Prepared:
+    @property
+    def label(self) -> str:
+        """Task, split and packing, for the log."""
         label = f"{self.task} {self.split}, length {self.sequence_length}"
         label += "" if self.method == "concat" else f", {self.method}"
-        label += f", at most {count(self.images_per_row, 'image')}" if self.images_per_row else ""
-        if (self.folder / packing.MANIFEST).exists():
-            manifest = packing.Manifest.load(self.folder)
-            self._check(manifest, check_shards)
-            logger.info("%s: packed already in %s", label, self.folder)
-            return Prepared(self.folder, manifest)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.remove_unfinished(self.folder)
-        done = {index for index in range(self.num_shards) if self._finished(index)}
-        logger.info("%s: packing, %d shards (%d done before)", label, self.num_shards, len(done))
-        started = time.monotonic()
-        cached = sorted(str(path) for path in self.cache_folder.glob(f"{self.split}.tfrecord-*-of-*"))
-        with open_pipeline(beam_options) as pipeline:
-            _ = (
-                pipeline
-                | "files" >> beam.Create(cached)
-                | "documents" >> beam.FlatMap(self.keyed_documents)
-                | "unfinished" >> beam.Filter(lambda item: item[0] not in done)
-                | "by_shard" >> beam.GroupByKey()
-                | "write" >> beam.Map(self.write)
-            )
-        manifest = self._manifest()
-        manifest.save(self.folder)
-        for index in range(self.num_shards):
-            self._sidecar(index).unlink(missing_ok=True)
-        seconds = time.monotonic() - started
-        counts = f"{manifest.records:,} examples, {manifest.tokens:,} tokens, {manifest.documents:,} documents"
-        counts += f", {count(manifest.images, 'image')}" if manifest.images else ""
-        counts += f", {manifest.tokens / (manifest.records * self.sequence_length):.2%} full"
-        logger.info("%s: %s in %.0f s, in %s", label, counts, seconds, self.folder)
-        for line in removed_lines(manifest):
-            logger.warning("%s: %s", label, line)
+        return label + (f", at most {count(self.images_per_row, 'image')}" if self.images_per_row else "")
+
+    @property
+    def spill(self) -> Path:
+        """Folder of documents dealt to shards, named by what they are made of."""
+        identity = json.dumps([self._settings(), self.num_shards, self.cached], sort_keys=True)
+        return self.folder / f".documents-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    def columns(self) -> tuple[packing.Column, ...]:
+        """Columns of the packed examples."""
+        return packing.columns_for(self.num_ids, self.sequence_length, self.method, self.images_per_row)
+
+    def found(self, check_shards: bool) -> Prepared | None:
+        """What is packed already, if it is.
+
+        Raises:
+            ValueError: it is made of something else; with `check_shards`, also where it has another number of shards.
+        """
+        if not (self.folder / packing.MANIFEST).exists():
+            return None
+        manifest = packing.Manifest.load(self.folder)
+        self._check(manifest, check_shards)
+        logger.info("%s: packed already in %s", self.label, self.folder)
         return Prepared(self.folder, manifest)
 
-    def keyed_documents(self, file: str) -> Iterator[tuple[int, _Keyed]]:
-        """(shard, keyed document) of the documents in one cache file, after the task's last steps."""
-        self.setup()
-        task = seqio.TaskRegistry.get(self.task)
-        vocabulary, vocab_size = vocabulary_of(self.task), num_ids(self.task)
-        eos_id, tags = vocabulary.eos_id, _image_tags(vocabulary)
-        dataset = task.preprocess_postcache(_read_cache(self.cache_folder, self.split, file), sequence_length=None)
-        for example in _undamaged(dataset, file):
+    def unfinished(self) -> list[int]:
+        """Shards that are still to be written; what an interrupted run left unfinished is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.remove_unfinished(self.folder)
+        for path in self.folder.glob(".documents-*"):
+            if path != self.spill:
+                shutil.rmtree(path)
+        left = [index for index in range(self.num_shards) if not self.finished(index)]
+        logger.info("%s: packing, %d shards (%d done before)", self.label, self.num_shards, self.num_shards - len(left))
+        return left
+
+    def keyed_documents(self, file: str) -> Iterator[_Keyed]:
+        """The documents in one file of the cache, after the task's last steps."""
+        tokenizer = self.tokenizer.load()
+        tags = _image_tags(tokenizer)
+        examples = read_examples(self.cache_folder / file, self.features)
+        for example in self.last_steps(examples, self.features):
             document = document_of(example, self.task, tags)
             tokens = document.tokens
             if not document.left_out:
-                if not len(tokens) or (len(tokens) == 1 and tokens[0] == eos_id):
+                if not len(tokens) or (len(tokens) == 1 and tokens[0] == tokenizer.endoftext_id):
                     continue  # a document without text
-                if tokens.min() < 0 or tokens.max() >= vocab_size:
+                if tokens.min() < 0 or tokens.max() >= self.num_ids:
                     raise ValueError(
-                        f"task {self.task} yields ids from {tokens.min()} to {tokens.max()}, outside [0, {vocab_size})"
+                        f"task {self.task} yields ids from {tokens.min()} to {tokens.max()}, outside [0, "
+                        f"{self.num_ids})"
                     )
-            key = packing.document_key(document, self.seed)
-            yield packing.shard_of(key, self.num_shards), (key, *_to_bytes(document))
+            yield packing.document_key(document, self.seed), *_to_bytes(document)
 
-    def write(self, item: tuple[int, Iterable[_Keyed]]) -> int:
-        """Writes one shard, and beside it its entry of the manifest."""
-        self.setup()
-        index, raw = item
-        vocabulary = vocabulary_of(self.task)
-        documents = ((key, _from_bytes(*parts)) for key, *parts in raw)
+    def deal(self, number: int) -> None:
+        """Deals the documents of the cached file of this number to the shards."""
+        keyed = self.keyed_documents(self.cached[number])
+        dealt = ((packing.shard_of(parts[0], self.num_shards), parts) for parts in keyed)
+        pack_spill.write(self.spill, number, self.num_shards, dealt)
+
+    def _documents_of(self, index: int) -> Iterator[tuple[bytes, packing.Document]]:
+        if self.num_shards == 1:
+            found = (parts for file in self.cached for parts in self.keyed_documents(file))
+        else:
+            found = pack_spill.read(self.spill, len(self.cached), index, self.num_shards, _PARTS)
+        for key, *parts in found:
+            yield key, _from_bytes(*parts)
+
+    def write(self, index: int) -> None:
+        """Writes one shard, and beside it its entry of the manifest; the entry of a shard without documents is None."""
+        tokenizer = self.tokenizer.load()
+        documents = list(self._documents_of(index))
+        if not documents:
+            files.write_json(self._sidecar(index), self._settings() | {"shard": None}, sort_keys=True)
+            return
         shard = packing.write_shard(
             self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.array_record",
             documents,
             sequence_length=self.sequence_length,
-            eos_id=vocabulary.eos_id,
+            eos_id=tokenizer.endoftext_id,
             columns=self.columns(),
-            token_bytes=_token_bytes(vocabulary),
+            token_bytes=_token_bytes(tokenizer),
             method=self.method,
             images_per_row=self.images_per_row,
         )
         files.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)}, sort_keys=True)
-        logger.info("%s %s: shard %d of %d done", self.task, self.split, index + 1, self.num_shards)
-        return index
 
     def _sidecar(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.json"
 
     def _settings(self) -> dict:
-        return {"seed": self.seed, "fingerprint": self.setup.fingerprint, "source": self.source}
+        return {"seed": self.seed, "fingerprint": self.tokenizer.fingerprint, "source": self.source}
 
-    def _finished(self, index: int) -> bool:
+    def finished(self, index: int) -> bool:
+        """Whether a shard is written, from the same."""
         path = self._sidecar(index)
         if not path.exists():
             return False
         content = files.read_json(path)
         return {key: content.get(key) for key in self._settings()} == self._settings()
 
-    def _manifest(self) -> packing.Manifest:
-        # A shard that got no document has neither file nor entry.
-        sidecars = [self._sidecar(index) for index in range(self.num_shards) if self._sidecar(index).exists()]
-        shards = [files.read_json(path)["shard"] for path in sidecars]
+    def finish(self) -> Prepared:
+        """Writes the manifest and removes what only an interrupted run needs.
+
+        Raises:
+            ValueError: no shard has an example.
+        """
+        sidecars = [self._sidecar(index) for index in range(self.num_shards)]
+        shards = [shard for path in sidecars if (shard := files.read_json(path)["shard"]) is not None]
         if not shards:
             shutil.rmtree(self.folder)
             raise ValueError(f"task {self.task} yields only documents without text in split {self.split!r}")
-        vocabulary = vocabulary_of(self.task)
         manifest = packing.Manifest(
             task=self.task,
             split=self.split,
             sequence_length=self.sequence_length,
-            vocab_size=num_ids(self.task),
-            vocabulary_fingerprint=vocabulary.fingerprint,
+            vocab_size=self.num_ids,
+            vocabulary_fingerprint=self.tokenizer.fingerprint,
             seed=self.seed,
             columns=self.columns(),
             shards=tuple(packing.Shard(**shard) for shard in shards),
@@ -234,13 +222,17 @@ class Packer:
                 f"no document of task {self.task} is left in split {self.split!r}: {reasons}; give longer examples, "
                 "correct the documents, or hold out another share of them"
             )
-        return manifest
+        manifest.save(self.folder)
+        for path in sidecars:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.spill, ignore_errors=True)
+        return Prepared(self.folder, manifest)
 
     def _check(self, manifest: packing.Manifest, check_shards: bool) -> None:
         differences = []
-        if manifest.vocabulary_fingerprint != self.setup.fingerprint:
+        if manifest.vocabulary_fingerprint != self.tokenizer.fingerprint:
             differences.append(
-                f"vocabulary {manifest.vocabulary_fingerprint[:12]} (now: {self.setup.fingerprint[:12]})"
+                f"vocabulary {manifest.vocabulary_fingerprint[:12]} (now: {self.tokenizer.fingerprint[:12]})"
             )
         if manifest.seed != self.seed:
             differences.append(f"seed {manifest.seed} (now: {self.seed})")
@@ -256,13 +248,53 @@ class Packer:
             )
 
 
-def _undamaged(dataset: tf.data.Dataset, file: str) -> Iterator[dict[str, np.ndarray]]:
-    """The examples of a dataset that reads `file`."""
-    try:
-        yield from dataset.as_numpy_iterator()
-    except tf.errors.DataLossError as error:
-        folder = Path(file).parent
-        raise ValueError(f"{file} is damaged: delete {folder} and cache the task again ({error.message})") from error
+def pack(packers: Sequence[Packer], workers: Workers, *, check_shards: bool) -> list[Prepared]:
+    """Packs splits of one task, and uses those that are packed already as they are.
+
+    Raises:
+        ValueError: see `Packer`.
+    """
+    started = time.monotonic()
+    found = {packer.folder: one for packer in packers if (one := packer.found(check_shards)) is not None}
+    new = [packer for packer in packers if packer.folder not in found]
+    if not new:
+        return list(found.values())
+    left = {packer.folder: packer.unfinished() for packer in new}
+    dealing = [number for number, packer in enumerate(new) if packer.num_shards > 1 and left[packer.folder]]
+    deals = [(number, file) for number in dealing for file in range(len(new[number].cached))]
+    deals = [piece for piece in deals if not _is_dealt(new, piece)]
+    workers(f"{new[0].task}: dealing out", functools.partial(_deal, new), deals, functools.partial(_is_dealt, new))
+    shards = [(number, index) for number, packer in enumerate(new) for index in left[packer.folder]]
+    workers(f"{new[0].task}: packing", functools.partial(_write, new), shards, functools.partial(_is_written, new))
+    for packer in new:
+        found[packer.folder] = packer.finish()
+        _say_packed(packer, found[packer.folder].manifest, time.monotonic() - started)
+    return [found[packer.folder] for packer in packers]
+
+
+def _deal(packers: Sequence[Packer], number: int, file: int) -> None:
+    packers[number].deal(file)
+
+
+def _is_dealt(packers: Sequence[Packer], piece: tuple[int, int]) -> bool:
+    return pack_spill.is_written(packers[piece[0]].spill, piece[1])
+
+
+def _write(packers: Sequence[Packer], number: int, index: int) -> None:
+    packers[number].write(index)
+
+
+def _is_written(packers: Sequence[Packer], piece: tuple[int, int]) -> bool:
+    return packers[piece[0]].finished(piece[1])
+
+
+def _say_packed(packer: Packer, manifest: packing.Manifest, seconds: float) -> None:
+    counts = f"{manifest.records:,} examples, {manifest.tokens:,} tokens, {manifest.documents:,} documents"
+    counts += f", {count(manifest.images, 'image')}" if manifest.images else ""
+    counts += f", {manifest.tokens / (manifest.records * manifest.sequence_length):.2%} full"
+    logger.info("%s: %s in %.0f s, in %s", packer.label, counts, seconds, packer.folder)
+    for line in removed_lines(manifest):
+        logger.warning("%s: %s", packer.label, line)
 
 
 def _to_bytes(document: packing.Document) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]:
@@ -335,9 +367,8 @@ def _image_spans(
     return spans
 
 
-def _image_tags(vocabulary: QwenVocabulary) -> tuple[int, int]:
-    tokens = vocabulary.tokenizer.vision_tokens
-    return tokens["<img>"], tokens["</img>"]
+def _image_tags(tokenizer: Tokenizer) -> tuple[int, int]:
+    return tokenizer.vision_tokens["<img>"], tokenizer.vision_tokens["</img>"]
 
 
 def removed_lines(manifest: packing.Manifest) -> list[str]:
@@ -365,32 +396,9 @@ def _whole_weights(task: str, weights: np.ndarray | None, length: int) -> np.nda
     return weights.astype(np.uint8)
 
 
-def _token_bytes(vocabulary: QwenVocabulary) -> np.ndarray:
+def _token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """UTF-8 bytes of text that each id stands for, int64 [ids]; 0 for control tokens, which are not text."""
-    result = np.zeros(vocabulary.tokenizer.vision_vocab_size, np.int64)
-    for token, rank in vocabulary.tokenizer.mergeable_ranks.items():
+    result = np.zeros(tokenizer.vision_vocab_size, np.int64)
+    for token, rank in tokenizer.mergeable_ranks.items():
         result[rank] = len(token)
     return result
-
-
-def _read_cache(folder: Path, split: str, file: str) -> tf.data.Dataset:
-    """Examples of one file of SeqIO's cache, typed as its info file says."""
-    features = files.read_json(Path(seqio.get_cached_info_path(str(folder), split)))["features"]
-    stored = {}
-    for name, feature in features.items():
-        dtype = tf.as_dtype(feature["dtype"])
-        # The protocol buffer knows no other integers.
-        dtype = tf.int64 if dtype.is_integer or dtype.is_bool else dtype
-        if feature["shape"]:
-            stored[name] = tf.io.FixedLenSequenceFeature(feature["shape"][1:], dtype, allow_missing=True)
-        else:
-            stored[name] = tf.io.FixedLenFeature([], dtype)
-
-    def parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
-        example = tf.io.parse_single_example(record, stored)
-        return {
-            name: value if value.dtype == tf.string else tf.cast(value, features[name]["dtype"])
-            for name, value in example.items()
-        }
-
-    return tf.data.TFRecordDataset(file).map(parse)

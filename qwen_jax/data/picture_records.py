@@ -17,7 +17,6 @@ from qwen_jax.data.chat import Encoded
 from qwen_jax.data.content import Unusable
 from qwen_jax.data.images import MAX_PIXELS, UnusableImageError, open_image
 from qwen_jax.data.picture_files import PICTURE_SUFFIXES, Sample, is_tfds, read_samples, tfds_files
-from qwen_jax.data.quick_seqio import tf
 from qwen_jax.data.records import SUFFIXES as ROW_SUFFIXES
 from qwen_jax.data.records import Records, record_files
 from qwen_jax.data.tokenizer import Tokenizer
@@ -69,11 +68,9 @@ class PictureRecords(Records):
             for number, text in enumerate(row[name]):
                 yield f"{sample.where}, text {number}", row | {name: text}
 
-    def signature(self) -> dict[str, tf.TensorSpec]:
-        """Types of what `examples` gives."""
-        texts = {name: tf.TensorSpec([], tf.string) for name in ("folder", "damage")}
-        lists = {name: tf.TensorSpec([None], tf.string) for name in ("names", "images")}
-        return super().signature() | texts | lists
+    def features(self) -> dict[str, bool]:
+        """As of a corpus."""
+        return super().features() | {"folder": False, "damage": False, "names": True, "images": True}
 
     def settings(self) -> dict:
         """As of `Records`, with the limits of pictures and the names of fields."""

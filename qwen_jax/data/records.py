@@ -18,8 +18,9 @@ import numpy as np
 from qwen_jax import files
 from qwen_jax.data.chat import Encoded
 from qwen_jax.data.conversations import Unusable
+from qwen_jax.data.corpora import LINE_SUFFIXES, Corpus, list_files
 from qwen_jax.data.quick_seqio import seqio, tf
-from qwen_jax.data.sources import LINE_SUFFIXES, Corpus, DocumentSource, list_files
+from qwen_jax.data.sources import DocumentSource
 from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.data.vocabulary import QwenVocabulary
 
@@ -126,7 +127,7 @@ def _say_left_out(error: Unusable, where: str, named: collections.Counter[str]) 
 
 
 def record_files(pattern, task: str, suffixes: tuple[str, ...] = SUFFIXES, beside: tuple[str, ...] = ()) -> list[Path]:
-    """Files of a task that `pattern` names; see `sources.list_files`.
+    """Files of a task that `pattern` names; see `corpora.list_files`.
 
     Raises:
         ValueError: there is no pattern; the message says where to set it.

@@ -6,6 +6,7 @@ is NFC-normalized first, digits stand alone, and every string has an encoding, s
 
 import base64
 import binascii
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from qwen_jax import files
@@ -145,6 +147,17 @@ class _Vocabulary:
         self.fingerprint = hashlib.sha256(_serialize(self.ranks)).hexdigest()
         self.encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=names)
 
+    @functools.cached_property
+    def characters(self) -> np.ndarray:
+        """Characters of each rank, int32 [ranks]; -1 where the bytes are not UTF-8 by themselves."""
+        counts = np.empty(len(self.ranks), np.int32)
+        for token, rank in self.ranks.items():
+            try:
+                counts[rank] = len(token.decode())
+            except UnicodeDecodeError:
+                counts[rank] = -1
+        return counts
+
 
 @functools.lru_cache(maxsize=8)
 def _load(path: str, size: int, modified_ns: int) -> _Vocabulary:
@@ -256,6 +269,19 @@ class Tokenizer:
             ids.extend(self._encoding.encode_ordinary(part))
         return ids
 
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        """`encode` as int32 [length], without a Python object for each id."""
+        # Without special tokens to allow or refuse, this is `encode_ordinary`.
+        arrays = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _parts(normalize(text))]
+        return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).astype(np.int32)
+
+    def count_characters(self, ids: np.ndarray) -> int:
+        """Characters of the text of ids [length], control tokens left out."""
+        ids = ids[ids < self.num_ranks]
+        if (counts := self._vocabulary.characters[ids]).min(initial=0) < 0:  # a character is cut in two
+            return len(self.decode(ids.tolist()))
+        return int(counts.sum())
+
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes, which `decode_bytes` gives back exactly.
 
@@ -338,3 +364,29 @@ def _parts(text: str) -> list[str]:
     for run in _BLANK_RUN.finditer(text):
         cuts.extend(range(run.start() + _LONGEST_BLANK_RUN, run.end(), _LONGEST_BLANK_RUN))
     return [text[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PinnedTokenizer:
+    """A tokenizer to be sent to other processes, which use the same one or stop.
+
+    `path` is a `.tiktoken` file, None the released one.
+    """
+
+    path: str | None
+    fingerprint: str
+
+    def load(self) -> Tokenizer:
+        """The tokenizer; the file is read once a process.
+
+        Raises:
+            FileNotFoundError, ValueError: see `Tokenizer`.
+            RuntimeError: the file is another one than where the job was started.
+        """
+        tokenizer = Tokenizer(self.path)
+        if tokenizer.fingerprint != self.fingerprint:
+            raise RuntimeError(
+                f"this worker has the vocabulary {tokenizer.path} (fingerprint {tokenizer.fingerprint[:12]}), the job "
+                f"was started with {self.fingerprint[:12]}: put the same file on every worker"
+            )
+        return tokenizer

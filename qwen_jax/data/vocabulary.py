@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_jax.data.default_tokenizer import vocabulary_path
 from qwen_jax.data.quick_seqio import seqio, tf
-from qwen_jax.data.tokenizer import Tokenizer
+from qwen_jax.data.tokenizer import PinnedTokenizer, Tokenizer
 
 # TensorFlow only prepares text here; it would take all memory of a GPU that JAX is to train on.
 tf.config.set_visible_devices([], "GPU")
@@ -68,6 +68,10 @@ class QwenVocabulary(seqio.Vocabulary):
         """See `Tokenizer.fingerprint`."""
         return self.tokenizer.fingerprint
 
+    def pinned(self) -> PinnedTokenizer:
+        """The tokenizer, to be sent to other processes."""
+        return PinnedTokenizer(self._path or vocabulary_path(), self.fingerprint)
+
     @property
     def bos_id(self) -> int | None:
         """None: documents have no start token."""
@@ -107,7 +111,7 @@ class QwenVocabulary(seqio.Vocabulary):
 
         def encode(text) -> np.ndarray:
             # A scalar arrives as bytes from a graph, as an array in eager mode.
-            return np.asarray(tokenizer.encode(np.asarray(text, object).item()), np.int32)
+            return tokenizer.encode_array(np.asarray(text, object).item())
 
         ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
         ids.set_shape([None])

@@ -91,7 +91,7 @@ def test_sources_are_sampled_by_weight(run):
 
 
 def test_the_output_is_read_by_the_task_local_files(run):
-    from qwen_jax.data.sources import documents
+    from qwen_jax.data.corpora import documents
 
     texts = [one["text"] for one in documents(str(run.folder / "documents"))]
     assert texts == [row["text"] for row in rows(run.folder, "documents")]

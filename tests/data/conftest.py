@@ -41,7 +41,8 @@ def registry(vocabulary_file, tmp_path_factory):
     import seqio
     import tensorflow as tf
 
-    from qwen_jax.data.sources import Corpus, DocumentSource
+    from qwen_jax.data.corpora import Corpus
+    from qwen_jax.data.sources import DocumentSource
     from qwen_jax.data.vocabulary import QwenVocabulary
 
     folder = tmp_path_factory.mktemp("corpus")

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import seqio
 
+from qwen_jax import workers
 from qwen_jax.batch_spec import token_columns
-from qwen_jax.data import cache, pack_cache, packing
+from qwen_jax.data import cache, packing
+from qwen_jax.data.corpora import Corpus, documents, in_validation
 from qwen_jax.data.loader import ExampleLoader
-from qwen_jax.data.pack_cache import WorkerSetup
-from qwen_jax.data.sources import Corpus, DocumentSource, documents, in_validation
-from qwen_jax.data.tokenizer import Tokenizer, write_ranks
+from qwen_jax.data.sources import DocumentSource
+from qwen_jax.data.task_examples import WorkerSetup
+from qwen_jax.data.tokenizer import PinnedTokenizer, Tokenizer, write_ranks
 from qwen_jax.data.vocabulary import QwenVocabulary
 from tests.warm_python import python
 
@@ -115,9 +117,27 @@ def test_bytes_do_not_depend_on_the_number_of_workers(registry, cache_dir, tmp_p
     assert _files(tmp_path / "test_a" / "packed-32") == _files(cache_dir / "test_a" / "packed-32")
 
 
+def test_bytes_do_not_depend_on_worker_processes(registry, vocabulary_file, tmp_path):
+    """Nor is TensorFlow imported in them: these are the steps that rows can go through."""
+    pattern = [str(path) for paths in registry.files.values() for path in paths]
+    contents = []
+    with gin.unlock_config():
+        gin.clear_config()
+        gin.bind_parameter("local_files.pattern", pattern)
+        gin.bind_parameter("vocabulary_path.path", str(vocabulary_file))
+    try:
+        for count in (1, 3):
+            cache.prepare(
+                "local_files", cache_dir=tmp_path / f"{count}", sequence_length=8, num_shards=4, num_workers=count
+            )
+            contents.append(_files(tmp_path / f"{count}"))
+    finally:
+        gin.clear_config()
+    assert contents[0] == contents[1]
+
+
 def test_complete_data_is_used_again(registry, cache_dir, monkeypatch, caplog):
-    monkeypatch.setattr(cache, "open_pipeline", None)
-    monkeypatch.setattr(pack_cache, "open_pipeline", None)
+    monkeypatch.setattr(workers, "_here", None)
     before = _files(cache_dir)
     with caplog.at_level(logging.INFO, "qwen_jax"):
         prepared = cache.prepare("test_a", cache_dir=cache_dir, sequence_length=LENGTH)
@@ -180,7 +200,7 @@ def kill_after(owner, name, calls):
     setattr(owner, name, counted)
 
 if stage == "tokenizing":
-    kill_after(tokenizer.Tokenizer, "encode", 20)
+    kill_after(tokenizer.Tokenizer, "encode_array", 20)
 else:
     original = packing.write_shard
     def write_shard(path, *args, **kwargs):
@@ -464,9 +484,8 @@ def test_tasks_that_cannot_be_packed(registry, tmp_path, add_task):
 def test_a_worker_elsewhere_gets_the_configuration(registry, vocabulary_file):
     """Also where the path was computed by a function that the worker does not know, as in the files of gin/hardware."""
     config = "vocabulary_path.path = %PATH\nPATH = @unknown_here()\npython_corpus.max_bytes = 1234"
-    setup = WorkerSetup(
-        ("tasks",), config, str(vocabulary_file), "python_corpus", Tokenizer(vocabulary_file).fingerprint
-    )
+    pinned = PinnedTokenizer(str(vocabulary_file), Tokenizer(vocabulary_file).fingerprint)
+    setup = WorkerSetup(("tasks",), config, str(vocabulary_file), "python_corpus", pinned)
     gin.clear_config()
     try:
         setup()
@@ -477,7 +496,7 @@ def test_a_worker_elsewhere_gets_the_configuration(registry, vocabulary_file):
         assert vocabulary.vocab_size == 600
         assert gin.query_parameter("python_corpus.max_bytes") == 1234
         with pytest.raises(RuntimeError, match="put the same file on every worker"):
-            dataclasses.replace(elsewhere, fingerprint="f00d")()
+            dataclasses.replace(elsewhere, tokenizer=dataclasses.replace(pinned, fingerprint="f00d"))()
     finally:
         gin.clear_config()
         logging.getLogger("absl").setLevel(logging.NOTSET)

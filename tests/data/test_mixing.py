@@ -40,7 +40,7 @@ def test_a_task_of_rate_zero_contributes_nothing(add_mixture, cache_dir, tmp_pat
 
 
 def test_rates_by_characters_are_those_of_the_texts(registry, add_mixture, cache_dir):
-    from qwen_jax.data.sources import documents, in_validation
+    from qwen_jax.data.corpora import documents, in_validation
 
     add_mixture("by_size", [(name, seqio.mixing_rate_num_characters) for name in ("test_a", "test_b")])
     loader = ExampleLoader("by_size", cache_dir=cache_dir, sequence_length=LENGTH)

@@ -14,7 +14,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.data.sources import Corpus, DocumentSource, documents, in_validation, list_files
+from qwen_jax.data.corpora import Corpus, documents, in_validation, list_files
+from qwen_jax.data.sources import DocumentSource
 
 ROWS = [{"text": "first é"}, {"text": "second\nline"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

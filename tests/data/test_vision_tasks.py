@@ -18,6 +18,7 @@ import tasks  # noqa: F401  registers them
 from qwen_jax.beam import short_errors
 from qwen_jax.data import cache
 from qwen_jax.data.loader import ExampleLoader
+from qwen_jax.data.token_cache import read_examples
 from qwen_jax.data.tokenizer import Tokenizer
 
 PLACES = 4
@@ -177,10 +178,8 @@ def test_seqio_caches_the_encoded_pictures(tmp_path, tool, vocabulary_file):
         prefix = seqio.get_cached_tfrecord_prefix(str(tmp_path), "train")
         _ = made | "write" >> beam_utils.WriteExampleTfRecord(prefix, num_shards=1)
         _ = made | "info" >> beam_utils.GetInfo(1) | beam_utils.WriteJson(str(tmp_path / "info.train.json"))
-    from qwen_jax.data.pack_cache import _read_cache
-
-    file = str(next(tmp_path.glob("train.tfrecord-*")))
-    cached = list(_read_cache(tmp_path, "train", file).as_numpy_iterator())
+    features = json.loads((tmp_path / "info.train.json").read_text())["features"]
+    cached = list(read_examples(next(tmp_path.glob("train.tfrecord-*")), features))
     assert sorted(one["images"].tolist() for one in cached) == sorted(one["images"].tolist() for one in expected)
     assert sorted(one["targets"].tolist() for one in cached) == sorted(one["targets"].tolist() for one in expected)
 
