@@ -68,7 +68,7 @@ $(VENV)/installed-test: $(VENV)/installed
 
 # Needs uv. Resolves for Python 3.11 and 3.12 at once; pyproject.toml holds the overrides.
 lock:
-	uv pip compile --universal --python-version 3.11 $(addprefix --extra ,vocabulary data t5 curation dask evaluation serve agents images gguf test) \
+	uv pip compile --universal --python-version 3.11 $(addprefix --extra ,vocabulary data t5 curation dask evaluation serve agents images gguf gcs s3 test) \
 		--no-emit-package torch --no-annotate --no-header pyproject.toml -o requirements.txt
 
 clean:

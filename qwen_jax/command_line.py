@@ -85,7 +85,7 @@ def escape(text: str) -> str:
 
 def path_argument(text: str) -> Path:
     """`type` of an argparse flag that names a file or folder: see `files.as_path`."""
-    return Path(pattern_argument(text))
+    return files.as_path(pattern_argument(text))
 
 
 def pattern_argument(text: str) -> str:

@@ -15,6 +15,7 @@ _EXTRAS = {
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "referencing"), "serve"),
     **dict.fromkeys(("jsonschema", "json5", "rouge_score", "jupyter_client", "ipykernel", "openai"), "agents"),
     "gguf": "gguf",
+    **dict.fromkeys(("obstore", "boto3"), "s3"),
     **dict.fromkeys(("pytest", "hypothesis", "datasketch", "torch", "transformers"), "test"),
 }
 

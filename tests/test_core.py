@@ -18,7 +18,7 @@ import importlib.machinery, runpy, sys
 class Installed(importlib.machinery.PathFinder):
     absent = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "t5", "apache_beam", "sklearn",
               "pyarrow", "fastwarc", "resiliparse", "py3langid", "tokenizers", "regex", "gguf", "torch", "transformers",
-              "starlette", "uvicorn", "prometheus_client", "jsonschema", "referencing"}
+              "starlette", "uvicorn", "prometheus_client", "jsonschema", "referencing", "obstore", "boto3"}
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):

@@ -1,0 +1,55 @@
+"""Files and folders that appear whole or not at all, locks on folders, JSON: on local disks and in buckets.
+
+Every file that qwen_jax writes goes through this package, so that a reader never sees half of one and a killed process
+leaves nothing but hidden temporary names, which `remove_unfinished` clears. Paths are `pathlib.Path`, or a `RemotePath`
+for `gs://…` and `s3://…`.
+"""
+
+from .locks import LOCK_FILE, locked
+from .objects import ObjectChangedError, in_parallel
+from .paths import PathLike, Pattern, RemotePath, as_path, as_pattern, find, is_path_type, is_remote
+from .reading import open_decompressed, open_file, read_json, read_json_lines, read_json_rows, read_range, read_ranges
+from .whole import (
+    copy_file,
+    download_folder,
+    local_copy,
+    new_file,
+    new_folder,
+    remove_tree,
+    remove_unfinished,
+    upload_folder,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "LOCK_FILE",
+    "ObjectChangedError",
+    "PathLike",
+    "Pattern",
+    "RemotePath",
+    "as_path",
+    "as_pattern",
+    "copy_file",
+    "download_folder",
+    "find",
+    "in_parallel",
+    "is_path_type",
+    "is_remote",
+    "local_copy",
+    "locked",
+    "new_file",
+    "new_folder",
+    "open_decompressed",
+    "open_file",
+    "read_json",
+    "read_json_lines",
+    "read_json_rows",
+    "read_range",
+    "read_ranges",
+    "remove_tree",
+    "remove_unfinished",
+    "upload_folder",
+    "write_json",
+    "write_text",
+]
