@@ -12,6 +12,7 @@
 | `vision_text` | `{"text": "…"}`: a document without pictures, for mixtures |
 | `vision_multitask` | a mixture of these, but `vision_documents`: the second stage |
 | `vision_chat` | `{"messages": [{"role": "user", "content": [PART, …]}, …]}`, or another layout |
+| `vision_chat_and_text` | a mixture of `vision_chat` and `vision_text` |
 
 A PART is `{"type": "text", "text": …}`, `{"type": "image", "image": "a.png"}`, or `{"type": "box", "ref": …, "boxes":
 [[x1, y1, x2, y2], …]}`. Paths are relative to the folder of the file with the rows; tars, Parquet and TFDS hold the
@@ -55,6 +56,7 @@ def _rows_of(kind: str) -> Callable[..., PictureRecords]:
         max_pixels: int = MAX_PIXELS,
         fields: Mapping[str, str] | None = None,
         max_left_out_share: float = MAX_LEFT_OUT_SHARE,
+        layout: str = "",
     ) -> PictureRecords:
         """Rows with pictures, as the table above has them.
 
@@ -67,11 +69,12 @@ def _rows_of(kind: str) -> Callable[..., PictureRecords]:
             fields: names in the files to names in rows, such as `{"caption": "text"}`; a list of texts makes several
                 rows.
             max_left_out_share: caching ends with an error where a larger share of a split is left out.
+            layout: a key of `qwen_jax.data.vision.LAYOUTS`, such as `grit`; "" is the table's.
         """
         return PictureRecords(
             picture_files(pattern, task),
             validation_share=validation_share,
-            rows=VisionRows(kind, picture_places()),
+            rows=VisionRows(kind, picture_places(), layout),
             unusable=unusable,
             max_pixels=max_pixels,
             fields=tuple((fields or {}).items()),
@@ -148,3 +151,15 @@ def multitask_rates(
 
 
 seqio.MixtureRegistry.add("vision_multitask", [(name, ConfiguredRate(multitask_rates)) for name in multitask_rates()])
+
+
+@gin.configurable
+def vision_chat_and_text_rates(chat: float = 4.0, text: float = 1.0) -> dict[str, float]:
+    """Rates of `vision_chat_and_text`: dialogues, and documents without pictures, so that text is not forgotten."""
+    return {"vision_chat": chat, "vision_text": text}
+
+
+seqio.MixtureRegistry.add(
+    "vision_chat_and_text",
+    [(name, ConfiguredRate(vision_chat_and_text_rates)) for name in vision_chat_and_text_rates()],
+)

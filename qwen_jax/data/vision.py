@@ -12,9 +12,9 @@ does, with `<|endoftext|>` behind it:
     ocr                 <img>…</img>OCR with grounding: <ref>EXIT</ref><quad>…</quad><ref>…
     text                a document without pictures; all of it carries loss
 
-`VisionChatRows` writes the dialogues of the third in ChatML, with `Picture 1: <img>…</img>` and a line end for each
-picture. The prompts are those of the paper's appendix; the space before an answer belongs to the answer, as it does in
-the released models' own output.
+Rows may come in the layouts of GRIT and RefCOCO (`LAYOUTS`). `VisionChatRows` writes the dialogues of the third stage
+in ChatML, with `Picture 1: <img>…</img>` and a line end for each picture. The prompts are those of the paper's
+appendix; the space before an answer belongs to the answer, as it does in the released models' own output.
 """
 
 import contextlib
@@ -42,25 +42,33 @@ class VisionRows:
     Attributes:
         kind: a key of `KINDS`.
         num_queries: features of a picture, as the model's configuration says.
+        layout: a key of `LAYOUTS`: what reads a row; "" is the reader in `KINDS`.
     """
 
     kind: str = "pairs"
     num_queries: int = NUM_QUERIES
+    layout: str = ""
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}: it must be one of {', '.join(KINDS)}")
+        if self.layout and self.kind not in LAYOUTS.get(self.layout, {}):
+            known = ", ".join(repr(name) for name, kinds in LAYOUTS.items() if self.kind in kinds) or "none"
+            raise ValueError(f"vision_{self.kind}.layout is {self.layout!r}: layouts besides '' are {known}")
+
+    def _read(self, row: Mapping) -> tuple[list[Part], list[Part]]:
+        return LAYOUTS[self.layout][self.kind](row) if self.layout else KINDS[self.kind](row)
 
     def group(self, row: Mapping) -> str:
         """Text by whose hash a row is held out: its first picture, so that all rows of a picture are; else the row."""
         with contextlib.suppress(ValueError):  # `encode` says what is wrong with the row
-            prompt, answer = KINDS[self.kind](row)
+            prompt, answer = self._read(row)
             return _first_picture([*prompt, *answer], row)
         return _whole(row)
 
     def encode(self, row: Mapping, tokenizer: Tokenizer) -> Encoded:
-        """Tokens and loss weights; raises `Unusable` and `ValueError` as the readers in `KINDS` do."""
-        prompt, answer = KINDS[self.kind](row)
+        """Tokens and loss weights; raises `Unusable` and `ValueError` as the readers in `KINDS` and `LAYOUTS` do."""
+        prompt, answer = self._read(row)
         parts = [*prompt, *answer]
         if not content.pictures(parts) and self.kind != "text":
             raise Unusable("a row without a picture")
@@ -79,7 +87,10 @@ def _from_pair(row: Mapping) -> tuple[list[Part], list[Part]]:
     """
     given = _field(row, "text")
     text = read_parts(given, "'text'") if isinstance(given, list) else _text(row, "text")
-    answer = [text] if isinstance(text, str) else list(text)
+    return _captioned(row, [text] if isinstance(text, str) else list(text))
+
+
+def _captioned(row: Mapping, answer: list[Part]) -> tuple[list[Part], list[Part]]:
     words = "".join(_text_of(part) for part in answer)
     if not words.strip():
         raise Unusable("a picture without text")
@@ -94,6 +105,37 @@ def _from_grounded_pair(row: Mapping) -> tuple[list[Part], list[Part]]:
     if not any(isinstance(part, Region) for part in answer):
         raise Unusable("a caption without a box")
     return prompt, answer
+
+
+def _from_grit(row: Mapping) -> tuple[list[Part], list[Part]]:
+    """A row of GRIT (Peng et al. 2023, arXiv 2306.14824): `caption`, and `ref_exps` with the places of its phrases.
+
+    Each of these is `[start, end, x1, y1, x2, y2, confidence]`: letters of the caption, and a box in shares of width
+    and height. A phrase may have several boxes. Of phrases that overlap, the longest is taken.
+    """
+    caption, given = _text(row, "caption"), _field(row, "ref_exps")
+    boxes: dict[tuple[int, int], list[Region]] = {}
+    for number, one in enumerate(given if isinstance(given, list) else [given]):
+        if not isinstance(one, list) or len(one) < 6 or not all(isinstance(value, int | float) for value in one):
+            raise ValueError(f"expected [start, end, x1, y1, x2, y2, confidence] in 'ref_exps', found {one!r}")
+        span = int(one[0]), int(one[1])
+        if not 0 <= span[0] < span[1] <= len(caption):
+            raise Unusable("a phrase outside its caption", f"phrase {number}: {span[0]} to {span[1]} of {len(caption)}")
+        box = content.region(content.thousandths(one[2:6], 1, 1), f"phrase {number}")
+        boxes.setdefault(span, []).append(box)
+    taken: list[tuple[int, int]] = []
+    for begin, end in sorted(boxes, key=lambda span: (span[0] - span[1], span)):
+        if all(end <= first or last <= begin for first, last in taken):
+            taken.append((begin, end))
+    parts: list[Part] = []
+    written = 0
+    for begin, end in sorted(taken):
+        parts += [caption[written:begin], Reference(caption[begin:end]), *boxes[begin, end]]
+        written = end
+    parts.append(caption[written:])
+    if not taken:
+        raise Unusable("a caption without a box")
+    return _captioned(row, [part for part in parts if part != ""])
 
 
 def _from_document(row: Mapping) -> tuple[list[Part], list[Part]]:
@@ -124,6 +166,27 @@ def _from_region(row: Mapping) -> tuple[list[Part], list[Part]]:
     if not text:
         raise Unusable("a region without text")
     return [*_pictures(row), Reference("This"), *_boxes(row), " is"], [f" {text}"]
+
+
+def _from_refcoco(row: Mapping) -> tuple[list[Part], list[Part]]:
+    """A phrase of RefCOCO, as `_from_reference` writes it: `ref`, COCO's `bbox`, the picture's `width` and `height`."""
+    return _from_reference({**row, "boxes": [_from_coco(row)]})
+
+
+def _from_refcoco_region(row: Mapping) -> tuple[list[Part], list[Part]]:
+    """The same row, as `_from_region` writes it."""
+    return _from_region({**row, "text": _text(row, "ref"), "boxes": [_from_coco(row)]})
+
+
+def _from_coco(row: Mapping) -> list[int]:
+    """`bbox` is x, y, width and height in pixels."""
+    box, sides = _field(row, "bbox"), [_field(row, name) for name in ("width", "height")]
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(one, int | float) for one in box):
+        raise ValueError(f"expected x, y, width and height in 'bbox', found {box!r}")
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"expected pixels in 'width' and 'height', found {sides}")
+    x, y, width, height = box
+    return content.thousandths([x, y, x + width, y + height], *sides)
 
 
 def _from_lines(row: Mapping) -> tuple[list[Part], list[Part]]:
@@ -160,6 +223,11 @@ KINDS: dict[str, Callable[[Mapping], tuple[list[Part], list[Part]]]] = {
     "grounded_captions": _from_region,
     "ocr": _from_lines,
     "text": _from_text,
+}
+# Rows of well-known data sets, by the kind that they are examples of.
+LAYOUTS: dict[str, dict[str, Callable[[Mapping], tuple[list[Part], list[Part]]]]] = {
+    "grit": {"grounding": _from_grit},
+    "refcoco": {"referring": _from_refcoco, "grounded_captions": _from_refcoco_region},
 }
 
 

@@ -115,6 +115,78 @@ def test_each_kind_asks_without_loss_and_answers_with_it(tokenizer, kind, row, w
     assert encoded.tokens.tolist().count(tokenizer.vision_tokens["<img>"]) == len(encoded.images)
 
 
+GRIT = {"image": "a.jpg", "caption": "a cat on a red mat", "width": 640, "height": 480}
+COCO = {"image": "a.jpg", "ref": "the cat", "bbox": [64, 48.0, 320, 96.5], "width": 640, "height": 480}
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "row", "expected"),
+    [
+        (
+            "grit",
+            "grounding",
+            GRIT | {"ref_exps": [[9, 18, 0.1, 0.5, 0.9, 1.0, 0.98], [0, 5, 0.25, 0.1, 0.5, 0.6, 0.9]]},
+            "▣Generate the caption in English with grounding:<ref> a cat</ref><box>(250,100),(500,600)</box> on "
+            "<ref>a red mat</ref><box>(100,500),(900,999)</box><|endoftext|>",
+        ),
+        (  # two boxes of one phrase, and a phrase within a longer one
+            "grit",
+            "grounding",
+            GRIT
+            | {
+                "ref_exps": [
+                    [2, 5, 0, 0, 0.1, 0.1, 1],
+                    [2, 5, 0.5, 0.5, 1, 1, 1],
+                    [9, 18, 0, 0, 1, 1, 1],
+                    [15, 18, 0, 0, 0.3, 0.3, 1],
+                ]
+            },
+            "▣Generate the caption in English with grounding: a <ref>cat</ref><box>(0,0),(100,100)</box>"
+            "<box>(500,500),(999,999)</box> on <ref>a red mat</ref><box>(0,0),(999,999)</box><|endoftext|>",
+        ),
+        ("refcoco", "referring", COCO, "▣<ref>the cat</ref><box>(100,100),(600,301)</box><|endoftext|>"),
+        (
+            "refcoco",
+            "grounded_captions",
+            COCO,
+            "▣<ref>This</ref><box>(100,100),(600,301)</box> is the cat<|endoftext|>",
+        ),
+    ],
+)
+def test_rows_of_well_known_data_sets(tokenizer, layout, kind, row, expected):
+    encoded = VisionRows(kind, PLACES, layout).encode(row, tokenizer)
+    assert shown(tokenizer, encoded)[0] == expected and encoded.images == ("a.jpg",)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "row", "message"),
+    [
+        ("grit", "grounding", GRIT, "expected a field 'ref_exps', found image, caption, width, height"),
+        ("grit", "grounding", GRIT | {"ref_exps": []}, "a caption without a box"),
+        (
+            "grit",
+            "grounding",
+            GRIT | {"ref_exps": [[0, 99, 0, 0, 1, 1, 1]]},
+            "phrase outside .*phrase 0: 0 to 99 of 18",
+        ),
+        ("grit", "grounding", GRIT | {"ref_exps": [[0, 5]]}, r"expected \[start, end, x1.*found \[0, 5\]"),
+        ("grit", "grounding", GRIT | {"ref_exps": [[0, 5, 0.9, 0, 0.1, 1, 1]]}, "corners are in the wrong order"),
+        ("refcoco", "referring", COCO | {"bbox": [1, 2, 3]}, r"expected x, y, width and height in 'bbox', found \[1"),
+        ("refcoco", "referring", COCO | {"width": 0}, r"expected pixels in 'width' and 'height', found \[0, 480\]"),
+    ],
+)
+def test_damaged_rows_of_well_known_data_sets(tokenizer, layout, kind, row, message):
+    with pytest.raises(ValueError, match=message):
+        VisionRows(kind, PLACES, layout).encode(row, tokenizer)
+
+
+def test_a_layout_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="vision_referring.layout is 'grit': layouts besides '' are 'refcoco'"):
+        VisionRows("referring", PLACES, "grit")
+    with pytest.raises(ValueError, match="vision_pairs.layout is 'grit': layouts besides '' are none"):
+        VisionRows("pairs", PLACES, "grit")
+
+
 def test_a_dialogue_numbers_its_pictures(tokenizer):
     box = {"type": "box", "ref": "it", "boxes": [[0, 0, 999, 999]]}
     row = {

@@ -119,6 +119,20 @@ def test_a_job_ends_where_too_much_is_left_out(tmp_path, tool, capsys):
     assert prepared.manifest.images == 3 and prepared.manifest.documents == 3
 
 
+def test_dialogues_are_mixed_with_text(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    picture = {"type": "image", "image": "../a.png"}
+    messages = [{"role": "user", "content": [picture]}, {"role": "assistant", "content": "red"}]
+    for name, row in (("chat", {"messages": messages}), ("text", {"text": "some text"})):
+        gin.bind_parameter(f"vision_{name}.pattern", write_rows(tmp_path / name, [row] * 4))
+        gin.bind_parameter(f"vision_{name}.validation_share", 0.0)
+    where = dict(cache_dir=tmp_path / "cache", sequence_length=128, packing="whole", images_per_row=2)
+    prepared = cache.prepare("vision_chat_and_text", **where, splits=("train",))
+    assert {one.manifest.task: one.manifest.images for one in prepared} == {"vision_chat": 4, "vision_text": 0}
+    loader = ExampleLoader("vision_chat_and_text", **where, image_size=14)
+    assert loader.rates == pytest.approx({"vision_chat": 0.8, "vision_text": 0.2})
+
+
 def test_the_second_stage_mixes_pictures_and_text(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     rows = {
