@@ -7,8 +7,9 @@ A model of 34M parameters (that of benchmarks/train_step.py) with random weights
 tokens learnt from the publisher's validation questions. Prompts have five shots, as our benchmark `mmlu` makes them.
 The context is 4,096 tokens, for with this vocabulary 460 prompts are longer than the 2,048 of the report.
 
-Each side is a process of its own on the same cores. Both get the same 4 requests a question, as text, through the
-harness's interface `loglikelihood`, and encode them themselves; ours compiles its programs meanwhile. The peer's
+Each side is a process of its own on the same cores; they take turns, one subject a turn, so that other work on the
+machine slows both. Both get the same 4 requests a question, as text, through the harness's interface
+`loglikelihood`, and encode them themselves; ours compiles its programs meanwhile. The peer's
 environment: `pip install torch==2.13.0 transformers==5.23.0 lm-eval==0.4.13 accelerate`. CPU seconds, summed over the
 threads of a process, suffer less from other work on the machine.
 """
@@ -45,17 +46,19 @@ from qwen_jax.evaluation.harness import HarnessModel
 def model(folder, batch):
     return HarnessModel(load_engine(folder))
 """
-# Both sides: reads the requests, answers them, and writes seconds and log-likelihoods.
+# Both sides: a line of input is a subject's requests; answered with seconds and log-likelihoods.
 SIDE = """
 import json, sys, time
 from lm_eval.api.instance import Instance
-lm = model(sys.argv[1], int(sys.argv[3]))
-rows = [json.loads(line) for line in open(sys.argv[2])]
-requests = [Instance("loglikelihood", {}, tuple(row), index) for index, row in enumerate(rows)]
-wall, cpu = time.perf_counter(), time.process_time()
-found = lm.loglikelihood(requests)
-seconds = [time.perf_counter() - wall, time.process_time() - cpu]
-print("RESULT" + json.dumps([seconds, [total for total, _ in found]]))
+lm = model(sys.argv[1], int(sys.argv[2]))
+print("READY", flush=True)
+for line in sys.stdin:
+    rows = json.loads(line)
+    requests = [Instance("loglikelihood", {}, tuple(row), index) for index, row in enumerate(rows)]
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = lm.loglikelihood(requests, disable_tqdm=True)
+    seconds = [time.perf_counter() - wall, time.process_time() - cpu]
+    print("RESULT" + json.dumps([seconds, [total for total, _ in found]]), flush=True)
 """
 
 
@@ -74,23 +77,50 @@ def write_vocabulary(data_dir: Path, folder: Path) -> Path:
     return path
 
 
-def write_requests(data_dir: Path, subjects: Sequence[str] | None, path: Path) -> int:
-    """Writes (context, continuation) pairs as JSON lines; returns the number of questions."""
+def read_requests(data_dir: Path, subjects: Sequence[str] | None) -> dict[str, list[tuple[str, str]]]:
+    """(context, continuation) pairs of each subject, four a question."""
     from qwen_jax.evaluation.benchmark import Example
     from tasks.benchmarks.mmlu import read
 
-    found = [one for one in read(data_dir / "mmlu") if isinstance(one, Example)]
-    examples = [one for one in found if subjects is None or one.subject in subjects]
-    with open(path, "w") as file:
-        file.writelines(json.dumps([one.prompt, choice]) + "\n" for one in examples for choice in one.choices)
-    return len(examples)
+    found = {}
+    for one in read(data_dir / "mmlu"):
+        if isinstance(one, Example) and (subjects is None or one.subject in subjects):
+            found.setdefault(one.subject, []).extend((one.prompt, choice) for choice in one.choices)
+    return found
 
 
-def run_side(python: str, program: str, folder: Path, requests: Path, batch: int) -> tuple[list[float], list[float]]:
-    """([wall seconds, CPU seconds], log-likelihoods)."""
-    command = [python, "-c", program + SIDE, folder, requests, str(batch)]
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.split("RESULT")[-1])
+class Side:
+    """A process that answers requests, with the seconds that it took so far."""
+
+    def __init__(self, python: str, program: str, folder: Path, batch: int):
+        command = [python, "-c", program + SIDE, folder, str(batch)]
+        self._process = subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._until("READY")
+        self.wall = self.cpu = 0.0
+        self.totals: list[float] = []
+
+    def _until(self, mark: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(mark):
+                return line.removeprefix(mark)
+        raise RuntimeError(f"{self._process.args[0]} ended with exit code {self._process.wait()}")
+
+    def answer(self, requests: Sequence[tuple[str, str]]) -> None:
+        """Asks for the log-likelihoods of one subject's requests, and waits for them."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(requests) + "\n")
+        self._process.stdin.flush()
+        (wall, cpu), totals = json.loads(self._until("RESULT"))
+        self.wall, self.cpu = self.wall + wall, self.cpu + cpu
+        self.totals += totals
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def answers(totals: Sequence[float]) -> list[int]:
@@ -122,23 +152,43 @@ def main(argv: list[str] | None = None) -> None:
         place = Path(temporary)
         vocabulary = write_vocabulary(arguments.data_dir.absolute(), place)
         folder = write_model(config, place, spread=0.5, tokenizer=vocabulary)
-        subjects = None if arguments.all else arguments.subjects.split(",")
-        count = write_requests(arguments.data_dir.absolute(), subjects, place / "requests.jsonl")
-        print(f"{count:,} questions, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
-        print(f"{'':20} {'wall s':>9} {'CPU s':>9} {'questions/s':>12} {'per 2 CPU s':>12} {'load':>6}")
-        found = {}
-        sides = [("qwen_jax", sys.executable, OURS, 0)]
-        sides += [(f"HFLM, batches of {size}", arguments.peer_python, PEER, size) for size in arguments.batches]
-        for name, python, program, batch in sides:
-            seconds, totals = run_side(python, program, folder, place / "requests.jsonl", batch)
-            found[name] = seconds, totals
-            rates = f"{count / seconds[0]:>12.2f} {2 * count / seconds[1]:>12.2f}"
-            print(f"{name:20} {seconds[0]:>9.1f} {seconds[1]:>9.1f} {rates} {os.getloadavg()[0]:>6.1f}", flush=True)
-    (wall, cpu), ours = found.pop("qwen_jax")
-    (peer_wall, peer_cpu), theirs = min(found.values(), key=lambda side: side[0][1])
-    same = sum(one == other for one, other in zip(answers(ours), answers(theirs), strict=True))
-    difference = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
-    print(f"ratio {peer_wall / wall:.2f} by wall, {peer_cpu / cpu:.2f} by CPU seconds")
+        subjects = read_requests(
+            arguments.data_dir.absolute(), None if arguments.all else arguments.subjects.split(",")
+        )
+        sides = {"qwen_jax": Side(sys.executable, OURS, folder, 0)}
+        for size in arguments.batches:
+            sides[f"HFLM, batches of {size}"] = Side(arguments.peer_python, PEER, folder, size)
+        answer_in_turns(subjects, sides)
+        show(sides, sum(map(len, subjects.values())) // 4)
+
+
+def answer_in_turns(subjects: dict[str, list[tuple[str, str]]], sides: dict[str, Side]) -> None:
+    """Has every side answer each subject before the next one; prints a line a subject."""
+    for index, (subject, requests) in enumerate(subjects.items(), 1):
+        before = {name: side.wall for name, side in sides.items()}
+        for side in sides.values():
+            side.answer(requests)
+        spent = ", ".join(f"{name} {side.wall - before[name]:.1f} s" for name, side in sides.items())
+        load = os.getloadavg()[0]
+        print(
+            f"{index} of {len(subjects)} {subject}: {len(requests) // 4} questions, {spent}; load {load:.1f}",
+            flush=True,
+        )
+    for side in sides.values():
+        side.close()
+
+
+def show(sides: dict[str, Side], count: int) -> None:
+    """Prints the table of `count` questions, the ratio to the best peer, and the share of equal answers."""
+    print(f"{count:,} questions, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
+    print(f"{'':20} {'wall s':>9} {'CPU s':>9} {'questions/s':>12} {'per 2 CPU s':>12}")
+    for name, side in sides.items():
+        print(f"{name:20} {side.wall:>9.1f} {side.cpu:>9.1f} {count / side.wall:>12.2f} {2 * count / side.cpu:>12.2f}")
+    ours = sides["qwen_jax"]
+    peer = min((side for side in sides.values() if side is not ours), key=lambda side: side.wall)
+    same = sum(one == other for one, other in zip(answers(ours.totals), answers(peer.totals), strict=True))
+    difference = max(abs(one - other) for one, other in zip(ours.totals, peer.totals, strict=True))
+    print(f"ratio {peer.wall / ours.wall:.2f} by wall, {peer.cpu / ours.cpu:.2f} by CPU seconds")
     print(f"equal answers {same:,} of {count:,}; largest difference of log-likelihoods {difference:.1e}")
 
 
