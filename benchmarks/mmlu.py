@@ -1,7 +1,8 @@
 """Questions of MMLU per second by log-likelihood, against lm-evaluation-harness's HFLM on the same weights, in one run.
 
     python benchmarks/mmlu.py --data_dir ../shared/data --peer_python ../lm_eval/bin/python        # four subjects
-    python benchmarks/mmlu.py --data_dir ../shared/data --peer_python ../lm_eval/bin/python --all  # an hour or two
+    python benchmarks/mmlu.py --data_dir ../shared/data --peer_python ../lm_eval/bin/python --all  # about two hours
+    python benchmarks/mmlu.py --data_dir ../shared/data --peer_python ../lm_eval/bin/python --all --peer_every 10
 
 A model of 34M parameters (that of benchmarks/train_step.py) with random weights, float32, and a vocabulary of 8,192
 tokens learnt from the publisher's validation questions. Prompts have five shots, as our benchmark `mmlu` makes them.
@@ -9,7 +10,8 @@ The context is 4,096 tokens, for with this vocabulary 460 prompts are longer tha
 
 Each side is a process of its own on the same cores; they take turns, one subject a turn, so that other work on the
 machine slows both. Both get the same 4 requests a question, as text, through the harness's interface
-`loglikelihood`, and encode them themselves; ours compiles its programs meanwhile. The peer's
+`loglikelihood`, and encode them themselves; ours compiles its programs meanwhile. With --peer_every N the peer answers
+every N-th question of each subject, and its time for the subject is taken as N times as long. The peer's
 environment: `pip install torch==2.13.0 transformers==5.23.0 lm-eval==0.4.13 accelerate`. CPU seconds, summed over the
 threads of a process, suffer less from other work on the machine.
 """
@@ -90,14 +92,20 @@ def read_requests(data_dir: Path, subjects: Sequence[str] | None) -> dict[str, l
 
 
 class Side:
-    """A process that answers requests, with the seconds that it took so far."""
+    """A process that answers requests, with the seconds that it took so far.
 
-    def __init__(self, python: str, program: str, folder: Path, batch: int):
+    Attributes:
+      every: it answers every so many-th question of a subject; its seconds are multiplied accordingly.
+      totals: log-likelihood of each request that it answered, in their order.
+    """
+
+    def __init__(self, python: str, program: str, folder: Path, batch: int, every: int = 1):
         command = [python, "-c", program + SIDE, folder, str(batch)]
         self._process = subprocess.Popen(
             [str(part) for part in command], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._until("READY")
+        self.every = every
         self.wall = self.cpu = 0.0
         self.totals: list[float] = []
 
@@ -109,13 +117,19 @@ class Side:
         raise RuntimeError(f"{self._process.args[0]} ended with exit code {self._process.wait()}")
 
     def answer(self, requests: Sequence[tuple[str, str]]) -> None:
-        """Asks for the log-likelihoods of one subject's requests, and waits for them."""
+        """Asks for the log-likelihoods of one subject's requests, four a question, and waits for them."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(requests) + "\n")
+        chosen = self.chosen(requests)
+        self._process.stdin.write(json.dumps(chosen) + "\n")
         self._process.stdin.flush()
         (wall, cpu), totals = json.loads(self._until("RESULT"))
-        self.wall, self.cpu = self.wall + wall, self.cpu + cpu
+        share = len(requests) / len(chosen)
+        self.wall, self.cpu = self.wall + wall * share, self.cpu + cpu * share
         self.totals += totals
+
+    def chosen(self, of_subject: Sequence) -> list:
+        """Those of a subject's values, four a question, that belong to the questions that it answers."""
+        return [value for place, value in enumerate(of_subject) if place // 4 % self.every == 0]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -142,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--subjects", default=SUBJECTS, help="joined by commas (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="all 57 subjects, 14,042 questions")
     parser.add_argument("--batches", nargs="+", type=int, default=[8], help="batch sizes of HFLM; the best one counts")
+    parser.add_argument("--peer_every", type=int, default=1, help="the peer answers every so many-th question")
     parser.add_argument("--tiny", action="store_true", help="a model that only shows that it runs")
     arguments = parser.parse_args(argv)
     shape = dict(hidden_size=512, num_layers=8, num_heads=8, head_dim=64, ffn_size=1408)
@@ -157,9 +172,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         sides = {"qwen_jax": Side(sys.executable, OURS, folder, 0)}
         for size in arguments.batches:
-            sides[f"HFLM, batches of {size}"] = Side(arguments.peer_python, PEER, folder, size)
+            sides[f"HFLM, batches of {size}"] = Side(arguments.peer_python, PEER, folder, size, arguments.peer_every)
         answer_in_turns(subjects, sides)
-        show(sides, sum(map(len, subjects.values())) // 4)
+        show(sides, subjects)
 
 
 def answer_in_turns(subjects: dict[str, list[tuple[str, str]]], sides: dict[str, Side]) -> None:
@@ -178,18 +193,22 @@ def answer_in_turns(subjects: dict[str, list[tuple[str, str]]], sides: dict[str,
         side.close()
 
 
-def show(sides: dict[str, Side], count: int) -> None:
-    """Prints the table of `count` questions, the ratio to the best peer, and the share of equal answers."""
+def show(sides: dict[str, Side], subjects: dict[str, list[tuple[str, str]]]) -> None:
+    """Prints the table of all questions, the ratio to the best peer, and the share of equal answers."""
+    count = sum(map(len, subjects.values())) // 4
     print(f"{count:,} questions, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
-    print(f"{'':20} {'wall s':>9} {'CPU s':>9} {'questions/s':>12} {'per 2 CPU s':>12}")
+    print(f"{'':20} {'answered':>9} {'wall s':>9} {'CPU s':>9} {'questions/s':>12} {'per 2 CPU s':>12}")
     for name, side in sides.items():
-        print(f"{name:20} {side.wall:>9.1f} {side.cpu:>9.1f} {count / side.wall:>12.2f} {2 * count / side.cpu:>12.2f}")
+        rates = f"{count / side.wall:>12.2f} {2 * count / side.cpu:>12.2f}"
+        print(f"{name:20} {len(side.totals) // 4:>9,} {side.wall:>9.1f} {side.cpu:>9.1f} {rates}")
     ours = sides["qwen_jax"]
     peer = min((side for side in sides.values() if side is not ours), key=lambda side: side.wall)
-    same = sum(one == other for one, other in zip(answers(ours.totals), answers(peer.totals), strict=True))
-    difference = max(abs(one - other) for one, other in zip(ours.totals, peer.totals, strict=True))
+    totals = iter(ours.totals)
+    common = [total for rows in subjects.values() for total in peer.chosen([next(totals) for _ in rows])]
+    same = sum(one == other for one, other in zip(answers(common), answers(peer.totals), strict=True))
+    difference = max(abs(one - other) for one, other in zip(common, peer.totals, strict=True))
     print(f"ratio {peer.wall / ours.wall:.2f} by wall, {peer.cpu / ours.cpu:.2f} by CPU seconds")
-    print(f"equal answers {same:,} of {count:,}; largest difference of log-likelihoods {difference:.1e}")
+    print(f"equal answers {same:,} of {len(common) // 4:,}; largest difference of log-likelihoods {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -39,13 +39,18 @@ def model(folder, batch):
     print("a line of the library")
     return Lengths()
 """
-    sides = {name: mmlu.Side(sys.executable, program, tmp_path, 1) for name in ("qwen_jax", "peer")}
-    subjects = {"one": [("Q", " A"), ("Q", "B"), ("Q", " C"), ("Q", " D")], "two": [("Q", " A")] * 3 + [("Q", "D")]}
+    sides = {"qwen_jax": mmlu.Side(sys.executable, program, tmp_path, 1)}
+    sides["peer"] = mmlu.Side(sys.executable, program, tmp_path, 1, every=2)
+    one = [("Q", " A"), ("Q", "B"), ("Q", " C"), ("Q", " D")]
+    subjects = {"one": one, "two": [*one[::-1], *one, *[("Q", " A")] * 3, ("Q", "D")]}
     mmlu.answer_in_turns(subjects, sides)
-    assert sides["peer"].totals == [-2, -1, -2, -2, -2, -2, -2, -1]
-    assert mmlu.answers(sides["peer"].totals) == [1, 3]
-    mmlu.show(sides, 2)
-    assert "equal answers 2 of 2; largest difference of log-likelihoods 0.0e+00" in capsys.readouterr().out
+    assert sides["qwen_jax"].totals == [-2, -1, -2, -2, -2, -2, -1, -2, -2, -1, -2, -2, -2, -2, -2, -1]
+    assert sides["peer"].totals == [-2, -1, -2, -2, -2, -2, -1, -2, -2, -2, -2, -1]
+    assert mmlu.answers(sides["peer"].totals) == [1, 2, 3]
+    mmlu.show(sides, subjects)
+    shown = capsys.readouterr().out
+    assert "4 questions" in shown
+    assert "equal answers 3 of 3; largest difference of log-likelihoods 0.0e+00" in shown
 
 
 def test_the_most_likely_choice_is_the_answer(mmlu):
