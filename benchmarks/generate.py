@@ -14,8 +14,10 @@ tokens take. With --bandwidth (or on a GPU whose figure is known), decoding is a
 reading the weights and the cache from memory takes.
 
 With --base the engines of two checkouts take turns, each in a process of its own, on the same weights and prompts.
-Their tokens must be equal. CPU seconds, summed over the threads of a process, suffer less from other work on the
-machine. With --samples each prompt is continued so many times, by draws at temperature 1.
+Their tokens must be equal. Several pairs of processes are started one after the other, and medians of their ratios are
+printed: which memory a process gets makes it some per cent faster or slower for all of its life. CPU seconds, summed
+over the threads of a process, suffer less from other work on the machine. With --samples each prompt is continued so
+many times, by draws at temperature 1.
 """
 
 import argparse
@@ -158,10 +160,26 @@ for line in sys.stdin:
 """
 
 
+@dataclasses.dataclass
+class Turns:
+    """Seconds of one pair of processes: of prefill and of each further token, by batch.
+
+    Attributes:
+      before, after: (batch, "prefill" or "decoding") to rows of (wall, CPU) seconds.
+    """
+
+    before: dict[tuple[int, str], list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    after: dict[tuple[int, str], list[np.ndarray]] = dataclasses.field(default_factory=dict)
+
+
 def take_turns(
     base: Path, folder: Path, dtype: str, all_prompts: list[np.ndarray], new: int, rounds: int, samples: int
-) -> None:
-    """Compares the tokens and the times of the engines of two checkouts, and prints a line for each batch."""
+) -> Turns:
+    """Has the engines of two checkouts, each in a new process, continue the same prompts in turns.
+
+    Raises:
+      ValueError: their tokens differ.
+    """
     here = Path(__file__).resolve().parents[1]
     slots = max(map(len, all_prompts)) * samples
     processes = [
@@ -181,30 +199,44 @@ def take_turns(
         wall, cpu, tokens = json.loads(process.stdout.readline())
         return np.asarray([wall, cpu]), tokens
 
-    print(f"{'dtype':9} {'batch':>5} {'':8} {'before, s':>10} {'after, s':>10} {'ratio':>6} {'CPU ratio':>10}")
+    turns = Turns()
     for prompts in all_prompts:
-        times = {"prefill": ([], []), "decoding": ([], [])}
         for turn in range(rounds + 1):
-            tokens = []
+            tokens = {}
             for place in (0, 1) if turn % 2 else (1, 0):
                 first, _ = ask(processes[place], prompts, 1)
-                whole, found = ask(processes[place], prompts, new)
-                tokens.append(found)
+                whole, tokens[place] = ask(processes[place], prompts, new)
                 if turn:  # the first compiles
-                    times["prefill"][place].append(first)
-                    times["decoding"][place].append((whole - first) / (new - 1))
+                    times = (turns.before, turns.after)[place]
+                    times.setdefault((len(prompts), "prefill"), []).append(first)
+                    times.setdefault((len(prompts), "decoding"), []).append((whole - first) / (new - 1))
             if tokens[0] != tokens[1]:
                 raise ValueError(f"the tokens of {base} and of this checkout differ")
-        for name, sides in times.items():
-            before, after = (np.median(side, axis=0) for side in sides)
-            print(
-                f"{dtype:9} {len(prompts):>5} {name:8} {before[0]:>10.4f} {after[0]:>10.4f} "
-                f"{before[0] / after[0]:>6.3f} {before[1] / after[1]:>10.3f}",
-                flush=True,
-            )
     for process in processes:
         process.stdin.close()
         process.wait()
+    return turns
+
+
+def show_turns(dtype: str, pairs: list[Turns]) -> None:
+    """Prints a line for each batch: medians of all times, and of the ratios of the pairs with their range.
+
+    A process keeps the luck of its memory, some per cent of its speed, so that one pair says little.
+    """
+    print(
+        f"{'dtype':9} {'batch':>5} {'':8} {'before, s':>10} {'after, s':>10} {'ratio':>6} {'CPU ratio':>10}  of pairs"
+    )
+    for of in pairs[0].before:
+        sides = [np.asarray([np.median(side[of], axis=0) for side in (turns.before, turns.after)]) for turns in pairs]
+        ratios = np.asarray([before / after for before, after in sides])  # [pairs, (wall, CPU)]
+        before, after = np.median(sides, axis=0)
+        wall, cpu = np.median(ratios, axis=0)
+        print(
+            f"{dtype:9} {of[0]:>5} {of[1]:8} {before[0]:>10.4f} {after[0]:>10.4f} {wall:>6.3f} {cpu:>10.3f}  "
+            f"{ratios[:, 0].min():.3f} to {ratios[:, 0].max():.3f}, CPU {ratios[:, 1].min():.3f} to "
+            f"{ratios[:, 1].max():.3f}",
+            flush=True,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bandwidth", type=float, help="of the memory, in GB/s")
     parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt, with --base")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of new processes, with --base")
     parser.add_argument("--base", type=path_argument, metavar="FOLDER", help="another checkout, to compare the engines")
     arguments = parser.parse_args(argv)
     device = jax.devices()[0].device_kind
@@ -231,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
             vocabulary = PRESETS[arguments.preset].vocab_size
             prompts = [random.integers(0, vocabulary, (batch, arguments.prompt)) for batch in arguments.batches]
             for dtype in arguments.dtypes:
-                take_turns(arguments.base, folder, dtype, prompts, arguments.new, arguments.rounds, arguments.samples)
+                given = arguments.base, folder, dtype, prompts, arguments.new, arguments.rounds, arguments.samples
+                show_turns(dtype, [take_turns(*given) for _ in range(arguments.pairs)])
             return
         print(
             f"{arguments.preset} on {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
