@@ -40,7 +40,18 @@ def _project_backward(equation, residuals, gradient):
     operands, result = equation.split("->")
     of_x, of_weight = operands.split(",")
     x_gradient = product(f"{result},{of_weight}->{of_x}", gradient, weight)
-    return x_gradient, product(f"{of_x},{result}->{of_weight}", x, gradient)
+    return x_gradient, _weight_gradient(of_x, result, of_weight, x, gradient)
+
+
+def _weight_gradient(of_x: str, of_y: str, of_weight: str, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient of a weight from the activation and the gradient of the result."""
+    if platform() != "cpu" or x.size <= gradient.size:
+        return product(f"{of_x},{of_y}->{of_weight}", x, gradient)
+    # XLA's CPU backend transposes the first factor, within the loop that computes it: `silu(gate) * up` in that order
+    # takes ten times as long. So the smaller factor comes first. The barrier keeps XLA from swapping them again.
+    inputs, outputs = ("".join(letter for letter in of_weight if letter in letters) for letters in (of_x, of_y))
+    swapped = jax.lax.optimization_barrier(product(f"{of_y},{of_x}->{outputs}{inputs}", gradient, x))
+    return jnp.einsum(f"{outputs}{inputs}->{of_weight}", swapped)
 
 
 project.defvjp(_project_forward, _project_backward)
