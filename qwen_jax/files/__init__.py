@@ -9,6 +9,7 @@ from .locks import LOCK_FILE, locked
 from .objects import ObjectChangedError, in_parallel
 from .paths import PathLike, Pattern, RemotePath, as_path, as_pattern, find, is_path_type, is_remote
 from .reading import open_decompressed, open_file, read_json, read_json_lines, read_json_rows, read_range, read_ranges
+from .streams import new_stream
 from .whole import (
     copy_file,
     download_folder,
@@ -40,6 +41,7 @@ __all__ = [
     "locked",
     "new_file",
     "new_folder",
+    "new_stream",
     "open_decompressed",
     "open_file",
     "read_json",

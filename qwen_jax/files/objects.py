@@ -244,6 +244,40 @@ def put(where: Any, data: bytes | Path, mode: Any = "overwrite") -> dict:
     )
 
 
+class Upload:
+    """An object that is uploaded in parts while it is written; it is there after `finish` alone."""
+
+    def __init__(self, where: Any):
+        """Raises the errors of `call`, of the first parts at the latest."""
+        import_obstore(where)
+        self._where = where
+        self._file = call(
+            where,
+            lambda store: _obstore().open_writer(store, where.key, buffer_size=PART, max_concurrency=WORKERS),
+        )
+
+    def write(self, data: Any) -> int:
+        """Hands on bytes; returns their number."""
+        view = memoryview(data).cast("B")
+        # By parts: each is copied on its way.
+        for start in range(0, len(view), PART):
+            self._do(lambda part=view[start : start + PART]: self._file.write(part))
+        return len(view)
+
+    def finish(self) -> None:
+        """Makes the object, and returns when it is there."""
+        self._do(self._file.close)
+
+    def _do(self, operation: Callable[[], Any]) -> None:
+        # obstore repeats the requests of each part; the upload as a whole cannot be repeated.
+        try:
+            operation()
+        except (ValueError, TypeError):
+            raise
+        except Exception as error:
+            raise _explained(error, _short(error), self._where) from error
+
+
 def delete(where: Any, keys: list[str]) -> None:
     """Deletes objects of the bucket of `where`; missing ones are none to delete."""
     import_obstore(where)
