@@ -198,7 +198,7 @@ def model_settings(checkpoint: Path, dtype: str, chat: bool, context_length: int
     for file in weight_files(checkpoint):
         path, status = file.absolute(), file.stat()
         name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-        stats.append([name, status.st_size, status.st_mtime_ns])
+        stats.append([name, status.st_size, status.st_mtime_ns or status.st_mtime])  # of an object, seconds alone
     return {
         "weights": hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16],
         "tokenizer": load_tokenizer(checkpoint).fingerprint[:16],

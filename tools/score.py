@@ -124,28 +124,41 @@ class Results:
                 f"--output"
             )
         self.rows = [json.loads(line) for line in whole[len(head) :].splitlines()]
-        self._stream = open(self.path, "wb")
-        self._stream.write(whole)
-        self._stream.flush()
+        # An object of a bucket is written whole each time.
+        self._object = bytearray(whole) if files.is_remote(self.path) else None
+        if self._object is None:
+            self._stream = open(self.path, "wb")
+            self._stream.write(whole)
+            self._stream.flush()
 
     def add(self, rows: list[dict]) -> None:
         """Appends rows, which a kill no longer loses."""
-        self._stream.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        if self._object is not None:
+            self._object += lines
+            self.path.write_bytes(self._object)
+        else:
+            self._stream.write(lines)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         self.rows += rows
 
     def finish(self) -> None:
         """Writes the output, whole, and removes the unfinished file."""
-        self._stream.close()
+        if self._object is None:
+            self._stream.close()
         files.write_text(self.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
 
 def settings_of(checkpoint: Path, source: Path, system: str, dtype: str) -> dict:
     """What decides the rewards: files of the weights and the input by name, size and time, and the options."""
     found = [*weight_files(checkpoint), source]
-    stats = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in found]
+    # Of an object, the time has seconds alone.
+    stats = [
+        [str(path.absolute()), status.st_size, status.st_mtime_ns or status.st_mtime]
+        for path, status in ((path, path.stat()) for path in found)
+    ]
     return {"files": stats, "system": system, "dtype": dtype}
 
 

@@ -1,10 +1,13 @@
 """Answered examples as JSON lines that a kill cannot damage, and settings that a folder was begun with."""
 
+import contextlib
 import json
 import logging
 import os
+import tempfile
 import threading
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 
 from qwen_jax import files
@@ -12,6 +15,7 @@ from qwen_jax import files
 log = logging.getLogger(__name__)
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
+UPLOAD_SECONDS = 30.0
 
 
 def keep_settings(folder: Path, settings: Mapping) -> None:
@@ -44,7 +48,8 @@ def keep_settings(folder: Path, settings: Mapping) -> None:
 class Records:
     """The answered examples of one benchmark in `FOLDER/answers.jsonl`, one line each, in the order of their answers.
 
-    A line that a killed process left unfinished is removed when the file is opened. Several threads may add.
+    A line that a killed process left unfinished is removed when the file is opened. Several threads may add. In a
+    bucket the file is uploaded whole every UPLOAD_SECONDS and at the end, so that a kill loses the answers since.
 
     Attributes:
         rows: by id.
@@ -61,23 +66,38 @@ class Records:
             OSError: the file cannot be opened or written.
         """
         self.path = folder / ANSWERS
-        self._lock = threading.Lock()
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._lock, self._held, self._uploaded = threading.Lock(), contextlib.ExitStack(), time.monotonic()
         try:
+            self._local = self._held.enter_context(self._copy())
+            self._file = os.open(self._local, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._held.callback(os.close, self._file)
             self._size = self._repaired_size()
             self.rows = self._read(ids)
         except BaseException:
-            os.close(self._file)
+            self._held.close()
             raise
+
+    @contextlib.contextmanager
+    def _copy(self) -> Generator[Path]:
+        """The local file to append to, which is uploaded when the block ends if it belongs into a bucket."""
+        if not files.is_remote(self.path):
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory(prefix="qwen_jax-") as scratch:
+            local = Path(scratch) / ANSWERS
+            if self.path.is_file():
+                files.copy_file(self.path, local)
+            yield local
+            files.copy_file(local, self.path)
 
     def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self._file)
+        self._held.close()
 
     def _repaired_size(self) -> int:
-        content = self.path.read_bytes()
+        content = self._local.read_bytes()
         size = content.rfind(b"\n") + 1
         if size < len(content):
             log.info("%s: the last line was left unfinished; its example is answered again", self.path)
@@ -86,7 +106,8 @@ class Records:
 
     def _read(self, ids: Collection[str]) -> dict[str, dict]:
         known, rows = set(ids), {}
-        for where, row in files.read_json_lines(self.path):
+        for place, row in files.read_json_lines(self._local):
+            where = place.replace(str(self._local), str(self.path), 1)
             name = row.get("id") if isinstance(row, dict) else None
             if not isinstance(row, dict) or name not in known or not {"extracted", "score"} <= row.keys():
                 raise ValueError(f"{where}: no answer to an example of this benchmark: remove {self.path.parent}")
@@ -111,6 +132,9 @@ class Records:
                 raise ValueError(f"{self.path}: example {row['id']} has an answer already")
             self._append(line)
             self.rows[row["id"]] = dict(row)
+            if files.is_remote(self.path) and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+                files.copy_file(self._local, self.path)
+                self._uploaded = time.monotonic()
 
     def _append(self, line: bytes) -> None:
         rest = memoryview(line)
