@@ -147,11 +147,11 @@ def convert(folder: Path, source: str, target: str, config: ModelConfig, against
     size = weight_bytes(config) / 1e9
     return [
         *(
-            f"| {name} | {cost.seconds:.0f} | {cost.processor_seconds:.0f} | {size / cost.seconds:.2f} | "
+            f"| {name} | {cost.seconds:.1f} | {cost.processor_seconds:.1f} | {size / cost.seconds:.2f} | "
             f"{peer.seconds / cost.seconds:.2f} | {peak:.2f} | {limit:.2f} | {written:.1f} |"
             for name, cost, peak, written in costs
         ),
-        f"| cp -r | {peer.seconds:.0f} | {peer.processor_seconds:.0f} | {size / peer.seconds:.2f} | 1 | | | "
+        f"| cp -r | {peer.seconds:.1f} | {peer.processor_seconds:.1f} | {size / peer.seconds:.2f} | 1 | | | "
         f"{size:.1f} |",
     ]
 
@@ -167,12 +167,13 @@ def main() -> None:
     parser.add_argument("--folder", type=path_argument, required=True, help="where the checkpoints are made")
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--layers", type=int, help="number of layers, to take less room and time than the whole model")
+    parser.add_argument("--vocab_size", type=int, help="rows of the vocabulary, for the same")
     parser.add_argument("--step", choices=STEPS, help="one of them alone; default: all, one after the other")
     parser.add_argument("--against", type=path_argument, help="checkout of another commit, to convert in turn")
     arguments = parser.parse_args()
     folder, config = arguments.folder, dataclasses.replace(SIZES[arguments.size], use_dynamic_ntk=True, use_logn=True)
-    if arguments.layers:
-        config = dataclasses.replace(config, num_layers=arguments.layers)
+    smaller = {"num_layers": arguments.layers, "vocab_size": arguments.vocab_size}
+    config = dataclasses.replace(config, **{name: size for name, size in smaller.items() if size})
     print(f"load average at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     print(
         "| | seconds | CPU seconds | GB/s of bfloat16 | of cp | peak GB | limit GB | GB written |",

@@ -14,12 +14,12 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TextIO
 
 from qwen_jax.command_line import escape, path_argument, quick_imports, run
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.react import DEFAULT_STYLE, STYLES
+from qwen_jax.files import PathLike
 
 with quick_imports():
     from qwen_jax.agents import react
@@ -70,7 +70,7 @@ def ask(name: str, arguments: dict) -> str:
 
 def answer(
     *,
-    checkpoint: str | Path,
+    checkpoint: PathLike,
     questions: Iterable[str],
     tools: Tools,
     out: TextIO,

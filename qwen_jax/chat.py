@@ -232,7 +232,7 @@ class Chat:
         files.write_json(path, content)
 
 
-def defaults(checkpoint: str | Path) -> dict[str, Any]:
+def defaults(checkpoint: files.PathLike) -> dict[str, Any]:
     """The generation settings, numbers by name, of a folder's generation_config.json; missing ones are as released.
 
     Raises:

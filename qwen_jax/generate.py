@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(
-    checkpoint: str | Path, dtype: str = "float32", slots: int = 16, prefix_cache_tokens: int = 0
+    checkpoint: files.PathLike, dtype: str = "float32", slots: int = 16, prefix_cache_tokens: int = 0
 ) -> Engine:
     """An engine with the model and the tokenizer of a folder in any known format, on one device.
 
@@ -80,7 +80,7 @@ def text_request(
 
 def generate(
     *,
-    checkpoint: str | Path,
+    checkpoint: files.PathLike,
     prompt: str,
     images: Sequence[str | Path] = (),
     image_label: str = "",
@@ -140,7 +140,7 @@ def read_prompts(path: str | Path) -> list[Content]:
 
 def generate_all(
     *,
-    checkpoint: str | Path,
+    checkpoint: files.PathLike,
     prompts: Sequence[Content],
     image_folder: str | Path = "",
     image_label: str = "",

@@ -13,7 +13,6 @@ import ipaddress
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_jax import files
@@ -38,7 +37,7 @@ MOST_SLOTS = 4096
 _LARGEST_BODY, _LARGEST_WITH_PICTURES = 4 << 20, 32 << 20
 
 
-def sampling_of(checkpoint: str | Path) -> SamplingConfig:
+def sampling_of(checkpoint: files.PathLike) -> SamplingConfig:
     """Sampling where a request says nothing: of the folder's generation_config.json, else OpenAI's defaults."""
     if not (files.as_path(checkpoint) / GENERATION_FILE).is_file():
         return SamplingConfig(temperature=1.0)
@@ -79,7 +78,7 @@ def _check_limits(max_waiting: int, grace_seconds: float, slots: int, api_key: s
 
 def serve(
     *,
-    checkpoint: str | Path,
+    checkpoint: files.PathLike,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,

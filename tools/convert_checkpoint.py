@@ -8,7 +8,7 @@ from pathlib import Path
 # Converting needs no accelerator, and must not take the memory of one that is training.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from qwen_jax import command_line
+from qwen_jax import command_line, files
 from qwen_jax.conversion.check import compare_logits
 from qwen_jax.conversion.checksums import ChecksumError
 from qwen_jax.conversion.converter import convert
@@ -37,6 +37,8 @@ examples:
   # the adapter of a LoRA run for peft, and one that peft wrote as a whole model
   python tools/convert_checkpoint.py --from orbax:runs/sft_lora --to peft:exports/adapter --base exports/base
   python tools/convert_checkpoint.py --from peft:adapter --to qwen2:exports/merged
+  # from a bucket to another (extras gcs and s3)
+  python tools/convert_checkpoint.py --from orbax:gs://BUCKET/runs/sft --to qwen2:s3://BUCKET/sft --dtype bfloat16
 
 exit status: 0; 1 if --verify or --check found a difference; 2 for any other error, with one line about it
 """
@@ -48,6 +50,8 @@ LOADERS = {"qwen2": "AutoModelForCausalLM", "qwen2_reward": "AutoModelForSequenc
 
 def loading(name: str, folder: Path) -> str:
     """Lines of Python that load the written model."""
+    if files.is_remote(folder) and name in (*LOADERS, "gguf", "peft"):
+        return f"load it: copy {folder} to a local disk, from which other software reads it"
     lines = ["from qwen_jax.conversion import load_pretrained", f'model, params = load_pretrained("{folder}")']
     if name == "gguf":
         lines = ["from llama_cpp import Llama", f'model = Llama("{folder}", n_ctx=0)']
@@ -162,11 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
     for file in sorted(written.iterdir()) if written.is_dir() else [written]:
         size = sum(path.stat().st_size for path in [file, *file.rglob("*")] if path.is_file())
         print(f"  {file.name:<36}{size:>16,} bytes")
-    print(loading(target_format, Path(target)))
+    print(loading(target_format, target))
     return check(source, written, parsed.dtype, parsed.base) if parsed.check else 0
 
 
-def check(source: str, target: Path, dtype: str | None, base: str | None) -> int:
+def check(source: Path, target: Path, dtype: str | None, base: str | None) -> int:
     """Prints the difference of the logits of two folders; returns 1 if they differ and nothing was rounded."""
     comparison = compare_logits(source, target, progress=True, base=base)
     print(f"check: {comparison}")

@@ -8,9 +8,13 @@ Orbax is imported where it is used, which is not in generation: importing it tak
 
 import collections
 import contextlib
+import logging
 import math
+import tempfile
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -33,6 +37,8 @@ from qwen_jax.models.build import build_model
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import abstract_params
 
+log = logging.getLogger(__name__)
+
 PIECE_BYTES = 2**26
 # Chunks of a piece. They are compressed and read side by side, and fit into the caches of a core.
 CHUNKS_IN_PIECE = 8
@@ -50,9 +56,9 @@ PARAMETER_TREES = ("params", "frozen")
 POLICY = "policy"
 
 
-def tokenizer_path(path: str | Path) -> Path | None:
+def tokenizer_path(path: files.PathLike) -> Path | None:
     """The .tiktoken file of a run folder (or of one step's folder in it), or None."""
-    file = _run_folder(Path(path))[0] / TOKENIZER_FILE
+    file = _run_folder(path)[0] / TOKENIZER_FILE
     return file if file.is_file() else None
 
 
@@ -195,6 +201,27 @@ def writing_params(
         writer.wait()
 
 
+@contextlib.contextmanager
+def _local(step: Path) -> Generator[Path]:
+    """The folder of a step on a local disk; of one in a bucket, a copy of its parameters that goes with the block.
+
+    TensorStore's drivers for buckets would read them without a copy, but know neither the credentials nor the retries
+    of qwen_jax.files.
+    """
+    if not files.is_remote(step):
+        yield step
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen_jax-") as scratch:
+        local = Path(scratch) / step.name
+        log.info("downloading the parameters of %s", step)
+        for part in step.iterdir():
+            if part.name in PARAMETER_TREES:
+                files.download_folder(cast(files.RemotePath, part), local / part.name)
+            elif part.is_file():
+                files.copy_file(part, local / part.name)
+        yield local
+
+
 class StoredParams:
     """The parameters of a run folder's newest checkpoint (or of the folder of one step), read in slices.
 
@@ -206,15 +233,18 @@ class StoredParams:
       CheckpointError: no such checkpoint, or it cannot be read.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: files.PathLike):
         # The step is fixed here: a save of a running run must not change it between two parameters.
         self.folder = _step_folder(path, None)
         self._context = ts.Context()
+        held = contextlib.ExitStack()
+        local = held.enter_context(_local(self.folder))
+        weakref.finalize(self, held.close)
         try:
-            names = {tree: _stored_names(self.folder / tree, self._context) for tree in PARAMETER_TREES}
+            names = {tree: _stored_names(local / tree, self._context) for tree in PARAMETER_TREES}
             prefix = _prefix(names["params"])
             opened = {
-                name.removeprefix(prefix): ts.open(_array_spec(self.folder / tree, name), context=self._context)
+                name.removeprefix(prefix): ts.open(_array_spec(local / tree, name), context=self._context)
                 for tree in PARAMETER_TREES
                 for name in names[tree]
                 if name.startswith(prefix)
@@ -248,16 +278,16 @@ def _prefix(names: Sequence[str]) -> str:
     return f"{POLICY}/" if any(name.startswith(f"{POLICY}/") for name in names) else ""
 
 
-def _run_folder(path: Path) -> tuple[Path, int | None]:
+def _run_folder(path: files.PathLike) -> tuple[Path, int | None]:
     """(run folder, step or None) of a path that is a run folder or the folder of one step."""
-    path = path.absolute()
+    path = files.as_path(path).absolute()
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     return path, None
 
 
-def _step_folder(path: str | Path, step: int | None) -> Path:
-    run, named = _run_folder(Path(path))
+def _step_folder(path: files.PathLike, step: int | None) -> Path:
+    run, named = _run_folder(path)
     steps = saved_steps(run)
     wanted = step if step is not None else named
     if not steps:
@@ -272,7 +302,7 @@ def _step_folder(path: str | Path, step: int | None) -> Path:
     return found
 
 
-def restore_params(path: str | Path, abstract, step: int | None = None):
+def restore_params(path: files.PathLike, abstract, step: int | None = None):
     """Weights without the optimizer, placed as `abstract` says (a pytree of ShapeDtypeStructs with shardings).
 
     Args:
@@ -281,38 +311,44 @@ def restore_params(path: str | Path, abstract, step: int | None = None):
     Raises:
       CheckpointError: no such checkpoint, or it cannot be read as these shapes.
     """
+    folder = _step_folder(path, step)
+    with _local(folder) as local:
+        try:
+            return _restored(local, abstract)
+        except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
+            raise CheckpointError(f"checkpoint {folder} cannot be read: {unreadable_reason(error)}") from error
+
+
+def _restored(folder: Path, abstract):
+    """The parameters of a step's local folder, placed as `abstract` says."""
     import orbax.checkpoint.experimental.v1 as ocp
 
-    folder = _step_folder(path, step)
-    try:
-        if _prefix(_stored_names(folder / "params", ts.Context())):
-            context = ocp.Context()
-            context.pytree.loading.partial_load = True
-            with context:
-                return ocp.load_checkpointables(str(folder), {"params": {POLICY: abstract}})["params"][POLICY]
-        if not (folder / "frozen").is_dir():
-            return ocp.load_checkpointables(str(folder), {"params": abstract})["params"]
-        flat = flatten_dict(abstract, sep="/")
-        frozen = set(_stored_names(folder / "frozen", ts.Context()))
-        trees = {
-            "params": {path: leaf for path, leaf in flat.items() if path not in frozen},
-            "frozen": {path: leaf for path, leaf in flat.items() if path in frozen},
-        }
-        trees = {name: unflatten_dict(tree, sep="/") for name, tree in trees.items() if tree}
-        loaded = ocp.load_checkpointables(str(folder), trees)
-        found = {path: leaf for tree in loaded.values() for path, leaf in flatten_dict(tree, sep="/").items()}
-        return unflatten_dict({path: found[path] for path in flat}, sep="/")
-    except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {unreadable_reason(error)}") from error
+    if _prefix(_stored_names(folder / "params", ts.Context())):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return ocp.load_checkpointables(str(folder), {"params": {POLICY: abstract}})["params"][POLICY]
+    if not (folder / "frozen").is_dir():
+        return ocp.load_checkpointables(str(folder), {"params": abstract})["params"]
+    flat = flatten_dict(abstract, sep="/")
+    frozen = set(_stored_names(folder / "frozen", ts.Context()))
+    trees = {
+        "params": {path: leaf for path, leaf in flat.items() if path not in frozen},
+        "frozen": {path: leaf for path, leaf in flat.items() if path in frozen},
+    }
+    trees = {name: unflatten_dict(tree, sep="/") for name, tree in trees.items() if tree}
+    loaded = ocp.load_checkpointables(str(folder), trees)
+    found = {path: leaf for tree in loaded.values() for path, leaf in flatten_dict(tree, sep="/").items()}
+    return unflatten_dict({path: found[path] for path in flat}, sep="/")
 
 
-def load_params(path: str | Path, step: int | None = None) -> tuple[ModelConfig, dict]:
+def load_params(path: files.PathLike, step: int | None = None) -> tuple[ModelConfig, dict]:
     """(ModelConfig, nested dict of float32 numpy arrays) of a run folder or of one step's folder.
 
     Raises:
       CheckpointError: as `read_config` and `restore_params`.
     """
-    config = read_config(_run_folder(Path(path))[0])
+    config = read_config(_run_folder(path)[0])
     one_device = SingleDeviceSharding(jax.devices("cpu")[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one_device),

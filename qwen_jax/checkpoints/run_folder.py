@@ -61,7 +61,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def saved_steps(folder: str | Path) -> list[int]:
     """Steps that a run folder has a complete checkpoint of, ascending."""
-    return sorted(int(p.name) for p in (Path(folder) / CHECKPOINTS).glob("*") if p.name.isdigit())
+    return sorted(int(p.name) for p in (files.as_path(folder) / CHECKPOINTS).glob("*") if p.name.isdigit())
 
 
 def check_same_model(folder: str | Path, config: ModelConfig) -> None:

@@ -126,12 +126,12 @@ def base_folder(folder: Path, given: str | os.PathLike | None = None) -> Path:
       FileNotFoundError: it is no file or folder of this machine.
     """
     named = given or huggingface.read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
-    if not named or not Path(named).exists():
+    if not named or not files.as_path(named).exists():
         raise FileNotFoundError(
             f"{folder} holds a LoRA adapter of {named or 'an unnamed model'}, which is no folder here: name the folder "
             f"of its base (--base of tools/convert_checkpoint.py, or base_model_name_or_path in {CONFIG_FILE})"
         )
-    return Path(named)
+    return files.as_path(named)
 
 
 class AdapterFolder:
@@ -284,7 +284,7 @@ def write_adapter(
         {
             "peft_type": "LORA",
             "task_type": next(task for task, head in TASKS.items() if head == config.head),
-            "base_model_name_or_path": os.fspath(base),
+            "base_model_name_or_path": str(base),
             "r": lora.rank,
             "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
             "lora_dropout": lora.dropout,

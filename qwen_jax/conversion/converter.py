@@ -1,11 +1,7 @@
 """Conversion of a model to another format: streamed, whole or not at all, verified on request."""
 
 import contextlib
-import fcntl
 import logging
-import os
-import shutil
-from collections.abc import Generator
 from pathlib import Path
 
 from qwen_jax import files
@@ -17,9 +13,10 @@ from qwen_jax.conversion.merging import without_adapters
 from qwen_jax.conversion.padding import repad
 from qwen_jax.conversion.pipelines import assembled
 from qwen_jax.conversion.run_folder import LAYOUTS, SCANNED, RunFolder
+from qwen_jax.conversion.targets import check_free, staged_target
 from qwen_jax.conversion.tokenizer import write_tokenizer
 from qwen_jax.data.tokenizer import Tokenizer
-from qwen_jax.files import as_path
+from qwen_jax.files import PathLike, as_path
 from qwen_jax.models.config import ModelConfig
 
 TABLES = {**FORMATS, gguf_file.NAME: gguf_file.GGUF}
@@ -29,18 +26,18 @@ log = logging.getLogger(__name__)
 
 def convert(
     source_format: str,
-    source: str | os.PathLike,
+    source: PathLike,
     target_format: str,
-    target: str | os.PathLike,
+    target: PathLike,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
-    tokenizer: str | os.PathLike | None = None,
+    tokenizer: PathLike | None = None,
     progress: bool = True,
     *,
     vocab_size: int | None = None,
     layout: str = SCANNED,
     verify: bool = False,
-    base: str | os.PathLike | None = None,
+    base: PathLike | None = None,
 ) -> Path:
     """Writes the model of one folder as a new folder, with its tokenizer.
 
@@ -83,7 +80,7 @@ def convert(
     weights = without_adapters(weights)
     if target_format != ORBAX:
         external_tensors(TABLES[target_format], weights.config)  # refuses what the format cannot express
-    with _staged(target) as (scratch, result):
+    with staged_target(target, target_format) as (scratch, result):
         found = _tokenizer(source, tokenizer, scratch, weights.config, base)
         weights = repad(weights, vocab_size, found, source)
         dtype = dtype or weights.dtype
@@ -100,34 +97,46 @@ def convert(
             side = huggingface
             _write_external(FORMATS[target_format], weights, result, dtype, shard_size, found, checksums, progress)
         if verify:
-            flush(result)
-            count = checksums.compare(side.read_again(result), progress)
-            log.info("verified: %d tensors read back as they were written", count)
+            _verify(side.read_again, result, checksums, progress)
+        if target_format in FORMATS:
+            # In a bucket, this file is what makes the folder a model.
+            content = _external_config(FORMATS[target_format], weights, dtype, found)
+            files.write_json(result / huggingface.CONFIG_FILE, content)
     return target
 
 
+def _verify(read_again, result: Path, checksums: Checksums, progress: bool) -> None:
+    if not files.is_remote(result):
+        flush(result)
+    count = checksums.compare(read_again(result), progress)
+    log.info("verified: %d tensors read back as they were written", count)
+
+
 def _convert_adapter(
-    weights: Weights, target: Path, base: str | os.PathLike | None, dtype: str, checksums: Checksums, progress: bool
+    weights: Weights,
+    target: Path,
+    base: PathLike | None,
+    dtype: str,
+    checksums: Checksums,
+    progress: bool,
 ) -> Path:
     """Writes the adapter of a run folder; arguments and errors as in `convert`."""
     if not isinstance(weights, RunFolder):
         raise ValueError("an adapter is written from a run folder (orbax) alone: it knows what was trained")
     if base is None:
         raise ValueError("name the base model of the adapter (--base): the folder or name that peft loads it on")
-    if os.path.exists(base):
+    if files.as_path(base).exists():
         adapters.check_base(weights, open_weights(base), base)
     else:
         log.warning("warning: %s is no folder here, so the run's frozen parameters are not compared with it", base)
-    with _staged(target) as (_, result):
+    with staged_target(target, adapters.NAME) as (_, result):
         adapters.write_adapter(result, weights, base, dtype, checksums, progress)
         if checksums.wanted:
-            flush(result)
-            count = checksums.compare(adapters.read_again(result), progress)
-            log.info("verified: %d tensors read back as they were written", count)
+            _verify(adapters.read_again, result, checksums, progress)
     return target
 
 
-def _check_arguments(source_format: str, target_format: str, dtype: str | None, target: Path, layout: str) -> None:
+def _check_arguments(source_format: str, target_format: str, dtype: str | None, target, layout: str) -> None:
     for name in (source_format, target_format):
         if name not in FORMAT_NAMES:
             raise ValueError(f"unknown format {name!r}: expected {', '.join(FORMAT_NAMES)}")
@@ -140,8 +149,8 @@ def _check_arguments(source_format: str, target_format: str, dtype: str | None, 
             f"layout {layout!r} cannot be written as {target_format}: {' and '.join(LAYOUTS)} are layouts of orbax; "
             "the other formats name the tensors of each block"
         )
-    if target.exists() and (target_format == gguf_file.NAME or not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder: choose another target, or remove it")
+    if not files.is_remote(target):
+        check_free(target, target_format == gguf_file.NAME)
 
 
 def _tokenizer(source, given, scratch: Path, config: ModelConfig, base) -> Tokenizer | None:
@@ -189,6 +198,11 @@ def _warn_of_losses(table: Format, config: ModelConfig) -> None:
         )
 
 
+def _external_config(table: Format, weights: Weights, dtype: str, tokenizer: Tokenizer | None) -> dict:
+    endoftext = tokenizer.endoftext_id if tokenizer else None
+    return huggingface.external_config(table, weights.config, dtype, endoftext, weights.position_limit)
+
+
 def _write_external(
     table: Format,
     weights: Weights,
@@ -201,9 +215,6 @@ def _write_external(
 ) -> None:
     folder.mkdir()
     config = weights.config
-    endoftext = tokenizer.endoftext_id if tokenizer else None
-    external = huggingface.external_config(table, config, dtype, endoftext, weights.position_limit)
-    files.write_json(folder / huggingface.CONFIG_FILE, external)
     if tokenizer:
         if table.head == "tokens":
             generation = huggingface.generation_config(table, config, tokenizer.endoftext_id, tokenizer.im_end_id)
@@ -213,39 +224,3 @@ def _write_external(
     kind = huggingface.numpy_dtype(dtype)
     with contextlib.closing(assembled(weights, [(tensor, kind) for tensor in tensors])) as arrays:
         huggingface.write_safetensors(folder, tensors, arrays, dtype, max_shard_size, checksums, progress)
-
-
-@contextlib.contextmanager
-def _staged(target: Path) -> Generator[tuple[Path, Path]]:
-    """A hidden folder beside `target`, and a path in it that becomes `target` when the block ends without an error.
-
-    A killed conversion leaves the hidden folder, which the next one to the same target clears. The lock tells that
-    from a conversion that is still running.
-    """
-    stage = target.with_name(f".{target.name}.converting")
-    made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage.mkdir(exist_ok=True)
-    lock = os.open(stage, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another conversion to {target} is running: wait, or choose another target") from error
-        try:
-            _clear(stage)
-            yield stage, stage / "result"
-            (stage / "result").rename(target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    finally:
-        os.close(lock)
-        if not target.exists():
-            for folder in made:
-                with contextlib.suppress(OSError):  # not empty: someone else has put something there
-                    folder.rmdir()
-
-
-def _clear(folder: Path) -> None:
-    for child in folder.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from qwen_jax import files
 from qwen_jax.conversion.mapping import (
     ExternalTensor,
     Format,
@@ -18,6 +19,7 @@ from qwen_jax.conversion.mapping import (
     from_external,
     parameter_shapes,
 )
+from qwen_jax.files import objects
 from qwen_jax.models.config import ModelConfig
 
 READ_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -36,19 +38,40 @@ class StoredTensor:
     Attributes:
       dtype: its name in safetensors and GGUF; only those of READ_DTYPES can be read.
       offset: position of its first byte in the file.
+      version: in a bucket, what the object was when its header was read; reading another one is refused.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    version: str | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of it, by a plain read: the pages of a memory map would count as ours."""
+        """Rows `start` to `stop` of it, by a plain read: the pages of a memory map would count as ours.
+
+        Raises:
+          OSError: the file is shorter, or cannot be read, or is another object of the bucket by now.
+        """
         dtype = READ_DTYPES[self.dtype]
         row = math.prod(self.shape[1:]) * dtype.itemsize
-        raw = np.fromfile(self.file, np.uint8, (stop - start) * row, offset=self.offset + start * row)
+        size, offset = (stop - start) * row, self.offset + start * row
+        if files.is_remote(self.file):
+            raw = self._download(offset, size)
+        else:
+            raw = np.fromfile(self.file, np.uint8, size, offset=offset)
         return raw.view(dtype).reshape(stop - start, *self.shape[1:])
+
+    def _download(self, offset: int, size: int) -> np.ndarray:
+        raw = np.empty(size, np.uint8)
+
+        def fetch(first: int) -> None:
+            last = min(first + objects.PART, size)
+            data = objects.get(self.file, (offset + first, offset + last), self.version)
+            raw[first:last] = np.frombuffer(data, np.uint8)
+
+        files.in_parallel(fetch, list(range(0, size, objects.PART)))
+        return raw
 
 
 class ExternalWeights:

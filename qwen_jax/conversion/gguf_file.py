@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from qwen_jax import files
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import ExternalWeights, StoredTensor
 from qwen_jax.conversion.mapping import QWEN2, Weights, external_tensors
@@ -71,7 +73,7 @@ def is_gguf(path: Path) -> bool:
     """Whether a path is a GGUF file."""
     if not path.is_file():
         return False
-    with open(path, "rb") as stream:
+    with files.open_file(path) as stream:
         return stream.read(len(MAGIC)) == MAGIC
 
 
@@ -165,17 +167,21 @@ class GgufFile(ExternalWeights):
     """
 
     def __init__(self, file: str | os.PathLike):
-        reader = _open(Path(file))
+        # Software for such files reads them by name. The copy of one in a bucket stays as long as this object.
+        held = contextlib.ExitStack()
+        local = held.enter_context(files.local_copy(file))
+        weakref.finalize(self, held.close)
+        reader = _open(local)
         stored = {
             tensor.name: StoredTensor(
-                Path(file),
+                local,
                 tensor.tensor_type.name,
                 tuple(int(size) for size in reversed(tensor.shape)),
                 int(tensor.data_offset),
             )
             for tensor in reader.tensors
         }
-        super().__init__(file, GGUF, _read_config(Path(file), reader, stored), stored)
+        super().__init__(file, GGUF, _read_config(local, reader, stored), stored)
 
 
 def _open(file: Path):

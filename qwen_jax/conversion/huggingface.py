@@ -21,6 +21,7 @@ from qwen_jax.conversion import visual
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import READ_DTYPES, ExternalWeights, StoredTensor, listing
 from qwen_jax.conversion.mapping import FORMATS, REQUIRED, ExternalTensor, Format
+from qwen_jax.files import objects
 from qwen_jax.models.config import ModelConfig
 
 CONFIG_FILE = "config.json"
@@ -220,7 +221,7 @@ class SafetensorsFolder(ExternalWeights):
     """
 
     def __init__(self, folder: str | os.PathLike, table: Format):
-        folder = Path(folder)
+        folder = files.as_path(folder)
         config = read_config(folder, table)
         limit = None if table.rope_parameters else read_json(folder / CONFIG_FILE).get("max_position_embeddings")
         self.position_limit = limit if type(limit) is int else None
@@ -267,22 +268,54 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
       ValueError: it is damaged.
     """
+    if files.is_remote(file):
+        return _read_remote_header(file)
     try:
         # The library's own checks: sizes, overlaps, and that the data is as long as the header says.
         with safe_open(file, "np"):
             pass
     except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged or was not downloaded whole ({file.stat().st_size} bytes; {error}): download it again"
-        ) from error
+        raise _damaged(file, file.stat().st_size, error) from error
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
+    return _places(file, header, length)
+
+
+def _read_remote_header(file: Path) -> dict[str, StoredTensor]:
+    """As `read_header`, with the checks of the library, which reads local files only."""
+    found = objects.head(file)
+    size, version = found["size"], found["e_tag"]
+    try:
+        length = int.from_bytes(objects.get(file, (0, min(8, size)), version), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(objects.get(file, (8, 8 + length), version))
+        places = _places(file, header, length, version)
+        end = 0
+        for name in sorted(places, key=lambda name: header[name]["data_offsets"]):
+            first, last = header[name]["data_offsets"]
+            dtype = READ_DTYPES.get(places[name].dtype)
+            if first != end or (dtype and last - first != math.prod(places[name].shape) * dtype.itemsize):
+                raise ValueError(f"{name} lies at bytes {first} to {last}, expected {end}")
+            end = last
+        if 8 + length + end != size:
+            raise ValueError(f"its tensors end at byte {8 + length + end}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _damaged(file, size, error) from error
+    return places
+
+
+def _places(file, header: dict, length: int, version: str | None = None) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0], version)
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def _damaged(file, size: int, error: Exception) -> ValueError:
+    return ValueError(f"{file} is damaged or was not downloaded whole ({size} bytes; {error}): download it again")
 
 
 def write_safetensors(
@@ -356,7 +389,7 @@ def write_file(
         header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts at a multiple of eight bytes
-    with open(path, "wb") as stream:
+    with files.new_stream(path) as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             array = next(arrays)

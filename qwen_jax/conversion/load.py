@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
+from qwen_jax import files
 from qwen_jax.checkpoints import run_folder
 from qwen_jax.checkpoints.arrays import PARAMETER_TREES, PIECE_BYTES, StoredParams, restore_params, tokenizer_path
 from qwen_jax.conversion import adapters, gguf_file, huggingface
@@ -28,9 +28,9 @@ from qwen_jax.conversion.mapping import (
 )
 from qwen_jax.conversion.merging import without_adapters
 from qwen_jax.conversion.run_folder import SCANNED, RunFolder
-from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, recover_ranks
+from qwen_jax.conversion.tokenizer import RANKS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, here, recover_ranks
 from qwen_jax.data.tokenizer import Tokenizer
-from qwen_jax.files import as_path
+from qwen_jax.files import PathLike, as_path
 from qwen_jax.models.build import build_model
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen, abstract_params
@@ -40,7 +40,7 @@ ORBAX = "orbax"
 FORMAT_NAMES = (ORBAX, *FORMATS, gguf_file.NAME, adapters.NAME)
 
 
-def detect_format(path: str | os.PathLike) -> str:
+def detect_format(path: PathLike) -> str:
     """The format of a folder, found by its files: "orbax", "qwen", "qwen2" or "peft"; of a file, "gguf".
 
     Raises:
@@ -64,7 +64,7 @@ def detect_format(path: str | os.PathLike) -> str:
     )
 
 
-def open_weights(path: str | os.PathLike, name: str | None = None, base: str | os.PathLike | None = None) -> Weights:
+def open_weights(path: PathLike, name: str | None = None, base: PathLike | None = None) -> Weights:
     """The parameters of a folder, read one at a time; those of a model with LoRA adapters are not merged.
 
     Args:
@@ -80,11 +80,11 @@ def open_weights(path: str | os.PathLike, name: str | None = None, base: str | o
     if found == gguf_file.NAME:
         return gguf_file.GgufFile(path)
     if found == adapters.NAME:
-        return adapters.AdapterFolder(Path(path), open_weights(adapters.base_folder(Path(path), base)))
+        return adapters.AdapterFolder(path, open_weights(adapters.base_folder(path, base)))
     return RunFolder(path) if found == ORBAX else huggingface.SafetensorsFolder(path, FORMATS[found])
 
 
-def weight_files(path: str | os.PathLike) -> list[Path]:
+def weight_files(path: PathLike) -> list[Path]:
     """The files that hold the parameters of a model in any known format, sorted.
 
     Raises:
@@ -94,14 +94,14 @@ def weight_files(path: str | os.PathLike) -> list[Path]:
     if found == gguf_file.NAME:
         return [path]
     if found == adapters.NAME:
-        return [path / adapters.WEIGHTS_FILE, *weight_files(adapters.base_folder(Path(path)))]
+        return [path / adapters.WEIGHTS_FILE, *weight_files(adapters.base_folder(path))]
     if found != ORBAX:
         return sorted(path.glob("*.safetensors"))
     step = StoredParams(path).folder
     return sorted(file for tree in PARAMETER_TREES for file in (step / tree).rglob("*") if file.is_file())
 
 
-def read_model_config(path: str | os.PathLike) -> ModelConfig:
+def read_model_config(path: PathLike) -> ModelConfig:
     """The ModelConfig of a model in any known format; reads no weights.
 
     Fields that an external format lacks (compute dtype, remat policy, attention kernel) have their defaults.
@@ -118,7 +118,7 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
     return run_folder.read_config(path.absolute().parent.parent if in_step else path)
 
 
-def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Qwen, dict]:
+def load_pretrained(path: PathLike, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Qwen, dict]:
     """The model of a folder in any known format, for training, evaluation or generation.
 
     LoRA adapters are merged into their kernels in float32, so that this is the model that an export is.
@@ -154,7 +154,7 @@ def load_pretrained(path: str | os.PathLike, dtype: str = "float32", mesh: Mesh 
     return model, unflatten_dict({name: place_parameter(weights, name, sharding) for name, sharding in named}, sep="/")
 
 
-def load_for_decoding(path: str | os.PathLike, dtype: str = "float32") -> tuple[Qwen, dict]:
+def load_for_decoding(path: PathLike, dtype: str = "float32") -> tuple[Qwen, dict]:
     """The model of a folder in any known format, as `Engine` keeps it on one device.
 
     The engine then shares the arrays and compiles no program to make them of others. Host memory holds one parameter,
@@ -207,7 +207,7 @@ def place_parameter(weights: Weights, path: str, sharding: Sharding, dtype=jnp.f
     return stacked
 
 
-def find_ranks(path: str | os.PathLike, scratch: Path, base: str | os.PathLike | None = None) -> Path | None:
+def find_ranks(path: PathLike, scratch: Path, base: PathLike | None = None) -> Path | None:
     """The `.tiktoken` file of a model in any format, if necessary written into `scratch`; None: it has no tokenizer.
 
     An adapter of peft has that of its base model; `base` as in `open_weights`.
@@ -218,15 +218,17 @@ def find_ranks(path: str | os.PathLike, scratch: Path, base: str | os.PathLike |
     path = as_path(path)
     found = detect_format(path)
     if found == ORBAX:
-        return tokenizer_path(path)
+        ranks = tokenizer_path(path)
+        return ranks and here(ranks, scratch)
     if found == gguf_file.NAME:
-        return gguf_file.recover_gguf_ranks(Path(path), scratch)
+        with files.local_copy(path) as local:
+            return gguf_file.recover_gguf_ranks(local, scratch)
     if found == adapters.NAME:
-        return find_ranks(adapters.base_folder(Path(path), base), scratch)
+        return find_ranks(adapters.base_folder(path, base), scratch)
     return recover_ranks(path, scratch)
 
 
-def find_tokenizer(path: str | os.PathLike, scratch: Path, base: str | os.PathLike | None = None) -> Tokenizer | None:
+def find_tokenizer(path: PathLike, scratch: Path, base: PathLike | None = None) -> Tokenizer | None:
     """The tokenizer of a model in any format, or None; arguments and errors as in `find_ranks`."""
     ranks = find_ranks(path, scratch, base)
     if ranks is None:
@@ -255,7 +257,7 @@ def check_rows(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: PathLike) -> Tokenizer:
     """The tokenizer that a folder in any known format carries.
 
     Raises:

@@ -5,13 +5,13 @@ has one sub-tree per block, `layers_0/mlp/up/kernel` and so on, for code without
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from qwen_jax import files
 from qwen_jax.checkpoints import arrays, run_folder
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import listing
@@ -56,8 +56,8 @@ class RunFolder:
 
     dtype, position_limit = "float32", None
 
-    def __init__(self, path: str | os.PathLike):
-        path = Path(path).absolute()
+    def __init__(self, path: files.PathLike):
+        path = files.as_path(path).absolute()
         in_step = path.parent.name == run_folder.CHECKPOINTS
         self.config = run_folder.read_config(path.parent.parent if in_step else path)
         self._stored = arrays.StoredParams(path)

@@ -1,7 +1,6 @@
 """Tokenizer files in the layout of Hugging Face from a `.tiktoken` file, and back, with the same ids."""
 
 import os
-import shutil
 from pathlib import Path
 
 from qwen_jax import files
@@ -144,7 +143,7 @@ def write_tokenizer(
     # Without line breaks: the file has 300,000 entries.
     files.write_json(folder / TOKENIZER_FILE, content, indent=None)
     files.write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, context_length, rows, vision))
-    shutil.copyfile(tokenizer.path, folder / RANKS_FILE)
+    files.copy_file(tokenizer.path, folder / RANKS_FILE)
 
 
 def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path | None:
@@ -160,9 +159,9 @@ def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path
     Raises:
       ValueError: the tokenizer is not Qwen's, so ids would differ. The message names the file of `folder`.
     """
-    folder = Path(folder)
+    folder = files.as_path(folder)
     if (folder / RANKS_FILE).is_file():
-        return folder / RANKS_FILE
+        return here(folder / RANKS_FILE, scratch)
     if (path := folder / TOKENIZER_FILE).is_file():
         content = read_json(path)
     elif (path := folder / VOCABULARY_FILE).is_file():
@@ -178,6 +177,14 @@ def recover_ranks(folder: str | os.PathLike, scratch: str | os.PathLike) -> Path
     written = Path(scratch) / RANKS_FILE
     write_ranks(ranks, written)
     return written
+
+
+def here(ranks: Path, scratch: str | os.PathLike) -> Path:
+    """A local path of a `.tiktoken` file: itself, or a copy in the existing folder `scratch`."""
+    if not files.is_remote(ranks):
+        return ranks
+    files.copy_file(ranks, Path(scratch) / RANKS_FILE)
+    return Path(scratch) / RANKS_FILE
 
 
 def _content_of_two_files(folder: Path) -> dict:
