@@ -235,10 +235,10 @@ class StoredParams:
 
     def __init__(self, path: files.PathLike):
         # The step is fixed here: a save of a running run must not change it between two parameters.
-        self.folder = _step_folder(path, None)
+        self.folder = step_folder(path)
         self._context = ts.Context()
         held = contextlib.ExitStack()
-        local = held.enter_context(_local(self.folder))
+        self._local = local = held.enter_context(_local(self.folder))
         weakref.finalize(self, held.close)
         try:
             names = {tree: _stored_names(local / tree, self._context) for tree in PARAMETER_TREES}
@@ -260,6 +260,14 @@ class StoredParams:
         shape = self._arrays[path].chunk_layout.read_chunk.shape
         assert shape is not None and shape[0] is not None  # TensorStore knows the chunks of every zarr array
         return shape[0]
+
+    def restore(self, abstract: dict) -> dict:
+        """All of them, placed as `abstract` says: nested dict of ShapeDtypeStructs with shardings.
+
+        Raises:
+          CheckpointError: they cannot be read as these shapes.
+        """
+        return _restored(self.folder, self._local, abstract)
 
     def read(self, path: str, piece: slice) -> np.ndarray:
         """Part of a parameter along its first axis, in the stored dtype.
@@ -286,7 +294,12 @@ def _run_folder(path: files.PathLike) -> tuple[Path, int | None]:
     return path, None
 
 
-def _step_folder(path: files.PathLike, step: int | None) -> Path:
+def step_folder(path: files.PathLike, step: int | None = None) -> Path:
+    """The folder of a step of a run folder: the newest unless `step`, or `path` itself, names one.
+
+    Raises:
+      CheckpointError: there is none, or it holds no parameters.
+    """
     run, named = _run_folder(path)
     steps = saved_steps(run)
     wanted = step if step is not None else named
@@ -311,16 +324,20 @@ def restore_params(path: files.PathLike, abstract, step: int | None = None):
     Raises:
       CheckpointError: no such checkpoint, or it cannot be read as these shapes.
     """
-    folder = _step_folder(path, step)
+    folder = step_folder(path, step)
     with _local(folder) as local:
-        try:
-            return _restored(local, abstract)
-        except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
-            raise CheckpointError(f"checkpoint {folder} cannot be read: {unreadable_reason(error)}") from error
+        return _restored(folder, local, abstract)
 
 
-def _restored(folder: Path, abstract):
-    """The parameters of a step's local folder, placed as `abstract` says."""
+def _restored(named: Path, folder: Path, abstract):
+    """The parameters of a step's local folder, placed as `abstract` says; errors name `named`."""
+    try:
+        return _loaded(folder, abstract)
+    except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
+        raise CheckpointError(f"checkpoint {named} cannot be read: {unreadable_reason(error)}") from error
+
+
+def _loaded(folder: Path, abstract):
     import orbax.checkpoint.experimental.v1 as ocp
 
     if _prefix(_stored_names(folder / "params", ts.Context())):

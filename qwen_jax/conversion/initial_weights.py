@@ -13,7 +13,6 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from qwen_jax.checkpoints.arrays import restore_params
 from qwen_jax.checkpoints.run_folder import CheckpointError
 from qwen_jax.conversion.load import open_weights, place_parameter
 from qwen_jax.conversion.mapping import Weights, parameter_shapes
@@ -49,6 +48,8 @@ class InitialWeights:
             the same parameters (another rotary base).
         """
         self.path, self._model = as_path(path, "INITIAL_CHECKPOINT"), model
+        # From `check` to `load`: opening a run folder in a bucket copies it.
+        self._opened: Weights | None = None
         if subtree is None or isinstance(subtree, Mapping):
             self._subtree = {"": ""} if subtree is None else dict(subtree)
         else:
@@ -98,10 +99,11 @@ class InitialWeights:
           FileNotFoundError, ValueError, CheckpointError: as `check`.
         """
         weights, flat = self._open(abstract), flatten_dict(abstract, sep="/")
+        self._opened = None
         sources = self._sources(weights, abstract)
         same = all(target == source for target, source in sources.items()) and len(sources) == len(flat)
         if same and isinstance(weights, RunFolder) and weights.layout == SCANNED:
-            return restore_params(self.path, abstract)  # each device reads its shard
+            return weights.restore(abstract)
         named = tqdm(sources.items(), desc="initial weights", disable=None)
         placed = {
             target: place_parameter(weights, source, flat[target].sharding, flat[target].dtype)
@@ -110,7 +112,7 @@ class InitialWeights:
         return unflatten_dict(placed, sep="/")
 
     def _open(self, abstract: dict) -> Weights:
-        weights = open_weights(self.path)
+        weights = self._opened = self._opened or open_weights(self.path)
         adapted = any(_is_adapter(path) for path in flatten_dict(abstract, sep="/"))
         return weights if adapted else without_adapters(weights)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from qwen_jax import files
 from qwen_jax.checkpoints import run_folder
-from qwen_jax.checkpoints.arrays import PARAMETER_TREES, PIECE_BYTES, StoredParams, restore_params, tokenizer_path
+from qwen_jax.checkpoints.arrays import PARAMETER_TREES, PIECE_BYTES, step_folder, tokenizer_path
 from qwen_jax.conversion import adapters, gguf_file, huggingface
 from qwen_jax.conversion.mapping import (
     FORMATS,
@@ -97,7 +97,7 @@ def weight_files(path: PathLike) -> list[Path]:
         return [path / adapters.WEIGHTS_FILE, *weight_files(adapters.base_folder(path))]
     if found != ORBAX:
         return sorted(path.glob("*.safetensors"))
-    step = StoredParams(path).folder
+    step = step_folder(path)
     return sorted(file for tree in PARAMETER_TREES for file in (step / tree).rglob("*") if file.is_file())
 
 
@@ -148,7 +148,7 @@ def load_pretrained(path: PathLike, dtype: str = "float32", mesh: Mesh | None = 
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         )
-        return model, restore_params(path, placed)
+        return model, weights.restore(placed)
     # On a terminal only: this is a library call.
     named = tqdm(flatten_dict(shardings, sep="/").items(), desc="parameters", disable=None)
     return model, unflatten_dict({name: place_parameter(weights, name, sharding) for name, sharding in named}, sep="/")

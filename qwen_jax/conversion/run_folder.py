@@ -90,6 +90,10 @@ class RunFolder:
                 f"{'. '.join(problems)}. Are the two of the same run?"
             )
 
+    def restore(self, abstract: dict) -> dict:
+        """See `StoredParams.restore`; each device reads its shard. Layout "scanned" alone."""
+        return self._stored.restore(abstract)
+
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """See `Weights.read`. Reads and keeps the layers that the checkpoint stores together."""
         if layer is None:

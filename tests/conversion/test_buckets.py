@@ -43,7 +43,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(found[path], array, err_msg=path)
 
 
-def test_models_go_through_buckets_unchanged(store, run_folder, tmp_path):
+def test_models_go_through_buckets_unchanged(store, run_folder, tmp_path, monkeypatch):
     """run -> qwen2 -> run -> qwen, the first three in the bucket, and what reads checkpoints reads them there."""
     url = store.folder()
     one = convert("orbax", run_folder, "qwen2", f"{url}/one", max_shard_size="100KB", progress=False, verify=True)
@@ -62,11 +62,14 @@ def test_models_go_through_buckets_unchanged(store, run_folder, tmp_path):
     said = ["".join(generate(checkpoint=at, prompt="the dog", max_new_tokens=4)) for at in (run_folder, one, two)]
     assert len(set(said)) == 1
     abstract = load_pretrained(run_folder)[1]
+    copied, whole = [], files.download_folder
+    monkeypatch.setattr(files, "download_folder", lambda *paths: copied.append(paths) or whole(*paths))
     for where in (f"{url}/one", f"{url}/two"):
         weights = InitialWeights(where)
         weights.check(abstract)
         found = flatten_dict(weights.load(abstract), sep="/")
         assert_same({path: np.asarray(array) for path, array in found.items()}, expected)
+    assert len(copied) == 1  # the parameters of the run folder, from `check` to `load`
 
 
 def test_a_gguf_file_goes_through_a_bucket(store, run_folder):
