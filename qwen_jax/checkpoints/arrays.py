@@ -163,17 +163,21 @@ class ParamsWriter:
 
 def _array_spec(folder: Path, path: str) -> dict:
     """Where Orbax keeps one parameter of a `params` folder, for TensorStore, the library below it."""
-    name = path.replace("/", ".")
-    kvstore = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": f"{name}/"}
-    return {"driver": "zarr3", "kvstore": kvstore}
+    return {"driver": "zarr3", "kvstore": _kvstore(folder, f"{path.replace('/', '.')}/")}
+
+
+def _kvstore(folder: Path, path: str) -> dict:
+    """A database of Orbax (OCDBT), or plain files, which several processes write that have no disk in common."""
+    if (folder / "manifest.ocdbt").is_file():
+        return {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": path}
+    return {"driver": "file", "path": f"{folder.absolute()}/{path}"}
 
 
 def _stored_names(folder: Path, context: ts.Context) -> list[str]:
     """Paths of the parameters in one tree of a checkpoint; none where only `params` was written."""
     if not folder.is_dir() and folder.name != "params":
         return []
-    kvstore = _array_spec(folder, "")["kvstore"] | {"path": ""}
-    keys = ts.KvStore.open(kvstore, context=context).result().list().result()
+    keys = ts.KvStore.open(_kvstore(folder, ""), context=context).result().list().result()
     names = (key.decode().removesuffix("/zarr.json") for key in keys if key.endswith(b"/zarr.json"))
     return sorted(name.replace(".", "/") for name in names)
 

@@ -47,6 +47,19 @@ def test_orbax_itself_restores_what_was_written_in_pieces(tmp_path, run_folder, 
     assert jax.tree.map(lambda leaf: tuple(leaf.shape), described) == shapes
 
 
+def test_arrays_in_plain_files_are_read(tmp_path, run_folder):
+    """Processes without a disk in common write such checkpoints into a bucket."""
+    plain = ocp.Context()
+    plain.array.saving.use_ocdbt = False
+    params = load_params(run_folder)[1]
+    with plain:
+        ocp.save_checkpointables(run_folder / "checkpoints" / "5", {"params": params})
+    assert not (run_folder / "checkpoints" / "5" / "params" / "manifest.ocdbt").exists()
+    folder = convert("orbax", run_folder / "checkpoints" / "5", "qwen", tmp_path / "qwen", progress=False)
+    assert_equal(load_pretrained(folder)[1], params)
+    assert_equal(load_params(run_folder)[1], params)
+
+
 def test_each_block_can_have_its_own_arrays(tmp_path, run_folder, config, in_pieces):
     own = convert("orbax", run_folder, "orbax", tmp_path / "own", layout="unscanned", progress=False)
     arrays = ocp.load_checkpointables(own / "checkpoints" / "0")["params"]
