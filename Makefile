@@ -1,5 +1,7 @@
 # make demo    the main job, start to end, on this machine
+# make lineage    all models of Figure 1, from a crawl to chat models and a page about them
 # make test    lint and tests
+# make pods    what the whole family would take on TPU pods; compiles what is not recorded, with libtpu
 # make tool_use    a tiny model and the choice of tools, before and after
 # make vision    a tiny model learns to see in the three stages of Qwen-VL, measured around each
 # make specialists    a code model and a math model from one base model, before and after
@@ -11,7 +13,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo specialists tool_use vision test test-slow lint types identical findings lock clean
+.PHONY: demo lineage pods specialists tool_use vision test test-slow lint types identical findings lock clean
 
 demo: $(VENV)/installed
 	$(PY) tools/demo.py
@@ -24,6 +26,12 @@ tool_use: $(VENV)/installed
 
 vision: $(VENV)/installed
 	$(PY) tools/vision.py
+
+lineage: $(VENV)/installed
+	$(PY) tools/lineage.py
+
+pods: $(VENV)/installed
+	$(PY) tools/pods.py
 
 test: $(VENV)/installed-test lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -2,16 +2,18 @@
 
     python tools/measure_perplexity.py --checkpoint runs/tiny --texts held_out --output runs/held_out_perplexity
 
-Texts are files of a corpus (`.txt`, `.md`, `.py`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet`). Language and domain
-are the fields `language` and `domain` of a row where it has them, else the first two folders below --texts:
-`held_out/en/books/1.txt`. A long text is read by sliding windows: each predicts --stride tokens from the ones before
-them, as far as --context_length goes, and every token is predicted once. Each text is read by itself.
+Texts are files of a corpus (`.txt`, `.md`, `.py`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet`), of one or more
+folders. Language and domain are the fields `language` and `domain` of a row where it has them, else the first two
+folders below --texts: `held_out/en/books/1.txt`. `--texts NAME=PATH` gives all texts there the domain NAME. A long text
+is read by sliding windows: each predicts --stride tokens from the ones before them, as far as --context_length goes,
+and every token is predicted once. Each text is read by itself.
 
 --output gets `perplexity.json` and `perplexity.md`.
 """
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +31,18 @@ from qwen_jax.sharding import MeshConfig
 LABELS = ("language", "domain")
 
 
-def read_texts(folder: Path, text_field: str = "text", limit: int | None = None) -> Iterator[Text]:
+def named_texts(text: str) -> tuple[str, Path]:
+    """(domain, path) of `PATH` or `NAME=PATH`; the domain is empty without a name."""
+    name, equals, path = text.partition("=")
+    named = bool(equals) and "/" not in name and not Path(text).exists()
+    return (name, path_argument(path)) if named else ("", path_argument(text))
+
+
+def read_texts(folder: Path, text_field: str = "text", limit: int | None = None, domain: str = "") -> Iterator[Text]:
     """The texts of a folder or file with their groups.
 
     Args:
+        domain: of all of them; empty: what rows or folders say.
         limit: the first so many of each group; None: all.
 
     Raises:
@@ -48,7 +58,7 @@ def read_texts(folder: Path, text_field: str = "text", limit: int | None = None)
             parents = path.relative_to(folder).parts[:-1] if folder.is_dir() else ()
             by_folder = dict(zip(LABELS, parents, strict=False))
             for text, labels in read_rows(path, text_field=text_field, labels=LABELS):
-                one = Text(text, **(by_folder | labels))
+                one = Text(text, **(by_folder | labels | ({"domain": domain} if domain else {})))
                 group = (one.language, one.domain)
                 counts[group] = counts.get(group, 0) + 1
                 if limit is None or counts[group] <= limit:
@@ -61,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=path_argument, required=True, help="a model in any known format")
-    parser.add_argument("--texts", type=path_argument, required=True, help="folder or file")
+    parser.add_argument(
+        "--texts", type=named_texts, nargs="+", required=True, metavar="[NAME=]PATH", help="folders or files"
+    )
     parser.add_argument("--text_field", default="text", help="field or column (default: %(default)s)")
     parser.add_argument("--output", type=path_argument, metavar="FOLDER", help="gets perplexity.json and perplexity.md")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N texts of each group (default: all)")
@@ -72,9 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     engine = load_engine(args.checkpoint, args.dtype, 1, args.mesh, args.context_length)
     stride = args.stride or engine.context_length // 2
-    tallies, left_out = measure(engine, read_texts(args.texts, args.text_field, args.limit), stride)
+    paths = [str(path) for _, path in args.texts]
+    texts = (read_texts(path, args.text_field, args.limit, domain) for domain, path in args.texts)
+    tallies, left_out = measure(engine, itertools.chain.from_iterable(texts), stride)
     if not tallies:
-        raise ValueError(f"{args.texts}: no text to measure")
+        raise ValueError(f"{', '.join(paths)}: no text to measure")
     header, *rows = table(tallies)
     window = f"windows of {engine.context_length:,} tokens, {stride:,} apart"
     shown = [f"{args.checkpoint}: {window}", markdown_table(Table("", header, tuple(rows)))]
@@ -87,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             | {"perplexity": one.perplexity, "bits_per_byte": one.bits_per_byte}
             for (language, domain), one in sorted(tallies.items())
         ]
-        settings = {"checkpoint": str(args.checkpoint), "texts": str(args.texts), "dtype": args.dtype}
+        settings = {"checkpoint": str(args.checkpoint), "texts": paths, "dtype": args.dtype}
         settings |= {"context_length": engine.context_length, "stride": stride, "limit": args.limit}
         files.write_json(args.output / "perplexity.json", settings | {"left_out": left_out, "groups": groups})
         files.write_text(args.output / "perplexity.md", "\n\n".join(shown) + "\n")
