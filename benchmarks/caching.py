@@ -16,6 +16,8 @@ printed. The ids of each document are compared.
 """
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -37,6 +39,7 @@ from qwen_jax.command_line import path_argument, run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = 8
+_PR_SET_CHILD_SUBREAPER = 36  # of Linux
 
 DATATROVE = """
 import sys
@@ -93,12 +96,18 @@ def write_corpus(folder: Path, size: int) -> str:
 
 def timed(command: list[str], log: Path, **environment: str) -> tuple[float, float, str]:
     """(seconds, CPU seconds of all its processes, standard output) of a command; its log goes to a file."""
+    # The processes that it leaves behind become children of this one, so that they are counted when they end.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with log.open("w") as errors:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.perf_counter() - began
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise ValueError(f"{' '.join(command)} ended with code {done.returncode}: {log.read_text()[-2000:]}")
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout

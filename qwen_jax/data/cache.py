@@ -64,7 +64,7 @@ def prepare(
 
     Args:
         mixture_or_task: a registered name (`tasks` is imported first).
-        cache_dir: a folder that all workers see.
+        cache_dir: a folder that all workers see, or one of a bucket (`gs://…`, `s3://…`).
         sequence_length: tokens of one example.
         splits: splits to cache; a warning names the ones that a task lacks, and `validation` if it has no document.
         beam_options: Beam pipeline options, such as `--runner=FlinkRunner`; without any, Beam is not used.
@@ -92,7 +92,7 @@ def prepare(
     with open_workers(num_workers, beam_options, preload=modules_of(found, task_modules)) as workers:
         for task in found:
             vocabulary = _check_task(task, splits)
-            folder = Path(cache_dir, *task.name.split(":"))
+            folder = cache_dir.joinpath(*task.name.split(":"))
             setup = WorkerSetup.of(task, vocabulary, task_modules)
             wanted = [split for split in splits if split in task.splits]
             description = _cache_task(task, wanted, folder, workers, setup)
@@ -263,12 +263,12 @@ def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: 
         for split in missing:
             if split not in done:
                 token_cache.remove_unfinished(folder, split, [])
-        if not done:
+        if not done and not files.is_remote(folder):  # a bucket has no empty folders
             # Only empty folders go: other splits, or data of a user, stay.
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    (folder / "COMPLETED").touch()
+    files.write_text(folder / "COMPLETED", "")
     return description
 
 

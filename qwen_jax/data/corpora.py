@@ -4,6 +4,7 @@ A corpus is a folder, a glob (`**` goes into sub-folders), a file, or several of
 then of lines. Nothing is skipped silently: a malformed row stops the reading and is named.
 """
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -39,7 +40,7 @@ def list_files(
 
     Args:
         pattern: a folder (all its files with one of `suffixes` in any case, hidden ones left out), a file, a glob, or a
-            list of these. A log line names files of a folder that have another suffix.
+            list of these, on a local disk or in a bucket. A log line names files of a folder that have another suffix.
         suffixes: ends of names, in lower case.
         beside: ends of names that no log line has to name, such as those of pictures beside the rows that name them.
 
@@ -50,17 +51,14 @@ def list_files(
     found: set[Path] = set()
     for one in [pattern] if isinstance(pattern, str | os.PathLike) else pattern:
         one = files.as_pattern(one, "corpus")
-        if os.path.isdir(one):
-            matches = glob.glob(os.path.join(glob.escape(one), "**", "*"), recursive=True)
-            matches = [path for path in matches if os.path.isfile(path)]
+        matches, is_folder = _matches(one)
+        if is_folder:
             chosen = [path for path in matches if path.lower().endswith(suffixes)]
             left = {path for path in matches if not path.lower().endswith((*suffixes, *beside))}
             if chosen and left:
                 _say_left_out(one, tuple(sorted(left)))
         else:
-            # A name such as `part[1].jsonl` is itself before it is a pattern.
-            matches = [one] if os.path.isfile(one) else glob.glob(one, recursive=True)
-            chosen = [path for path in matches if os.path.isfile(path)]
+            chosen = matches
             unknown = sorted(path for path in chosen if not path.lower().endswith(suffixes))
             if unknown:
                 raise ValueError(f"{unknown[0]}: unknown suffix; a corpus has files of {', '.join(suffixes)}")
@@ -69,8 +67,22 @@ def list_files(
                 f"no file of a corpus matches {one!r} (seen from {os.getcwd()}): expected a folder or glob with files "
                 f"of {', '.join(suffixes)}"
             )
-        found.update(Path(path) for path in chosen)
-    return sorted(found)
+        found.update(files.as_path(path) for path in chosen)
+    return sorted(found, key=lambda path: (files.is_remote(path), path))
+
+
+def _matches(pattern: str) -> tuple[list[str], bool]:
+    """The files of a folder or glob, and whether it is a folder; hidden ones are left out."""
+    if files.is_remote(pattern):
+        found = [str(path) for path in files.find(pattern)]
+        below = [] if found else [str(path) for path in files.find(f"{pattern.rstrip('/')}/**")]
+        return found or below, bool(below)
+    if is_folder := os.path.isdir(pattern):
+        matches = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)
+    else:
+        # A name such as `part[1].jsonl` is itself before it is a pattern.
+        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    return [path for path in matches if os.path.isfile(path)], is_folder
 
 
 @functools.lru_cache(maxsize=64)  # a task lists its files several times; once is enough to say it
@@ -195,10 +207,15 @@ def _text_of(row: object, where: str, text_field: str) -> str:
     return row[text_field]
 
 
+def _opened(path: Path):
+    """What pyarrow reads: a local name, which it maps into memory, or an open object of a bucket."""
+    return path.open("rb") if files.is_remote(path) else contextlib.nullcontext(path)
+
+
 def _parquet(path: Path, text_field: str, labels: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with _opened(path) as file, pyarrow.parquet.ParquetFile(file) as table:
             if text_field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
                 raise ValueError(f"{path}: expected a column {text_field!r}, found {columns}")
@@ -239,8 +256,7 @@ def validation_limit(corpus: "Corpus") -> float | int:
     """
     if not corpus.validation_share:
         return 0
-    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in corpus.files)
-    return _validation_limit(corpus, state)
+    return _validation_limit(corpus, tuple((status.st_size, status.st_mtime) for status in corpus.statuses()))
 
 
 @functools.lru_cache(maxsize=8)
@@ -308,6 +324,14 @@ class Corpus:
                         name: value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
                         for name, value in example.items()
                     }
+
+    def statuses(self) -> list[os.stat_result]:
+        """Size and time of the last write of each file.
+
+        Raises:
+            FileNotFoundError: one is gone.
+        """
+        return files.in_parallel(lambda path: path.stat(), list(self.files))
 
     def settings(self) -> dict:
         """What besides the files decides the examples; a cache keeps it, and refuses other settings."""

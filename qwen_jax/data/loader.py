@@ -5,13 +5,15 @@ The state of the input pipeline is therefore one integer, and a run may continue
 same examples.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ import numpy as np
 from qwen_jax.batch_spec import image_column, token_columns
 from qwen_jax.data import packing
 from qwen_jax.data.packing import has_segments
-from qwen_jax.files import as_path
+from qwen_jax.data.remote_shards import RemoteShard, ShardCache, shard_cache
+from qwen_jax.files import as_path, in_parallel, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,9 @@ class ExampleLoader:
 
     Args:
         mixture_or_task: name of a cached task, or of a SeqIO mixture of cached tasks (only then `tasks` is imported).
-        cache_dir: folder that `tools/cache_task.py` wrote.
+        cache_dir: folder that `tools/cache_task.py` wrote, on a disk or in a bucket. In a bucket, records are read one
+            by one, ahead of their use, with local copies of shards where `shard_cache` is configured
+            (`qwen_jax.data.remote_shards`).
         sequence_length: tokens of an example.
         split: `train` or `validation`.
         seed: seed for the order, in [0, 2**32).
@@ -111,11 +116,13 @@ class ExampleLoader:
         self.columns = token_columns(sequence_length, packed=has_segments(first.packing))
         self.columns += (image_column(images_per_row, image_size),) if images_per_row and image_size else ()
         weights = _weights(rates) if repeat else [m.records for m in manifests.values()]
+        cache = shard_cache() if is_remote(self.cache_dir) else None
         self._sources = [
-            _Source(manifest, _Records(folders[task], manifest), weight)
+            _Source(manifest, _Records(folders[task], manifest, cache), weight)
             for (task, manifest), weight in zip(manifests.items(), weights, strict=True)
         ]
         self._orders = [self._order(source) for source in self._sources]
+        self._read_ahead = _ReadAhead(self._ask) if is_remote(self.cache_dir) else None
         self._num_examples = sum(manifest.records for manifest in manifests.values())
         self.bytes_per_token = self._bytes_per_token()
         identity = [[m.fingerprint for m in manifests.values()], weights, seed, shuffle, repeat]
@@ -164,6 +171,9 @@ class ExampleLoader:
         text = [column for column in self.columns if column.name != packing.IMAGES.name]
         batch = {column.name: np.empty((stop - start, *column.shape), column.dtype) for column in text}
         pictures: list[list[bytes]] = [[] for _ in range(stop - start)]
+        self._ask(start, stop)
+        if self._read_ahead is not None:
+            self._read_ahead(start, stop)
         for number, rows, records in self.places(start, stop):
             columns = self._sources[number].records.read(records)
             for name, array in batch.items():
@@ -171,6 +181,12 @@ class ExampleLoader:
             for row, found in zip(rows, columns.get(packing.IMAGES.name, ()), strict=False):
                 pictures[row] = found
         return batch | (self._pixels(pictures) if self.images_per_row else {})
+
+    def _ask(self, start: int, stop: int) -> None:
+        """Asks a bucket for these examples, as far as there are any; does nothing for local data."""
+        if is_remote(self.cache_dir):
+            for number, _, records in self.places(start, stop if self.repeat else min(stop, len(self))):
+                self._sources[number].records.ask(records)
 
     def _pixels(self, pictures: list[list[bytes]]) -> dict[str, np.ndarray]:
         """The column of these pictures of each row."""
@@ -261,51 +277,117 @@ def split_by_weight(indices: np.ndarray, weights: list[int]) -> tuple[np.ndarray
 class _Records:
     """Records of the shards in one folder, by their number; shards are opened when first needed."""
 
-    def __init__(self, folder: Path, manifest: packing.Manifest):
-        self._folder, self._manifest = folder, manifest
+    def __init__(self, folder: Path, manifest: packing.Manifest, cache: ShardCache | None):
+        self._folder, self._manifest, self._cache = folder, manifest, cache
         self._ends = np.cumsum([shard.records for shard in manifest.shards])
         self._readers: list = [None] * len(manifest.shards)
-        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in manifest.shards]
 
     def read(self, numbers: list[int]) -> dict[str, Any]:
         """Columns [len(numbers), sequence_length] of the records with these numbers, in this order; and pictures."""
-        indices = np.asarray(numbers, np.int64)
-        shards = np.searchsorted(self._ends, indices, side="right")
+        self.ask(numbers)
         records: list[bytes] = [b""] * len(numbers)
-        for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            first = int(self._ends[shard]) - self._manifest.shards[shard].records
-            for row, record in zip(rows, self._read_shard(int(shard), indices[rows] - first), strict=True):
+        for shard, rows, positions in self._by_shard(numbers):
+            for row, record in zip(rows, self._read_shard(shard, positions), strict=True):
                 records[row] = record
         return packing.decode_records(records, self._manifest.columns, self._manifest.sequence_length)
 
-    def _read_shard(self, shard: int, positions: np.ndarray) -> list[bytes]:
+    def ask(self, numbers: list[int]) -> None:
+        """Asks a bucket for records that will be read soon; does nothing for local shards."""
+        if not is_remote(self._folder):
+            return
+        wanted = [(shard, positions) for shard, _, positions in self._by_shard(numbers)]
+        in_parallel(self._reader, [shard for shard, _ in wanted if self._readers[shard] is None])
+        for shard, positions in wanted:
+            if isinstance(reader := self._reader(shard), RemoteShard):
+                reader.ask(positions.tolist())
+
+    def _by_shard(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(shard, places in `numbers`, positions in the shard) of each shard that has some of them."""
+        indices = np.asarray(numbers, np.int64)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            first = int(self._ends[shard]) - self._manifest.shards[shard].records
+            yield int(shard), rows, indices[rows] - first
+
+    @contextlib.contextmanager
+    def _named(self, shard: int) -> Generator[None]:
+        """Names the shard in errors."""
         path = self._folder / self._manifest.shards[shard].file
-        expected = packing.record_bytes(self._manifest.columns, self._manifest.sequence_length)
         try:
-            records = self._reader(shard, path).read(positions.tolist())
-            text_only = packing.IMAGES not in self._manifest.columns
-            sizes = [len(record) for record in records]
-            if len(sizes) != len(positions) or any(n < expected or (text_only and n > expected) for n in sizes):
-                raise ValueError(f"a record has not the {expected} bytes that the manifest asks for")
+            yield
         except Exception as error:
+            if is_remote(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # of the bucket, with the name of the object: perhaps nothing is wrong with it
             raise OSError(
                 f"cannot read packed examples from {path}: {error}; the file is damaged: delete the folder "
                 f"{self._folder} and cache the task again"
             ) from error
+
+    def _read_shard(self, shard: int, positions: np.ndarray) -> list[bytes]:
+        expected = packing.record_bytes(self._manifest.columns, self._manifest.sequence_length)
+        reader = self._reader(shard)
+        with self._named(shard):
+            records = reader.read(positions.tolist())
+            text_only = packing.IMAGES not in self._manifest.columns
+            sizes = [len(record) for record in records]
+            if len(sizes) != len(positions) or any(n < expected or (text_only and n > expected) for n in sizes):
+                raise ValueError(f"a record has not the {expected} bytes that the manifest asks for")
         return records
 
-    def _reader(self, shard: int, path: Path):
-        with self._lock:
+    def _reader(self, shard: int):
+        with self._locks[shard]:
             if self._readers[shard] is None:
-                size, expected = path.stat().st_size, self._manifest.shards[shard].file_bytes
-                if size != expected:
-                    raise ValueError(f"it has {size} bytes, the manifest says {expected}")
-                # No read-ahead: the next record wanted is somewhere else.
-                self._readers[shard] = packing.array_record_module.ArrayRecordReader(
-                    str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
-                )
+                entry = self._manifest.shards[shard]
+                with self._named(shard):
+                    self._readers[shard] = self._open(shard, self._folder / entry.file, entry)
             return self._readers[shard]
+
+    def _open(self, shard: int, path: Path, entry: packing.Shard):
+        if is_remote(path):
+            remote = RemoteShard(path, entry.records, entry.file_bytes, entry.index_sha256)
+            if self._cache is not None:
+                self._cache.keep(remote, functools.partial(self._use_copy, shard))
+            return remote
+        size = path.stat().st_size
+        if size != entry.file_bytes:
+            raise ValueError(f"it has {size} bytes, the manifest says {entry.file_bytes}")
+        return _local_reader(path)
+
+    def _use_copy(self, shard: int, path: Path) -> None:
+        reader = _local_reader(path)
+        with self._locks[shard]:
+            self._readers[shard] = reader
+
+
+def _local_reader(path: Path):
+    # No read-ahead: the next record wanted is somewhere else.
+    return packing.array_record_module.ArrayRecordReader(
+        str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+    )
+
+
+class _ReadAhead:
+    """Guesses the next ranges from the last two, which are as far apart as the ones to come, and asks for them."""
+
+    # Ranges: those that a prefetcher and the slowest request of a batch leave behind.
+    _RANGES = 4
+
+    def __init__(self, ask: Callable[[int, int], None]):
+        self._ask, self._last, self._asked = ask, None, 0
+        self._lock = threading.Lock()
+
+    def __call__(self, start: int, stop: int) -> None:
+        with self._lock:
+            step = stop - start if self._last is None or start <= self._last else start - self._last
+            self._last = start
+            wanted = [start + number * step for number in range(1, self._RANGES + 1)]
+            # A range that was asked for before is not asked for again.
+            new = [one for one in wanted if one > self._asked or self._asked > wanted[-1]]
+            self._asked = wanted[-1]
+        for one in new:
+            self._ask(one, one + stop - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +407,8 @@ class _Where:
     def missing(self, name: str) -> str:
         """The message of an error for missing examples, with the command that makes them."""
         ending = self.folder(name).parent.name.removeprefix(f"packed-{self.sequence_length}")
-        there = (path.name.removeprefix("packed-") for path in Path(self.cache_dir, *name.split(":")).glob("packed-*"))
+        folder = self.cache_dir.joinpath(*name.split(":"))
+        there = (path.name.removeprefix("packed-") for path in folder.glob("packed-*"))
         numbers = (one.removesuffix(ending) for one in there if one.endswith(ending))
         lengths = sorted(int(number) for number in numbers if number.isdigit())
         listed = f" (there are lengths {', '.join(map(str, lengths))})" if lengths else ""

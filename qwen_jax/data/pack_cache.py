@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,7 +120,7 @@ class Packer:
         files.remove_unfinished(self.folder)
         for path in self.folder.glob(".documents-*"):
             if path != self.spill:
-                shutil.rmtree(path)
+                files.remove_tree(path)
         left = [index for index in range(self.num_shards) if not self.finished(index)]
         logger.info("%s: packing, %d shards (%d done before)", self.label, self.num_shards, self.num_shards - len(left))
         return left
@@ -200,7 +199,7 @@ class Packer:
         sidecars = [self._sidecar(index) for index in range(self.num_shards)]
         shards = [shard for path in sidecars if (shard := files.read_json(path)["shard"]) is not None]
         if not shards:
-            shutil.rmtree(self.folder)
+            files.remove_tree(self.folder)
             raise ValueError(f"task {self.task} yields only documents without text in split {self.split!r}")
         manifest = packing.Manifest(
             task=self.task,
@@ -216,7 +215,7 @@ class Packer:
             images_per_row=self.images_per_row or None,
         )
         if not manifest.records:
-            shutil.rmtree(self.folder)
+            files.remove_tree(self.folder)
             reasons = "; ".join(removed_lines(manifest))
             raise ValueError(
                 f"no document of task {self.task} is left in split {self.split!r}: {reasons}; give longer examples, "
@@ -225,7 +224,7 @@ class Packer:
         manifest.save(self.folder)
         for path in sidecars:
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.spill, ignore_errors=True)
+        files.remove_tree(self.spill)
         return Prepared(self.folder, manifest)
 
     def _check(self, manifest: packing.Manifest, check_shards: bool) -> None:

@@ -73,9 +73,7 @@ def read(folder: Path, num_files: int, shard: int, num_shards: int, num_parts: i
 
 
 def _read_segment(path: Path, shard: int, num_shards: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(8 * max(shard - 1, 0))
-        ends = np.frombuffer(file.read(8 if shard == 0 else 16), "<u8").astype(int).tolist()
-        start, end = (0, ends[0]) if shard == 0 else ends
-        file.seek(8 * num_shards + start)
-        return file.read(end - start)
+    first = max(shard - 1, 0)
+    ends = np.frombuffer(files.read_range(path, 8 * first, 8 * (shard + 1)), "<u8").astype(int).tolist()
+    start, end = (0, ends[0]) if shard == 0 else ends
+    return files.read_range(path, 8 * num_shards + start, 8 * num_shards + end)

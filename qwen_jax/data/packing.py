@@ -30,6 +30,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from qwen_jax import files
+from qwen_jax.data import packed_index
+from qwen_jax.data.packed_index import PackedIndex
 from qwen_jax.data.packers import Document, Fitted, Removed, add_removed, best_fit, fit, pack, padded, terminated, whole
 
 FORMAT_VERSION = 1
@@ -175,7 +177,8 @@ class Shard:
     1; `text_bytes` is the UTF-8 size of the documents' text after NFC; `file_bytes` the size of the file. `truncated`
     and `left_out` map a reason to the documents and tokens that no example holds (`Fitted`); the documents of
     `truncated` are among `documents`, those of `left_out` are not. `images` counts pictures, and each has
-    `image_tokens` places between its tags.
+    `image_tokens` places between its tags. `index_sha256` is the SHA-256 of the index beside the file
+    (`packed_index`); shards that were packed before there was one have none.
     """
 
     file: str
@@ -189,10 +192,12 @@ class Shard:
     left_out: Removed = dataclasses.field(default_factory=dict)
     images: int = 0
     image_tokens: int = 0
+    index_sha256: str = ""
 
 
-# These fields of a shard are written where they are not empty.
+# These fields of a shard are written where they are not empty, and the last one is not part of the data's identity.
 _OPTIONAL = ("truncated", "left_out", "images", "image_tokens")
+_INDEX = "index_sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,13 +280,16 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest: the identity of the packed data."""
-        return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
+        fields = self._fields()
+        for shard in fields["shards"]:
+            shard.pop(_INDEX, None)
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def _fields(self) -> dict:
         """The fields to write; those that only some packings and pictures need are left out where they are empty."""
         fields = dataclasses.asdict(self)
         fields["shards"] = [
-            {name: value for name, value in shard.items() if value or name not in _OPTIONAL}
+            {name: value for name, value in shard.items() if value or name not in (*_OPTIONAL, _INDEX)}
             for shard in fields["shards"]
         ]
         return {name: value for name, value in fields.items() if value is not None}
@@ -301,7 +309,7 @@ class Manifest:
             FileNotFoundError: the folder has no manifest.
             ValueError: the file is not a manifest of this format version.
         """
-        path = Path(folder) / MANIFEST
+        path = files.as_path(folder) / MANIFEST
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields["format_version"]
@@ -340,7 +348,7 @@ def packed_folder(
     """
     ending = "" if check_packing(packing) == "concat" else f"-{packing}"
     ending += f"-images{images_per_row}" if images_per_row else ""
-    return Path(cache_dir, *task.split(":"), f"packed-{sequence_length}{ending}", split)
+    return files.as_path(cache_dir).joinpath(*filter(None, task.split(":")), f"packed-{sequence_length}{ending}", split)
 
 
 def is_packed(
@@ -383,6 +391,8 @@ def write_shard(
 ) -> Shard:
     """Sorts documents by key, packs them and writes one ArrayRecord file, which appears only when it is whole.
 
+    Its index is written beside it (`packed_index`).
+
     Args:
         path: the file; its bytes depend only on the set of documents.
         documents: (key, document) in any order; all are held in memory.
@@ -409,7 +419,10 @@ def write_shard(
             writer.write(encode_record(example, columns))
             records += 1
         writer.close()
-        file_bytes = temporary.stat().st_size
+        file_bytes, index = temporary.stat().st_size, PackedIndex.of_file(temporary).to_bytes()
+        # Before the shard, which is complete with it.
+        with files.new_file(path.with_name(path.name + packed_index.SUFFIX)) as temporary_index:
+            temporary_index.write_bytes(index)
     return Shard(
         file=path.name,
         records=records,
@@ -422,6 +435,7 @@ def write_shard(
         left_out=fitted.left_out,
         images=sum(len(document.images) for document in fitted.documents),
         image_tokens=image_tokens,
+        index_sha256=hashlib.sha256(index).hexdigest(),
     )
 
 

@@ -69,8 +69,10 @@ class DocumentSource(seqio.DataSource):
     def describe(self) -> dict:
         """The identity of the corpus: a cache keeps it, and refuses another corpus."""
         corpus = self.corpus()
-        base = os.path.commonpath([path.parent for path in corpus.files])
-        listing = [(os.path.relpath(path, base), path.stat().st_size) for path in corpus.files]
+        # As texts: those of a bucket have no names that `os.path` takes.
+        base = os.path.commonpath([str(path.parent) for path in corpus.files])
+        names = (os.path.relpath(str(path), base) for path in corpus.files)
+        listing = [(name, status.st_size) for name, status in zip(names, corpus.statuses(), strict=True)]
         return {
             "files": len(listing),
             "file_bytes": sum(size for _, size in listing),

@@ -177,7 +177,7 @@ def test_shard_file_does_not_depend_on_the_order_of_delivery(tmp_path_factory, m
         )
         written.append((folder / name).read_bytes())
     assert written[0] == written[1]
-    assert sorted(path.name for path in folder.iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in folder.iterdir()) == ["one", "one.index", "two", "two.index"]
     assert (shard.documents, shard.tokens) == (len(documents), sum(len(d) + 1 for d in documents))
     assert shard.text_bytes == sum((1, 2, 3, 4, 1, 2, 3, 4, 1)[t] for d in documents for t in d)
     assert shard.records == array_record_module.ArrayRecordReader(str(folder / "two")).num_records()
