@@ -1,6 +1,5 @@
 """Curation on a distributed engine: Beam's runner for Dask, with a scheduler and workers in processes of their own."""
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.workers import open_workers
+from tests import dask_cluster
 from tests.test_workers import fail
 
 pytest.importorskip("distributed", reason="needs the extra `dask`")
@@ -19,22 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def cluster(tmp_path, plain_environment):
-    """The file with the address of the scheduler, and two worker processes, which no one starts again."""
-    address = tmp_path / "scheduler.json"
-    dask = [sys.executable, "-m", "dask"]
-    commands = [[*dask, "scheduler", "--host=127.0.0.1", "--port=0", "--no-dashboard", f"--scheduler-file={address}"]]
-    commands += [[*dask, "worker", f"--scheduler-file={address}", "--nthreads=1", "--no-nanny", "--no-dashboard"]] * 2
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for command in commands:
-            process = subprocess.Popen(command, cwd=ROOT, env=plain_environment, stderr=subprocess.DEVNULL)
-            processes.append(stack.enter_context(process))
-            stack.callback(process.kill)
-        yield address, processes[1:]
+    with dask_cluster.start(tmp_path, plain_environment) as found:
+        yield found
 
 
 def test_a_worker_killed_in_the_middle_loses_nothing(run, crawl, tmp_path, cluster, plain_environment):
-    address, workers = cluster
+    flags, workers = cluster
     output = tmp_path / "out"
     command = [
         sys.executable,
@@ -48,8 +38,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(run, crawl, tmp_path, clust
         "--gin.make_config.documents_per_part=40",
         "--gin.make_config.unit_bytes=10000",
         "--max_unread_share=1",
-        "--beam.runner=DaskRunner",
-        f"--beam.dask_scheduler_file={address}",
+        *flags,
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=plain_environment) as process:
         try:
@@ -71,9 +60,8 @@ def test_a_worker_killed_in_the_middle_loses_nothing(run, crawl, tmp_path, clust
 
 
 def test_an_error_of_a_worker_is_the_users(cluster):
-    address, _ = cluster
-    options = ["--runner=DaskRunner", f"--dask_scheduler_file={address}"]
-    with open_workers(1, options) as workers:
+    flags, _ = cluster
+    with open_workers(1, [flag.replace("--beam.", "--") for flag in flags]) as workers:
         with pytest.raises(OSError, match="^piece 0: no space left on device$"):
             workers("failing", fail, [(0,), (0,)], lambda _: False)
     with pytest.raises(ValueError, match="Did you mean --dask_client_address?"):
