@@ -131,7 +131,7 @@ class _Processes:
             context.set_forkserver_preload(self._preload)
             with _environment(_ONE_THREAD):
                 self._pool = concurrent.futures.ProcessPoolExecutor(
-                    self._num_workers, mp_context=context, initializer=_end_with_launcher
+                    self._num_workers, mp_context=context, initializer=_begin, initargs=(dict(os.environ),)
                 )
                 self._pool.submit(os.getpid).result()  # starts the server, with this environment
         # Written once a stage: a description of a large corpus would take long to send with every piece.
@@ -162,7 +162,9 @@ def _call(file: Path, piece: tuple) -> None:
     _load(file)(*piece)
 
 
-def _end_with_launcher() -> None:
+def _begin(environment: dict[str, str]) -> None:
+    # The server that workers are forked from has the environment of the first run in its process.
+    os.environ.update(environment)
     launcher = multiprocessing.parent_process()
     assert launcher is not None  # this runs in a worker
 

@@ -67,6 +67,20 @@ def test_all_pieces_are_done_by_the_workers_that_were_asked_for(how, tmp_path, t
 
 
 @pytest.mark.parametrize("how", ["here", "processes", "beam"])
+def write_setting(path: Path, name: str) -> None:
+    files.write_text(path, os.environ[name])
+
+
+def test_workers_have_the_environment_of_their_own_launch(tmp_path, two, monkeypatch):
+    """Not that of the first workers of this process, from whose server they are forked."""
+    two("writing", files.write_text, [(tmp_path / "a", "a")], lambda piece: piece[0].exists())
+    monkeypatch.setenv("SET_LATER", "here")
+    with open_workers(2) as workers:
+        path = tmp_path / "b"
+        workers("writing", write_setting, [(path, "SET_LATER")], lambda piece: piece[0].exists())
+    assert path.read_text() == "here"
+
+
 def test_an_error_in_a_piece_is_the_users(how, two):
     with pytest.raises((OSError, ValueError), match="piece 0: no space left"):
         if how == "processes":
