@@ -167,7 +167,7 @@ def open_engine(options: Sequence[str]) -> Generator[Callable[[str, Callable, Se
             with _progress(label, pieces, done), open_pipeline(options) as pipeline:
                 # What every runner can do: no side inputs, no state, one branch.
                 call = functools.partial(_call, function)
-                _ = pipeline | beam.Create(list(pieces)) | beam.Reshuffle() | beam.Map(call)
+                _ = pipeline | beam.Create(list(pieces)) | beam.Reshuffle() | label >> beam.Map(call)
 
         yield run
 

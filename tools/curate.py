@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         "--output",
         type=command_line.path_argument,
         required=True,
-        help="folder of the training set; all Beam workers must see it",
+        help="folder of the training set, also gs://… or s3://…; all workers must see it",
     )
     parser.add_argument("--config", dest="gin_file_of_config", metavar="FILE", help="another name for --gin_file")
     parser.add_argument(

@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 MANIFEST, REPORT = "manifest.json", "report.html"
 _PLAN = "plan.json"
+_PRELOADED = "qwen_jax.curation.preloaded"
 # Without `unit_bytes`, a corpus has some 64 pieces, enough for the cores of one machine, of these sizes.
 _PIECES, _MIN_UNIT, _MAX_UNIT = 64, 1_000_000, 64_000_000
 
@@ -54,7 +54,7 @@ def curate(
     Args:
         inputs: name of a source to its folders and globs. Of duplicates in several sources, the one in the source
             that is named first is kept.
-        output: a folder that all workers see.
+        output: a folder that all workers see, or one in a bucket (`gs://…`, `s3://…`), as inputs may be.
         config: languages, rules, scores and other settings.
         num_workers: worker processes on this machine; 1 works in this process.
         beam_options: such as `--runner=FlinkRunner`, in the place of workers on this machine.
@@ -68,7 +68,8 @@ def curate(
         ValueError: something in the configuration, or `output` was made from another corpus or configuration.
         RuntimeError: the counts of some stage do not add up.
     """
-    output = Path(os.path.abspath(files.as_path(output, "output")))
+    output = files.as_path(output, "output")
+    output = output if files.is_remote(output) else Path(os.path.abspath(output))
     sources = [list_source(name, patterns) for name, patterns in inputs.items()]
     _check(config, sources)
     description = _describe(sources, config)
@@ -77,17 +78,17 @@ def curate(
         _check_same(output, manifest, description)
         logger.info("%s is complete already", output)
         if not keep_work:
-            shutil.rmtree(output / "work", ignore_errors=True)  # the run was killed while it cleaned up
+            files.remove_tree(output / "work")  # the run was killed while it cleaned up
         return manifest
     work = stages.Work(output / "work", config, _units(sources, config.unit_bytes))
     _check_output(output, work.folder, description)
     # Wrong options are refused before anything is written.
-    with open_workers(num_workers, beam_options, (stages.__name__,)) as workers, files.locked(work.folder):
+    with open_workers(num_workers, beam_options, (_PRELOADED,)) as workers, files.locked(work.folder):
         _prepare(work, description)
         _run_stages(work, _Runner(work, workers))
         manifest = _finish(work, output, description)
-        if not keep_work:
-            shutil.rmtree(work.folder)
+    if not keep_work:
+        files.remove_tree(work.folder)
     return manifest
 
 
@@ -229,8 +230,8 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
     config, folder, numbers = work.config, work.folder, range(len(work.units))
     # The largest first, so that no worker begins with one when the others are done.
     by_size = sorted(((number,) for number in numbers), key=lambda piece: -sum(work.units[piece[0]].sizes))
-    run("extract", stages.extract, by_size, lambda number: work.extracted(number))
-    total = sum(len(work.array(number, "lengths")) for number in numbers)
+    run("extract", stages.extract, by_size, lambda number: work.extracted(number) / stages.LEDGER)
+    total = sum(work.for_each_unit(lambda number: len(work.array(number, "lengths"))))
     parts = max(1, -(-total // config.documents_per_part))
     if config.exact:
         run(
@@ -255,7 +256,7 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
         )
         if not (folder / "clusters.json").exists():
             stages.clusters(work)
-    run("select", stages.select, by_size, lambda number: work.selected(number))
+    run("select", stages.select, by_size, lambda number: work.selected(number) / stages.LEDGER)
 
 
 class _Runner:
@@ -265,27 +266,28 @@ class _Runner:
         self._work, self._workers = work, workers
 
     def __call__(self, label: str, function: Callable, pieces: Sequence[tuple], made: Callable[..., Path]) -> None:
-        """Calls `function(work, *piece)` for each piece whose file or folder, `made(*piece)`, is not there."""
-        for folder in {made(*piece).parent for piece in pieces}:
-            files.remove_unfinished(folder) if folder.exists() else None
-        missing = [piece for piece in pieces if not made(*piece).exists()]
+        """Calls `function(work, *piece)` for each piece whose file, `made(*piece)`, is not there."""
+        # A piece is a file of one of these folders, or a folder there.
+        for folder in {folder for piece in pieces for folder in list(made(*piece).parents)[:2]}:
+            files.remove_unfinished(folder)
+        exist = files.in_parallel(lambda piece: made(*piece).is_file(), list(pieces))
+        missing = [piece for piece, there in zip(pieces, exist, strict=True) if not there]
         logger.info("%s: %d of %d pieces to do", label, len(missing), len(pieces))
         started = time.monotonic()
-        self._workers(label, functools.partial(function, self._work), missing, lambda piece: made(*piece).exists())
+        self._workers(label, functools.partial(function, self._work), missing, lambda piece: made(*piece).is_file())
         if missing:
             logger.info("%s: done in %.1f s", label, time.monotonic() - started)
 
 
 def _finish(work: stages.Work, output: Path, description: dict) -> dict:
     """Checks the counts, gives the files their places, and writes report and manifest, the manifest last."""
-    numbers = range(len(work.units))
-    ledger = Ledger.merge(
-        files.read_json(folder(number) / stages.LEDGER)
+    ledgers = [
+        work.for_each_unit(lambda number, folder=folder: files.read_json(folder(number) / stages.LEDGER))
         for folder in (work.extracted, work.selected)
-        for number in numbers
-    )
+    ]
+    ledger = Ledger.merge(one for column in ledgers for one in column)
     ledger.check()
-    placed = _place_files(work, output)
+    placed = _place_files(work, output, *ledgers)
     counted = ledger.to_json()
     clusters = files.read_json(work.folder / "clusters.json") if work.config.fuzzy is not None else None
     manifest = description | {
@@ -303,31 +305,39 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
     return manifest
 
 
-def _place_files(work: stages.Work, output: Path) -> dict[str, list[dict]]:
+def _place_files(
+    work: stages.Work, output: Path, extracted: Sequence[dict], selected: Sequence[dict]
+) -> dict[str, list[dict]]:
     """Links or copies the files of the pieces to their places, and lists them.
+
+    Args:
+        extracted, selected: ledgers of the pieces.
 
     Raises:
         RuntimeError: a file is missing that a piece wrote.
     """
     placed: dict[str, list[dict]] = {"documents": [], "dropped": []}
     for kind in placed:
-        shutil.rmtree(output / kind, ignore_errors=True)
-    counts: dict[str, int] = {}
+        files.remove_tree(output / kind)
+    moves, counts = [], {}
     for number, unit in enumerate(work.units):
         shard = counts[unit.source] = counts.get(unit.source, -1) + 1
-        for kind, name, made, step in (
-            ("documents", stages.DOCUMENTS, work.selected(number), ""),
-            ("dropped", stages.DROPPED, work.extracted(number), "-extract"),
-            ("dropped", stages.DROPPED, work.selected(number), "-select"),
+        for kind, name, made, ledger, step in (
+            ("documents", stages.DOCUMENTS, work.selected(number), selected[number], ""),
+            ("dropped", stages.DROPPED, work.extracted(number), extracted[number], "-extract"),
+            ("dropped", stages.DROPPED, work.selected(number), selected[number], "-select"),
         ):
-            lines = files.read_json(made / stages.LEDGER)["lines"][name]
-            if not lines:
-                continue
-            if not (made / name).exists():
-                raise RuntimeError(f"{made / name} is gone, with {lines} lines: delete {output} and start again")
-            place = output / kind / unit.source / f"part-{shard:06d}{step}.jsonl.zst"
-            storage.place(made / name, place)
-            shown = place.relative_to(output).as_posix()
-            entry = {"path": shown, "lines": lines, "bytes": place.stat().st_size, "sha256": _sha256(place)}
-            placed[kind].append(entry)
+            if name in ledger["files"]:
+                shown = f"{kind}/{unit.source}/part-{shard:06d}{step}.jsonl.zst"
+                placed[kind].append({"path": shown, **ledger["files"][name]})
+                moves.append((made / name, shown, ledger["files"][name]["lines"]))
+
+    def place(move: tuple[Path, str, int]) -> None:
+        source, shown, lines = move
+        try:
+            storage.place(source, output / shown)
+        except FileNotFoundError as error:
+            raise RuntimeError(f"{source} is gone, with {lines} lines: delete {output} and start again") from error
+
+    files.in_parallel(place, moves)
     return placed

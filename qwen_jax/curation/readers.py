@@ -6,13 +6,13 @@ is read as a stream, and no record larger than a limit is ever held in memory. E
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
+from qwen_jax import files
 from qwen_jax.curation import http, sources, warc
 from qwen_jax.curation.streams import Stream
 from qwen_jax.curation.tally import READ, Tally
@@ -47,22 +47,28 @@ class Record(NamedTuple):
 def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = None) -> Iterator[Record]:
     """Records of one file, in order. Never raises for the contents of the file.
 
+    An object of a bucket is read in ranges, ahead of what is worked on; Parquet is copied to this machine first.
+
     Args:
-        path: a file whose suffix `sources.file_format` knows.
+        path: a file, or URL of an object, whose suffix `sources.file_format` knows.
         text_field: field of JSON lines, column of Parquet. A field `html` is taken where it is missing.
         max_bytes: a larger payload is a problem, `too_large`.
         tally: counts every byte of the file by the end.
+
+    Raises:
+        OSError: a bucket does not answer, refuses, or the object was replaced while it was read.
     """
     tally = tally if tally is not None else Tally(0)
     kind = sources.file_format(path)
     try:
-        if os.path.getsize(path) == 0:
+        if files.as_path(path).stat().st_size == 0:
             tally.finish("empty_file", 1)
             yield Record(b"", path, problem="empty_file")
         elif kind == sources.PARQUET:
-            yield from _parquet(path, text_field, max_bytes, tally)
+            with files.local_copy(path) as local:
+                yield from _parquet(str(local), path, text_field, max_bytes, tally)
         else:
-            with open(path, "rb") as file:
+            with files.open_file(path) as file:
                 stream = Stream(file, path)
                 if kind == sources.WARC:
                     yield from _warc(stream, path, max_bytes, tally)
@@ -72,6 +78,8 @@ def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = No
                     yield _whole(stream, path, kind == sources.HTML, max_bytes, tally)
         tally.finish(READ)
     except (OSError, EOFError, pyarrow.ArrowException) as error:
+        if files.is_remote(path) and kind != sources.PARQUET and isinstance(error, OSError):
+            raise  # the bucket's: of the contents nothing is known
         # The rest of the file is lost; earlier records are kept.
         tally.finish("unreadable_file", 1)
         yield Record(b"", f"{path}: {error}"[:300], problem="unreadable_file")
@@ -141,9 +149,9 @@ def _row(row: object, where: str, text_field: str, size: int) -> Record:
     return Record(row[field], url, field == "html", size=len(row[field].encode("utf-8", "surrogatepass")))
 
 
-def _parquet(path: str, text_field: str, max_bytes: int, tally: Tally) -> Iterator[Record]:
+def _parquet(local: str, path: str, text_field: str, max_bytes: int, tally: Tally) -> Iterator[Record]:
     """Rows of a table. A row group that cannot be read costs its own rows; bytes are shared out evenly over rows."""
-    with pyarrow.parquet.ParquetFile(path) as table:
+    with pyarrow.parquet.ParquetFile(local) as table:
         columns = [name for name in (text_field, "html", *_URL_FIELDS) if name in table.schema_arrow.names]
         number = position = 0
         for group in range(table.num_row_groups):

@@ -4,8 +4,10 @@ import dataclasses
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from qwen_jax.files import as_pattern
+from qwen_jax import files as all_files
+from qwen_jax.files import as_path, as_pattern, is_remote
 
 WARC, HTML, TEXT, LINES, PARQUET = "warc", "html", "text", "lines", "parquet"
 _FORMATS = {
@@ -42,7 +44,7 @@ class Source:
     Attributes:
         name: in ids, folders of the output and weights.
         base: folder that paths in ids are relative to.
-        files: with sizes in bytes, in order.
+        files: paths, or URLs of objects of a bucket, with sizes in bytes, in order.
         left_out: paths of files in the folders that are not read, with the reason, in order.
     """
 
@@ -52,52 +54,97 @@ class Source:
     left_out: tuple[tuple[str, str], ...] = ()
 
 
+def relative(path: str, base: str) -> str:
+    """A path below the folder `base`, with slashes; the same for local files and objects of a bucket."""
+    if is_remote(path):
+        return path.removeprefix(base).lstrip("/")
+    return Path(path).relative_to(base).as_posix()
+
+
 def list_source(name: str, patterns: Sequence[str]) -> Source:
     """Files of a source.
 
     Args:
         name: of the source.
-        patterns: folders, globs and paths. Of a folder, the files whose suffix `file_format` knows are read; the others
-            and hidden ones are left out. A path of an existing file is never read as a glob.
+        patterns: folders, globs and paths, or URLs of them in a bucket. Of a folder, the files whose suffix
+            `file_format` knows are read; the others and hidden ones are left out. A path of an existing file is never
+            read as a glob.
 
     Raises:
         FileNotFoundError: nothing matches.
-        ValueError: a glob matches a file whose suffix says nothing about its format, or the name cannot be a folder.
+        ValueError: a glob matches a file whose suffix says nothing about its format, the name cannot be a folder, or
+            files are on local disks and in buckets.
     """
     if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
         raise ValueError(f"source {name!r}: its name becomes a folder, so use letters, digits, '-', '_' and '.'")
-    found, left_out = set(), {}
+    found: dict[str, int] = {}
+    left_out: dict[str, str] = {}
     for pattern in patterns:
         pattern = as_pattern(pattern, f"source {name!r}")
-        if os.path.isdir(pattern):
-            files = []
-            for path in _walk(pattern):
-                if any(part.startswith(".") for part in os.path.relpath(path, pattern).split(os.sep)):
-                    left_out[path] = "hidden"
-                elif file_format(path) is None:
-                    left_out[path] = "unknown_suffix"
-                else:
-                    files.append(path)
-        else:
-            files = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-            files = [path for path in files if os.path.isfile(path)]
-            unknown = sorted(path for path in files if file_format(path) is None)
-            if unknown:
-                raise ValueError(f"{unknown[0]}: unknown suffix; a corpus has files of {SHOWN_SUFFIXES}")
+        folder, sizes = _remote_files(pattern) if is_remote(pattern) else _local_files(pattern)
+        files = []
+        for path in sizes:
+            if folder and any(part.startswith(".") for part in relative(path, folder).split("/")):
+                left_out[path] = "hidden"
+            elif file_format(path) is not None:
+                files.append(path)
+            elif folder:
+                left_out[path] = "unknown_suffix"
+            else:
+                raise ValueError(f"{path}: unknown suffix; a corpus has files of {SHOWN_SUFFIXES}")
         if not files:
+            seen_from = "" if is_remote(pattern) else f" (seen from {os.getcwd()})"
             raise FileNotFoundError(
-                f"source {name!r}: no file matches {pattern!r} (seen from {os.getcwd()}): expected a folder or glob "
-                f"with files of {SHOWN_SUFFIXES}"
+                f"source {name!r}: no file matches {pattern!r}{seen_from}: expected a folder or glob with files of "
+                f"{SHOWN_SUFFIXES}"
             )
-        found.update(os.path.abspath(path) for path in files)
-    base = os.path.commonpath([os.path.dirname(path) for path in found])
-    others = sorted((os.path.abspath(path), reason) for path, reason in left_out.items())
-    return Source(
-        name,
-        base,
-        tuple((path, os.path.getsize(path)) for path in sorted(found)),
-        tuple(pair for pair in others if pair[0] not in found),
-    )
+        found |= {path: sizes[path] for path in files}
+    base = _common_folder(name, list(found))
+    others = sorted((path, reason) for path, reason in left_out.items() if path not in found)
+    return Source(name, base, tuple(sorted(found.items())), tuple(others))
+
+
+def _common_folder(name: str, paths: list[str]) -> str:
+    schemes = {path.partition("://")[0] if is_remote(path) else "" for path in paths}
+    if len(schemes) > 1:
+        raise ValueError(
+            f"source {name!r} has files on local disks and in buckets, or in buckets of two kinds: give each a source "
+            "of its own"
+        )
+    start = f"{scheme}://" if (scheme := schemes.pop()) else ""
+    return start + os.path.commonpath([os.path.dirname(path.removeprefix(start)) for path in paths])
+
+
+def _local_files(pattern: str) -> tuple[str | None, dict[str, int]]:
+    """The folder that the pattern names, if it does, and the files with their sizes, in order."""
+    folder = os.path.abspath(pattern) if os.path.isdir(pattern) else None
+    if folder is not None:
+        paths = list(_walk(folder))
+    else:
+        paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    paths = sorted(os.path.abspath(path) for path in paths if os.path.isfile(path))
+    return folder, {path: os.path.getsize(path) for path in paths}
+
+
+def _remote_files(pattern: str) -> tuple[str | None, dict[str, int]]:
+    """As `_local_files`, in a bucket."""
+    path = as_path(pattern)
+    if path.is_file():
+        return None, {str(path): path.stat().st_size}
+    is_folder = path.is_dir()
+    paths = sorted(path.glob("**/*") if is_folder else all_files.find(pattern))
+    sizes = all_files.in_parallel(_size_of_object, paths)
+    return str(path) if is_folder else None, {
+        str(one): size for one, size in zip(paths, sizes, strict=True) if size is not None
+    }
+
+
+def _size_of_object(path: Path) -> int | None:
+    """The size of an object; None for a folder."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _walk(folder: str) -> Iterator[str]:

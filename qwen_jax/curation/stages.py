@@ -1,7 +1,8 @@
 """The stages of curation, one function for each piece of work, as workers run them.
 
-A piece reads files and writes a file or folder that appears whole or not at all, so an existing one is done. Workers
-exchange data through these files alone, and no result depends on the order or the place of the work.
+A piece reads files and writes a file or folder that appears whole or not at all, so an existing one is done; a folder
+of a bucket is done when its ledger is there. Workers exchange data through these files alone, and no result depends on
+the order or the place of the work.
 
     work/extract/<unit>/   documents.jsonl.zst  dropped.jsonl.zst  ledger.json  and arrays, one row a document:
                            where (file, record), lengths, digests sorted with rows, keys sorted with rows, shingles
@@ -14,7 +15,8 @@ exchange data through these files alone, and no result depends on the order or t
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from qwen_jax.curation import (
     readers,
     sampling,
     scoring,
+    sources,
     storage,
 )
 from qwen_jax.curation.contamination import ContaminationConfig
@@ -105,7 +108,7 @@ class Unit:
 
     def relative(self, file: int) -> str:
         """Path of a file below the folder of the source."""
-        return Path(self.files[file]).relative_to(self.base).as_posix()
+        return sources.relative(self.files[file], self.base)
 
     def document_id(self, file: int, record: int) -> str:
         """Such as `web/2023/part-3.warc.gz#17`: source, path below the folder of the source, record from 0."""
@@ -132,11 +135,20 @@ class Work:
         """An array of an extracted unit."""
         return storage.load_array(self.extracted(unit) / f"{name}.npy")
 
+    def row(self, unit: int, name: str, row: int) -> np.ndarray:
+        """One row of an array of an extracted unit."""
+        return storage.load_row(self.extracted(unit) / f"{name}.npy", row)
+
+    def for_each_unit(self, read: Callable[[int], Any]) -> list:
+        """`read` of all units, in order; many at a time from a bucket, where waiting takes most of the time."""
+        numbers = list(range(len(self.units)))
+        return files.in_parallel(read, numbers) if files.is_remote(self.folder) else [read(one) for one in numbers]
+
 
 def extract(work: Work, number: int) -> None:
     """Reads a unit: text out of pages, language, and data for deduplication."""
     unit, config = work.units[number], work.config
-    with files.new_folder(work.extracted(number)) as folder:
+    with files.new_folder(work.extracted(number), last=LEDGER) as folder:
         ledger = Ledger(len(work.units))
         with storage.LineWriter(folder / DOCUMENTS) as kept, storage.LineWriter(folder / DROPPED) as dropped:
             sketcher = _Sketcher(folder, config.fuzzy or dedup.FuzzyConfig())
@@ -144,8 +156,18 @@ def extract(work: Work, number: int) -> None:
                 kept.write(row)
                 sketcher.add(where, row["text"])
             sketcher.close()
-        lines = {DOCUMENTS: kept.lines, DROPPED: dropped.lines}
-        files.write_json(folder / LEDGER, ledger.to_json() | {"lines": lines}, sort_keys=True)
+        _write_ledger(folder, ledger, {DOCUMENTS: kept.lines, DROPPED: dropped.lines})
+
+
+def _write_ledger(folder: Path, ledger: Ledger, lines: Mapping[str, int]) -> None:
+    """Writes the ledger of a piece, with lines, size and checksum of its files."""
+    made = {}
+    for name, count in lines.items():
+        if count:
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            made[name] = {"lines": count, "bytes": (folder / name).stat().st_size, "sha256": digest}
+    files.write_json(folder / LEDGER, ledger.to_json() | {"files": made}, sort_keys=True)
 
 
 def _extracted(unit: Unit, config: CurationConfig, ledger: Ledger, dropped) -> Iterator[tuple[tuple[int, int], dict]]:
@@ -261,14 +283,16 @@ def _slice(sorted_keys: np.ndarray, part: int, parts: int) -> slice:
 
 def exact(work: Work, part: int, parts: int) -> None:
     """Finds documents with equal digests; keeps the one that `dedup.representatives` says."""
-    found = []
-    for number, unit in enumerate(work.units):
+
+    def read(number: int):
         digests = work.array(number, "digests")
         here = _slice(digests[:, 0], part, parts)
         rows = work.array(number, "digest_rows")[here]
         numbers = (np.uint64(number) << np.uint64(_UNIT_BITS)) | rows.astype(np.uint64)
         lengths = work.array(number, "lengths")[rows]
-        found.append((digests[here], numbers, lengths, np.full(len(rows), unit.priority)))
+        return digests[here], numbers, lengths, np.full(len(rows), work.units[number].priority)
+
+    found = work.for_each_unit(read)
     digests, numbers, lengths, priorities = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(numbers)
     digests, numbers, lengths, priorities = digests[order], numbers[order], lengths[order], priorities[order]
@@ -295,17 +319,17 @@ def _exact_arrays(work: Work) -> list[np.ndarray]:
 def candidates(work: Work, band: int, part: int, parts: int) -> None:
     """Pairs that one band proposes, among documents that are no exact duplicates."""
     decisions = _exact_arrays(work)
-    keys, numbers = [], []
-    for number in range(len(work.units)):
-        sorted_keys = work.array(number, "keys")[band]
+
+    def read(number: int):
+        sorted_keys = work.row(number, "keys", band)
         here = _slice(sorted_keys, part, parts)
-        rows = work.array(number, "key_rows")[band][here]
+        rows = work.row(number, "key_rows", band)[here]
         offsets = work.array(number, "offsets")
         gone = np.fromiter(_dropped(decisions, number), np.int64)
         live = ~np.isin(rows, gone) & (offsets[rows + 1] > offsets[rows])
-        keys.append(sorted_keys[here][live])
-        numbers.append((np.uint64(number) << np.uint64(_UNIT_BITS)) | rows[live].astype(np.uint64))
-    keys, numbers = np.concatenate(keys), np.concatenate(numbers)
+        return sorted_keys[here][live], (np.uint64(number) << np.uint64(_UNIT_BITS)) | rows[live].astype(np.uint64)
+
+    keys, numbers = (np.concatenate(column) for column in zip(*work.for_each_unit(read), strict=True))
     order = np.argsort(numbers)
     pairs = dedup.candidate_pairs(keys[order], numbers[order])
     storage.save_array(work.folder / "candidates" / f"{band:03d}-{part:06d}.npy", pairs)
@@ -320,18 +344,15 @@ def edges(work: Work, number: int) -> None:
         pairs.append(array[np.searchsorted(array[:, 0], low) : np.searchsorted(array[:, 0], high)])
     proposed = dedup.unique_pairs(np.concatenate(pairs))
 
-    @functools.cache
-    def arrays(unit: int):
-        offsets = work.array(unit, "offsets")
-        return offsets, np.memmap(work.extracted(unit) / "shingles.u32", np.uint32, "r")
-
     def shingles_of(documents: np.ndarray):
         parts, counts = [], []
-        for document in documents.tolist():
-            offsets, values = arrays(document >> _UNIT_BITS)
-            row = document & ((1 << _UNIT_BITS) - 1)
-            parts.append(values[offsets[row] : offsets[row + 1]])
-            counts.append(len(parts[-1]))
+        units = documents >> np.uint64(_UNIT_BITS)
+        for unit in np.unique(units).tolist():  # documents are ascending
+            rows = (documents[units == unit] & np.uint64((1 << _UNIT_BITS) - 1)).astype(np.int64)
+            offsets = work.array(unit, "offsets")
+            slices = list(zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True))
+            parts += storage.load_slices(work.extracted(unit) / "shingles.u32", slices)
+            counts += [stop - start for start, stop in slices]
         return np.concatenate(parts), np.array(counts, np.int64)
 
     assert work.config.fuzzy is not None  # without it the pipeline leaves this stage out
@@ -370,7 +391,7 @@ def clusters(work: Work) -> None:
 def select(work: Work, number: int) -> None:
     """Selects documents of a unit: drops those that duplication, rules, scores, benchmarks and sampling exclude."""
     unit, config = work.units[number], work.config
-    with files.new_folder(work.selected(number)) as folder:
+    with files.new_folder(work.selected(number), last=LEDGER) as folder:
         ledger = Ledger(len(work.units))
         with storage.LineWriter(folder / DOCUMENTS) as kept, storage.LineWriter(folder / DROPPED) as dropped:
             judge = _Judge(work, number, ledger)
@@ -392,8 +413,7 @@ def select(work: Work, number: int) -> None:
                 ledger.count("written_bytes", unit.source, copies * size)
                 for copy in range(copies):
                     kept.write(row | ({"copy": copy} if copies > 1 else {}))
-        lines = {DOCUMENTS: kept.lines, DROPPED: dropped.lines}
-        files.write_json(folder / LEDGER, ledger.to_json() | {"lines": lines}, sort_keys=True)
+        _write_ledger(folder, ledger, {DOCUMENTS: kept.lines, DROPPED: dropped.lines})
 
 
 class _Judge:

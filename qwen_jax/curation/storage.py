@@ -1,9 +1,15 @@
-"""Arrays and compressed JSON lines of a curation run: the same bytes however they were made."""
+"""Arrays and compressed JSON lines of a curation run: the same bytes however they were made.
 
+They lie on a file system or in a bucket, from which no more is read than asked for.
+"""
+
+import functools
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +18,9 @@ import zstandard
 from qwen_jax import files
 
 _LEVEL = 6
+_HEADER = 128  # bytes of the header of a .npy file of few dimensions
+# NumPy reads headers by ast.literal_eval, which fails now and then in several threads of one Python 3.11.
+_ONE_HEADER = threading.Lock()
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -21,11 +30,45 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """A .npy file, mapped into memory so that only accessed parts are read."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError:
-        return np.load(path, allow_pickle=False)  # an array without elements cannot be mapped
+    """A .npy file: a local one mapped into memory so that only accessed parts are read, an object read whole, once."""
+    if files.is_remote(path):
+        return _remote_array(path)
+    with _ONE_HEADER:
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError:
+            return np.load(path, allow_pickle=False)  # an array without elements cannot be mapped
+
+
+# A few arrays of each unit are asked for again and again.
+@functools.lru_cache(maxsize=256)
+def _remote_array(path: Path) -> np.ndarray:
+    data = io.BytesIO(path.read_bytes())
+    with _ONE_HEADER:
+        return np.load(data, allow_pickle=False)
+
+
+def load_row(path: Path, row: int) -> np.ndarray:
+    """One row of a .npy file of two dimensions; of an object, nothing else is read."""
+    if not files.is_remote(path):
+        return load_array(path)[row]
+    head = io.BytesIO(files.read_range(path, 0, _HEADER))
+    with _ONE_HEADER:
+        np.lib.format.read_magic(head)
+        (_, width), _, dtype = np.lib.format.read_array_header_1_0(head)
+    start, size = head.tell() + row * width * dtype.itemsize, width * dtype.itemsize
+    return np.frombuffer(files.read_range(path, start, start + size) if size else b"", dtype)
+
+
+def load_slices(path: Path, slices: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Elements [start, stop) of a file of uint32 without a header, for each slice."""
+    if files.is_remote(path):
+        spans = [(4 * start, 4 * stop) for start, stop in slices]
+        return [np.frombuffer(data, np.uint32) for data in files.read_ranges(path, spans)]
+    if not path.stat().st_size:
+        return [np.zeros(0, np.uint32) for _ in slices]
+    values = np.memmap(path, np.uint32, "r")
+    return [values[start:stop] for start, stop in slices]
 
 
 class LineWriter:
@@ -62,7 +105,10 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 
 def place(source: Path, destination: Path) -> None:
-    """Gives a file a second name, or copies it where the file system has no hard links."""
+    """Gives a file a second name, or copies it where there are no hard links."""
+    if files.is_remote(source) or files.is_remote(destination):
+        files.copy_file(source, destination)
+        return
     with files.new_file(destination) as temporary:
         try:
             os.link(source, temporary)

@@ -1,0 +1,108 @@
+"""Curation from a bucket into a bucket: the bytes of a local run, also killed and started again on a bad network."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qwen_jax import files
+from qwen_jax.curation import pipeline, readers, sources
+from tests.curation.test_pipeline import contents
+from tests.object_stores import Fault, FaultProxy, environment, s3, stores  # noqa: F401
+from tests.warm_python import python
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def upload(folder: Path, url: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files.copy_file(path, files.as_path(url) / path.relative_to(folder).as_posix())
+
+
+def objects(url: str) -> dict[str, bytes]:
+    folder = files.as_path(url)
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.glob("**/*") if one.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corpora(stores, crawl):  # noqa: F811
+    """The crawl in a folder of each bucket."""
+    urls = {scheme: store.folder("crawl") for scheme, store in stores.items()}
+    for url in urls.values():
+        upload(crawl, url)
+    return urls
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_bytes_are_those_of_a_local_run(scheme, stores, corpora, run, config):  # noqa: F811
+    crawl, output = corpora[scheme], stores[scheme].folder("corpus")
+    inputs = {"books": [f"{crawl}/books/*.zst"], "web": [f"{crawl}/web"]}
+    workers = {"num_workers": 2} if scheme == "s3" else {"beam_options": ["--runner=FnApiRunner"]}
+    manifest = pipeline.curate(inputs, output, config, **workers)
+    assert manifest == run.manifest
+    assert objects(output) == contents(run.folder)
+    again = pipeline.curate(inputs, output, config)
+    assert again == files.read_json(files.as_path(output) / pipeline.MANIFEST)
+
+
+def test_killed_and_started_again_through_a_bad_network(s3, corpora, run, crawl, plain_environment):  # noqa: F811
+    output = s3.folder("corpus")
+    command = [
+        python(),
+        str(ROOT / "tools" / "curate.py"),
+        f"--input=books={corpora['s3']}/books",
+        f"--input=web={corpora['s3']}/web",
+        f"--output={output}",
+        f"--config={ROOT}/gin/curation/english_and_chinese.gin",
+        "--gin.make_config.weights={'books': 2.5}",
+        f"--gin.benchmarks.patterns={crawl}/benchmark.jsonl",
+        "--gin.make_config.documents_per_part=40",
+        "--gin.make_config.unit_bytes=10000",
+        "--max_unread_share=1",
+    ]
+    with FaultProxy(s3) as proxy:
+        settings = plain_environment | os.environ | s3.through(proxy)
+        proxy.hold("PUT .*/work/extract/000001/ledger.json")
+        with subprocess.Popen(command, env=settings, stderr=subprocess.DEVNULL) as process:
+            proxy.wait_for("PUT .*/work/extract/000001/ledger.json")
+            process.send_signal(signal.SIGKILL)
+        proxy.release()
+        names = set(objects(output))
+        assert "manifest.json" not in names and not [name for name in names if not name.startswith("work/")]
+        files.as_path(f"{output}/work/.lock").unlink()  # in the place of waiting for the end of the lease
+        proxy.faults += [
+            Fault("GET .*warc.gz", "cut_download"),
+            Fault("PUT .*/select/.*zst", "503", count=2),
+            Fault("PUT .*/select/.*zst", "cut_upload"),
+        ]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on with an interrupted run" in done.stderr
+    assert [fault.met for fault in proxy.faults] == [1, 2, 1]
+    assert objects(output) == contents(run.folder)
+
+
+def test_a_bucket_that_refuses_is_no_damaged_file(s3, corpora):  # noqa: F811
+    (path,) = [path for path, _ in sources.list_source("web", [corpora["s3"] + "/web"]).files if "part-0" in path]
+    with FaultProxy(s3) as proxy, environment(s3.through(proxy)):
+        proxy.faults.append(Fault("GET .*part-0", "403", count=1000))
+        with pytest.raises(OSError, match="part-0.warc.gz"):
+            list(readers.read(path, text_field="text", max_bytes=10**7))
+
+
+def test_what_a_bucket_lacks_is_named(s3, corpora, tmp_path):  # noqa: F811
+    with pytest.raises(FileNotFoundError, match=r"source 'web': no file matches 's3://.*/nothing/\*': expected"):
+        sources.list_source("web", [corpora["s3"] + "/nothing/*"])
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match="on local disks and in buckets"):
+        sources.list_source("web", [corpora["s3"] + "/web", str(tmp_path)])
+    files.write_text(f"{s3.folder()}/thesis.txt", "mine")
+    url = s3.folder()
+    files.write_text(f"{url}/thesis.txt", "mine")
+    with pytest.raises(ValueError, match="holds thesis.txt and no run of curation"):
+        pipeline.curate({"web": [corpora["s3"] + "/web"]}, url)
+    found = sources.list_source("web", [corpora["s3"] + "/web/**"])
+    assert {sources.relative(path, found.base) for path, _ in found.files} >= {"part-0.warc.gz", "lines.jsonl"}
