@@ -115,6 +115,7 @@ class _Processes:
     def __init__(self, num_workers: int, preload: Sequence[str]):
         self._num_workers, self._preload = num_workers, list(preload)
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._stages = 0
 
     def __enter__(self) -> "_Processes":
         self._folder = tempfile.TemporaryDirectory(prefix="qwen_jax-workers-")
@@ -135,7 +136,9 @@ class _Processes:
                 )
                 self._pool.submit(os.getpid).result()  # starts the server, with this environment
         # Written once a stage: a description of a large corpus would take long to send with every piece.
-        file = Path(self._folder.name) / label.replace(" ", "-")
+        # Under a new name each time, for workers keep the last one that they read.
+        self._stages += 1
+        file = Path(self._folder.name) / f"stage-{self._stages}"
         file.write_bytes(pickle.dumps(function))
         futures = [self._pool.submit(_call, file, piece) for piece in pieces]
         progress = Progress(label, len(pieces))

@@ -20,6 +20,10 @@ def write(folder: Path, number: int, text: str) -> None:
     files.write_text(folder / f"{number}.txt", f"{text} {os.getpid()}")
 
 
+def write_setting(path: Path, name: str) -> None:
+    files.write_text(path, os.environ[name])
+
+
 def fail(number: int) -> None:
     raise OSError(f"piece {number}: no space left on device")
 
@@ -54,6 +58,8 @@ def test_all_pieces_are_done_by_the_workers_that_were_asked_for(how, tmp_path, t
         pieces = [(number, "piece") for number in range(5)]
         workers("writing", functools.partial(write, tmp_path), pieces, done)
         workers("nothing", fail, [], never)
+        # A stage of the same name does what it is told, not what the first one was.
+        workers("writing", files.write_text, [(tmp_path / "a.txt", "a")], lambda piece: piece[0].exists())
 
     if how == "processes":
         run(two)
@@ -66,11 +72,6 @@ def test_all_pieces_are_done_by_the_workers_that_were_asked_for(how, tmp_path, t
     assert (os.getpid() in processes) == (how != "processes") and len(processes) <= 2
 
 
-@pytest.mark.parametrize("how", ["here", "processes", "beam"])
-def write_setting(path: Path, name: str) -> None:
-    files.write_text(path, os.environ[name])
-
-
 def test_workers_have_the_environment_of_their_own_launch(tmp_path, two, monkeypatch):
     """Not that of the first workers of this process, from whose server they are forked."""
     two("writing", files.write_text, [(tmp_path / "a", "a")], lambda piece: piece[0].exists())
@@ -81,6 +82,7 @@ def test_workers_have_the_environment_of_their_own_launch(tmp_path, two, monkeyp
     assert path.read_text() == "here"
 
 
+@pytest.mark.parametrize("how", ["here", "processes", "beam"])
 def test_an_error_in_a_piece_is_the_users(how, two):
     with pytest.raises((OSError, ValueError), match="piece 0: no space left"):
         if how == "processes":
