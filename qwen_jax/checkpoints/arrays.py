@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 2**26
 # Chunks of a piece. They are compressed and read side by side, and fit into the caches of a core.
 CHUNKS_IN_PIECE = 8
-# Transposing the bits of numbers before LZ4 takes a seventh of the time of Zstandard's level 1, and writes 20% less of
+# Transposing the bits of numbers before LZ4 takes a seventh of the time of Zstandard's level 1, and writes no more of
 # float32 that came from bfloat16 (90 million of them: 0.3 instead of 2.2 CPU seconds, and 0.4 instead of 0.7 to read).
 COMPRESSION = {
     "name": "blosc",
@@ -273,14 +273,17 @@ class StoredParams:
         """
         return _restored(self.folder, self._local, abstract)
 
-    def read(self, path: str, piece: slice) -> np.ndarray:
-        """Part of a parameter along its first axis, in the stored dtype.
+    def read(self, path: str, piece: slice, dtype=None) -> np.ndarray:
+        """Part of a parameter along its first axis, in the stored dtype or rounded to `dtype`.
+
+        TensorStore rounds each chunk as it decompresses it, which takes less time and memory than rounding the result.
 
         Raises:
           CheckpointError: it cannot be read.
         """
         try:
-            return self._arrays[path][piece].read().result()
+            array = self._arrays[path][piece]
+            return (array if dtype is None else ts.cast(array, np.dtype(dtype))).read().result()
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.folder} cannot be read: {path}: {one_line(error)}") from error
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -227,11 +228,11 @@ class AdapterFolder:
             if self._stored[name].shape[0] != expected[0]:
                 raise ValueError(f"{where}: {name} is {list(self._stored[name].shape)}, expected {list(expected)}")
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
+    def read(self, path: str, layer: int | None, dtype: Any = None) -> np.ndarray:
         """See `Weights.read`."""
         place = self._places.get((path, layer))
         if place is None:
-            return self._base.read(path, layer)
+            return self._base.read(path, layer, dtype)
         shape = parameter_shapes(self.config)[path][0 if layer is None else 1 :]
         expected = _shape(place, shape)
         stored = self._stored[place.tensor].read(place.start, place.start + expected[0])

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -147,7 +148,7 @@ class ExternalWeights:
                 "tie_word_embeddings to false if the model was trained untied"
             )
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
+    def read(self, path: str, layer: int | None, dtype: Any = None) -> np.ndarray:
         """See `Weights.read`: only the rows that hold this parameter are read."""
         tensor, start = self._places[path, layer]
         shape = parameter_shapes(self.config)[path][0 if layer is None else 1 :]

@@ -322,8 +322,8 @@ class Weights(Protocol):
     dtype: str
     position_limit: int | None
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
-        """Our parameter `path` in its stored dtype.
+    def read(self, path: str, layer: int | None, dtype: Any = None) -> np.ndarray:
+        """Our parameter `path` in its stored dtype, or in `dtype`, to which the caller rounds what it reads.
 
         `layer` selects a block of a stacked parameter, and the result lacks the layer axis; None for all others.
         Callers read the blocks of one parameter in ascending order.
@@ -463,12 +463,12 @@ def float32_copy(source: np.ndarray) -> np.ndarray:
 
 def gather(weights: Weights, tensor: ExternalTensor, dtype: Any = None) -> np.ndarray:
     """An external tensor made of our parameters, in `dtype`; None: their stored dtype."""
-    return assemble(tensor, read_parts(weights, tensor), dtype)
+    return assemble(tensor, read_parts(weights, tensor, dtype), dtype)
 
 
-def read_parts(weights: Weights, tensor: ExternalTensor) -> list[np.ndarray]:
-    """The parameters that an external tensor is made of, in their stored dtype."""
-    return [weights.read(part, tensor.layer) for part in tensor.mapping.parts]
+def read_parts(weights: Weights, tensor: ExternalTensor, dtype: Any = None) -> list[np.ndarray]:
+    """The parameters that an external tensor is made of; `dtype` as for `Weights.read`."""
+    return [weights.read(part, tensor.layer, dtype) for part in tensor.mapping.parts]
 
 
 def assemble(tensor: ExternalTensor, parts: Sequence[np.ndarray], dtype: Any = None) -> np.ndarray:

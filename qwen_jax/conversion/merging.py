@@ -1,6 +1,7 @@
 """Models with LoRA adapters read as models without them: each kernel with its adapter's product added to it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +22,14 @@ class MergedWeights:
         self._source, self._lora = source, source.config.lora
         self.config, self.position_limit = dataclasses.replace(source.config, lora=None), source.position_limit
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
+    def read(self, path: str, layer: int | None, dtype: Any = None) -> np.ndarray:
         """See `Weights.read`."""
-        kernel = self._source.read(path, layer)
         module, _, leaf = path.rpartition("/")
         if self._lora is None or leaf != "kernel" or module.rpartition("/")[2] not in self._lora.targets:
-            return kernel
-        lora_a, lora_b = (self._source.read(f"{module}/{name}", layer) for name in ("lora_a", "lora_b"))
+            return self._source.read(path, layer, dtype)
+        kernel, lora_a, lora_b = (
+            self._source.read(f"{module}/{name}", layer) for name in ("kernel", "lora_a", "lora_b")
+        )
         return merged_kernel(kernel, lora_a, lora_b, self._lora.scale)
 
 

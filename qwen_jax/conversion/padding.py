@@ -5,6 +5,7 @@ Rows past the tokenizer's ids exist so that the vocabulary divides by the device
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +29,9 @@ class RepaddedWeights:
         self.config = dataclasses.replace(source.config, vocab_size=vocab_size)
         self.dtype, self.position_limit = source.dtype, source.position_limit
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
+    def read(self, path: str, layer: int | None, dtype: Any = None) -> np.ndarray:
         """See `Weights.read`."""
-        array = self._source.read(path, layer)
+        array = self._source.read(path, layer, dtype)
         if path not in VOCABULARY_AXES:
             return array
         axis, rows = VOCABULARY_AXES[path], self.config.vocab_size

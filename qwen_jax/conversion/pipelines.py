@@ -122,7 +122,7 @@ def assembled(weights: Weights, wanted: Iterable[tuple[ExternalTensor, Any]]) ->
 
     Close it when it is not read to its end.
     """
-    parts = ((tensor, dtype, read_parts(weights, tensor)) for tensor, dtype in wanted)
+    parts = ((tensor, dtype, read_parts(weights, tensor, dtype)) for tensor, dtype in wanted)
 
     def make(read):
         tensor, dtype, parts = read

@@ -7,6 +7,7 @@ has one sub-tree per block, `layers_0/mlp/up/kernel` and so on, for code without
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -65,8 +66,8 @@ class RunFolder:
         first = unscanned_path(LAYER_PREFIX, 0)
         self.layout = UNSCANNED if any(name.startswith(first) for name in self._stored.shapes) else SCANNED
         self._check()
-        # Layers that one chunk holds together: path to (first of them, array).
-        self._kept: dict[str, tuple[int, np.ndarray]] = {}
+        # Layers that one chunk holds together: path to (first of them, dtype as asked for, array).
+        self._kept: dict[str, tuple[int, Any, np.ndarray]] = {}
 
     def _check(self) -> None:
         expected, found = layout_shapes(self.config, self.layout), self._stored.shapes
@@ -94,18 +95,19 @@ class RunFolder:
         """See `StoredParams.restore`; each device reads its shard. Layout "scanned" alone."""
         return self._stored.restore(abstract)
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
+    def read(self, path: str, layer: int | None, dtype: Any = None) -> np.ndarray:
         """See `Weights.read`. Reads and keeps the layers that the checkpoint stores together."""
         if layer is None:
-            return self._stored.read(path, slice(None))
+            return self._stored.read(path, slice(None), dtype)
         if self.layout == UNSCANNED:
-            return self._stored.read(unscanned_path(path, layer), slice(None))
+            return self._stored.read(unscanned_path(path, layer), slice(None), dtype)
         together = self._stored.stored_together(path)
         start = layer - layer % together
-        kept = self._kept.pop(path, None)
-        block = kept[1] if kept and kept[0] == start else self._stored.read(path, slice(start, start + together))
+        kept_start, kept_dtype, block = self._kept.pop(path, (None, None, None))
+        if block is None or (kept_start, kept_dtype) != (start, dtype):
+            block = self._stored.read(path, slice(start, start + together), dtype)
         if layer + 1 < min(start + together, parameter_shapes(self.config)[path][0]):
-            self._kept[path] = (start, block)
+            self._kept[path] = (start, dtype, block)
         return block[layer - start]
 
 

@@ -77,7 +77,7 @@ def test_verification_names_a_tensor_that_the_disk_changed(tmp_path, monkeypatch
 def test_verification_names_a_tensor_that_a_run_folder_lost(tmp_path, monkeypatch):
     whole = arrays.StoredParams.read
 
-    def read(self, path, piece):
+    def read(self, path, piece, dtype=None):
         array = whole(self, path, piece).copy()
         if path == "layers/mlp/up/kernel":
             array[0, 0, 0] += 1

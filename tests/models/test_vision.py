@@ -183,7 +183,7 @@ def test_the_released_tensors_hold_the_same_numbers():
     class Weights:
         config = CONFIG
 
-        def read(self, path, layer):
+        def read(self, path, layer, dtype=None):
             return params[path] if layer is None else params[path][layer]
 
     tensors = {tensor.name: tensor for tensor in external_tensors(FORMATS["qwen"], CONFIG)}
