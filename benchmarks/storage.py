@@ -9,17 +9,22 @@ programs on the cores of the measured program, so the ratios are lower bounds.
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 for _folder in ("", "tools"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
 
+from benchmarks import conversion as conversions  # noqa: E402
 from benchmarks.curation import make_pages, measured  # noqa: E402
 from qwen_jax import files  # noqa: E402
+from qwen_jax.conversion import convert, load_pretrained  # noqa: E402
 from tests.object_stores import FaultProxy, Store, environment, servers  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +61,53 @@ def curation(arguments: argparse.Namespace) -> None:
         print(f"curation: {min(walls['local']) / min(walls['bucket']):.2f} of the local pages/s (wanted 0.8)")
 
 
-ROWS: dict[str, Callable[[argparse.Namespace], None]] = {"curation": curation}
+def conversion(arguments: argparse.Namespace) -> None:
+    """Safetensors converted from bucket to bucket, and a run folder read out of one; wanted: 0.5 of copying's bytes/s.
+
+    The copy goes file after file by the same library: down to a local disk and up again, or down alone.
+    """
+    config = dataclasses.replace(conversions.SIZES["1_8b"], num_layers=1)
+    config = dataclasses.replace(config, vocab_size=arguments.rows_of_vocabulary)
+    best: dict[str, float] = {}
+
+    def timed(what: str, size: float, work: Callable[[], object]) -> None:
+        began, used = time.perf_counter(), time.process_time()
+        work()
+        wall, cpu = time.perf_counter() - began, time.process_time() - used
+        best[what] = max(best.get(what, 0.0), size / wall)
+        print(f"{what:32}: {size / wall:6.1f} MB/s; CPU {cpu:5.1f} s; load {os.getloadavg()[0]:.1f}", flush=True)
+
+    with tempfile.TemporaryDirectory() as name, bucket(arguments.latency) as store:
+        folder, url = Path(name), files.as_path(store.folder())
+        conversions.make(folder / "made", config)
+        for path in (folder / "made" / "qwen").iterdir():
+            files.copy_file(path, url / "qwen" / path.name)
+        convert("qwen", url / "qwen", "orbax", url / "run", progress=False)
+        sizes = {one: sum(path.stat().st_size for path in (url / one).rglob("*") if path.is_file()) / 1e6
+                 for one in ("qwen", "run")}  # fmt: skip
+
+        def copy(one: str, up: bool) -> None:
+            for path in [path for path in (url / one).rglob("*") if path.is_file()]:
+                local = folder / "copied" / str(path.relative_to(url))
+                files.copy_file(path, local)
+                if up:
+                    files.copy_file(local, url / "copied" / str(path.relative_to(url)))
+
+        for turn in range(arguments.rounds):
+            target = url / f"qwen2_{turn}"
+            timed("copy of safetensors", sizes["qwen"], lambda: copy("qwen", True))
+            timed(
+                "qwen to qwen2",
+                sizes["qwen"],
+                functools.partial(convert, "qwen", url / "qwen", "qwen2", target, progress=False),
+            )
+            timed("copy of a run folder", sizes["run"], lambda: copy("run", False))
+            timed("load_pretrained of a run folder", sizes["run"], lambda: load_pretrained(url / "run"))
+    for what, peer in (("qwen to qwen2", "copy of safetensors"), (list(best)[-1], "copy of a run folder")):
+        print(f"{what}: {best[what] / best[peer]:.2f} of the bytes/s of a {peer} (wanted 0.5)")
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], None]] = {"curation": curation, "conversion": conversion}
 
 
 def main() -> None:
@@ -66,6 +117,9 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.02, help="seconds added to a request (default: %(default)s)")
     parser.add_argument("--pages", type=int, default=4000, help="pages to curate (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that curate (default: %(default)s)")
+    parser.add_argument(
+        "--rows_of_vocabulary", type=int, default=8192, help="of the model to convert, of 168 MB (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="turns; the fastest counts (default: %(default)s)")
     arguments = parser.parse_args()
     for row in arguments.rows or ROWS:
