@@ -19,6 +19,8 @@ from qwen_jax import files
 
 _LEVEL = 6
 _HEADER = 128  # bytes of the header of a .npy file of few dimensions
+# Objects of so many bytes are read whole when a row is asked for: other rows will be, too.
+_SMALL = 1 << 20
 # NumPy reads headers by ast.literal_eval, which fails now and then in several threads of one Python 3.11.
 _ONE_HEADER = threading.Lock()
 
@@ -49,15 +51,24 @@ def _remote_array(path: Path) -> np.ndarray:
 
 
 def load_row(path: Path, row: int) -> np.ndarray:
-    """One row of a .npy file of two dimensions; of an object, nothing else is read."""
+    """One row of a .npy file of two dimensions; of a large object, nothing else is read."""
     if not files.is_remote(path):
         return load_array(path)[row]
+    rows, width, dtype, start = _remote_shape(path)
+    size = width * dtype.itemsize
+    if rows * size <= _SMALL:
+        return _remote_array(path)[row]
+    return np.frombuffer(files.read_range(path, start + row * size, start + (row + 1) * size), dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remote_shape(path: Path) -> tuple[int, int, np.dtype, int]:
+    """Rows, columns, type and place of the values of a .npy file of two dimensions."""
     head = io.BytesIO(files.read_range(path, 0, _HEADER))
     with _ONE_HEADER:
         np.lib.format.read_magic(head)
-        (_, width), _, dtype = np.lib.format.read_array_header_1_0(head)
-    start, size = head.tell() + row * width * dtype.itemsize, width * dtype.itemsize
-    return np.frombuffer(files.read_range(path, start, start + size) if size else b"", dtype)
+        (rows, width), _, dtype = np.lib.format.read_array_header_1_0(head)
+    return rows, width, dtype, head.tell()
 
 
 def load_slices(path: Path, slices: Sequence[tuple[int, int]]) -> list[np.ndarray]:

@@ -5,10 +5,11 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwen_jax import files
-from qwen_jax.curation import pipeline, readers, sources
+from qwen_jax.curation import pipeline, readers, sources, storage
 from tests.curation.test_pipeline import contents
 from tests.object_stores import Fault, FaultProxy, environment, s3, stores  # noqa: F401
 from tests.warm_python import python
@@ -83,6 +84,19 @@ def test_killed_and_started_again_through_a_bad_network(s3, corpora, run, crawl,
     assert "going on with an interrupted run" in done.stderr
     assert [fault.met for fault in proxy.faults] == [1, 2, 1]
     assert objects(output) == contents(run.folder)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_rows_and_slices_of_arrays(s3, tmp_path, small, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(storage, "_SMALL", small)
+    array = np.arange(60, dtype=np.uint64).reshape(4, 15)
+    for folder in (files.as_path(s3.folder()), tmp_path):
+        storage.save_array(folder / "a.npy", array)
+        assert [storage.load_row(folder / "a.npy", row).tolist() for row in range(4)] == array.tolist()
+        with files.new_file(folder / "b.u32") as temporary:
+            temporary.write_bytes(np.arange(20, dtype=np.uint32).tobytes())
+        found = storage.load_slices(folder / "b.u32", [(3, 5), (7, 7), (18, 20)])
+        assert [one.tolist() for one in found] == [[3, 4], [], [18, 19]]
 
 
 def test_a_bucket_that_refuses_is_no_damaged_file(s3, corpora):  # noqa: F811
