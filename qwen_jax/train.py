@@ -98,7 +98,7 @@ def train(
         has: a run folder, or released weights with an encoder.
       compiler_options: options of XLA for the train step, by name; hardware files set them.
       compilation_cache: folder of compiled programs, for a quick next start; None: no cache. "auto" keeps them in
-        `output_dir`; on CPUs, where a program may not run on another machine, in `shared_cache`.
+        `output_dir`; on CPUs, where a program may not run on another machine, and for a bucket, in `shared_cache`.
       watchdog: receives the activity of the run.
       began: `time.time()` when the process started.
 
@@ -384,7 +384,9 @@ def find_cache(folder: PathLike | None, output: Path) -> CompilationCache:
     """The cache of compiled programs for the argument `compilation_cache` of `train`."""
     if folder != "auto":
         return CompilationCache(None if folder is None else files.as_path(folder, "COMPILATION_CACHE").absolute())
-    return shared_cache() if jax.default_backend() == "cpu" else CompilationCache((output / COMPILED).absolute())
+    if jax.default_backend() == "cpu" or files.is_remote(output):
+        return shared_cache()
+    return CompilationCache((output / COMPILED).absolute())
 
 
 def main(argv=None) -> None:

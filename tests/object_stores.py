@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.parse
 import uuid
 from collections.abc import Generator
 
@@ -168,8 +169,8 @@ class FaultProxy:
     """An HTTP proxy on loopback in front of a store; use it as a context manager.
 
     It passes one request per connection on. `latency` seconds are added to each; `faults` befall those that match;
-    `seen` has "METHOD /bucket/key?query" of all. `hold` makes requests that match wait until `release`, and
-    `wait_for` returns when one has come: events for tests that kill a process at a certain point.
+    `seen` has "METHOD /bucket/key?query", without escapes, of all. `hold` makes requests that match wait until
+    `release`, and `wait_for` returns when one has come: events for tests that kill a process at a certain point.
     """
 
     def __init__(self, store: Store, latency: float = 0.0):
@@ -250,7 +251,7 @@ class FaultProxy:
         first, *lines = head.decode("latin-1").split("\r\n")
         headers = [line for line in lines if line and not line.lower().startswith("connection:")]
         size = next((int(one.partition(":")[2]) for one in headers if one.lower().startswith("content-length:")), 0)
-        request = " ".join(first.split(" ")[:2])
+        request = urllib.parse.unquote(" ".join(first.split(" ")[:2]))
         fault = self._note(request)
         if fault is not None and fault.kind == "cut_upload":
             await reader.readexactly(size // 2)

@@ -24,7 +24,11 @@ PRIVATE = {
     "jax.experimental.mesh_utils": ("qwen_jax/sharding.py",),
     "jax.experimental.compilation_cache": ("qwen_jax/compilation_cache.py",),
     "jax.experimental.pallas": ("qwen_jax/models/splash.py",),
-    "orbax.checkpoint.experimental": ("qwen_jax/checkpoints/manager.py", "qwen_jax/checkpoints/arrays.py"),
+    "orbax.checkpoint.experimental": (
+        "qwen_jax/checkpoints/manager.py",
+        "qwen_jax/checkpoints/bucket.py",
+        "qwen_jax/checkpoints/arrays.py",
+    ),
 }
 
 

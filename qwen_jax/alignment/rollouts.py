@@ -309,7 +309,7 @@ class Rollouts(Callback):
     def _load(self, trainer, step: int) -> None:
         path = self._experience_file(step)
         try:
-            with np.load(path) as stored:
+            with files.open_file(path) as file, np.load(file) as stored:
                 self._rollout = dict(stored)
         except (OSError, ValueError) as error:
             raise CheckpointError(

@@ -11,24 +11,26 @@ a mesh.
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from qwen_jax import files
 from qwen_jax.checkpoints.errors import unreadable_reason
-from qwen_jax.checkpoints.run_folder import CHECKPOINTS, CheckpointError
+from qwen_jax.checkpoints.run_folder import (
+    CHECKPOINTS,
+    COMMIT_FILE,
+    CheckpointError,
+    OldFormatError,
+    move_checkpoint,
+)
 from qwen_jax.distributed import hosts
 
 log = logging.getLogger(__name__)
 
 # Largest chunk of a stacked array.
 CHUNK_BYTES = 2**26
-
-
-class OldFormatError(CheckpointError):
-    """A checkpoint that an earlier version wrote, from which a run cannot go on."""
 
 
 class Checkpoints:
@@ -42,7 +44,7 @@ class Checkpoints:
         Args:
           keep_every: also keeps the checkpoints of multiples of this number of steps; 0 keeps no others.
         """
-        self.folder = (Path(folder) / CHECKPOINTS).absolute()
+        self.folder = (files.as_path(folder) / CHECKPOINTS).absolute()
         self._keep, self._keep_every = keep, keep_every
         # One process of a job may see a file earlier than another does; this is the same in all.
         self._newest: int | None = None
@@ -84,7 +86,7 @@ class Checkpoints:
         """
         if step == self._newest:
             return
-        _check_keys(trees)
+        check_keys(trees)
         self._newest = step
         self._manager.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
 
@@ -100,9 +102,12 @@ class Checkpoints:
           OldFormatError: an earlier version wrote it.
           CheckpointError: it cannot be read.
         """
-        path = (Path(folder) / CHECKPOINTS / str(step)).absolute()
+        path = (files.as_path(folder) / CHECKPOINTS / str(step)).absolute()
         try:
-            metadata = ocp.checkpointables_metadata(str(path)).custom_metadata
+            if files.is_remote(path):
+                metadata = files.read_json(path / COMMIT_FILE)["metadata"]
+            else:
+                metadata = ocp.checkpointables_metadata(str(path)).custom_metadata
             if not isinstance(metadata, dict) or not {"positions", "next_example"} & metadata.keys():
                 raise ValueError("its metadata has no data position")
         except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
@@ -137,7 +142,7 @@ class Checkpoints:
             loaded = metadata = problem = None
             try:
                 metadata = self.metadata(self.folder.parent, step)
-                loaded = ocp.load_checkpointables(str(path), abstract)
+                loaded = self._load(step, abstract)
             except OldFormatError:
                 raise
             except Exception as error:  # tensorstore, Orbax and the file system each have their own kinds
@@ -151,7 +156,7 @@ class Checkpoints:
                 log.warning("checkpoint %s cannot be read (%s); trying the one before", *failed[-1])
                 continue
             assert loaded is not None and metadata is not None  # no process had a problem, this one neither
-            self._set_aside([path for path, _ in failed])
+            self._set_aside([int(path.name) for path, _ in failed])
             self._newest = step
             return step, loaded, metadata
         if failed:
@@ -159,19 +164,24 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint can be read: {rows}. Remove them to start the run anew")
         return None
 
-    def _set_aside(self, paths):
-        # The run will save this step again, and Orbax refuses a step that exists.
+    def _load(self, step: int, abstract: dict) -> dict:
+        return ocp.load_checkpointables(str(self.folder / str(step)), abstract)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        # The run will save these steps again, and Orbax refuses a step that exists.
         def move():
-            for path in paths:
-                aside = path.with_name(f"unreadable-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+            for step in steps:
+                aside = self.folder / f"unreadable-{step}"
+                move_checkpoint(self.folder.parent, step, aside)
                 log.warning("set aside as %s", aside)
 
-        if paths:
-            self._manager.close()
+        if steps:
+            self._stop()
             hosts.run_on_main("set aside", "process 0 to set unreadable checkpoints aside", move)
             self._open()
+
+    def _stop(self) -> None:
+        self._manager.close()
 
     def close(self) -> None:
         """Waits for the last save and stops the background threads."""
@@ -189,7 +199,12 @@ def _storage_options(key: tuple, value) -> ocp.options.ArrayOptions.Saving.Stora
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,), chunk_byte_size=CHUNK_BYTES)
 
 
-def _check_keys(trees: dict) -> None:
+def check_keys(trees: dict) -> None:
+    """Refuses keys with dots.
+
+    Raises:
+      ValueError: Orbax joins keys by dots, so two arrays could share one place.
+    """
     for path, _ in jax.tree_util.tree_leaves_with_path(trees):
         dotted = [key for key in path if "." in str(getattr(key, "key", getattr(key, "name", "")))]
         if dotted:

@@ -19,6 +19,7 @@ from qwen_jax.checkpoints.run_folder import (
     METRICS_FILE,
     TOKENIZER_FILE,
     CheckpointError,
+    move_checkpoint,
     read_config,
     saved_steps,
 )
@@ -56,7 +57,7 @@ def read_rewinds(folder: str | Path) -> list[Rewind]:
     Raises:
       CheckpointError: the file cannot be read.
     """
-    file = Path(folder) / REWINDS_FILE
+    file = files.as_path(folder) / REWINDS_FILE
     if not file.exists():
         return []
     try:
@@ -100,7 +101,7 @@ def rewind(folder: str | Path, to_step: int, skip_examples: int = 0, stream: str
       CheckpointError: no such checkpoint or data stream, or no run.
       ValueError: a negative number of examples.
     """
-    folder = Path(folder)
+    folder = files.as_path(folder)
     read_config(folder)
     finish_rewinds(folder)
     steps, before = saved_steps(folder), read_rewinds(folder)
@@ -137,7 +138,7 @@ def _end_of_span(position: int, count: int, earlier: list[tuple[int, int]]) -> i
 
 def finish_rewinds(folder: str | Path) -> None:
     """Finishes interrupted rewinds; does nothing where all are done."""
-    folder = Path(folder)
+    folder = files.as_path(folder)
     rewinds = read_rewinds(folder)
     for index, one in enumerate(rewinds):
         if one.done:
@@ -149,7 +150,7 @@ def finish_rewinds(folder: str | Path) -> None:
                 files.copy_file(folder / name, aside / name)
         for step in saved_steps(folder):
             if step > one.to_step:
-                (folder / CHECKPOINTS / str(step)).rename(aside / CHECKPOINTS / str(step))
+                move_checkpoint(folder, step, aside / CHECKPOINTS / str(step))
                 log.info("checkpoint of step %d set aside in %s", step, aside)
         rewinds[index] = dataclasses.replace(one, done=True)
         _write(folder, rewinds)

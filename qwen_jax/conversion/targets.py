@@ -103,6 +103,8 @@ def _in_bucket(target: Path, target_format: str) -> Generator[tuple[Path, Path]]
                 if target_format == gguf_file.NAME:
                     files.copy_file(local, target)
                 elif target_format not in FORMATS:
+                    if completing == run_folder.CONFIG_FILE:
+                        run_folder.write_commit_files(local)
                     files.upload_folder(local, cast(files.RemotePath, target), completing)
         except BaseException:
             if target_format != gguf_file.NAME:

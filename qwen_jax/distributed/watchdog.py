@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from qwen_jax import files
 from qwen_jax.command_line import one_line
 from qwen_jax.distributed import hosts
 
@@ -64,8 +65,9 @@ def dump_stacks(folder: Path | None, process: int) -> str:
     if folder is None or not folder.is_dir():
         return "standard error"
     path = folder / f"stacks_{process}.txt"
-    with open(path, "w") as file:
+    with files.new_file(path) as temporary, open(temporary, "w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
+        file.flush()
     return str(path)
 
 

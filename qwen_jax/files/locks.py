@@ -23,7 +23,7 @@ LEASE = 60.0
 
 
 @contextlib.contextmanager
-def locked(folder: PathLike, file: str = LOCK_FILE, lease: float = LEASE) -> Generator[None]:
+def locked(folder: PathLike, file: str = LOCK_FILE, lease: float | None = None) -> Generator[None]:
     """Holds `folder`, which is made if missing, for this process; the lock of a killed process is released.
 
     In a bucket the lock is an object that names its owner and is renewed while it is held. The lock of a killed process
@@ -32,14 +32,14 @@ def locked(folder: PathLike, file: str = LOCK_FILE, lease: float = LEASE) -> Gen
 
     Args:
       file: name of the lock file in `folder`.
-      lease: in a bucket, seconds that the lock outlives its owner.
+      lease: in a bucket, seconds that the lock outlives its owner; None: `LEASE`.
 
     Raises:
       ValueError: another process holds it; the message names that process.
     """
     folder = as_path(folder)
     if isinstance(folder, RemotePath):
-        with _Lease(folder, file, lease).held():
+        with _Lease(folder, file, LEASE if lease is None else lease).held():
             yield
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def written_shares(folder: str | Path) -> dict[str, float] | None:
     Raises:
       CheckpointError: the account cannot be read.
     """
-    file = Path(folder) / GOODPUT_FILE
+    file = files.as_path(folder) / GOODPUT_FILE
     return _shares(_read(file)) if file.exists() else None
 
 

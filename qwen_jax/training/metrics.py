@@ -14,7 +14,7 @@ from qwen_jax.checkpoints.run_folder import METRICS_FILE
 def read_metrics(folder: str | Path) -> list[dict]:
     """Rows of a run's metrics file; skips a last line that a kill has truncated."""
     rows = []
-    file = Path(folder) / METRICS_FILE
+    file = files.as_path(folder) / METRICS_FILE
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             rows.append(json.loads(line))

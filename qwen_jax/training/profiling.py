@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from qwen_jax import files
 from qwen_jax.checkpoints.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -81,8 +82,8 @@ def _explanation(message: str, doing: str, folder: Path, state) -> str:
     named = _listed_buffers(message)[:3] or [f"{name} {format_bytes(size)}" for name, size in largest_arrays(state)]
     profile = folder / MEMORY_PROFILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.profiler.save_device_memory_profile(profile)
+        with files.new_file(profile) as temporary:
+            jax.profiler.save_device_memory_profile(temporary)
         written = f"; a profile of the memory is in {profile} (read it with pprof)"
     except (OSError, jax.errors.JaxRuntimeError) as failed:
         written = f"; no profile of the memory could be written ({failed})"

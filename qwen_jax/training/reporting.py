@@ -53,7 +53,7 @@ class Reporter(Callback):
         self._trainer, self._goodput = trainer, trainer.run_folder.goodput
         self._process, self._processes = hosts.process_index(), hosts.process_count()
         if self._process == 0:
-            trainer.writer = MetricsWriter(trainer.run_folder.folder, trainer.step, trainer.config.train_steps)
+            trainer.writer = MetricsWriter(trainer.run_folder.local, trainer.step, trainer.config.train_steps)
         trainer.writer.describe(
             trainer.step,
             {

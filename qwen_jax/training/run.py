@@ -12,12 +12,13 @@ from pathlib import Path
 
 from qwen_jax import files
 from qwen_jax.checkpoints.rewind import finish_rewinds, skipped_spans
-from qwen_jax.checkpoints.run_folder import CHECKPOINTS, CONFIG_FILE, CheckpointError
+from qwen_jax.checkpoints.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, CheckpointError
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.preemption import PreemptionHandler
 from qwen_jax.distributed.watchdog import Activity, Watchdog
-from qwen_jax.training.goodput import Goodput
+from qwen_jax.training.goodput import GOODPUT_FILE, Goodput
 from qwen_jax.training.profiling import MEMORY_PROFILE
+from qwen_jax.training.spool import spooled
 
 # Folder of a run that keeps compiled programs.
 COMPILED = "compiled"
@@ -31,11 +32,18 @@ class Run:
       folder: OUTPUT_DIR.
       activity: current activity of the process, for the watchdog and for errors.
       goodput: the account of the run's time.
+      spool: of a run in a bucket, a local folder whose files are uploaded while the run goes on.
     """
 
     folder: Path
     activity: Activity
     goodput: Goodput
+    spool: Path | None = None
+
+    @property
+    def local(self) -> Path:
+        """The local folder for files that the run appends to."""
+        return self.folder if self.spool is None else self.spool
 
     def skipped_examples(self, stream: str) -> list[tuple[int, int]]:
         """Spans [start, stop) of the order of a data stream that rewinds pass over."""
@@ -69,18 +77,20 @@ def open_run(
     hosts.run_on_main(
         "output folder", "process 0 to look into OUTPUT_DIR", lambda: _check_folder(folder, check_same_run)
     )
-    goodput = Goodput(folder, began)
-    goodput.count("starting")
-    with _held(folder) if hosts.process_index() == 0 else contextlib.nullcontext():
+    main = hosts.process_index() == 0
+    with _held(folder) if main else contextlib.nullcontext():
         hosts.run_on_main("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(folder))
-        watchdog.folder = folder
-        yield Run(folder, watchdog.activity, goodput)
+        with spooled(folder, (METRICS_FILE, GOODPUT_FILE) if main else ()) as local:
+            goodput = Goodput(local, began)
+            goodput.count("starting")
+            watchdog.folder = folder
+            yield Run(folder, watchdog.activity, goodput, local)
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Generator[None]:
     """Locks the folder, and removes it if it is new and holds the lock alone."""
-    new = not folder.exists()
+    new = not files.is_remote(folder) and not folder.exists()
     try:
         with files.locked(folder):
             yield
@@ -92,7 +102,7 @@ def _held(folder: Path) -> Generator[None]:
 def _check_folder(folder: Path, check_same_run: Callable[[Path], None]) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"OUTPUT_DIR {folder} is a file: choose a folder")
-    if (folder / CONFIG_FILE).exists():
+    if (folder / CONFIG_FILE).is_file():
         check_same_run(folder)
         return
     # Files of a start that ended before its first step: killed, hung, or out of memory.

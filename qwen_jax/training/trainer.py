@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.batch_spec import is_packed, row_length
-from qwen_jax.checkpoints.manager import Checkpoints
+from qwen_jax.checkpoints.bucket import open_checkpoints
 from qwen_jax.checkpoints.run_folder import CheckpointError, saved_steps
 from qwen_jax.compilation_cache import CompilationCache
 from qwen_jax.distributed import hosts
@@ -39,7 +39,7 @@ def standard_callbacks(
     """
     callbacks: list[Callback] = [Reporter(optimizer.skip.most_in_a_row)]
     if config.trace_steps is not None:
-        callbacks.append(Trace(config.trace_steps, run.folder, config.trace_process))
+        callbacks.append(Trace(config.trace_steps, run.local, config.trace_process))
     if eval_set is not None and config.eval_batches:
         callbacks.append(Evaluation(eval_set, config.eval_every, config.eval_batches))
     return [*callbacks, Saving(config.checkpoint_every)]
@@ -114,7 +114,9 @@ class Trainer:
             self._initial_weights.check(self.abstract.all_params)
         goodput.count("starting")
         self._compile()
-        self.checkpoints = Checkpoints(folder, self.config.keep_checkpoints, self.config.keep_every)
+        self.checkpoints = open_checkpoints(
+            folder, self.config.keep_checkpoints, self.config.keep_every, self.run_folder.local
+        )
         self.run_folder.activity.now("restoring the state")
         # The program that makes the first state is kept like those of the steps.
         with explain_out_of_memory("restoring the state", folder, self.abstract), self._cache.compiling():
