@@ -14,7 +14,6 @@ import tempfile
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import flax.linen as nn
 import jax
@@ -27,8 +26,10 @@ from qwen_jax import files
 from qwen_jax.checkpoints.errors import one_line, unreadable_reason
 from qwen_jax.checkpoints.run_folder import (
     CHECKPOINTS,
+    COMMIT_FILE,
     TOKENIZER_FILE,
     CheckpointError,
+    checksums,
     read_config,
     saved_steps,
     write_run_files,
@@ -52,6 +53,7 @@ COMPRESSION = {
 WRITING_BYTES = 2**28
 # Trees of a checkpoint that hold parameters.
 PARAMETER_TREES = ("params", "frozen")
+_PARAMETER_FOLDERS = tuple(f"{tree}/" for tree in PARAMETER_TREES)
 # Sub-tree of a run of several models that the run folder stands for.
 POLICY = "policy"
 
@@ -218,11 +220,13 @@ def _local(step: Path) -> Generator[Path]:
     with tempfile.TemporaryDirectory(prefix="qwen_jax-") as scratch:
         local = Path(scratch) / step.name
         log.info("downloading the parameters of %s", step)
-        for part in step.iterdir():
-            if part.name in PARAMETER_TREES:
-                files.download_folder(cast(files.RemotePath, part), local / part.name)
-            elif part.is_file():
-                files.copy_file(part, local / part.name)
+        written = files.read_json(step / COMMIT_FILE)["files"]
+        names = [name for name in written if "/" not in name or name.startswith(_PARAMETER_FOLDERS)]
+        files.in_parallel(lambda name: files.copy_file(step / name, local / name), names)
+        if wrong := [name for name, found in checksums(local).items() if found != written[name]]:
+            raise CheckpointError(
+                f"checkpoint {step} cannot be read: the checksum of {wrong[0]} is not the one in {COMMIT_FILE}"
+            )
         yield local
 
 

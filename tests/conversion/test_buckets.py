@@ -62,14 +62,25 @@ def test_models_go_through_buckets_unchanged(store, run_folder, tmp_path, monkey
     said = ["".join(generate(checkpoint=at, prompt="the dog", max_new_tokens=4)) for at in (run_folder, one, two)]
     assert len(set(said)) == 1
     abstract = load_pretrained(run_folder)[1]
-    copied, whole = [], files.download_folder
-    monkeypatch.setattr(files, "download_folder", lambda *paths: copied.append(paths) or whole(*paths))
+    copied, whole = [], files.copy_file
+    monkeypatch.setattr(files, "copy_file", lambda *paths: copied.append(str(paths[0])) or whole(*paths))
     for where in (f"{url}/one", f"{url}/two"):
         weights = InitialWeights(where)
         weights.check(abstract)
         found = flatten_dict(weights.load(abstract), sep="/")
         assert_same({path: np.asarray(array) for path, array in found.items()}, expected)
-    assert len(copied) == 1  # the parameters of the run folder, from `check` to `load`
+    # The parameters of the run folder, from `check` to `load`.
+    assert len([name for name in copied if name.endswith("params/manifest.ocdbt")]) == 1
+
+
+def test_a_checkpoint_that_is_not_what_was_written_is_refused(store, run_folder):
+    url = convert("orbax", run_folder, "orbax", store.folder("run"), progress=False)
+    damaged = url / "checkpoints" / "0" / "params" / "manifest.ocdbt"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(ValueError, match=r"checkpoints/0 cannot be read: the checksum of params/manifest\.ocdbt"):
+        load_pretrained(url)
 
 
 def test_a_gguf_file_goes_through_a_bucket(store, run_folder):
