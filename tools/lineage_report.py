@@ -104,7 +104,7 @@ def evaluations(found: Mapping[str, Mapping[str, float]]) -> str:
     best = {}
     for key, (_, _, more) in COLUMNS.items():
         values = [one[key] for one in found.values() if key in one]
-        best[key] = (max if more else min)(values) if len(values) > 1 else None
+        best[key] = (max if more else min)(values) if len(set(values)) > 1 else None
     lines = []
     for name, one in found.items():
         title = MODELS[name].title if name in MODELS else "Qwen-VL-Chat, gray pictures"
@@ -295,9 +295,9 @@ def page(folder: Path, found: Mapping[str, Mapping[str, float]], held: Sequence[
     kept = sum(one.holds for one in held)
     banner = '<p class="banner">A rehearsal: toys of two updates. Its figures mean nothing.</p>' if rehearse else ""
     body = (
-        "<header><h1>A family of models, from a crawl to a chat</h1>"
+        "<header><div><h1>A family of models, from a crawl to a chat</h1>"
         f"<p>Figure 1 of the Qwen report on one machine: {len(MODELS)} models, {tokens / 1e6:.1f} million tokens, "
-        f"{clock(spent)} minutes. {kept} of {len(held)} claims hold.</p>{banner}</header>",
+        f"{clock(spent)} minutes. {kept} of {len(held)} claims hold.</p>{banner}</div></header>",
         f'<section><ul class="tree">{tree("base", found, runs, seconds)}</ul></section>',
         f"<section><h2>What is claimed, and what was seen</h2>{claim_list(held)}</section>",
         f"<section><h2>Evaluations</h2><p class=note>Held-out texts and questions; the best of a column is marked."

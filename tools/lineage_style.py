@@ -5,7 +5,7 @@ STYLE = """
 * { box-sizing: border-box }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0; color: var(--ink); background: var(--paper) }
 header { background: linear-gradient(120deg, #12233d, #1f4e8c 60%, #3b7dd8); color: #fff; padding: 2.4rem 1.5rem 2rem }
-header > * { max-width: 1180px; margin-inline: auto }
+header > div { max-width: 1180px; margin-inline: auto }
 h1 { font-size: clamp(1.5rem, 4vw, 2.3rem); line-height: 1.15; margin-block: 0 .5rem; letter-spacing: -.01em }
 header p { margin-block: .2rem; opacity: .92 }
 .banner { background: #d9822b; border-radius: 6px; padding: .3rem .8rem; font-weight: 600; opacity: 1;
