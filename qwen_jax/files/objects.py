@@ -30,7 +30,7 @@ WORKERS = 8
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _LARGEST_COPY = 5 << 30  # of one request to S3
 _EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "401 Unauthorized")
-# The answer to HEAD has no body: what is an expired token to other requests is this alone.
+# The answer to HEAD has no body, so an expired token and another region are this alone.
 _BARE_REFUSAL = re.compile(r"performing HEAD .*non-2xx status code: 400 Bad Request:$")
 _OTHER_REGION = ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraint", "301 Moved")
 _CONNECTION = ("error sending request", "error decoding response body", "timed out", "connection", "HTTP error", "50")
@@ -119,6 +119,8 @@ def call(where: Any, operation: Callable[[Any], Any]) -> Any:
             raise
         except Exception as error:
             text = _short(error)
+            if _BARE_REFUSAL.search(text):
+                text = _reason(where) or text
             expired = any(sign in text for sign in _EXPIRED) or _BARE_REFUSAL.search(text) is not None
             if not (expired or _is_transient(error, text)):
                 raise _explained(error, text, where) from error
@@ -137,6 +139,15 @@ def _short(error: BaseException) -> str:
     text = re.sub(r"<RequestI[dD]>.*?</RequestI[dD]>|<HostId>.*?</HostId>|<\?xml.*?\?>", "", text)
     text = " ".join(text.split()).removeprefix("Generic S3 error: ").removeprefix("Generic GCS error: ")
     return text if len(text) <= 400 else text[:400] + "…"
+
+
+def _reason(where: Any) -> str | None:
+    """Why HEAD was refused, from the body of the answer to a GET; None where that is not refused."""
+    try:
+        _obstore().get(_store(where.scheme, where.bucket, _renewals), where.key, options={"range": (0, 1)})
+    except Exception as error:
+        return _short(error)
+    return None
 
 
 def _is_transient(error: BaseException, text: str) -> bool:
