@@ -23,6 +23,7 @@ for _folder in ("", "tools"):
 
 from benchmarks import conversion as conversions  # noqa: E402
 from benchmarks.curation import make_pages, measured  # noqa: E402
+from benchmarks.storage_data import caching, training  # noqa: E402
 from qwen_jax import files  # noqa: E402
 from qwen_jax.conversion import convert, load_pretrained  # noqa: E402
 from tests.object_stores import FaultProxy, Store, environment, servers  # noqa: E402
@@ -107,7 +108,12 @@ def conversion(arguments: argparse.Namespace) -> None:
         print(f"{what}: {best[what] / best[peer]:.2f} of the bytes/s of a {peer} (wanted 0.5)")
 
 
-ROWS: dict[str, Callable[[argparse.Namespace], None]] = {"curation": curation, "conversion": conversion}
+ROWS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "curation": curation,
+    "caching": caching,
+    "training": training,
+    "conversion": conversion,
+}
 
 
 def main() -> None:
@@ -116,10 +122,11 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="all by default")
     parser.add_argument("--latency", type=float, default=0.02, help="seconds added to a request (default: %(default)s)")
     parser.add_argument("--pages", type=int, default=4000, help="pages to curate (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that curate (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that curate or cache (default: %(default)s)")
     parser.add_argument(
         "--rows_of_vocabulary", type=int, default=8192, help="of the model to convert, of 168 MB (default: %(default)s)"
     )
+    parser.add_argument("--megabytes", type=int, default=8, help="of text to cache (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="turns; the fastest counts (default: %(default)s)")
     arguments = parser.parse_args()
     for row in arguments.rows or ROWS:
