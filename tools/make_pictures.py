@@ -8,10 +8,12 @@ Each thing stands in a cell of a 4 by 4 grid; sizes and places within it vary. H
 
     pairs.jsonl       a picture and its caption: stage 1
     tasks.jsonl       a picture and several tasks about it: stage 2. Describe it, answer, find a thing (boxes), name the
-                      thing in a box, read a sign; and conversations without a picture, so that text is not forgotten
+                      thing in a box, read a sign; and conversations without a picture
     dialogues.jsonl   conversations about one picture, or comparing two: stage 3
-    text.jsonl        descriptions with questions and answers, without pictures: for the base model
-    frame.jsonl       the words around every conversation, for the vocabulary
+    text.jsonl        descriptions with questions and answers, without pictures: for the base model. Most descriptions
+                      are maps: the 16 cells, row by row, with a word for each. Some compare two maps
+    replay.jsonl      more of them, for stages 2 and 3, so that text is not forgotten
+    frame.jsonl       the words around every conversation and those of maps, for the vocabulary
     held_out/         questions.jsonl, with the answer as the last message; text.jsonl, as above
     pictures/         the pictures, a folder for each file of rows
 
@@ -55,6 +57,9 @@ COLORS = {
     "purple": (150, 60, 190),
     "black": (25, 25, 25),
 }
+# Letters of colors and shapes on maps.
+LETTERS = {"red": "r", "green": "g", "blue": "b", "yellow": "y", "purple": "p", "black": "k"}
+LETTERS |= {"circle": "c", "square": "s", "triangle": "t", "cross": "x"}
 SHAPES = ("circle", "square", "triangle", "cross")
 # Strokes on a grid of 9 by 9 points, x and y of both ends: no font that comes with Python packages has Chinese.
 STROKES = {
@@ -120,7 +125,7 @@ ENGLISH = Language(
     several="{number} {color} {shape}",
     numbers=("zero", "one", "two", "three", "four"),
     places={"tl": "top left", "tr": "top right", "bl": "bottom left", "br": "bottom right"},
-    at="{thing} {place}",
+    at="{place} {thing}",
     comma=", ",
     sign="the sign {}",
     describe=("Describe the picture.", "What do you see?"),
@@ -144,13 +149,13 @@ CHINESE = Language(
     colors=dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色", "紫色", "黑色"), strict=True)),
     shapes=dict(zip(SHAPES, ("圆形", "方形", "三角", "叉形"), strict=True)),
     plurals=dict(zip(SHAPES, ("圆形", "方形", "三角", "叉形"), strict=True)),
-    thing="{color}{shape}",
-    several="{number}个{color}{shape}",
+    thing="{color} {shape}",
+    several="{number} 个 {color} {shape}",
     numbers=("零", "一", "两", "三", "四"),
     places={"tl": "左上", "tr": "右上", "bl": "左下", "br": "右下"},
-    at="{place}{thing}",
-    comma="，",
-    sign="牌子{}",
+    at="{place} {thing}",
+    comma="， ",
+    sign="牌子 {}",
     describe=("描述图片。", "图里有什么？"),
     color="{shape}是什么颜色？",
     shape="{color}的是什么形状？",
@@ -167,9 +172,13 @@ LANGUAGES = {"en": ENGLISH, "zh": CHINESE}
 Part = dict
 # What stands around every conversation: given to the vocabulary with weight, so that it takes few tokens.
 FRAME = f"system\n{DEFAULT_SYSTEM}\nuser\nPicture 1: \nassistant\n"
+# Each thing on a map is to be one token.
+CODES = "".join(f" {LETTERS[color]}{LETTERS[shape]}" for color in COLORS for shape in SHAPES)
 # The kinds of questions, in the order of the held-out file.
 KINDS = ("describe", "color", "shape", "count", "place", "find", "name", "read", "compare")
 WITH_BOXES = ("find", "name")
+TWO_MAPS = 0.15  # of the documents of text.jsonl compare two maps
+MAPPED = 0.8  # of the other descriptions there are maps, not sentences
 COMPARED = 0.6  # of the dialogues are about two pictures
 
 
@@ -218,6 +227,17 @@ class Scene:
     def alike(self) -> bool:
         """Whether it shows several things of one kind."""
         return len(self.things) > 1 and len({(one.color, one.shape) for one in self.things}) == 1
+
+    @property
+    def map(self) -> str:
+        """The 16 cells row by row, a word each: `.` for none, two letters for a thing, or a character of a sign."""
+        cells = {}
+        for thing in self.things:
+            x, y = thing.center
+            cells[int(y) // CELL, int(x) // CELL] = LETTERS[thing.color] + LETTERS[thing.shape]
+        for index, glyph in enumerate(self.sign):
+            cells[self.corner[1] // CELL, self.corner[0] // CELL + index] = glyph
+        return "".join(f" {cells.get((row, column), '.')}" for row in range(4) for column in range(4))
 
     def drawn(self) -> Image.Image:
         """The picture, RGB, SIDE x SIDE."""
@@ -334,7 +354,7 @@ class Speaker:
         """All that a picture shows, from left to right."""
         words = self.words
         if scene.sign:
-            return words.sign.format(scene.sign)
+            return words.sign.format(" ".join(scene.sign))
         if scene.alike:
             first = scene.things[0]
             names = {"color": words.colors[first.color], "shape": words.plurals[first.shape]}
@@ -349,7 +369,7 @@ class Speaker:
         if kind == "describe":
             return [text(pick(words.describe))], [text(self.caption(scene))]
         if kind == "read":
-            return [text(pick(words.read))], [text(scene.sign)]
+            return [text(pick(words.read))], [text(" ".join(scene.sign))]
         assert thing is not None
         color, shape = words.colors[thing.color], words.shapes[thing.shape]
         if kind == "find":
@@ -467,11 +487,18 @@ class Writer:
     def texts(self, part: str, count: int, turns: int) -> Iterator[dict]:
         """Descriptions, which are repeated, with questions and answers below them; words are those of the stages."""
         for maker, language, speaker in self._speakers(part, count):
-            scene = maker.any(language)
-            asked = [kind for kind in kinds(scene) if kind not in WITH_BOXES]
-            caption = speaker.caption(scene)
-            lines = [caption, f"Generate the caption in {speaker.words.name_of_language}: {caption}"]
-            for question, answer in speaker.several(asked, scene, turns):
+            if maker.draw.random() < TWO_MAPS:
+                scenes = maker.two()
+                lines = [scene.map for scene in scenes]
+                said = [speaker.compare(about, scenes) for about in speaker.words.compare]
+            else:
+                scene = maker.any(language)
+                asked = [kind for kind in kinds(scene) if kind not in WITH_BOXES]
+                caption = speaker.caption(scene)
+                described = scene.map if maker.draw.random() < MAPPED else caption
+                lines = [described, f"Generate the caption in {speaker.words.name_of_language}: {caption}"]
+                said = speaker.several(asked, scene, turns)
+            for question, answer in said:
                 lines.append(f"{question[0]['text']} Answer: {answer[0]['text']}")
             yield {"text": "\n".join(lines)}
 
@@ -529,6 +556,7 @@ def main(argv: list[str] | None = None) -> None:
         ("tasks", writer.tasks(asked.tasks, turns, asked.text_share)),
         ("dialogues", writer.dialogues(asked.dialogues, turns)),
         ("text", writer.texts("text", asked.texts, turns)),
+        ("replay", writer.texts("replay", max(1, asked.texts // 4), turns)),
         ("held_out/questions", writer.questions(asked.held_out)),
         ("held_out/text", writer.texts("held_out_text", max(1, asked.texts // 20), turns)),
     ):
@@ -538,7 +566,7 @@ def main(argv: list[str] | None = None) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written += 1
         print(f"{path}: {written:,} rows", flush=True)
-    files.write_json(asked.output / "frame.jsonl", {"text": FRAME}, indent=None)
+    files.write_json(asked.output / "frame.jsonl", {"text": FRAME + CODES}, indent=None)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[
         return Step("", ("tools/measure_perplexity.py", *where, *texts))
 
     pairs, base = f"vision_pairs.pattern={data / 'pairs.jsonl'}", f"INITIAL_CHECKPOINT={folder / 'base'}"
+    replay = f"vision_text.pattern={data / 'replay.jsonl'}"
     untrained = ("TRAIN_STEPS=1", "WARMUP_STEPS=0", "PEAK_LEARNING_RATE=1e-12", "EVAL_EVERY=0")
     return [
         Step(
@@ -90,7 +91,7 @@ def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[
         Step(
             "a vocabulary for them",
             (
-                *("tools/build_tokenizer.py", f"--size={640 if rehearse else 1024}"),
+                *("tools/build_tokenizer.py", f"--size={640 if rehearse else 832}"),
                 *("--input", f"text:{data / 'text.jsonl'}", f"frame:{data / 'frame.jsonl'}:1000"),
                 f"--output={folder / 'vocabulary.tiktoken'}",
             ),
@@ -111,14 +112,14 @@ def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[
         train(
             "stage 2: all of it learns captions, questions, boxes and reading",
             *("vl_stage2_toy", "stage2", f"INITIAL_CHECKPOINT={folder / 'stage1'}"),
-            f"vision_chat.pattern={data / 'tasks.jsonl'}",
+            *(f"vision_chat.pattern={data / 'tasks.jsonl'}", replay),
         ),
         ask("stage2"),
         text("stage2"),
         train(
             "stage 3: the decoder learns dialogues and comparing two pictures",
             *("vl_stage3_toy", "stage3", f"INITIAL_CHECKPOINT={folder / 'stage2'}"),
-            f"vision_chat.pattern={data / 'dialogues.jsonl'}",
+            *(f"vision_chat.pattern={data / 'dialogues.jsonl'}", replay),
         ),
         ask("stage3"),
         text("stage3"),

@@ -70,6 +70,7 @@ class Projection(nn.Module):
       bias_shape: shape that makes the bias broadcast to the result; by default its own.
       lora: adapters of the model; there is one here if its targets have the name of this module.
       deterministic: whether the adapter goes without its dropout.
+      kernel_init: makes the initial kernel from a random key and the shape, in place of N(0, std).
     """
 
     equation: str
@@ -81,11 +82,13 @@ class Projection(nn.Module):
     bias_shape: tuple[int, ...] | None = None
     lora: LoraConfig | None = None
     deterministic: bool = True
+    kernel_init: Callable | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the projection in the compute dtype."""
-        kernel = self.param("kernel", weight_init(self.std, self.names), self.shape)
+        initializer = self.kernel_init or nn.initializers.normal(self.std)
+        kernel = self.param("kernel", named_init(initializer, self.names), self.shape)
         equation, names = self.equation, self.names
         if num_shards("embed") > 1:
             # The gathered axis comes first: the gathered weight then needs no copy into another layout.

@@ -77,6 +77,28 @@ def test_fixed_positions_are_of_the_column_first():
     np.testing.assert_allclose(positions[2, 1, 6:], np.cos([2, 0.02]), atol=1e-7)
 
 
+@pytest.mark.parametrize("place_start", [0.0, 3.0])
+def test_features_can_start_at_their_own_patches(place_start):
+    vision = VisionConfig(
+        image_size=32, patch_size=8, width=64, num_layers=1, num_heads=4, mlp_size=64, num_queries=16, image_start_id=60
+    )
+    config = small_model(
+        hidden_size=128, head_dim=64, init_std=0.08, vision=dataclasses.replace(vision, place_start=place_start)
+    )
+    model = build_model(config)
+    params = nn.meta.unbox(model.init_params(jax.random.key(0)))
+    # A picture for each patch, in which that patch alone is not gray, and one all gray.
+    pictures = np.full((17, 4, 8, 4, 8, 3), 128, np.uint8)
+    for patch in range(16):
+        pictures[patch, patch // 4, :, patch % 4] = (220, 30, 30)
+    features = np.asarray(model.apply({"params": params}, pictures.reshape(17, 32, 32, 3), method="encode_images"))
+    moved = np.linalg.norm(features[:16] - features[16], axis=-1)  # [patch, feature]
+    own = np.mean(np.diag(moved)) / np.mean(moved)
+    assert own > 2 if place_start else own < 1.5
+    sizes = np.linalg.norm(features, axis=-1).mean() / np.linalg.norm(params["token_embedding"], axis=-1).mean()
+    assert (0.8 < sizes < 1.2) if place_start else sizes > 5
+
+
 def test_a_block_computes_what_torch_computes(model_and_params):
     torch = pytest.importorskip("torch")
     model, params = model_and_params
@@ -205,6 +227,7 @@ def test_the_released_tensors_hold_the_same_numbers():
         (dict(image_size=30), "image_size 30 must be a multiple of patch_size 7"),
         (dict(width=30), "width 30 must be a multiple of num_heads 4"),
         (dict(num_queries=5), "num_queries must be a square number, found 5"),
+        (dict(place_start=-1.0), "place_start must be a number of at least 0, found -1.0"),
         (dict(num_layers=0), "num_layers must be a positive integer, found 0"),
     ],
 )

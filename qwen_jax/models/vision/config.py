@@ -28,6 +28,11 @@ class VisionConfig:
       mlp_size: width inside the encoder's MLP.
       num_queries: features of a picture; a square number. Released: 256.
       norm_epsilon: added to the variance inside LayerNorm.
+      place_start: how strongly each feature looks at the patch in its own place before training. 0: as released, where
+        that is chance, and a model of billions learns it. Above 0, for small models trained from random weights: the
+        resampler's sines are this many times as large, of wavelengths that differ between the cells of a small grid,
+        its query and key projections start equal, the encoder's learned positions have a standard deviation of 1, and
+        features start as large as embeddings.
       image_start_id: token before the features of a picture, `<img>`; `</img>` is the next one, and `<imgpad>`, which
         stands in the places of the features, the one after that.
     """
@@ -40,6 +45,7 @@ class VisionConfig:
     mlp_size: int = 8192
     num_queries: int = 256
     norm_epsilon: float = 1e-6
+    place_start: float = 0.0
     image_start_id: int = 151857
 
     def __post_init__(self):
@@ -53,6 +59,8 @@ class VisionConfig:
             )
         if self.width % self.num_heads:
             raise ValueError(f"VisionConfig.width {self.width} must be a multiple of num_heads {self.num_heads}")
+        if not 0 <= self.place_start < math.inf:
+            raise ValueError(f"VisionConfig.place_start must be a number of at least 0, found {self.place_start!r}")
         if math.isqrt(self.num_queries) ** 2 != self.num_queries:
             raise ValueError(f"VisionConfig.num_queries must be a square number, found {self.num_queries}")
 

@@ -96,7 +96,9 @@ class VisionEncoder(nn.Module):
         # b batch, l patches, i and j rows and columns of a patch, c colors, d width.
         shape, names = (c.patch_size, c.patch_size, channels, c.width), (None, None, None, "embed")
         x = Projection("blijc,ijcd->bld", shape, names, std, dtype, name="patch_embedding")(patches)
-        positions = self.param("positions", weight_init(std, (None, "embed")), (BASE_GRID**2, c.width))
+        # A patch enters with a norm of about its width: positions of the usual deviation would be lost beside it.
+        spread = 1.0 if c.place_start else std
+        positions = self.param("positions", weight_init(spread, (None, "embed")), (BASE_GRID**2, c.width))
         x = x + resize_positions(positions, grid).astype(dtype)
         x = LayerNorm(c.norm_epsilon, dtype, name="input_norm")(x)
         x = constrain(x, "batch", "length", "activation_embed")
@@ -111,5 +113,7 @@ class VisionEncoder(nn.Module):
         features = Resampler(self.config, c, name="resampler")(x)
         features = LayerNorm(c.norm_epsilon, dtype, name="output_norm")(features)
         shape, names, std = (self.config.hidden_size,) * 2, ("embed", None), self.config.hidden_size**-0.5
+        if c.place_start:
+            std *= self.config.init_std  # features as large as new embeddings
         out = Projection("bqd,de->bqe", shape, names, std, dtype, name="output")(features)
         return constrain(out, "batch", None, "activation_embed")

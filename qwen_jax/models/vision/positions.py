@@ -50,13 +50,13 @@ def resize_positions(positions: jax.Array, grid: int) -> jax.Array:
     return resized.reshape(grid * grid, -1)
 
 
-def sine_positions(grid: int, width: int) -> np.ndarray:
+def sine_positions(grid: int, width: int, longest: float = 10_000.0) -> np.ndarray:
     """Fixed positions of a grid, float32 [grid * grid, width], row by row.
 
     As the released `get_2d_sincos_pos_embed`: the first half of a vector is of the column, the second of the row, and
-    each half is sines, then cosines, at wavelengths up to 2 pi 10,000.
+    each half is sines, then cosines, at wavelengths from 2 pi cells up to 2 pi `longest`.
     """
-    frequencies = 10_000.0 ** -(np.arange(width // 4) / (width / 4))
+    frequencies = longest ** -(np.arange(width // 4) / (width / 4))
     angles = np.arange(grid, dtype=np.float32)[:, None] * frequencies
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
     columns = np.broadcast_to(axis[None, :], (grid, grid, width // 2))
