@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -39,15 +40,24 @@ UPLOAD_LIMIT = 3600.0
 _DESCRIPTOR = 1000
 
 
-def open_checkpoints(folder: Path, keep: int, keep_every: int, scratch: Path | None) -> Checkpoints:
+class Spooled(Protocol):
+    """Files of a run that are uploaded from a local folder: `training.spool.Spool`."""
+
+    local: Path
+
+    def upload(self) -> None:
+        """Uploads what has changed."""
+
+
+def open_checkpoints(folder: Path, keep: int, keep_every: int, spool: Spooled | None) -> Checkpoints:
     """The checkpoints of a run folder, on disks or in a bucket; see `Checkpoints`.
 
     Args:
-      scratch: of a run in a bucket, a local folder.
+      spool: of a run in a bucket; it is uploaded before each checkpoint is complete.
     """
     if not files.is_remote(folder):
         return Checkpoints(folder, keep, keep_every)
-    return BucketCheckpoints(folder, keep, keep_every, scratch)
+    return BucketCheckpoints(folder, keep, keep_every, spool)
 
 
 def _open_folder(folder: Path) -> int:
@@ -66,15 +76,16 @@ def _open_folder(folder: Path) -> int:
 class BucketCheckpoints(Checkpoints):
     """As `Checkpoints`; each process of a job has its own local disk, or shares one."""
 
-    def __init__(self, folder: Path, keep: int = 3, keep_every: int = 0, scratch: Path | None = None):
+    def __init__(self, folder: Path, keep: int = 3, keep_every: int = 0, spool: Spooled | None = None):
         """Opens the checkpoints of the run folder; process 0 removes what a killed upload left.
 
         Args:
           keep, keep_every: as of `Checkpoints`.
-          scratch: local folder for what is on its way, of this process alone; None: in that of temporary files.
+          spool: of the run, whose local folder also holds what is on its way; None: in that of temporary files.
         """
         # Hidden, so that what is spooled from the same folder leaves it out.
-        self._scratch = Path(tempfile.mkdtemp(prefix=".checkpoints-", dir=scratch))
+        self._scratch = Path(tempfile.mkdtemp(prefix=".checkpoints-", dir=None if spool is None else spool.local))
+        self._spool = spool
         self._descriptor = _open_folder(self._scratch)
         self._upload: threading.Thread | None = None
         # The order of openings and saves, equal in all processes, makes the keys of the job's store unique.
@@ -134,6 +145,8 @@ class BucketCheckpoints(Checkpoints):
             written()
             found = checksums(local)
             files.in_parallel(lambda name: files.copy_file(local / name, final / name), list(found))
+            if self._spool is not None:
+                self._spool.upload()  # the metrics of the steps before: they are not made again
             self._commit(final, {"step": step, "metadata": metadata, "files": found}, key)
         except BaseException as error:  # raised by `wait`, in the thread that trains
             self._error = error

@@ -18,7 +18,7 @@ from qwen_jax.distributed.preemption import PreemptionHandler
 from qwen_jax.distributed.watchdog import Activity, Watchdog
 from qwen_jax.training.goodput import GOODPUT_FILE, Goodput
 from qwen_jax.training.profiling import MEMORY_PROFILE
-from qwen_jax.training.spool import spooled
+from qwen_jax.training.spool import Spool, spooled
 
 # Folder of a run that keeps compiled programs.
 COMPILED = "compiled"
@@ -32,18 +32,18 @@ class Run:
       folder: OUTPUT_DIR.
       activity: current activity of the process, for the watchdog and for errors.
       goodput: the account of the run's time.
-      spool: of a run in a bucket, a local folder whose files are uploaded while the run goes on.
+      spool: of a run in a bucket, the local folder whose files are uploaded while the run goes on.
     """
 
     folder: Path
     activity: Activity
     goodput: Goodput
-    spool: Path | None = None
+    spool: Spool | None = None
 
     @property
     def local(self) -> Path:
         """The local folder for files that the run appends to."""
-        return self.folder if self.spool is None else self.spool
+        return self.folder if self.spool is None else self.spool.local
 
     def skipped_examples(self, stream: str) -> list[tuple[int, int]]:
         """Spans [start, stop) of the order of a data stream that rewinds pass over."""
@@ -80,11 +80,11 @@ def open_run(
     main = hosts.process_index() == 0
     with _held(folder) if main else contextlib.nullcontext():
         hosts.run_on_main("rewinds", "process 0 to set checkpoints aside", lambda: finish_rewinds(folder))
-        with spooled(folder, (METRICS_FILE, GOODPUT_FILE) if main else ()) as local:
-            goodput = Goodput(local, began)
+        with spooled(folder, (METRICS_FILE, GOODPUT_FILE) if main else ()) as spool:
+            goodput = Goodput(folder if spool is None else spool.local, began)
             goodput.count("starting")
             watchdog.folder = folder
-            yield Run(folder, watchdog.activity, goodput, local)
+            yield Run(folder, watchdog.activity, goodput, spool)
 
 
 @contextlib.contextmanager

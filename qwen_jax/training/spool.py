@@ -24,8 +24,8 @@ _HOME = "qwen_jax-runs"
 
 
 @contextlib.contextmanager
-def spooled(folder: Path, names: tuple[str, ...], every: float = EVERY) -> Generator[Path]:
-    """A local folder whose files appear in `folder`: `folder` itself, unless it is in a bucket.
+def spooled(folder: Path, names: tuple[str, ...], every: float = EVERY) -> Generator["Spool | None"]:
+    """A local folder whose files appear in `folder`, which is in a bucket; None where it is not.
 
     Args:
       names: files that a run goes on with; they are downloaded first, where there are any.
@@ -35,17 +35,17 @@ def spooled(folder: Path, names: tuple[str, ...], every: float = EVERY) -> Gener
       OSError: a file could not be uploaded at the end.
     """
     if not files.is_remote(folder):
-        yield folder
+        yield None
         return
     with _scratch() as local:
         for name in names:
             if (folder / name).is_file():
                 files.copy_file(folder / name, local / name)
-        spool = _Spool(local, folder)
+        spool = Spool(local, folder)
         thread = threading.Thread(target=spool.run, args=(every,), daemon=True, name=f"spool of {folder}")
         thread.start()
         try:
-            yield local
+            yield spool
         finally:
             spool.ended.set()
             thread.join()
@@ -67,9 +67,16 @@ def _scratch() -> Generator[Path]:
         shutil.rmtree(local, ignore_errors=True)
 
 
-class _Spool:
+class Spool:
+    """Uploads the files of a local folder that have changed; made by `spooled`.
+
+    Attributes:
+      local: the folder.
+    """
+
     def __init__(self, local: Path, folder: Path):
-        self._local, self._folder = local, folder
+        """Uploads nothing yet."""
+        self.local, self._folder, self._lock = local, folder, threading.Lock()
         # What was downloaded is uploaded once more: its time is not known to be that of the object.
         self._sent: dict[str, tuple[int, int]] = {}
         self.ended = threading.Event()
@@ -84,8 +91,12 @@ class _Spool:
 
     def upload(self) -> None:
         """Uploads the files that have changed since they were uploaded last."""
-        for path in sorted(self._local.rglob("*")):
-            name = path.relative_to(self._local)
+        with self._lock:
+            self._upload()
+
+    def _upload(self) -> None:
+        for path in sorted(self.local.rglob("*")):
+            name = path.relative_to(self.local)
             hidden = any(part.startswith(".") for part in name.parts)
             if hidden or not path.is_file():
                 continue

@@ -115,7 +115,7 @@ class Trainer:
         goodput.count("starting")
         self._compile()
         self.checkpoints = open_checkpoints(
-            folder, self.config.keep_checkpoints, self.config.keep_every, self.run_folder.local
+            folder, self.config.keep_checkpoints, self.config.keep_every, self.run_folder.spool
         )
         self.run_folder.activity.now("restoring the state")
         # The program that makes the first state is kept like those of the steps.
