@@ -60,6 +60,8 @@ COLORS = {
 # Letters of colors and shapes on maps.
 LETTERS = {"red": "r", "green": "g", "blue": "b", "yellow": "y", "purple": "p", "black": "k"}
 LETTERS |= {"circle": "c", "square": "s", "triangle": "t", "cross": "x"}
+# Of the quarters: a decoder with rotary positions alone would have to count cells.
+LETTERS |= {"tl": "a", "tr": "d", "bl": "e", "br": "h"}
 SHAPES = ("circle", "square", "triangle", "cross")
 # Strokes on a grid of 9 by 9 points, x and y of both ends: no font that comes with Python packages has Chinese.
 STROKES = {
@@ -173,7 +175,12 @@ Part = dict
 # What stands around every conversation: given to the vocabulary with weight, so that it takes few tokens.
 FRAME = f"system\n{DEFAULT_SYSTEM}\nuser\nPicture 1: \nassistant\n"
 # Each thing on a map is to be one token.
-CODES = "".join(f" {LETTERS[color]}{LETTERS[shape]}" for color in COLORS for shape in SHAPES)
+CODES = "".join(
+    f" {LETTERS[color]}{LETTERS[shape]}{LETTERS[place]}"
+    for color in COLORS
+    for shape in SHAPES
+    for place in ("tl", "tr", "bl", "br")
+)
 # The kinds of questions, in the order of the held-out file.
 KINDS = ("describe", "color", "shape", "count", "place", "find", "name", "read", "compare")
 WITH_BOXES = ("find", "name")
@@ -230,11 +237,12 @@ class Scene:
 
     @property
     def map(self) -> str:
-        """The 16 cells row by row, a word each: `.` for none, two letters for a thing, or a character of a sign."""
+        """The 16 cells row by row, a word each: `.`, letters of a thing and its quarter, or a character of a sign."""
         cells = {}
         for thing in self.things:
             x, y = thing.center
-            cells[int(y) // CELL, int(x) // CELL] = LETTERS[thing.color] + LETTERS[thing.shape]
+            letters = (LETTERS[one] for one in (thing.color, thing.shape, thing.place))
+            cells[int(y) // CELL, int(x) // CELL] = "".join(letters)
         for index, glyph in enumerate(self.sign):
             cells[self.corner[1] // CELL, self.corner[0] // CELL + index] = glyph
         return "".join(f" {cells.get((row, column), '.')}" for row in range(4) for column in range(4))

@@ -91,7 +91,7 @@ def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[
         Step(
             "a vocabulary for them",
             (
-                *("tools/build_tokenizer.py", f"--size={640 if rehearse else 832}"),
+                *("tools/build_tokenizer.py", f"--size={736 if rehearse else 928}"),
                 *("--input", f"text:{data / 'text.jsonl'}", f"frame:{data / 'frame.jsonl'}:1000"),
                 f"--output={folder / 'vocabulary.tiktoken'}",
             ),
@@ -253,8 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     began, folder = time.monotonic(), arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    toy = [f"ModelConfig.{one}" for one in ("num_layers=1", "num_heads=2", "ffn_size=64", "vocab_size=656")]
-    toy += ["VisionConfig.num_layers=1", "VisionConfig.image_start_id=646"]
+    toy = [f"ModelConfig.{one}" for one in ("num_layers=1", "num_heads=2", "ffn_size=64", "vocab_size=752")]
+    toy += ["VisionConfig.num_layers=1", "VisionConfig.image_start_id=742"]
     toy += ["TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1", "BATCH_SIZE=2"]
     with files.locked(folder):
         go(folder, steps(folder, arguments.seed, arguments.rehearse, toy if arguments.rehearse else []))

@@ -9,7 +9,7 @@ from qwen_jax import files
 from qwen_jax.checkpoints.run_folder import read_config
 from tests.pages import blocks, copy_repository, shell
 
-TOY = "num_layers=1 num_heads=2 ffn_size=64 vocab_size=656".split()
+TOY = "num_layers=1 num_heads=2 ffn_size=64 vocab_size=752".split()
 # A reader's steps take minutes; these show that every command does what the page says.
 SHORT = (
     (r"^make vision", "python tools/vision.py --rehearse"),
@@ -20,7 +20,7 @@ SHORT = (
     (
         r"(python -m qwen_jax.train .*)",
         r"\1 --gin.TRAIN_STEPS=2 --gin.WARMUP_STEPS=1 --gin.EVAL_BATCHES=1 --gin.BATCH_SIZE=2 "
-        r"--gin.VisionConfig.num_layers=1 --gin.VisionConfig.image_start_id=646 "
+        r"--gin.VisionConfig.num_layers=1 --gin.VisionConfig.image_start_id=742 "
         + " ".join(f"--gin.ModelConfig.{one}" for one in TOY),
     ),
 )
