@@ -143,7 +143,7 @@ class BucketCheckpoints(Checkpoints):
         local, final = self._scratch / str(step), self.folder / str(step)
         try:
             written()
-            found = checksums(local)
+            found = self._own(checksums(local), key)
             files.in_parallel(lambda name: files.copy_file(local / name, final / name), list(found))
             if self._spool is not None:
                 self._spool.upload()  # the metrics of the steps before: they are not made again
@@ -152,6 +152,20 @@ class BucketCheckpoints(Checkpoints):
             self._error = error
         finally:
             shutil.rmtree(local, ignore_errors=True)
+
+    def _own(self, found: dict[str, dict], key: str) -> dict[str, dict]:
+        """The files that this process uploads: where several processes have a name, the first of them uploads it.
+
+        Each process writes what describes the whole checkpoint, with a time in it: mixed, no checksums would fit.
+        """
+        process, count = hosts.process_index(), hosts.process_count()
+        if count > 1:
+            hosts.put(f"written/{key}/{process}", list(found))
+        for other in range(process):
+            what = f"process {other} to write its part of the checkpoint"
+            theirs = set(hosts.wait_for(f"written/{key}/{other}", what, UPLOAD_LIMIT))
+            found = {name: one for name, one in found.items() if name not in theirs}
+        return found
 
     def _commit(self, final: Path, commit: dict, key: str) -> None:
         """Writes the commit file in process 0, once all processes have uploaded their parts."""
