@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -207,14 +208,14 @@ def test_a_full_disk_ends_it_with_one_line_and_loses_nothing(run, data_dir, unbr
     kept = answers(tmp_path)
     assert 0 < len(kept) < 6 and sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mmlu", "settings.json"]
     # Full again, when the results are written.
-    replace, full = command.files.Path.replace, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.md")
+    replace, full = Path.replace, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.md")
 
     def no_room(self, target):
         if target.name == "results.md":
             raise full
         return replace(self, target)
 
-    monkeypatch.setattr(command.files.Path, "replace", no_room)
+    monkeypatch.setattr(Path, "replace", no_room)
     assert "No space left on device" in failure(flags(run, data_dir, tmp_path), capsys)
     monkeypatch.undo()
     assert not list(tmp_path.rglob("*.tmp"))

@@ -15,6 +15,6 @@ def test_commands_of_the_page(tmp_path):
     assert reasons["duplicate"] == reasons["near-duplicate"] == reasons["vendored"] == 1
     assert reasons["license unknown"] == 2 and "license unknown" in made
     assert '{"repository": "abacus", "path": "' in made
-    assert '⟦"""Files and folders that appear whole' in code and "tokens with loss:       100.0%" in code
+    assert '⟦"""Memory of the host, where it is the memory' in code and "tokens with loss:       100.0%" in code
     assert '"kind": ' in arithmetic
     assert "=⟪<|im_end|>⟫" in instructions and "⟪<|im_start|>⟫assistant\n⟦" in instructions
