@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qwen_jax import command_line
+
 Points = Sequence[tuple[float, float]]
 COLORS = {"training": "#8fb4e3", "held out": "#1f4e8c", "reward": "#d9822b", "gold": "#b8860b", "KL": "#7b5ea7"}
 _FALLBACK = "#3b7dd8"
@@ -13,14 +15,7 @@ _FALLBACK = "#3b7dd8"
 
 def escape(text: object) -> str:
     """Text of models and documents as text of the page; what could reorder the page around it is shown as a code."""
-    return html.escape("".join(f"\\u{ord(one):04x}" if _hidden(one) else one for one in str(text)))
-
-
-def _hidden(character: str) -> bool:
-    point = ord(character)
-    if point < 0x20:
-        return character not in "\n\t"
-    return 0x7F <= point < 0xA0 or 0x200B <= point <= 0x200F or 0x202A <= point <= 0x202E or 0x2066 <= point <= 0x2069
+    return html.escape(command_line.escape(str(text)))
 
 
 def short(value: float) -> str:
