@@ -4,7 +4,7 @@
     python benchmarks/start.py --tree=../before       # another checkout, with its own .venv
 
 Both use a prepared cache and a trained tiny model, which are made first if they are not there. Wall time of whole
-processes, smallest and median of several runs one after the other on an idle machine; results in RESULTS.md.
+processes, smallest and median of several runs one after the other on an idle machine; results in results/.
 """
 
 import argparse
