@@ -228,8 +228,11 @@ class Story:
             (2, "vl", "vl_stage1", "tasks", "Qwen-VL, stage 2: all of it learns to answer, to find and to read"),
             (3, "vl_chat", "vl", "dialogues", "Qwen-VL-Chat, stage 3: dialogues, and two pictures at once"),
         ):
-            pattern = f"vision_{'pairs' if number == 1 else 'chat'}.pattern={self.data / 'pictures' / rows}.jsonl"
-            found.append(self.train(heading, f"vl_stage{number}", name, self.start(before), pattern))
+            kind = "pairs" if number == 1 else "chat"
+            patterns = [f"vision_{kind}.pattern={self.data / 'pictures' / rows}.jsonl"]
+            if number > 1:
+                patterns.append(f"vision_text.pattern={self.data / 'pictures/replay.jsonl'}")
+            found.append(self.train(heading, f"vl_stage{number}", name, self.start(before), *patterns))
         return found
 
     def measures(self) -> list[Step]:
