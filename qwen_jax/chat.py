@@ -45,7 +45,14 @@ with quick_imports():
     from qwen_jax.pictures import Loaded, check_files, draw_reply, load_picture, vision_of
 
 # generation_config.json of the released chat models (7B and 14B); temperature is what transformers has without one.
-RELEASED = {"temperature": 1.0, "top_p": 0.8, "top_k": 0, "repetition_penalty": 1.1, "max_new_tokens": 512}
+RELEASED = {
+    "temperature": 1.0,
+    "top_p": 0.8,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 512,
+}
 HELP = """/image FILE   show a picture with the next message
 /tags TEXT    a message in which <ref>, <box> and <quad> are tags, as in: What is in <box>(10,20),(500,600)</box>?
 /reset        forget the conversation, keep the system message
@@ -245,7 +252,7 @@ def defaults(checkpoint: files.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: {wrong[0]} is {settings[wrong[0]]!r}, expected a number")
     if found.get("do_sample") is False:
         # Filters mean nothing without sampling, and such files have top_p 0.
-        settings |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+        settings |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     return {**RELEASED, **settings}
 
 
@@ -404,6 +411,7 @@ def main(argv=None) -> None:
         ("temperature", float),
         ("top_p", float),
         ("top_k", int),
+        ("min_p", float),
         ("repetition_penalty", float),
         ("max_new_tokens", int),
     ):

@@ -54,6 +54,9 @@ def text_request(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
+    min_p: float = 0.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     stop: Sequence[str] = (),
     seed: int = 0,
     images: Sequence[Loaded] = (),
@@ -63,13 +66,14 @@ def text_request(
     Args:
       prompt: text, in which names of control tokens stay text; or texts, pictures and regions.
       stop: further strings that end the continuation.
-      max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: see `Request` and `SamplingConfig`.
+      max_new_tokens, seed: see `Request`.
+      temperature, top_p, top_k, repetition_penalty, min_p, presence_penalty, frequency_penalty: see `SamplingConfig`.
       images: the pictures of `prompt`.
 
     Raises:
       ValueError: a value is out of range.
     """
-    sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty)
+    sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, min_p, presence_penalty, frequency_penalty)
     tokenizer, vision = engine.tokenizer, engine.model.config.vision
     assert tokenizer is not None  # `load_engine` gives one
     ids = content.encode(tokenizer, prompt, vision.num_queries if vision is not None else content.NUM_QUERIES)
@@ -222,7 +226,16 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--top_k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
     parser.add_argument(
+        "--min_p", type=float, default=0.0, help="sample from tokens this times as probable as the most probable one"
+    )
+    parser.add_argument(
         "--repetition_penalty", type=float, default=1.0, help="above 1: earlier tokens become less probable"
+    )
+    parser.add_argument(
+        "--presence_penalty", type=float, default=0.0, help="subtracted from logits of tokens that were generated"
+    )
+    parser.add_argument(
+        "--frequency_penalty", type=float, default=0.0, help="the same, times how often a token was generated"
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the continuation at this text; may be repeated"

@@ -136,6 +136,7 @@ def test_settings_come_from_the_checkpoint_else_as_released(tmp_path):
         "top_p": 0.5,
         "top_k": 20,
         "repetition_penalty": 1.1,
+        "min_p": 0.0,
         "max_new_tokens": 512,
     }
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')

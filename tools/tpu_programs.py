@@ -200,7 +200,9 @@ def _decode(
     cache = DecodingCache((KVCache(entry, entry),) * config.num_layers, by_row(jnp.float32))
     seen = _placed((rows, config.vocab_size), jnp.bool_, mesh, "batch", None)
     state = programs.BatchState(cache, by_row(jnp.int32), by_row(jnp.int32), seen)
-    sampling = RowSampling(*(by_row(dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)))
+    fields = {name: by_row(jnp.float32) for name in ("temperature", "top_p", "min_p")}
+    fields |= {f"{name}_penalty": by_row(jnp.float32) for name in ("repetition", "presence", "frequency")}
+    sampling = RowSampling(top_k=by_row(jnp.int32), seed=by_row(jnp.uint32), **fields)
     rules = programs.RowRules(sampling, _placed((rows, 1), jnp.int32, mesh, "batch", None), by_row(jnp.int32))
     count = _placed((), jnp.int32, mesh)
     used = model_flops_per_token(config, slots, causal=False)
@@ -213,7 +215,9 @@ def _decode(
     )
 
     def compile_decode():
-        lowered = programs.generate.lower(mesh, config, params, state, by_row(jnp.bool_), rules, count, count, True)
+        lowered = programs.generate.lower(
+            mesh, config, params, state, by_row(jnp.bool_), rules, count, count, True, False
+        )
         return lowered.compile()
 
     return Prepared(compile_decode, work, dict(mesh.shape), state_bytes, resident_bytes=sum(resident.values()))

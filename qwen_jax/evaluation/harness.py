@@ -27,7 +27,7 @@ from qwen_jax.inference import Engine, Request, SamplingConfig
 
 # Continuations that are scored together, and then kept by the harness's cache.
 PAIRS_AT_ONCE = 2048
-_SAMPLING = ("top_p", "top_k", "repetition_penalty")
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class HarnessModel(LM):

@@ -1,5 +1,6 @@
 """The rows that are generated together."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -11,26 +12,36 @@ from qwen_jax.inference.admission import Prompt, bucket, next_prompts, prefill_c
 from qwen_jax.inference.images import Features, image_places
 from qwen_jax.inference.prefix_cache import PrefixCache
 from qwen_jax.inference.programs import MAX_STEPS, Programs, RowRules
-from qwen_jax.inference.requests import Request, StreamChunk
+from qwen_jax.inference.requests import Ranking, Request, StreamChunk
 from qwen_jax.inference.row import Row
-from qwen_jax.inference.sampling import RowSampling, SamplingConfig
+from qwen_jax.inference.sampling import RowSampling, SamplingConfig, TokenBias
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import InputEmbeddings
 
-SMALLEST_CACHE = 64
+SMALLEST_CACHE, SMALLEST_BIAS = 64, 8
 STEPS_BEFORE_STOP_STRINGS = 8
 STREAM_SECONDS = 0.1
 
 
-def sampling_of(requests: Sequence[Request | None]) -> RowSampling:
+def sampling_of(requests: Sequence[Request | None], vocab_size: int) -> RowSampling:
     """Sampling of the rows of these requests; a row without one takes the most probable token."""
-    return RowSampling.of(
+    sampling = RowSampling.of(
         [request.sampling if request else SamplingConfig() for request in requests],
         [request.seed if request else 0 for request in requests],
     )
+    most = max(len(request.logit_bias) if request else 0 for request in requests)
+    if not most:
+        return sampling
+    shape = (len(requests), bucket(most, SMALLEST_BIAS))
+    bias = TokenBias(np.full(shape, vocab_size, np.int32), np.zeros(shape, np.float32))
+    for row, request in enumerate(requests):
+        if request and request.logit_bias:
+            bias.ids[row, : len(request.logit_bias)] = list(request.logit_bias)
+            bias.values[row, : len(request.logit_bias)] = list(request.logit_bias.values())
+    return dataclasses.replace(sampling, bias=bias)
 
 
-def rules_of(requests: Sequence[Request | None]) -> RowRules:
+def rules_of(requests: Sequence[Request | None], vocab_size: int) -> RowRules:
     """The requests of rows as arrays; a row without one gets rules that do nothing."""
     width = bucket(max([8, *(len(request.stop_ids) for request in requests if request)]), 8)
     stop_ids = np.full((len(requests), width), -1, np.int32)
@@ -38,7 +49,7 @@ def rules_of(requests: Sequence[Request | None]) -> RowRules:
         if request:
             stop_ids[row, : len(request.stop_ids)] = request.stop_ids
     ends = [request.prompt_length + request.max_new_tokens if request else 1 for request in requests]
-    return RowRules(sampling_of(requests), stop_ids, np.asarray(ends, np.int32))
+    return RowRules(sampling_of(requests, vocab_size), stop_ids, np.asarray(ends, np.int32))
 
 
 def prompts_of(requests: Sequence[Request], size: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -50,8 +61,22 @@ def prompts_of(requests: Sequence[Request], size: int, config: ModelConfig) -> t
     return tokens, np.asarray([request.prompt_length for request in requests], np.int32)
 
 
-def _kind(greedy: bool) -> str:
-    return "greedy" if greedy else "sampling"
+def _kind(sampling: RowSampling, top: bool) -> tuple[str, ...]:
+    """What of the rules chooses the program, in words."""
+    kinds = ["sampling" if sampling.temperature.any() else "greedy"]
+    if sampling.bias is not None:
+        kinds.append(f"{sampling.bias.ids.shape[1]} biases")
+    if top:
+        kinds.append("most likely tokens")
+    return tuple(kinds)
+
+
+def _rankings(ranked, row: int, count: int) -> list[Ranking]:
+    """The most probable tokens in the places of the first `count` tokens of a row; none where there are none."""
+    if ranked is None:
+        return []
+    ids, log_probs = (part[row, :count].tolist() for part in ranked)
+    return [tuple(zip(*both, strict=True)) for both in zip(ids, log_probs, strict=True)]
 
 
 class Batch:
@@ -135,22 +160,24 @@ class Batch:
         # The last request repeats; its repetitions are written to the same place.
         filled = rows + rows[-1:] * (count - len(rows))
         lengths = np.asarray([row.request.prompt_length for row in filled], np.int32)
-        sampling = sampling_of([row.request for row in filled])
-        greedy = not sampling.temperature.any()
-        first, log_probs, seen = self.call(
+        sampling = sampling_of([row.request for row in filled], self.config.vocab_size)
+        top = any(row.request.top_log_probs for row in rows)
+        first, log_probs, ranked, seen = self.call(
             programs.first_tokens,
-            ("first tokens", f"{count} rows of {len(logits)}", _kind(greedy)),
+            ("first tokens", f"{count} rows of {len(logits)}", *_kind(sampling, top)),
             logits,
             seen,
             lengths,
             sampling,
-            greedy,
+            not sampling.temperature.any(),
+            top,
             of,
         )
         free = [place for place, row in enumerate(self.rows) if row is None]
         for row, place in zip(rows, free, strict=False):
             row.place = place
         self._reserve(prompts[0].slots)
+        self._count(rows)
         self.state = self.call(
             programs.insert,
             ("insert", *self._shape(), shape),
@@ -162,12 +189,17 @@ class Batch:
             np.asarray([row.place for row in filled], np.int32),
             of,
         )
-        first, log_probs = jax.device_get((first, log_probs))
+        first, log_probs, ranked = jax.device_get((first, log_probs, ranked))
+        if ranked is not None:
+            ranked = [part[:, None] for part in ranked]
         for row, place in zip(rows, free, strict=False):
             self.rows[place] = row
         self.rules = None
         self._keep([prompt.rows[0] for prompt in prompts])
-        return [self._take(row, first[i : i + 1], log_probs[i : i + 1]) for i, row in enumerate(rows)]
+        return [
+            self._take(row, first[i : i + 1], log_probs[i : i + 1], _rankings(ranked, i, 1))
+            for i, row in enumerate(rows)
+        ]
 
     def _compute(self, params, prompts: list[Prompt]):
         """(cache, logits, seen) as `programs.prefill` gives them, and the sizes of the cache in words."""
@@ -240,15 +272,15 @@ class Batch:
         steps = self._steps()
         self._reserve(max(min(row.length + steps, row.end) for row in self.rows if row))
         if self.rules is None:
-            self.rules = rules_of([row.request if row else None for row in self.rows])
+            self.rules = rules_of([row.request if row else None for row in self.rows], self.config.vocab_size)
         active = np.asarray([row is not None for row in self.rows])
         floor = max(self.busy - max(1, len(self.rows) // 8), 0) if waiting else 0
-        greedy = not self.rules.sampling.temperature.any()
+        top = any(row.request.top_log_probs for row in self.rows if row)
         width = self.rules.stop_ids.shape[1]
         begun, known = time.perf_counter(), self.call.compilations
-        self.state, tokens, log_probs, counts = self.call(
+        self.state, tokens, log_probs, ranked, counts = self.call(
             programs.generate,
-            ("generate", *self._shape(), _kind(greedy), f"{width} stop ids"),
+            ("generate", *self._shape(), *_kind(self.rules.sampling, top), f"{width} stop ids"),
             self.config,
             params,
             self.state,
@@ -256,22 +288,28 @@ class Batch:
             self.rules,
             np.int32(steps),
             np.int32(floor),
-            greedy,
+            not self.rules.sampling.temperature.any(),
+            top,
         )
-        tokens, log_probs, counts = jax.device_get((tokens, log_probs, counts))
+        tokens, log_probs, ranked, counts = jax.device_get((tokens, log_probs, ranked, counts))
         if self.call.compilations == known:
             self.step_seconds = (time.perf_counter() - begun) / max(counts.max(), 1)
         rows = [row for row in self.rows if row is not None]
         places = [place for place, row in enumerate(self.rows) if row is not None]
         chunks = [
-            self._take(row, tokens[place, : counts[place]], log_probs[place, : counts[place]])
+            self._take(
+                row,
+                tokens[place, : counts[place]],
+                log_probs[place, : counts[place]],
+                _rankings(ranked, place, counts[place]) if row.request.top_log_probs else (),
+            )
             for row, place in zip(rows, places, strict=True)
         ]
         self._keep([row for row in rows if row.finish_reason])
         return chunks
 
-    def _take(self, row: Row, tokens: np.ndarray, log_probs: np.ndarray) -> StreamChunk:
-        chunk = row.take(tokens.tolist(), log_probs.tolist())
+    def _take(self, row: Row, tokens: np.ndarray, log_probs: np.ndarray, ranked: Sequence[Ranking]) -> StreamChunk:
+        chunk = row.take(tokens.tolist(), log_probs.tolist(), ranked)
         if row.finish_reason:
             self.release(row)
         return chunk
@@ -298,5 +336,17 @@ class Batch:
             key = ("grow", *self._shape(), f"from {before} slots")
             self.state = self.call(programs.grow, key, self.state, len(self.rows), self.slots)
 
-    def _shape(self) -> tuple[str, str]:
-        return f"{len(self.rows)} rows", f"{self.slots} slots"
+    def _count(self, fresh: Sequence[Row]) -> None:
+        """Counts what rows generate as long as one of them has a penalty that goes by it; before `fresh` come in."""
+        assert self.state is not None  # `_reserve` makes it
+        rows = [*fresh, *(row for row in self.rows if row)]
+        counts = any(row.request.sampling.counts for row in rows)
+        if counts and self.state.counts is None:
+            self.state = self.call(programs.begin_counts, ("count", *self._shape()), self.state)
+        elif not counts and self.state.counts is not None:
+            self.state = dataclasses.replace(self.state, counts=None)
+
+    def _shape(self) -> tuple[str, ...]:
+        """Sizes of the batch in words."""
+        counted = ("counted",) if self.state is not None and self.state.counts is not None else ()
+        return f"{len(self.rows)} rows", f"{self.slots} slots", *counted

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen_jax.inference.sampling import RowSampling, next_tokens
+from qwen_jax.inference.sampling import MOST_LIKELY, RowSampling, most_likely, next_tokens
 from qwen_jax.models.attention import KVCache, cache_dtype
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.decoding import (
@@ -52,12 +52,14 @@ class BatchState:
     token: int32 [rows], the last token of each row.
     position: int32 [rows], its position.
     seen: bool [rows, vocabulary], which tokens a row has.
+    counts: int32 [rows, vocabulary], how often a row has generated each token; None: no row goes by it.
     """
 
     cache: DecodingCache
     token: jax.Array
     position: jax.Array
     seen: jax.Array
+    counts: jax.Array | None = None
 
     def placed(self) -> "BatchState":
         """The same state with its rows split over the mesh in use."""
@@ -67,6 +69,7 @@ class BatchState:
             token=constrain(self.token, "batch"),
             position=constrain(self.position, "batch"),
             seen=constrain(self.seen, "batch", None),
+            counts=None if self.counts is None else constrain(self.counts, "batch", None),
         )
 
 
@@ -364,13 +367,19 @@ def score(
     return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None), written.layers
 
 
-@_on_mesh(static=("greedy",))
+def _most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    ids, log_probs = most_likely(logits)
+    return constrain(ids, None, None), constrain(log_probs, None, None)
+
+
+@_on_mesh(static=("greedy", "top"))
 def first_tokens(
     logits: jax.Array,
     seen: jax.Array,
     lengths: jax.Array,
     sampling: RowSampling,
     greedy: bool,
+    top: bool,
     prompts: jax.Array | None = None,
 ):
     """The token after each prompt, perhaps several draws of it.
@@ -379,17 +388,25 @@ def first_tokens(
       logits, seen: from `prefill`.
       lengths: int32 [rows], of the prompts.
       greedy: whether no row draws.
+      top: whether a row is asked for the most probable tokens.
       prompts: int32 [rows], which prompt each row continues; None: each its own.
 
     Returns:
-      (token int32 [rows], log-probabilities float32 [rows, 2], `seen` with these tokens). The two log-probabilities
-      are those of `next_tokens`.
+      (token int32 [rows], log-probabilities float32 [rows, 2], what `most_likely` gives or None, `seen` with these
+      tokens). The two log-probabilities are those of `next_tokens`.
     """
     if prompts is not None:
         logits, seen = (constrain(x[prompts], "batch", None) for x in (logits, seen))
     token, *log_probs = next_tokens(logits, seen, sampling, lengths, greedy)
     seen = seen.at[jnp.arange(len(token)), token].set(True)
-    return constrain(token, None), constrain(jnp.stack(log_probs, axis=-1), None, None), seen
+    ranked = _most_likely(logits) if top else None
+    return constrain(token, None), constrain(jnp.stack(log_probs, axis=-1), None, None), ranked, seen
+
+
+@_on_mesh(donated=("state",))
+def begin_counts(state: BatchState) -> BatchState:
+    """The batch with counts of 0: right for rows that do not go by them, and for those that are inserted next."""
+    return dataclasses.replace(state, counts=jnp.zeros(state.seen.shape, jnp.int32)).placed()
 
 
 @_on_mesh(donated=("state",))
@@ -420,11 +437,13 @@ def insert(
         KVCache(put(old.key, new.key), put(old.value, new.value))
         for old, new in zip(state.cache.layers, cache.layers, strict=True)
     )
+    counts = state.counts
     return BatchState(
         DecodingCache(layers, state.cache.ntk_alpha.at[rows].set(cache.ntk_alpha)),
         state.token.at[rows].set(token),
         state.position.at[rows].set(lengths),
         state.seen.at[rows].set(seen),
+        None if counts is None else counts.at[rows].set(0).at[rows, token].set(1),
     ).placed()
 
 
@@ -447,10 +466,11 @@ def grow(state: BatchState, rows: int, slots: int) -> BatchState:
         widen(state.token),
         widen(state.position),
         widen(state.seen, False),
+        None if state.counts is None else widen(state.counts),
     ).placed()
 
 
-@_on_mesh(static=("config", "greedy"), donated=("state",))
+@_on_mesh(static=("config", "greedy", "top"), donated=("state",))
 def generate(
     config: ModelConfig,
     params,
@@ -460,6 +480,7 @@ def generate(
     steps: jax.Array,
     floor: jax.Array,
     greedy: bool,
+    top: bool,
 ):
     """Up to `steps` (at most `MAX_STEPS`) tokens for each active row.
 
@@ -468,10 +489,11 @@ def generate(
     Args:
       active: bool [rows]; the other rows are computed, too, and their results are ignored.
       greedy: whether no row draws.
+      top: whether a row is asked for the most probable tokens.
 
     Returns:
       (state, tokens int32 [rows, MAX_STEPS], log-probabilities float32 [rows, MAX_STEPS, 2] as in `first_tokens`,
-      how many of them each row has [rows]).
+      ids and log-probabilities [rows, MAX_STEPS, n] of `most_likely` or None, how many of them each row has [rows]).
     """
     rows = active.shape[0]
     index = jnp.arange(rows)
@@ -484,13 +506,17 @@ def generate(
         return (done < steps) & (jnp.sum(active) > floor)
 
     def step(carry):
-        done, state, active, tokens, log_probs, counts = carry
+        done, state, active, tokens, log_probs, ranked, counts = carry
         hidden, cache = decode(config, params, state.token[:, None], state.position, state.cache)
         logits = decoding_logits(config, params, hidden)[:, 0]
-        token, *log_prob = next_tokens(logits, state.seen, rules.sampling, state.position + 1, greedy)
+        token, *log_prob = next_tokens(logits, state.seen, rules.sampling, state.position + 1, greedy, state.counts)
         token = jnp.where(active, token, state.token)
         position = state.position + active
-        new = BatchState(cache, token, position, state.seen.at[index, token].set(True)).placed()
+        seen = state.seen.at[index, token].set(True)
+        come = None if state.counts is None else state.counts.at[index, token].add(1)
+        new = BatchState(cache, token, position, seen, come).placed()
+        if top:
+            ranked = jax.tree.map(lambda whole, part: whole.at[:, done].set(part), ranked, most_likely(logits))
         counts = counts + active
         return (
             done + 1,
@@ -498,10 +524,16 @@ def generate(
             active & ~finished(token, position),
             tokens.at[:, done].set(token),
             log_probs.at[:, done].set(jnp.stack(log_prob, axis=-1)),
+            ranked,
             counts,
         )
 
     empty = (jnp.zeros((rows, MAX_STEPS), jnp.int32), jnp.zeros((rows, MAX_STEPS, 2), jnp.float32))
-    carry = (jnp.int32(0), state, active, *empty, jnp.zeros(rows, jnp.int32))
-    _, state, _, tokens, log_probs, counts = jax.lax.while_loop(going_on, step, carry)
-    return state, constrain(tokens, None, None), constrain(log_probs, None, None, None), constrain(counts, None)
+    ranked = None
+    if top:
+        shape = (rows, MAX_STEPS, min(MOST_LIKELY, config.vocab_size))
+        ranked = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    carry = (jnp.int32(0), state, active, *empty, ranked, jnp.zeros(rows, jnp.int32))
+    _, state, _, tokens, log_probs, ranked, counts = jax.lax.while_loop(going_on, step, carry)
+    ranked = jax.tree.map(lambda x: constrain(x, None, None, None), ranked)
+    return state, constrain(tokens, None, None), constrain(log_probs, None, None, None), ranked, constrain(counts, None)

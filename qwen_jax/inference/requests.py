@@ -1,15 +1,18 @@
 """Request and result types of the engine, and the check of a request."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from qwen_jax.inference.images import checked_images
-from qwen_jax.inference.sampling import SamplingConfig
+from qwen_jax.inference.sampling import LARGEST_BIAS, MOST_LIKELY, SamplingConfig
 from qwen_jax.models.config import ModelConfig
 
 STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"
+MOST_BIASES = 1024
+# The most probable tokens in the place of one token: (id, log-probability) of each, descending.
+Ranking = tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,9 @@ class Request:
       images: the pictures of the prompt in the order of its text, for a model with an image encoder: uint8
         [image_size, image_size, 3] in RGB, or floats of that shape as `qwen_jax.data.images.pixels` gives them. Each
         has in the prompt `<img>`, `num_queries` ids (whose places its features take), and `</img>`.
+      logit_bias: numbers, by token id, that are added to the logits before all rules of `sampling`: from -100, which
+        bans a token in effect, to 100. At most `MOST_BIASES`.
+      top_log_probs: how many of the most probable tokens are told with each token, 0 to 20.
     """
 
     prompt: Sequence[int] = ()
@@ -43,6 +49,8 @@ class Request:
     embeddings: np.ndarray | None = None
     embedding_positions: Sequence[int] | None = None
     images: Sequence[np.ndarray] = ()
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    top_log_probs: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -69,7 +77,7 @@ class StreamChunk:
 
     Attributes:
       handle: of the request.
-      tokens, log_probs: as in `Result`, the new ones.
+      tokens, log_probs, top_log_probs: as in `Result`, the new ones.
       text: the text that later tokens cannot change; it may lag behind the tokens. None without a tokenizer.
       finish_reason: in the last chunk, else None.
       result: the whole continuation, in the last chunk, else None.
@@ -81,6 +89,7 @@ class StreamChunk:
     text: str | None
     finish_reason: str | None = None
     result: "Result | None" = None
+    top_log_probs: tuple[Ranking, ...] = ()
 
     @property
     def index(self) -> int:
@@ -102,13 +111,16 @@ class Result:
       request: the request.
       tokens: the generated ids, with the one that ended the continuation.
       log_probs: float32 [len(tokens)], logarithm of the probability that the model gives each token after those before
-        it: of the unmodified logits, before penalty, temperature, top-k and top-p.
+        it: of the unmodified logits, before biases and all rules of `sampling`.
       behavior_log_probs: float32 [len(tokens)], the same of the distribution that each token was drawn from: after
-        penalty, temperature, top-k and top-p. Zeros at temperature 0.
+        biases and all rules. Zeros at temperature 0.
       text: text of the tokens, without the stop id or stop string that ended it; None without a tokenizer.
       finish_reason: "stop_id", "stop_string", or "length": max_new_tokens were reached.
       cached_tokens: number of tokens of the prompt that were not computed for this request: the prefix cache had them,
         or they were computed for another request with the same prompt.
+      top_log_probs: for each token, the `Request.top_log_probs` most probable ones in its place, with their
+        log-probabilities as in `log_probs`; empty where the request asks for none. The token itself may not be among
+        them.
     """
 
     index: int
@@ -119,6 +131,7 @@ class Result:
     text: str | None
     finish_reason: str
     cached_tokens: int = 0
+    top_log_probs: tuple[Ranking, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +158,8 @@ def check_request(request: Request, config: ModelConfig, context_length: int, le
 
     Raises:
       ValueError: an empty or too long prompt, ids outside the vocabulary or that are no integers, nothing to generate,
-        a seed out of range, an empty stop string, stop strings without a tokenizer, embeddings of another shape, or
-        pictures that are not those of the prompt.
+        a seed or a bias out of range, an empty stop string, stop strings without a tokenizer, embeddings of another
+        shape, or pictures that are not those of the prompt.
     """
     if not isinstance(request, Request):
         raise ValueError(f"expected a Request, found {type(request).__name__}: Request(prompt=[…], max_new_tokens=…)")
@@ -157,7 +170,8 @@ def check_request(request: Request, config: ModelConfig, context_length: int, le
     if request.embeddings is None:
         request = dataclasses.replace(request, images=checked_images(prompt, request.images, config))
     stop_ids = check_ids(request.stop_ids, "stop_ids", config.vocab_size)
-    for name, lowest, limit in (("max_new_tokens", 1, None), ("seed", 0, 2**32)):
+    limits = ("max_new_tokens", 1, None), ("seed", 0, 2**32), ("top_log_probs", 0, MOST_LIKELY + 1)
+    for name, lowest, limit in limits:
         value = getattr(request, name)
         if not isinstance(value, int | np.integer) or value < lowest or (limit and value >= limit):
             raise ValueError(
@@ -178,7 +192,26 @@ def check_request(request: Request, config: ModelConfig, context_length: int, le
         stop_strings=tuple(request.stop_strings),
         max_new_tokens=int(request.max_new_tokens),
         seed=int(request.seed),
+        logit_bias=checked_bias(request.logit_bias, config.vocab_size),
+        top_log_probs=int(request.top_log_probs),
     )
+
+
+def checked_bias(bias: Mapping[int, float], vocab_size: int) -> dict[int, float]:
+    """The field `logit_bias` with plain numbers.
+
+    Raises:
+      ValueError: there are too many, or one has an id outside the vocabulary or a number out of range.
+    """
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias must be numbers by token id, found {type(bias).__name__}")
+    if len(bias) > MOST_BIASES:
+        raise ValueError(f"logit_bias may have {MOST_BIASES} tokens at most, found {len(bias)}")
+    ids = check_ids(list(bias), "logit_bias", vocab_size)
+    for token, value in bias.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not abs(value) <= LARGEST_BIAS:
+            raise ValueError(f"logit_bias of {token} must be from {-LARGEST_BIAS} to {LARGEST_BIAS}, found {value!r}")
+    return dict(zip(ids, map(float, bias.values()), strict=True))
 
 
 def _checked_embeddings(request: Request, prompt: tuple[int, ...], hidden_size: int) -> dict:

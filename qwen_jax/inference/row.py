@@ -5,7 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen_jax.inference.requests import LENGTH, STOP_ID, STOP_STRING, Handle, Request, Result, StreamChunk
+from qwen_jax.inference.requests import (
+    LENGTH,
+    STOP_ID,
+    STOP_STRING,
+    Handle,
+    Ranking,
+    Request,
+    Result,
+    StreamChunk,
+)
 from qwen_jax.inference.text import TextStream, token_bytes
 
 
@@ -30,6 +39,7 @@ class Row:
         self.tokens: list[int] = []
         self.log_probs: list[float] = []
         self.behavior_log_probs: list[float] = []
+        self.top_log_probs: list[Ranking] = []
         self.text = TextStream(handle.request.stop_strings) if tokenizer is not None else None
         self.finish_reason: str | None = None
         self.cached_tokens = self.version = 0
@@ -49,8 +59,15 @@ class Row:
         """The largest number of positions that it may have."""
         return self.request.prompt_length + self.request.max_new_tokens
 
-    def take(self, tokens: Sequence[int], log_probs: Sequence[tuple[float, float]]) -> StreamChunk:
-        """Adds new tokens, up to the one that ends it; `log_probs` has the two of `next_tokens` for each."""
+    def take(
+        self, tokens: Sequence[int], log_probs: Sequence[tuple[float, float]], ranked: Sequence[Ranking] = ()
+    ) -> StreamChunk:
+        """Adds new tokens, up to the one that ends it.
+
+        Args:
+          log_probs: the two of `next_tokens` for each.
+          ranked: the most probable tokens in the place of each, at least as many as the request asks for.
+        """
         before, text = len(self.tokens), ""
         for token, (log_prob, behavior) in zip(tokens, log_probs, strict=True):
             self.tokens.append(token)
@@ -67,6 +84,8 @@ class Row:
             if self.finish_reason:
                 text += self.text.finish() if self.text is not None else ""
                 break
+        if self.request.top_log_probs:
+            self.top_log_probs += [one[: self.request.top_log_probs] for one in ranked[: len(self.tokens) - before]]
         return StreamChunk(
             self.handle,
             tuple(self.tokens[before:]),
@@ -74,6 +93,7 @@ class Row:
             text if self.text is not None else None,
             self.finish_reason,
             self._result(self.finish_reason) if self.finish_reason else None,
+            tuple(self.top_log_probs[before:]),
         )
 
     def _result(self, finish_reason: str) -> Result:
@@ -86,4 +106,5 @@ class Row:
             self.text.text if self.text is not None else None,
             finish_reason,
             self.cached_tokens,
+            tuple(self.top_log_probs),
         )

@@ -1,6 +1,8 @@
 """The next token of each row, by the rules and the random numbers of that row.
 
-Repetition penalty, temperature, top-k and top-p mean what transformers' `generate` gives them, and act in its order.
+Repetition penalty, temperature, top-k, top-p and min-p mean what transformers' `generate` gives them, and act in its
+order. Presence and frequency penalty mean what OpenAI's API gives them, and act after the repetition penalty; added
+biases act before it.
 """
 
 import dataclasses
@@ -15,6 +17,10 @@ import numpy as np
 # not enough.
 CANDIDATES = 256
 _BLOCK = 512
+# Of the penalties of OpenAI's API, and of the biases of its tokens.
+LARGEST_PENALTY, LARGEST_BIAS = 2.0, 100.0
+# The most probable tokens whose log-probabilities are told.
+MOST_LIKELY = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +33,19 @@ class SamplingConfig:
       top_p: only the smallest set of most probable tokens whose probabilities sum to at least this; 1 keeps all.
       repetition_penalty: logits of tokens that the prompt or the continuation has are divided by it if positive, else
         multiplied; 1 leaves them as they are.
+      min_p: only tokens that are at least this times as probable as the most probable one; 0 keeps all.
+      presence_penalty: subtracted from the logits of tokens that the continuation has; 0 leaves them as they are. The
+        prompt does not count.
+      frequency_penalty: the same, times how often the continuation has the token.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -48,26 +61,67 @@ class SamplingConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}: {hint}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive (1: none), found {self.repetition_penalty}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be from 0 (all tokens) to 1, found {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not -LARGEST_PENALTY <= value <= LARGEST_PENALTY:
+                raise ValueError(
+                    f"{name} must be from {-LARGEST_PENALTY} to {LARGEST_PENALTY} (0: none), found {value}"
+                )
+
+    @property
+    def counts(self) -> bool:
+        """Whether it goes by how often the continuation has each token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@flax.struct.dataclass
+class TokenBias:
+    """Numbers that are added to the logits of some tokens of each row.
+
+    ids: int32 [rows, width], filled up with ids past the vocabulary, which are dropped.
+    values: float32 [rows, width].
+    """
+
+    ids: jax.Array | np.ndarray
+    values: jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
 class RowSampling:
-    """`SamplingConfig` and seed of each row of a batch: arrays [rows]."""
+    """`SamplingConfig` and seed of each row of a batch: arrays [rows].
+
+    Arrays in the place of None make another program of those that take them.
+
+    bias: of the rows; None: no row has any.
+    """
 
     temperature: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
     top_p: jax.Array | np.ndarray
     repetition_penalty: jax.Array | np.ndarray
+    min_p: jax.Array | np.ndarray
+    presence_penalty: jax.Array | np.ndarray
+    frequency_penalty: jax.Array | np.ndarray
     seed: jax.Array | np.ndarray
+    bias: TokenBias | None = None
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig], seeds: Sequence[int]) -> "RowSampling":
         """Arrays on the host, for rows with these configurations and seeds (0 to 2^32 - 1)."""
+
+        def floats(name: str) -> np.ndarray:
+            return np.asarray([getattr(config, name) for config in configs], np.float32)
+
         return cls(
-            temperature=np.asarray([c.temperature for c in configs], np.float32),
+            temperature=floats("temperature"),
             top_k=np.asarray([min(c.top_k, np.iinfo(np.int32).max) for c in configs], np.int32),
-            top_p=np.asarray([c.top_p for c in configs], np.float32),
-            repetition_penalty=np.asarray([c.repetition_penalty for c in configs], np.float32),
+            top_p=floats("top_p"),
+            repetition_penalty=floats("repetition_penalty"),
+            min_p=floats("min_p"),
+            presence_penalty=floats("presence_penalty"),
+            frequency_penalty=floats("frequency_penalty"),
             seed=np.asarray(seeds, np.uint32),
         )
 
@@ -78,25 +132,39 @@ def penalized_logits(logits: jax.Array, seen: jax.Array, penalty: jax.Array | np
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def filtered_logits(logits: jax.Array, top_k: jax.Array | np.ndarray, top_p: jax.Array | np.ndarray) -> jax.Array:
-    """Minus infinity where top-k, then top-p, leave a token out; tokens as probable as the last one stay.
+def counted_logits(logits: jax.Array, counts: jax.Array, sampling: RowSampling) -> jax.Array:
+    """Presence and frequency penalty (OpenAI's API): logits [rows, vocabulary] of tokens that came, lowered.
+
+    Args:
+      counts: int32 [rows, vocabulary], how often each row has generated the token.
+    """
+    presence, frequency = (jnp.asarray(x)[:, None] for x in (sampling.presence_penalty, sampling.frequency_penalty))
+    return logits - jnp.where(counts > 0, presence, 0.0) - frequency * counts
+
+
+def biased_logits(logits: jax.Array, bias: TokenBias) -> jax.Array:
+    """Logits [rows, vocabulary] with the biases of their rows."""
+    return logits.at[jnp.arange(len(logits))[:, None], bias.ids].add(bias.values, mode="drop")
+
+
+def filtered_logits(logits: jax.Array, sampling: RowSampling) -> jax.Array:
+    """Minus infinity where top-k, then top-p, then min-p leave a token out; those as probable as the last one stay.
 
     Args:
       logits: float32 [rows, vocabulary], divided by the temperature.
-      top_k: int32 [rows], 0 for all.
-      top_p: float32 [rows], 1 for all.
     """
     descending = -jnp.sort(-logits, axis=-1)
     total = jax.nn.logsumexp(logits, axis=-1)
-    least, _ = _least_kept(descending, total, top_k, top_p)
+    least, _ = _least_kept(descending, total, sampling)
     return jnp.where(logits < least[:, None], -jnp.inf, logits)
 
 
-def _least_kept(descending, total, top_k, top_p):
+def _least_kept(descending, total, sampling: RowSampling):
     """The lowest logit [rows] that stays, and whether `descending`, the first of all, are enough to know.
 
     total: logarithm [rows] of the sum of the exponentials of all logits.
     """
+    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
     length = descending.shape[-1]
     last_of_k = jnp.take_along_axis(descending, jnp.clip(top_k - 1, 0, length - 1)[:, None], axis=-1)
     last_of_k = jnp.where((top_k == 0)[:, None], -jnp.inf, last_of_k)
@@ -108,6 +176,8 @@ def _least_kept(descending, total, top_k, top_p):
     before = sums - probabilities
     kept = among_k & ((before < top_p[:, None]) | (top_p == 1)[:, None])
     least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1)
+    # Probabilities are compared with the largest one, which always stays: the filters before make no difference.
+    least = jnp.maximum(least, descending[:, 0] + jnp.log(sampling.min_p))
     # What is as probable as the last that stays must be in sight, so one that is less probable must be.
     enough = (top_k <= length) & (descending[:, -1] < jnp.where(top_k == 0, least, last_of_k[:, 0]))
     return least, enough
@@ -146,7 +216,7 @@ def _running_sums(x: jax.Array) -> jax.Array:
 def _draw_filtered(logits, uniform, sampling: RowSampling):
     """(token [rows], its log-probability, whether the `CANDIDATES` most probable tokens were enough to know both)."""
     values, ids = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
-    least, enough = _least_kept(values, jax.nn.logsumexp(logits, axis=-1), sampling.top_k, sampling.top_p)
+    least, enough = _least_kept(values, jax.nn.logsumexp(logits, axis=-1), sampling)
     kept = jnp.where(values < least[:, None], -jnp.inf, values)
     chosen = _draw(kept, uniform)
     return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0], _log_prob(kept, chosen), enough
@@ -163,7 +233,8 @@ def _sampled(logits, sampling: RowSampling, positions) -> tuple[jax.Array, jax.A
     logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(sampling.seed, positions)
     uniform = jax.vmap(jax.random.uniform)(keys)
-    filters = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1))
+    filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    filters &= sampling.temperature > 0
     nothing = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros(uniform.shape, jnp.float32)
     *filtered, enough = jax.lax.cond(
         jnp.any(filters), lambda: _draw_filtered(logits, uniform, sampling), lambda: (*nothing, filters)
@@ -172,7 +243,7 @@ def _sampled(logits, sampling: RowSampling, positions) -> tuple[jax.Array, jax.A
     narrow = filters & enough
     wide = jax.lax.cond(
         jnp.any(filters & ~enough),
-        lambda: jnp.where(filters[:, None], filtered_logits(logits, sampling.top_k, sampling.top_p), logits),
+        lambda: jnp.where(filters[:, None], filtered_logits(logits, sampling), logits),
         lambda: logits,
     )
 
@@ -186,7 +257,12 @@ def _sampled(logits, sampling: RowSampling, positions) -> tuple[jax.Array, jax.A
 
 
 def next_tokens(
-    logits: jax.Array, seen: jax.Array, sampling: RowSampling, positions: jax.Array, greedy: bool = False
+    logits: jax.Array,
+    seen: jax.Array,
+    sampling: RowSampling,
+    positions: jax.Array,
+    greedy: bool = False,
+    counts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The next token of each row, and its log-probability under the model and under the rules that drew it.
 
@@ -196,21 +272,35 @@ def next_tokens(
       sampling: of the rows.
       positions: int32 [rows], of the new tokens. The random numbers are a function of seed and position.
       greedy: whether all temperatures are known to be 0: sampling is then not compiled.
+      counts: int32 [rows, vocabulary], how often each row has generated the token; None: no row has a presence or
+        frequency penalty, or none has generated anything.
 
     Returns:
       (token int32 [rows], log-probability float32 [rows], behavior log-probability float32 [rows]). The first
-      log-probability is of the softmax of `logits`, before penalty, temperature and filters; the second of the
-      distribution after them, 0 at temperature 0.
+      log-probability is of the softmax of `logits`, before biases, penalties, temperature and filters; the second of
+      the distribution after them, 0 at temperature 0.
     """
-    penalized = jax.lax.cond(
+    adjusted = logits if sampling.bias is None else biased_logits(logits, sampling.bias)
+    adjusted = jax.lax.cond(
         jnp.any(sampling.repetition_penalty != 1),
-        lambda: penalized_logits(logits, seen, sampling.repetition_penalty),
-        lambda: logits,
+        lambda: penalized_logits(adjusted, seen, sampling.repetition_penalty),
+        lambda: adjusted,
     )
-    tokens = jnp.argmax(penalized, axis=-1).astype(jnp.int32)
+    if counts is not None:
+        adjusted = counted_logits(adjusted, counts, sampling)
+    tokens = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
     behavior = jnp.zeros(tokens.shape, jnp.float32)
     if not greedy:
-        drawn, drawn_log_prob = _sampled(penalized, sampling, positions)
+        drawn, drawn_log_prob = _sampled(adjusted, sampling, positions)
         tokens = jnp.where(sampling.temperature > 0, drawn, tokens)
         behavior = jnp.where(sampling.temperature > 0, drawn_log_prob, behavior)
     return tokens, _log_prob(logits, tokens), behavior
+
+
+def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `MOST_LIKELY` most probable tokens of logits [rows, vocabulary]: (ids, log-probabilities), descending.
+
+    The log-probabilities are such that the one of a token equals what `next_tokens` gives for it.
+    """
+    values, ids = jax.lax.top_k(logits, min(MOST_LIKELY, logits.shape[-1]))
+    return ids.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1)[:, None]

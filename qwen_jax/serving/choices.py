@@ -11,19 +11,33 @@ from qwen_jax.serving.protocol import Job
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenProb:
+    """A token of a reply with its log-probability.
+
+    Attributes:
+        data: bytes.
+        log_prob: of the model, before all rules of drawing.
+        top: (bytes, log-probability) of the most probable tokens in its place, descending.
+    """
+
+    data: bytes
+    log_prob: float
+    top: Sequence[tuple[bytes, float]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     """What a chunk adds to a choice.
 
     Attributes:
         content: text.
-        tokens: (bytes, log-probability) of each new token; the one that ended the reply is not among them if it is no
-            text.
+        tokens: the new tokens; the one that ended the reply is not among them if it is no text.
         finish_reason: "stop", "length" or "tool_calls" in the last part, else None.
         call: the call of the reply, in the last part.
     """
 
     content: str
-    tokens: Sequence[tuple[bytes, float]]
+    tokens: Sequence[TokenProb]
     finish_reason: str | None = None
     call: ToolCall | None = None
 
@@ -43,15 +57,21 @@ class Choice:
     def take(self, chunk: StreamChunk) -> Part:
         """The part that a chunk makes."""
         content = self._reply.feed(chunk.text or "")
-        pairs = zip(chunk.tokens, chunk.log_probs, strict=True)
-        stop_ids = chunk.request.stop_ids
-        tokens = [(token_bytes(self._tokenizer, one), prob) for one, prob in pairs if one not in stop_ids]
+        ranked = chunk.top_log_probs or [()] * len(chunk.tokens)
+        tokens = [
+            TokenProb(self._bytes(token), log_prob, [(self._bytes(one), value) for one, value in top])
+            for token, log_prob, top in zip(chunk.tokens, chunk.log_probs, ranked, strict=True)
+            if token not in chunk.request.stop_ids
+        ]
         if chunk.finish_reason is None:
             return Part(content, tokens)
         truncated = chunk.finish_reason == LENGTH
         rest, call = self._reply.finish(truncated)
         reason = "tool_calls" if call else "length" if truncated else "stop"
         return Part(content + rest, tokens, reason, call)
+
+    def _bytes(self, token: int) -> bytes:
+        return token_bytes(self._tokenizer, token)
 
 
 def whole(parts: Sequence[Part]) -> Part:

@@ -12,7 +12,8 @@ from qwen_jax.data.content import NUM_QUERIES, Reference, pictures
 from qwen_jax.data.conversations import Message, Unusable, from_openai
 from qwen_jax.data.react import DEFAULT_STYLE
 from qwen_jax.inference import Request, SamplingConfig
-from qwen_jax.inference.requests import check_ids
+from qwen_jax.inference.requests import check_ids, checked_bias
+from qwen_jax.inference.sampling import MOST_LIKELY
 from qwen_jax.models.vision.config import VisionConfig
 from qwen_jax.serving import fields
 from qwen_jax.serving.errors import CONTEXT_LENGTH, ApiError, bad_request
@@ -21,15 +22,11 @@ from qwen_jax.serving.prompts import chat_prompt
 from qwen_jax.serving.tools import MAX_TOOLS, read_choice, read_tools
 
 _SEEDS = 2**32
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _UNSUPPORTED: dict[str, tuple[Sequence, str]] = {
-    "presence_penalty": ((0,), "leave it at 0, or use repetition_penalty"),
-    "frequency_penalty": ((0,), "leave it at 0, or use repetition_penalty"),
-    "logit_bias": (({},), "leave it out"),
-    "min_p": ((0,), "leave it out, or use top_p"),
     "best_of": ((1,), "ask for n and choose"),
 }
 _UNSUPPORTED_CHAT = _UNSUPPORTED | {
-    "top_logprobs": ((0,), "logprobs has the tokens that were generated alone"),
     "response_format": (({"type": "text"},), "replies are text: ask for the form in a message, or give a tool"),
     "functions": (([],), "describe them in tools"),
     "function_call": ((), "use tool_choice"),
@@ -38,7 +35,6 @@ _UNSUPPORTED_CHAT = _UNSUPPORTED | {
     "web_search_options": ((), "give a tool that searches"),
 }
 _UNSUPPORTED_COMPLETION = _UNSUPPORTED | {
-    "logprobs": ((0, False), "0 gives those of the tokens that were generated; there are no others"),
     "suffix": (("",), "leave it out"),
     "echo": ((False,), "leave it out"),
 }
@@ -88,6 +84,7 @@ class Job:
         requests: one for each choice of the answer, those of one prompt side by side.
         chat: whether it is a chat completion.
         stream, include_usage, logprobs: the fields of that name.
+        top_log_probs: how many of the most probable tokens are told with each token.
         opening: text before the reply that was written for the model, see `Prompt`.
         tools: JSON schema of the parameters, by name, of the tools that a reply may call; None: replies are plain text.
     """
@@ -97,6 +94,7 @@ class Job:
     stream: bool
     include_usage: bool
     logprobs: bool
+    top_log_probs: int = 0
     opening: str = ""
     tools: Mapping[str, Any] | None = None
 
@@ -141,11 +139,15 @@ def parse_chat(body: Mapping, served: Served) -> Job:
         stops = (*stops, STOP)
         schemas = {one["function"]["name"]: one["function"]["parameters"] for one in tools}
         schemas = {name: schemas[name] for name in prompt.tools}
-    requests = _requests(body, [prompt.ids], "messages", stops, served)
+    logprobs = fields.flag(body, "logprobs")
+    top = fields.integer(body, "top_logprobs", 0, MOST_LIKELY) or 0
+    if top and not logprobs:
+        raise bad_request("top_logprobs", "needs logprobs to be true")
+    requests = _requests(body, [prompt.ids], "messages", stops, top, served)
     if shown and served.vision is not None:  # last, as it costs most
         images = decoded(shown, served.vision, served.max_image_pixels)
         requests = tuple(dataclasses.replace(request, images=images) for request in requests)
-    return Job(requests, True, *_form(body), fields.flag(body, "logprobs"), prompt.opening, schemas)
+    return Job(requests, True, *_form(body), logprobs, top, prompt.opening, schemas)
 
 
 def parse_completion(body: Mapping, served: Served) -> Job:
@@ -162,9 +164,10 @@ def parse_completion(body: Mapping, served: Served) -> Job:
     if len(prompts) > served.capacity:
         raise bad_request("prompt", f"there may be {served.capacity} prompts at most, found {len(prompts)}")
     ids = [_prompt_ids(one, served) for one in prompts]
-    requests = _requests(body, ids, "prompt", fields.stop_strings(body), served)
-    logprobs = body.get("logprobs")
-    return Job(requests, False, *_form(body), logprobs is not None and logprobs is not False)
+    # Here it is a number; False is what some clients send for none.
+    top = None if body.get("logprobs") is False else fields.integer(body, "logprobs", 0, MOST_LIKELY)
+    requests = _requests(body, ids, "prompt", fields.stop_strings(body), top or 0, served)
+    return Job(requests, False, *_form(body), top is not None, top or 0)
 
 
 def _prompt_ids(given: object, served: Served) -> Sequence[int]:
@@ -216,14 +219,14 @@ def _form(body: Mapping) -> tuple[bool, bool]:
 
 
 def _requests(
-    body: Mapping, prompts: Sequence[Sequence[int]], param: str, stops: Sequence[str], served: Served
+    body: Mapping, prompts: Sequence[Sequence[int]], param: str, stops: Sequence[str], top: int, served: Served
 ) -> tuple[Request, ...]:
     """`n` requests for each prompt, which differ in their seeds."""
     count = fields.integer(body, "n", 1, served.capacity // len(prompts)) or 1
     most = fields.integer(body, "max_completion_tokens", 1) or fields.integer(body, "max_tokens", 1)
     seed = fields.integer(body, "seed", -(2**63), 2**64)
     seed = secrets.randbits(32) if seed is None else seed
-    sampling = _sampling(body, served.sampling)
+    sampling, bias = _sampling(body, served.sampling), _bias(body, served.vocab_size)
     requests = []
     for ids in prompts:
         room = served.context_length - len(ids)
@@ -238,6 +241,8 @@ def _requests(
                     stop_ids(served.tokenizer),
                     tuple(stops),
                     (seed + len(requests)) % _SEEDS,
+                    logit_bias=bias,
+                    top_log_probs=top,
                 )
             )
     return tuple(requests)
@@ -245,13 +250,29 @@ def _requests(
 
 def _sampling(body: Mapping, default: SamplingConfig) -> SamplingConfig:
     top_k = fields.integer(body, "top_k", -1, 2**31 - 1)
-    values = {
-        name: fields.number(body, name, getattr(default, name))
-        for name in ("temperature", "top_p", "repetition_penalty")
-    }
+    values = {name: fields.number(body, name, getattr(default, name)) for name in _NUMBERS}
     try:
         # Other servers take -1, too, for all tokens.
         return SamplingConfig(**values, top_k=default.top_k if top_k is None else max(top_k, 0))
     except (ValueError, OverflowError) as error:
         name = next((name for name in values if str(error).startswith(name)), None)
         raise bad_request(name, str(error).removeprefix(f"{name} ")) from None
+
+
+def _bias(body: Mapping, vocab_size: int) -> dict[int, float]:
+    """The field `logit_bias`: numbers by token id, which JSON writes as text."""
+    given = body.get("logit_bias")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise bad_request("logit_bias", f"must be an object of numbers by token id, found {fields.shown(given)}")
+    try:
+        return checked_bias({_id(name): value for name, value in given.items()}, vocab_size)
+    except (ValueError, OverflowError) as error:
+        raise bad_request("logit_bias", str(error).removeprefix("logit_bias ")) from None
+
+
+def _id(name: str) -> int:
+    if not (name.isascii() and name.isdigit() and len(name) < 10):
+        raise ValueError(f"must have token ids as names, found {fields.shown(name)}")
+    return int(name)

@@ -1,12 +1,13 @@
 """Answers as OpenAI's API writes them, whole or in chunks."""
 
+import codecs
 import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_jax.serving.choices import Part
+from qwen_jax.serving.choices import Part, TokenProb
 from qwen_jax.serving.deltas import ToolCall
 from qwen_jax.serving.protocol import Job
 
@@ -39,7 +40,7 @@ class Answer:
             "created": int(time.time()),
             "model": model,
         }
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, _Offsets] = {}
 
     def whole(self, parts: Sequence[Part], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer as one object, of all choices in order."""
@@ -92,20 +93,54 @@ class Answer:
         return event({"object": kind, **self._head, "choices": choices, **more})
 
     def _log_probs(self, index: int, part: Part) -> dict[str, Any]:
-        texts = [data.decode("utf-8", "replace") for data, _ in part.tokens]
         if self._chat:
-            content = [
-                {"token": text, "logprob": log_prob, "bytes": list(data), "top_logprobs": []}
-                for text, (data, log_prob) in zip(texts, part.tokens, strict=True)
-            ]
-            return {"content": content}
-        offset, offsets = self._offsets.get(index, 0), []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
-        probs = [log_prob for _, log_prob in part.tokens]
-        return {"tokens": texts, "token_logprobs": probs, "top_logprobs": None, "text_offset": offsets}
+            return {
+                "content": [
+                    {**_spelled(one.data, one.log_prob), "top_logprobs": [_spelled(*other) for other in one.top]}
+                    for one in part.tokens
+                ]
+            }
+        offsets = self._offsets.setdefault(index, _Offsets())
+        return {
+            "tokens": [_name(one.data) for one in part.tokens],
+            "token_logprobs": [one.log_prob for one in part.tokens],
+            "top_logprobs": [_by_name(one) for one in part.tokens] if self._job.top_log_probs else None,
+            "text_offset": [offsets.before(one.data) for one in part.tokens],
+        }
+
+
+class _Offsets:
+    """Where tokens begin in the text of a completion; in the middle of a character, that is where it begins."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def before(self, data: bytes) -> int:
+        """Number of characters before `data`, the next token."""
+        found = self._characters
+        self._characters += len(self._decoder.decode(data))
+        return found
+
+
+def _spelled(data: bytes, log_prob: float) -> dict[str, Any]:
+    return {"token": data.decode("utf-8", "replace"), "logprob": log_prob, "bytes": list(data)}
+
+
+def _name(data: bytes) -> str:
+    """Text of a token in a completion; of one that is no text by itself, its bytes, as keys have to differ."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _by_name(token: TokenProb) -> dict[str, float]:
+    """Log-probabilities of the most probable tokens and of the token itself, by their text."""
+    found: dict[str, float] = {}
+    for data, log_prob in (*token.top, (token.data, token.log_prob)):
+        found.setdefault(_name(data), log_prob)
+    return found
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

@@ -158,10 +158,11 @@ def test_the_cache_is_updated_in_place(loaded):
         engine.params,
         state,
         np.ones(16, bool),
-        rules_of([None] * 16),
+        rules_of([None] * 16, model.config.vocab_size),
         np.int32(1),
         np.int32(0),
         True,
+        False,
     )
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size

@@ -69,6 +69,7 @@ def test_a_stop_string_ends_it(run_folder):
         ({"top_p": 0.0}, "top_p must be .* temperature 0 takes the most probable token, whatever top_p"),
         ({"top_p": 0.0, "temperature": 1.0}, "top_p must be .* for the most probable token alone, set temperature to"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"presence_penalty": 3.0}, "presence_penalty"),
         ({"stop": [""]}, "stop_strings"),
         ({"seed": -1}, "seed"),
         ({"checkpoint": "nowhere"}, "nowhere is not a folder"),

@@ -1,13 +1,29 @@
 """Sampling against transformers' own logits processors, and the draws against the probabilities."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.inference.sampling import RowSampling, SamplingConfig, filtered_logits, next_tokens, penalized_logits
+from qwen_jax.inference import Request
+from qwen_jax.inference.batch import sampling_of
+from qwen_jax.inference.sampling import (
+    RowSampling,
+    SamplingConfig,
+    filtered_logits,
+    most_likely,
+    next_tokens,
+    penalized_logits,
+)
 
 VALUES = [(t, k, p) for t in (0.3, 1.0, 2.5) for k in (0, 1, 7, 500) for p in (0.05, 0.6, 0.95, 1.0)]
+VALUES += [(t, k, p, 1.0, m) for t in (0.7, 2.5) for k in (0, 7) for p in (0.9, 1.0) for m in (0.02, 0.3, 1.0)]
+
+
+# By itself, with the other filters, and where it keeps more tokens than are looked at first.
+MIN_P = [(1.3, 0, 1.0, 1.0, 0.05), (2.0, 30, 0.9, 1.0, 0.2), (1.0, 0, 1.0, 1.0, 0.001)]
 
 
 def rows(*configs, seeds=None):
@@ -22,7 +38,7 @@ def draws(logits, config, count):
     return np.asarray(tokens).reshape(-1, count)
 
 
-def theirs(logits, temperature, top_k, top_p):
+def theirs(logits, temperature, top_k, top_p, repetition_penalty=1.0, min_p=0.0):
     """Logits of transformers' warpers, numpy [rows, vocabulary]."""
     torch = pytest.importorskip("torch", reason="compares with transformers")
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
@@ -30,6 +46,8 @@ def theirs(logits, temperature, top_k, top_p):
     warpers = [transformers.TemperatureLogitsWarper(temperature)]
     warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
     warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [transformers.MinPLogitsWarper(min_p)] if min_p else []
+    assert repetition_penalty == 1
     for warper in warpers:
         scores = warper(None, scores)
     return scores.numpy()
@@ -41,12 +59,14 @@ def test_filters_mean_what_transformers_means():
     wanted = np.concatenate([theirs(logits, *values) for values in VALUES])
     sampling = rows(*[SamplingConfig(*values) for values in VALUES for _ in range(4)])
     scaled = jnp.tile(logits, (len(VALUES), 1)) / sampling.temperature[:, None]
-    ours = filtered_logits(scaled, sampling.top_k, sampling.top_p)
+    ours = filtered_logits(scaled, sampling)
     np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(wanted))
     np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("values", [(1.3, 0, 1.0), (1.0, 20, 1.0), (0.9, 0, 0.8), (2.0, 30, 0.9), (3.0, 400, 0.97)])
+@pytest.mark.parametrize(
+    "values", [(1.3, 0, 1.0), (1.0, 20, 1.0), (0.9, 0, 0.8), (2.0, 30, 0.9), (3.0, 400, 0.97), *MIN_P]
+)
 def test_draws_follow_the_probabilities_of_transformers(values):
     """Of 1,000 tokens: among the most probable ones, among all, and where these are not enough."""
     logits = np.random.default_rng(1).standard_normal((1, 1000)).astype(np.float32) * 2
@@ -68,6 +88,46 @@ def test_repetition_penalty_means_what_transformers_means():
         wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(logits))
         ours = penalized_logits(jnp.asarray(logits), seen, jnp.full(3, penalty))
         np.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-6)
+
+
+def test_penalties_of_openai_and_biases_are_what_its_reference_says():
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, of what was generated; the repetition penalty comes before."""
+    random = np.random.default_rng(5)
+    logits, counts = random.standard_normal((4, 40)).astype(np.float32), random.integers(0, 4, (4, 40))
+    seen = (counts > 0) | (random.random((4, 40)) < 0.3)
+    given = [(1.0, 0.5, 0.0), (1.0, -2.0, 1.5), (1.4, 0.0, -0.25), (0.8, 0.0, 0.0)]
+    biases = [{3: 100.0, 39: -100.0}, {}, {0: 1.5, 1: -2.5, 2: 0.25}, {7: -1.0}]
+    configs = [SamplingConfig(0.0, 0, 1.0, r, presence_penalty=p, frequency_penalty=f) for r, p, f in given]
+    requests = [Request([1], 1, config, logit_bias=bias) for config, bias in zip(configs, biases, strict=True)]
+    wanted = logits.astype(np.float64)
+    for row, ((repetition, presence, frequency), bias) in enumerate(zip(given, biases, strict=True)):
+        for token, value in bias.items():
+            wanted[row, token] += value
+        lowered = np.where(wanted[row] > 0, wanted[row] / repetition, wanted[row] * repetition)
+        wanted[row] = np.where(seen[row], lowered, wanted[row])
+        wanted[row] -= counts[row] * frequency + (counts[row] > 0) * presence
+    greedy, log_probs, _ = next_tokens(
+        jnp.asarray(logits), seen, sampling_of(requests, 40), jnp.arange(4), greedy=True, counts=jnp.asarray(counts)
+    )
+    assert greedy.tolist() == wanted.argmax(-1).tolist() != logits.argmax(-1).tolist()
+    np.testing.assert_allclose(log_probs, jax.nn.log_softmax(logits)[np.arange(4), greedy], rtol=1e-5)
+    warm = [
+        dataclasses.replace(request, sampling=dataclasses.replace(config, temperature=1.0))
+        for request, config in zip(requests, configs, strict=True)
+    ]
+    drawn, _, behavior = next_tokens(
+        jnp.asarray(logits), seen, sampling_of(warm, 40), jnp.arange(4), counts=jnp.asarray(counts)
+    )
+    np.testing.assert_allclose(behavior, jax.nn.log_softmax(wanted)[np.arange(4), drawn], rtol=1e-5, atol=1e-6)
+
+
+def test_the_most_probable_tokens_have_the_log_probabilities_of_drawn_ones():
+    logits = jnp.asarray(np.random.default_rng(6).standard_normal((5, 300)), jnp.float32)
+    ids, log_probs = most_likely(logits)
+    wanted = np.sort(jax.nn.log_softmax(logits))[:, ::-1][:, :20]
+    np.testing.assert_allclose(log_probs, wanted, rtol=1e-6)
+    greedy, own, _ = next_tokens(logits, jnp.zeros(logits.shape, bool), rows(*[SamplingConfig()] * 5), jnp.arange(5))
+    assert ids[:, 0].tolist() == greedy.tolist() and log_probs[:, 0].tolist() == own.tolist()
 
 
 def test_a_row_draws_by_its_own_rules_seed_and_position_alone():
@@ -99,7 +159,9 @@ def test_a_row_draws_by_its_own_rules_seed_and_position_alone():
         assert (other[1:5] != together[1:5]).any()
 
 
-@pytest.mark.parametrize("values", [(1.3, 0, 1.0), (0.9, 20, 1.0), (0.9, 0, 0.8), (2.0, 30, 0.9), (3.0, 400, 0.97)])
+@pytest.mark.parametrize(
+    "values", [(1.3, 0, 1.0), (0.9, 20, 1.0), (0.9, 0, 0.8), (2.0, 30, 0.9), (3.0, 400, 0.97), *MIN_P]
+)
 def test_behavior_log_probabilities_are_of_the_distribution_of_transformers(values):
     """After temperature and filters, whether the most probable tokens are enough to know them or not."""
     torch = pytest.importorskip("torch", reason="compares with transformers")
@@ -127,6 +189,10 @@ def test_a_token_without_probability_is_never_drawn():
         ((1.0, 0, 0.0), "top_p"),
         ((1, 0, 1.5), "top_p"),
         ((1, 0, 1, 0.0), "repetition_penalty"),
+        ((1, 0, 1, 1, 1.5), "min_p"),
+        ((1, 0, 1, 1, float("nan")), "min_p"),
+        ((1, 0, 1, 1, 0, 2.5), "presence_penalty"),
+        ((1, 0, 1, 1, 0, 0, float("nan")), "frequency_penalty"),
     ],
 )
 def test_values_out_of_range_are_refused(values, named):

@@ -1,5 +1,6 @@
 """What the official client gets from the server: answers, streams, usage, log-probabilities, errors."""
 
+import dataclasses
 import http.client
 import json
 
@@ -8,7 +9,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="openai is not installed")
 
 from qwen_jax.conversion import load_pretrained, load_tokenizer  # noqa: E402
-from qwen_jax.inference import Engine, Request  # noqa: E402
+from qwen_jax.inference import Engine, Request, SamplingConfig  # noqa: E402
 from tests.fakes import random_run  # noqa: E402
 from tests.serving.scripted import ScriptedEngine, serving  # noqa: E402
 
@@ -142,14 +143,16 @@ def test_sampling_reaches_the_engine_and_choices_have_seeds_of_their_own(client,
         top_p=0.75,
         seed=2**32 - 1,
         n=2,
-        presence_penalty=0,
-        extra_body={"top_k": 7, "repetition_penalty": 1.25, "chat_template_kwargs": {}, "user": "me"},
+        presence_penalty=-0.5,
+        frequency_penalty=2,
+        logit_bias={"7": -100, "8": 1.5},
+        extra_body={"top_k": 7, "repetition_penalty": 1.25, "min_p": 0.1, "chat_template_kwargs": {}, "user": "me"},
     )
     requests = scripted.engine.requests[-2:]
     assert [request.seed for request in requests] == [2**32 - 1, 0]
     sampling = requests[0].sampling
-    found = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty)
-    assert found == (0.5, 0.75, 7, 1.25)
+    assert sampling == SamplingConfig(0.5, 7, 0.75, 1.25, 0.1, -0.5, 2)
+    assert requests[1].logit_bias == {7: -100, 8: 1.5}
 
 
 def test_completions_of_text_and_of_ids(client, tokenizer):
@@ -159,7 +162,13 @@ def test_completions_of_text_and_of_ids(client, tokenizer):
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
     assert whole.usage.prompt_tokens == sum(len(tokenizer.encode(text)) for text in texts)
     assert whole.choices[0].logprobs.token_logprobs == [-0.5] * 3
-    assert whole.choices[2].logprobs.text_offset[:4] == [0, 1, 2, 3]
+    logprobs = whole.choices[2].logprobs
+    assert logprobs.text_offset[:4] == [0, 1, 2, 3] and logprobs.top_logprobs is None
+    # Tokens that end inside of a character begin where it does.
+    assert [logprobs.tokens[4:], logprobs.text_offset[4:]] == [
+        ["bytes:\\xe4", "bytes:\\xb8", "bytes:\\x96", "bytes:\\xe7", "bytes:\\x95", "bytes:\\x8c"],
+        [4, 4, 4, 5, 5, 5],
+    ]
     for prompt in (tokenizer.encode("say:ids"), [tokenizer.encode("say:ids")]):
         stream = client.completions.create(model="tiny", prompt=prompt, stream=True)
         assert "".join(chunk.choices[0].text for chunk in stream) == "ids"
@@ -195,8 +204,15 @@ WRONG = {
     "temperature of text": ({"temperature": "hot"}, 400, "temperature", "must be a number"),
     "top_p": ({"top_p": 0}, 400, "top_p", "above 0"),
     "top_p above 1": ({"top_p": 1.1}, 400, "top_p", "at most 1, found 1.1: 1 samples from all tokens"),
-    "top_logprobs": ({"logprobs": True, "top_logprobs": 5}, 400, "top_logprobs", "not supported"),
-    "presence": ({"presence_penalty": 0.5}, 400, "presence_penalty", "repetition_penalty"),
+    "top_logprobs": ({"top_logprobs": 5}, 400, "top_logprobs", "needs logprobs"),
+    "many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "from 0 to 20, found 21"),
+    "presence": ({"presence_penalty": 2.5}, 400, "presence_penalty", "from -2.0 to 2.0 (0: none), found 2.5"),
+    "frequency of text": ({"frequency_penalty": "1"}, 400, "frequency_penalty", "must be a number"),
+    "min_p": ({"min_p": 2}, 400, "min_p", "from 0 (all tokens) to 1"),
+    "bias": ({"logit_bias": {"7": 200}}, 400, "logit_bias", "of 7 must be from -100.0 to 100.0, found 200"),
+    "bias of a word": ({"logit_bias": {"the": 1}}, 400, "logit_bias", "token ids as names, found 'the'"),
+    "bias of no token": ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "has the id 99999, outside"),
+    "bias of a list": ({"logit_bias": [1]}, 400, "logit_bias", "must be an object"),
     "form": ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     "functions": ({"functions": [{"name": "f"}]}, 400, "functions", "tools"),
     "stop": ({"stop": ["a", ""]}, 400, "stop", "not empty"),
@@ -242,6 +258,15 @@ def test_tokens_that_were_not_computed_again_are_counted(tmp_path):
     assert last.usage.prompt_tokens_details.cached_tokens == 96 and last.usage.prompt_tokens == 100
 
 
+def streamed_log_probs(client, **given):
+    """Those of a chat, as the helper for streams adds them up."""
+    with client.chat.completions.stream(model="tiny", messages=QUESTION, logprobs=True, **given) as stream:
+        try:
+            return stream.get_final_completion().choices[0].logprobs.content
+        except openai.LengthFinishReasonError as error:
+            return error.completion.choices[0].logprobs.content
+
+
 def test_a_real_model_answers_as_the_engine_does(tmp_path):
     sizes = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=128)
     run = random_run(tmp_path, **sizes)
@@ -257,8 +282,27 @@ def test_a_real_model_answers_as_the_engine_does(tmp_path):
             client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=8, seed=seed, n=2).choices
             for seed in (5, 5, 6)
         ]
+        ranked = client.completions.create(**given, logprobs=2)
+        content = streamed_log_probs(client, max_tokens=12, temperature=0, top_logprobs=2)
+        rules = dict(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={"11": 5})
+        ruled = client.completions.create(**given, **rules)
     assert whole.choices[0].text == expected.text == "".join(chunk.choices[0].text for chunk in chunks)
     assert whole.choices[0].logprobs.token_logprobs == pytest.approx(expected.log_probs.tolist(), abs=1e-4)
+    (wanted,) = engine.generate([dataclasses.replace(expected.request, top_log_probs=2)])
+    found = ranked.choices[0].logprobs
+    for token, log_prob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        # Of a greedy reply, each token is the most probable one, to the last bit.
+        assert top[token] == log_prob == max(top.values()) and len(top) == 2
+    assert found.token_logprobs == pytest.approx(expected.log_probs.tolist(), abs=1e-4)
+    assert [sorted(top.values()) for top in found.top_logprobs] == [
+        pytest.approx(sorted(value for _, value in top), abs=1e-4) for top in wanted.top_log_probs
+    ]
+    assert len(content) == 12
+    assert all(len(one.top_logprobs) == 2 and one.top_logprobs[0].logprob == one.logprob for one in content)
+    assert all(one.top_logprobs[0].bytes == one.bytes for one in content)
+    sampling = SamplingConfig(presence_penalty=1.5, frequency_penalty=0.5)
+    (wanted,) = engine.generate([dataclasses.replace(expected.request, sampling=sampling, logit_bias={11: 5})])
+    assert ruled.choices[0].text == wanted.text != expected.text
     texts = [[choice.message.content for choice in choices] for choices in sampled]
     assert texts[0] == texts[1] and texts[0][1] == texts[2][0] and texts[0][0] != texts[0][1]
     assert engine.live == 0
