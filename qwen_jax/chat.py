@@ -145,7 +145,7 @@ class Chat:
         content: Content = valid_text(said) if isinstance(said, str) else said
         if self._attached:
             parts = [content] if isinstance(content, str) else content
-            content = (*(Picture(os.fspath(picture.path)) for picture in self._attached), *parts)
+            content = (*(Picture(str(picture.path)) for picture in self._attached), *parts)
         messages = [*self.messages, {"role": "user", "content": content}]
         first, prompt = self._fit(messages)
         if first > self._first:

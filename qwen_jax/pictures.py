@@ -78,7 +78,8 @@ def load_content(engine: Engine, content: Content, label: str, folder: str | Pat
 
 def picture_paths(content: Content, folder: str | Path = "") -> list[Path]:
     """Paths of the pictures in some content; relative ones begin in `folder`."""
-    return [Path(folder) / os.fsdecode(picture.image) for picture in pictures(content)]
+    names, base = [os.fsdecode(picture.image) for picture in pictures(content)], files.as_path(folder or ".")
+    return [files.as_path(name) if os.path.isabs(name) or files.is_remote(name) else base / name for name in names]
 
 
 def check_files(paths: Sequence[str | Path], where: str = "") -> None:
@@ -88,13 +89,13 @@ def check_files(paths: Sequence[str | Path], where: str = "") -> None:
       FileNotFoundError: one is missing; the message begins with `where`.
     """
     for path in paths:
-        if not Path(path).is_file():
+        if not files.as_path(path, "image").is_file():
             raise FileNotFoundError(f"{where}there is no picture {path}")
 
 
 def prompt_with(images: Sequence[str | os.PathLike], text: str) -> Content:
     """Content of pictures and the text after them."""
-    return (*(Picture(os.fspath(path)) for path in images), text) if images else text
+    return (*(Picture(str(path)) for path in images), text) if images else text
 
 
 def draw_reply(text: str, picture: str | Path | None, folder: str | Path) -> list[str]:
@@ -119,7 +120,7 @@ def draw_reply(text: str, picture: str | Path | None, folder: str | Path) -> lis
     elif found and picture is not None:
         folder = files.as_path(folder, "--boxes")
         folder.mkdir(parents=True, exist_ok=True)
-        names = (folder / f"{Path(picture).stem}-{number}.png" for number in itertools.count(1))
+        names = (folder / f"{files.as_path(picture).stem}-{number}.png" for number in itertools.count(1))
         path = next(name for name in names if not name.exists())
         with files.new_file(path) as temporary:
             boxes.draw(open_image(picture), found).save(temporary, "PNG")

@@ -34,7 +34,7 @@ LABELS = ("language", "domain")
 def named_texts(text: str) -> tuple[str, Path]:
     """(domain, path) of `PATH` or `NAME=PATH`; the domain is empty without a name."""
     name, equals, path = text.partition("=")
-    named = bool(equals) and "/" not in name and not Path(text).exists()
+    named = bool(equals) and "/" not in name and not path_argument(text).exists()
     return (name, path_argument(path)) if named else ("", path_argument(text))
 
 

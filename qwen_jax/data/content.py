@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_jax import files
 from qwen_jax.data.tokenizer import Tokenizer
 
 # Features of a picture in the released models.
@@ -319,7 +320,7 @@ def to_json(content: Content, folder: str | Path) -> str | list[dict]:
     """Content in the JSON layout of `parse_parts`, or text as it stands.
 
     Args:
-        folder: of the file that it is written to; paths of pictures are relative to it.
+        folder: of the file that it is written to; paths of pictures are relative to it, unless one is in a bucket.
     """
     if isinstance(content, str):
         return content
@@ -341,7 +342,10 @@ def to_json(content: Content, folder: str | Path) -> str | list[dict]:
         if isinstance(part, Reference):
             reference = part.text
         elif isinstance(part, Picture):
-            path = os.path.relpath(os.path.abspath(os.fsdecode(part.image)), os.path.abspath(folder))
+            path = os.fsdecode(part.image)
+            if not files.is_remote(path):
+                path = os.path.abspath(path)
+                path = path if files.is_remote(folder) else os.path.relpath(path, os.path.abspath(folder))
             found.append({"type": "image", "image": path})
         elif part:
             found.append({"type": "text", "text": part})

@@ -49,6 +49,8 @@ def list_files(
         ValueError: a glob matches a file with an unknown suffix.
     """
     found: set[Path] = set()
+    if isinstance(pattern, files.RemotePath):
+        pattern = str(pattern)
     for one in [pattern] if isinstance(pattern, str | os.PathLike) else pattern:
         one = files.as_pattern(one, "corpus")
         matches, is_folder = _matches(one)

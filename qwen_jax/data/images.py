@@ -5,12 +5,13 @@ One function decides what becomes of each kind of picture (`open_image`), one wh
 
 import functools
 import io
-import os
 import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from qwen_jax import files
 
 # Mean and deviation of CLIP's training pictures, RGB in [0, 1] (released visual.py).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -34,7 +35,7 @@ class UnusableImageError(ValueError):
 
 
 def open_image(
-    source: str | os.PathLike | bytes, *, name: str = "", upright: bool = False, max_pixels: int = MAX_PIXELS
+    source: files.PathLike | bytes, *, name: str = "", upright: bool = False, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """A picture in RGB with 8 bits a color.
 
@@ -43,7 +44,7 @@ def open_image(
     picture. Greys of 16 bits are divided by 256; Pillow, and so the released code, cuts them off at 255.
 
     Args:
-      source: a path, or the bytes of a file.
+      source: a path, on a disk or in a bucket, or the bytes of a file.
       name: what messages call the picture; by default the path.
       upright: whether to turn the picture as EXIF says.
       max_pixels: largest width times height, checked before anything is decoded.
@@ -51,8 +52,11 @@ def open_image(
     Raises:
       UnusableImageError: no picture of `FORMATS`, a damaged or cut one, or one with too many pixels.
       FileNotFoundError: no such file.
+      OSError: the bucket does not give it.
     """
-    name = name or ("an image" if isinstance(source, bytes) else os.fspath(source))
+    name = name or ("an image" if isinstance(source, bytes) else str(source))
+    if not isinstance(source, bytes) and files.is_remote(source):
+        source = files.as_path(source).read_bytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is ours

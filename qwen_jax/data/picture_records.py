@@ -122,7 +122,7 @@ def picture_files(pattern: files.Pattern | Sequence[files.Pattern] | None, task:
 
     The folder of a TFDS dataset stands for the files of its training split.
     """
-    given = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern or [])
+    given = [pattern] if isinstance(pattern, str | os.PathLike | files.RemotePath) else list(pattern or [])
     found: set[Path] = set()
     others: list[files.Pattern] = []
     for one in given:

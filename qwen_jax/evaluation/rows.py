@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -182,7 +183,7 @@ def csv_rows(file: Path, columns: Sequence[str], header: bool = True) -> Iterato
         ValueError: the file is not UTF-8 or ends within quotes, a row has another number of columns, or there is none.
     """
     names, number = (None if header else list(columns)), 0
-    with open(file, newline="", encoding="utf-8-sig") as lines:
+    with io.TextIOWrapper(files.open_file(file), encoding="utf-8-sig", newline="") as lines:
         try:
             for number, values in enumerate(csv.reader(lines, strict=True), 1):
                 where = f"{file}: row {number}"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import files
 from qwen_jax.evaluation.benchmark import Benchmark, Example, Generation, LeftOut
 from qwen_jax.evaluation.benchmark_tasks import add_benchmark
 from qwen_jax.evaluation.rows import Row, json_items
@@ -36,7 +37,7 @@ def plain_rows(file: Path) -> Iterator[Row]:
         FileNotFoundError: no such file.
         ValueError: it is no pickle of a list of objects with plain values.
     """
-    with open(file, "rb") as stream:
+    with files.open_file(file) as stream:
         try:
             # Written by Python 2: its texts are bytes.
             content = _PlainUnpickler(stream, encoding="latin-1").load()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import files
 from qwen_jax.data.content import parse_parts, written
 
 LETTERS = "ABCDE"
@@ -20,7 +21,7 @@ def pictured(*parts: Path | str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(one: Path | str | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(one, Path):
+    if isinstance(one, Path | files.RemotePath):
         return {"type": "image", "image": str(one)}
     return {"type": "text", "text": one} if isinstance(one, str) else one
 
