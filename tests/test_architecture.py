@@ -240,5 +240,16 @@ def test_the_sandbox_imports_the_standard_library_and_itself_alone(root):
                 assert own or name.partition(".")[0] in sys.stdlib_module_names, f"{file}: {name}"
 
 
+def test_what_tests_draw_is_the_same_everywhere(root):
+    """A generator without a seed, or Pillow's noise, makes a test that fails now and then and cannot be repeated."""
+    for file in (root / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                seeded = node.args or called.rpartition(".")[2] not in ("default_rng", "Random", "RandomState")
+                drawn = called.endswith(".effect_noise") or called in ("np.random.rand", "np.random.randn")
+                assert seeded and not drawn, f"{file}:{node.lineno}: {called} without a seed"
+
+
 def test_nothing_but_gin_files_lies_in_the_gin_folder(root):
     assert {path.suffix for path in (root / "gin").rglob("*") if path.is_file()} == {".gin"}

@@ -52,7 +52,8 @@ def files(tmp_path_factory):
     """Two pictures, neither a square, and a file that is none."""
     folder = tmp_path_factory.mktemp("files")
     Image.new("RGB", (60, 30), "#804020").save(folder / "a.png")
-    Image.effect_noise((50, 100), 90).save(folder / "b.jpg")
+    noise = np.random.default_rng(0).integers(0, 256, (100, 50, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "b.jpg")
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
     return folder
 
@@ -71,6 +72,11 @@ class Recorded:
         if not self.replies:
             return self.engine.stream(request)
         return self._say(self.replies.pop(0))
+
+    def generate(self, requests):
+        taken = list(requests)
+        self.requests += taken
+        return self.engine.generate(taken)
 
     def _say(self, content):
         tokenizer = self.engine.tokenizer
@@ -270,14 +276,24 @@ def test_generate_with_pictures(run_folder, files, tmp_path, capsys, monkeypatch
     file = files / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--checkpoint", str(run_folder), "--max_new_tokens", "8"]
-    generate_module.main([*options, "--prompts", str(file)])
+    given = []
+
+    def load_recorded(*places, **settings):
+        given.append(Recorded(load_engine(*places, **settings)))
+        return given[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "load_engine", load_recorded)
+        generate_module.main([*options, "--prompts", str(file)])
+    a, b = (squash(open_image(files / name), 28) for name in ("a.png", "b.jpg"))
+    for request, wanted in zip(given[0].requests, ([], [a], [b]), strict=True):
+        np.testing.assert_array_equal(request.images, wanted)
     lines = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda line: line["index"])
     generate_module.main([*options, "--image", str(files / "a.png"), "--prompt", "What?"])
     assert capsys.readouterr().out == lines[1]["text"] + "\n"
     released = convert("orbax", run_folder, "qwen", tmp_path / "qwen", progress=False)
     texts = generate_module.generate(checkpoint=released, images=[files / "a.png"], prompt="What?", max_new_tokens=8)
     assert "".join(texts) == lines[1]["text"]
-    assert len({line["text"] for line in lines}) == 3
     recorded = Recorded(load_engine(run_folder), [BOXED])
     monkeypatch.setattr(generate_module, "load_engine", lambda *_, **__: recorded)
     prompt = ["--image", str(files / "a.png"), "--image_label", "Picture {number}: ", "--prompt", "Where?"]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 from PIL import Image
 
 from tests.fakes import random_vision_run
@@ -12,7 +13,7 @@ def test_commands_of_the_page(tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "runs").mkdir()
     random_vision_run(tmp_path / "made", context_length=512).rename(tmp_path / "runs" / "vl")
-    Image.effect_noise((64, 32), 80).save(tmp_path / "cat.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)).save(tmp_path / "cat.png")
     Image.new("RGB", (40, 60), "green").save(tmp_path / "garden.jpg")
     shown = []
     for kind, text in blocks("chat_with_pictures.md"):

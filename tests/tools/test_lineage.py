@@ -159,7 +159,7 @@ def pretend(folder, claims, tool) -> None:
         if model.said:
             turns = [{"role": "user", "content": model.said[1]}, {"role": "assistant", "content": says.get(name, "85")}]
             files.write_json(folder / "said" / f"{name}.json", {"messages": turns})
-    Image.effect_noise((64, 32), 40).save(measured / "long_context.png")
+    Image.linear_gradient("L").save(measured / "long_context.png")
     words = [["-m", "qwen_jax.train", f"--gin.OUTPUT_DIR={folder / name}"] for name in claims.MODELS]
     write_lines(folder / "steps.jsonl", [{"words": one, "seconds": 61.0} for one in [*words, ["tools/answer.py", "x"]]])
 
