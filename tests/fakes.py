@@ -1,6 +1,7 @@
 """Examples made by arithmetic and models made by chance, for tests that need no corpus and no training."""
 
 import dataclasses
+import functools
 import random
 import subprocess
 from pathlib import Path
@@ -141,6 +142,19 @@ def small_model(**changes) -> ModelConfig:
         remat="none",
     )
     return ModelConfig(**{**values, **changes})
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def outputs(model, params, *inputs, method=None, **named):
+    """`model.apply` as one program: outside of one, each of its operations is compiled by itself, for each shape."""
+    return model.apply({"params": params}, *inputs, method=method, **named)
+
+
+def outputs_of_row(model, params, ids, length, **options):
+    """Outputs of one row of `ids`, [len(ids), …], computed at `length`: rows of many lengths share a program."""
+    row = np.zeros((1, length), np.int32)
+    row[0, : len(ids)] = ids
+    return np.asarray(outputs(model, params, row, **options))[0, : len(ids)]
 
 
 def random_run(folder: Path, spread: float = 0.25, **sizes) -> Path:

@@ -2,21 +2,24 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.alignment.advantages import (
-    RunningMean,
-    explained_variance,
-    generalized_advantages,
-    group_advantages,
-    kl_estimate,
-    token_rewards,
-    whiten,
+from qwen_jax.alignment import advantages as plain
+from qwen_jax.alignment.advantages import RunningMean, kl_estimate
+
+# As one program each: outside of one, every operation is compiled by itself, for each shape.
+estimate = jax.jit(plain.kl_estimate, static_argnames="estimator")
+explained_variance, generalized_advantages, token_rewards = map(
+    jax.jit, (plain.explained_variance, plain.generalized_advantages, plain.token_rewards)
 )
+group_advantages = jax.jit(plain.group_advantages, static_argnames=("group_size", "scale"))
+whiten = jax.jit(plain.whiten, static_argnames="shift_mean")
+add, normalize = jax.jit(RunningMean.add), jax.jit(RunningMean.normalize, static_argnames="scale")
 
 
 def batch(rows=5, length=9, seed=0, ragged=True):
@@ -48,18 +51,18 @@ def test_the_estimators_of_kl():
     """A4: the same two numbers, another sign and another size."""
     for policy, reference, k1, k3 in ((-1.0, -2.0, 1.0, 0.3679), (-2.0, -1.0, -1.0, 0.7183)):
         policy, reference = jnp.float32(policy), jnp.float32(reference)
-        assert float(kl_estimate(policy, reference)) == pytest.approx(k1)
-        assert float(kl_estimate(policy, reference, "k3")) == pytest.approx(k3, abs=1e-4)
-        assert float(kl_estimate(policy, reference, "k2")) == pytest.approx(0.5)
+        assert float(estimate(policy, reference)) == pytest.approx(k1)
+        assert float(estimate(policy, reference, "k3")) == pytest.approx(k3, abs=1e-4)
+        assert float(estimate(policy, reference, "k2")) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="must be one of k1, k2, k3, found 'k4'"):
         kl_estimate(policy, reference, "k4")
 
 
 @given(st.lists(st.floats(-20, 0, width=32), min_size=2, max_size=8), st.floats(0.01, 3))
 def test_k3_is_never_negative_and_nothing_at_equality(logs, shift):
-    logs = jnp.asarray(logs, jnp.float32)
-    assert (np.asarray(kl_estimate(logs, logs + shift, "k3")) >= 0).all()
-    assert (np.asarray(kl_estimate(logs, logs, "k3")) == 0).all()
+    logs = np.pad(np.asarray(logs, np.float32), (0, 8 - len(logs)), mode="edge")
+    assert (np.asarray(estimate(logs, logs + np.float32(shift), "k3")) >= 0).all()
+    assert (np.asarray(estimate(logs, logs, "k3")) == 0).all()
 
 
 def test_returns_written_down():
@@ -96,7 +99,7 @@ def test_a_token_outside_the_response_is_passed_over():
 def test_the_score_stands_at_the_end_token_and_kl_at_every_token():
     _, _, logs, reference, mask = batch()
     scores = np.asarray([0.3, -1.5, 2.0, 0.0, 0.7], np.float32)
-    kl = kl_estimate(jnp.asarray(logs), jnp.asarray(reference))
+    kl = estimate(jnp.asarray(logs), jnp.asarray(reference))
     found = np.asarray(token_rewards(jnp.asarray(scores), kl, jnp.asarray(mask), 0.04))
     expected = -0.04 * (logs.astype(float) - reference) * mask
     for row in range(len(mask)):
@@ -127,22 +130,23 @@ def test_the_running_mean_is_that_of_all_numbers_so_far(batches):
     running, seen = RunningMean.empty(), []
     for numbers in batches:
         # What the mask leaves out does not count.
-        x = np.asarray([*numbers, 1e6], np.float32)
-        running = running.add(jnp.asarray(x), jnp.asarray([*[1.0] * len(numbers), 0.0]))
+        x, mask = np.full(10, 1e6, np.float32), np.zeros(10, np.float32)
+        x[: len(numbers)], mask[: len(numbers)] = numbers, 1
+        running = add(running, x, mask)
         seen += numbers
         mean = np.mean(seen) if seen else 0.0
         assert float(running.mean) == pytest.approx(mean, abs=1e-3)
         assert float(running.count) == len(seen)
         if len(seen) > 1:
             assert float(running.squares) == pytest.approx(np.var(seen) * len(seen), rel=1e-3, abs=0.1)
-    np.testing.assert_allclose(running.normalize(jnp.float32(2.0)), 2.0 - running.mean)
+    np.testing.assert_allclose(normalize(running, np.float32(2.0)), 2.0 - np.asarray(running.mean))
 
 
 def test_scaling_by_the_running_deviation():
     x = np.random.default_rng(0).standard_normal(40).astype(np.float32) * 3 + 5
-    running = RunningMean.empty().add(jnp.asarray(x[:7]), jnp.ones(7)).add(jnp.asarray(x[7:]), jnp.ones(33))
+    running = add(add(RunningMean.empty(), x[:7], np.ones(7, np.float32)), x[7:], np.ones(33, np.float32))
     expected = (x - x.mean()) / x.std(ddof=1)
-    np.testing.assert_allclose(running.normalize(jnp.asarray(x), scale=True), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(normalize(running, x, scale=True), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,7 @@ def test_kl_rewards_advantages_and_whitening_equal_trl(recorded):
     """trl puts the score one position after the end token, where there is room; its own rewards show the rest."""
     given = {name: jnp.asarray(value, jnp.float32) for name, value in recorded["inputs"].items()}
     found, mask = recorded["trl"], given["mask"]
-    kl = {name: kl_estimate(given["log_probs"], given["reference"], name) * mask for name in ("k1", "k3")}
+    kl = {name: estimate(given["log_probs"], given["reference"], name) * mask for name in ("k1", "k3")}
     for name in kl:
         np.testing.assert_allclose(kl[name], np.asarray(found["kl"][name]) * mask, rtol=1e-5, atol=1e-6)
     rewards, wider = jnp.asarray(found["rewards"]), jnp.asarray(found["mask_p1"])
@@ -172,7 +176,7 @@ def test_kl_advantages_and_whitening_equal_verl(recorded):
     given = {name: jnp.asarray(value, jnp.float32) for name, value in recorded["inputs"].items()}
     found, mask = recorded["verl"], given["mask"]
     for name, theirs in found["kl"].items():
-        np.testing.assert_allclose(kl_estimate(given["log_probs"], given["reference"], name), theirs, atol=1e-5)
+        np.testing.assert_allclose(estimate(given["log_probs"], given["reference"], name), theirs, atol=1e-5)
     advantages, returns = generalized_advantages(given["rewards"], given["values"] * mask, mask, 1.0, 0.95)
     np.testing.assert_allclose(returns, np.asarray(found["returns"]) * mask, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whiten(advantages, mask), found["whitened"], rtol=1e-4, atol=1e-5)

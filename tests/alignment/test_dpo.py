@@ -6,7 +6,6 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -20,10 +19,12 @@ from qwen_jax.sharding import MeshConfig, make_mesh, use_mesh
 from qwen_jax.training.batches import global_batch
 from qwen_jax.training.step import batch_shapes
 from tests.alignment.hand_made_pairs import PairExamples, random_pairs, rows_of
-from tests.fakes import small_model
+from tests.fakes import outputs_of_row, small_model
 
 TRL = Path(__file__).parents[1] / "golden" / "trl"
 MODEL = Qwen(small_model(vocab_size=64))
+log_probs = jax.jit(response_log_probs, static_argnums=0)
+log_softmax = jax.jit(jax.nn.log_softmax)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,12 @@ def params():
 def test_log_probabilities_of_responses_are_those_of_the_conversation_alone(params):
     """Packed or not, each token of a response has its own; prompts and filling have 0."""
     pairs = random_pairs(3)
-    found = np.asarray(response_log_probs(MODEL, params, batch := rows_of([pairs], 120)))[0]
+    found = np.asarray(log_probs(MODEL, params, batch := rows_of([pairs], 120)))[0]
     expected = np.zeros(120, np.float32)
     start = 0
     for prompt, response in (side for pair in pairs for side in pair):
         ids = [*prompt, *response]
-        logs = jax.nn.log_softmax(MODEL.apply({"params": params}, jnp.asarray([ids])))[0]
+        logs = np.asarray(log_softmax(outputs_of_row(MODEL, params, ids, 20)))
         for place in range(len(prompt), len(ids)):
             expected[start + place] = logs[place - 1, ids[place]]
         start += len(ids)
@@ -50,7 +51,7 @@ def test_log_probabilities_of_responses_are_those_of_the_conversation_alone(para
 def test_a_response_from_the_first_token_on_counts_what_can_be_predicted(params):
     batch = rows_of([random_pairs(2)], 80)
     batch["loss_weights"] = (batch["segment_ids"] > 0).astype(np.float32)
-    found = np.asarray(response_log_probs(MODEL, params, batch))
+    found = np.asarray(log_probs(MODEL, params, batch))
     assert (found[batch["positions"] == 0] == 0).all() and (found[batch["positions"] > 0] < 0).all()
 
 
@@ -63,18 +64,18 @@ def test_loss_and_gradients_equal_a_computation_in_torch(params, label_smoothing
     batch[REFERENCE_COLUMN] = reference
     beta = 0.3
     objective = direct_preference(beta, label_smoothing, sft_weight)
-    loss, sums = objective.loss(MODEL, params, batch, None)
-    log_probs = torch.tensor(np.asarray(response_log_probs(MODEL, params, batch)))
+    loss, sums = jax.jit(lambda batch: objective.loss(MODEL, params, batch, None))(batch)
+    found = torch.tensor(np.asarray(log_probs(MODEL, params, batch)))
     ids = torch.tensor(batch["segment_ids"])
     weighted = torch.tensor(batch["loss_weights"])
     expected, margins = 0.0, 0.0
     for row, pair in [(row, pair) for row in range(2) for pair in range(2)]:
         chosen, rejected = ((ids[row] == 2 * pair + side) for side in (1, 2))
-        ratio = log_probs[row] - torch.tensor(reference[row])
+        ratio = found[row] - torch.tensor(reference[row])
         margin = beta * (ratio[chosen].sum() - ratio[rejected].sum())
         logsigmoid = torch.nn.functional.logsigmoid
         expected -= logsigmoid(margin) * (1 - label_smoothing) + logsigmoid(-margin) * label_smoothing
-        expected -= sft_weight * log_probs[row][chosen].sum() / weighted[row][chosen].sum()
+        expected -= sft_weight * found[row][chosen].sum() / weighted[row][chosen].sum()
         margins += margin
     assert float(sums["weight"]) == 4
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -83,8 +84,8 @@ def test_loss_and_gradients_equal_a_computation_in_torch(params, label_smoothing
 
 def test_the_loss_of_the_reference_itself_is_log_2(params):
     batch = rows_of([random_pairs(2)], 80)
-    batch[REFERENCE_COLUMN] = response_log_probs(MODEL, params, batch)
-    loss, sums = direct_preference().loss(MODEL, params, batch, None)
+    batch[REFERENCE_COLUMN] = log_probs(MODEL, params, batch)
+    loss, sums = jax.jit(lambda batch: direct_preference().loss(MODEL, params, batch, None))(batch)
     assert float(loss) == pytest.approx(2 * math.log(2), rel=1e-6) and float(sums["margin"]) == 0
 
 
@@ -125,7 +126,7 @@ def test_trls_dpo_trainer_has_the_same_loss_and_gradients():
     model, params = load_pretrained(TRL / "policy")
     _, reference = load_pretrained(TRL / "reference")
     batch, expected = golden_batch(), np.load(TRL / "expected.npz")
-    batch[REFERENCE_COLUMN] = response_log_probs(model, reference, batch)
+    batch[REFERENCE_COLUMN] = log_probs(model, reference, batch)
     objective = direct_preference(beta=0.1)
 
     def mean(params):
@@ -143,7 +144,8 @@ def test_a_mesh_gives_the_same_sums(params):
     batch = examples.read(0, 8)
     reference = np.where(batch["loss_weights"] > 0, -3.0, 0.0).astype(np.float32)
     objective = direct_preference(sft_weight=0.5)
-    expected = objective.loss(MODEL, params, batch | {REFERENCE_COLUMN: reference}, None)
+    compute = jax.jit(lambda params, batch: objective.loss(MODEL, params, batch, None))
+    expected = compute(params, batch | {REFERENCE_COLUMN: reference})
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2))
     with use_mesh(mesh):
         placed = global_batch(examples, 0, batch_shapes(mesh, 8, examples.columns)) | {REFERENCE_COLUMN: reference}

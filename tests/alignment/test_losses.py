@@ -14,7 +14,7 @@ from qwen_jax.alignment.grpo import GRPOConfig
 from qwen_jax.alignment.losses import clipped_policy_loss, clipped_value_loss
 from qwen_jax.alignment.ppo import PPOConfig
 from qwen_jax.models.transformer import Qwen
-from tests.fakes import small_model
+from tests.fakes import outputs, small_model
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,8 @@ def minibatch(model, params, rows=4, length=12, top_p=0.8, seed=0):
     mask = np.zeros((rows, length), np.float32)
     for row, end in enumerate(random.integers(6, length + 1, rows)):
         mask[row, 3:end] = 1
-    found = model.token_statistics(params["policy"], tokens, temperature=0.9, top_p=top_p, with_entropy=True)
+    statistics = jax.jit(lambda p: model.token_statistics(p, tokens, temperature=0.9, top_p=top_p, with_entropy=True))
+    found = statistics(params["policy"])
     noise = random.standard_normal((5, rows, length)).astype(np.float32)
     nucleus = np.where(np.isfinite(found.nucleus_log_probs), found.nucleus_log_probs, -1.0)
     batch = {
@@ -137,7 +138,7 @@ def test_the_objective_of_ppo_equals_an_independent_computation():
     extra = objective.initial_extra()
     total, sums = jax.jit(lambda p: objective.loss(model, p, batch, None, extra))(params)
 
-    logits = np.asarray(model.policy.apply({"params": params["policy"]}, batch["tokens"]), float) / 0.9
+    logits = np.asarray(outputs(model.policy, params["policy"], batch["tokens"]), float) / 0.9
     target = batch["tokens"][:, 1:, None]
     nucleus = np.take_along_axis(numpy_nucleus(logits[:, :-1], 0.8), target, -1)[..., 0]
     weights, advantages = batch["weights"][:, 1:], batch["advantages"][:, 1:]
@@ -145,12 +146,12 @@ def test_the_objective_of_ppo_equals_an_independent_computation():
     assert 0 < inside.sum() < (weights > 0).sum()
     ratio = np.exp(np.where(inside, nucleus - batch["behavior_log_probs"][:, 1:], 0))
     policy = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.8, 1.2)) * inside
-    value = Qwen(model.value_config).apply({"params": params["value"]}, batch["tokens"], method="scalars")
+    value = outputs(Qwen(model.value_config), params["value"], batch["tokens"], method="scalars")
     value, old, returns = np.asarray(value)[:, :-1], batch["values"][:, 1:], batch["returns"][:, 1:]
     kept = old + np.clip(value - old, -0.15, 0.15)
     value_loss = 0.5 * np.maximum((value - returns) ** 2, (kept - returns) ** 2)
     text = batch["pretraining_tokens"].reshape(12, 12)
-    plain = numpy_log_softmax(np.asarray(model.policy.apply({"params": params["policy"]}, text), float)[:, :-1])
+    plain = numpy_log_softmax(np.asarray(outputs(model.policy, params["policy"], text), float)[:, :-1])
     nats = -np.take_along_axis(plain, text[:, 1:, None], -1).sum()
     expected = (weights * policy).sum() + 0.1 * (weights * value_loss).sum() + 0.3 * nats / (3 * 11)
     assert float(total) == pytest.approx(expected, rel=1e-5)

@@ -19,9 +19,11 @@ from qwen_jax.training.optimizer import OptimizerConfig, learning_rates
 from qwen_jax.training.state import initial_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 from tests.alignment.hand_made_pairs import PairExamples, random_pairs, rows_of
-from tests.fakes import small_model
+from tests.fakes import outputs_of_row, small_model
 
 MODEL = Qwen(small_model(head="scalar", vocab_size=64))
+rewards, loss_of = (jax.jit(function, static_argnums=0) for function in (pair_rewards, pairwise_loss))
+ends = jax.jit(response_ends)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def rewards_alone(params, pairs):
     """The rewards of all sides of pairs, each conversation in a row of its own without filling."""
     found = []
     for prompt, response in (side for pair in pairs for side in pair):
-        scalars = MODEL.apply({"params": params}, jnp.asarray([[*prompt, *response]]), method="scalars")
-        found.append(float(scalars[0, -1]))
+        scalars = outputs_of_row(MODEL, params, [*prompt, *response], 20, method="scalars")
+        found.append(float(scalars[-1]))
     return np.asarray(found).reshape(-1, 2)
 
 
@@ -48,15 +50,14 @@ def test_a_reward_depends_on_its_conversation_alone(params):
     """Packed with others in any order, with more filling, in another row of another batch."""
     pairs = random_pairs(5)
     alone = rewards_alone(params, pairs)
-    compute = jax.jit(lambda batch: pair_rewards(MODEL, params, batch))
     for rows, length in (
         ([pairs], 190),
         ([pairs[:2], pairs[2:3], [], pairs[3:]], 80),
         ([[pair] for pair in pairs], 40),
     ):
-        found = whole_pairs(compute(rows_of(rows, length)))
+        found = whole_pairs(rewards(MODEL, params, rows_of(rows, length)))
         np.testing.assert_allclose(found, alone, atol=1e-5)
-    backwards = whole_pairs(compute(rows_of([pairs[::-1]], 190)))
+    backwards = whole_pairs(rewards(MODEL, params, rows_of([pairs[::-1]], 190)))
     np.testing.assert_allclose(backwards, alone[::-1], atol=1e-5)
 
 
@@ -74,7 +75,8 @@ def test_loss_and_gradients_equal_torchs(params):
     rows = rows_of([[[([5], [1]), ([6], [1])] for _ in range(5)]], 24)
     scalars = np.zeros((1, 24), np.float32)
     scalars[0, 1:20:4], scalars[0, 3:20:4] = chosen, rejected
-    (loss, sums), gradient = jax.value_and_grad(lambda p: pairwise_loss(Given(), p, rows, None), has_aux=True)(scalars)
+    compute = jax.jit(jax.value_and_grad(lambda p: pairwise_loss(Given(), p, rows, None), has_aux=True))
+    (loss, sums), gradient = compute(scalars)
     c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
     expected = -torch.nn.functional.logsigmoid(c - r)
     expected.sum().backward()
@@ -99,32 +101,33 @@ def test_a_reward_is_read_at_the_last_weighted_token_of_each_segment(lengths):
             expected.append(len(segments) + before + weighted - 1)
         segments += [segment] * (before + weighted + after)
         weights += [0.0] * before + [1.0] * weighted + [0.0] * after
-    segments, weights = segments + [0] * 3, weights + [0.0] * 3
-    found = response_ends(jnp.asarray([weights]), jnp.asarray([segments], jnp.int32))
+    row = np.zeros((2, 6 * 11 + 3), np.float32)  # one length for all, with at least 3 of filling
+    row[:, : len(segments)] = weights, segments
+    found = ends(row[:1], row[1:].astype(np.int32))
     assert np.flatnonzero(found[0]).tolist() == expected
 
 
 def test_pairs_without_a_response_on_both_sides_are_counted_and_left_out(params):
     pairs = random_pairs(3)
     batch = rows_of([pairs], 120)
-    whole = whole_pairs(pair_rewards(MODEL, params, batch))
+    whole = whole_pairs(rewards(MODEL, params, batch))
     batch["loss_weights"][batch["segment_ids"] == 4] = 0
-    _, sums = pairwise_loss(MODEL, params, batch, None)
+    _, sums = loss_of(MODEL, params, batch, None)
     assert float(sums["weight"]) == 2 and float(sums["incomplete"]) == 1
-    found = pair_rewards(MODEL, params, batch)
+    found = rewards(MODEL, params, batch)
     np.testing.assert_allclose(whole_pairs(found), whole[[0, 2]], atol=1e-6)
     # A row whose last pair has no rejected side.
     batch = rows_of([pairs], 120)
     last = batch["segment_ids"] == 6
     batch["segment_ids"][last], batch["loss_weights"][last] = 0, 0
-    _, sums = pairwise_loss(MODEL, params, batch, None)
+    _, sums = loss_of(MODEL, params, batch, None)
     assert float(sums["weight"]) == 2 and float(sums["incomplete"]) == 1
 
 
 def test_rewards_that_are_not_a_number_reach_the_loss(params):
     """A broken model must end the run: no NaN is masked away with the filling."""
     broken = params | {"score": np.full_like(params["score"], np.nan)}
-    loss, sums = pairwise_loss(MODEL, broken, rows_of([random_pairs(2)], 80), None)
+    loss, sums = loss_of(MODEL, broken, rows_of([random_pairs(2)], 120), None)
     assert math.isnan(float(loss)) and math.isnan(float(sums["margin"])) and float(sums["correct"]) == 0
     # And an infinite number at a token where nothing is read stays out.
     rows = rows_of([random_pairs(1)], 40)
@@ -174,7 +177,7 @@ def test_rows_with_different_numbers_of_pairs_give_the_mean_over_pairs_on_any_me
 def test_rewards_are_the_same_on_a_mesh(params):
     examples = PairExamples()
     batch = examples.read(0, 8)
-    expected = pair_rewards(MODEL, params, batch)
+    expected = rewards(MODEL, params, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
     with use_mesh(mesh):
         found = jax.jit(lambda params, batch: pair_rewards(MODEL, params, batch))(
