@@ -4,6 +4,7 @@ import atexit
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
 
 VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
@@ -24,6 +25,9 @@ def set_up() -> None:
     The processes of a session share a folder of compiled programs, which goes with the session. To keep the programs
     for the next session, name a folder in JAX_COMPILATION_CACHE_DIR.
     """
+    # Some containers forbid Python to keep what it compiles: each of some hundred commands would do it anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), VIRTUAL_DEVICES, *QUICK_COMPILATION])
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -26,7 +26,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
 def copy_repository(folder: Path) -> Path:
     """Puts what a reader's commands use into `folder`, and returns it."""
     for name in ("qwen_jax", "tasks", "tools", "gin", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        # With what Python has compiled, but for files that another worker is writing.
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc.*"))
     return folder
 
 
