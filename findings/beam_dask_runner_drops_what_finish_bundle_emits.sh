@@ -52,7 +52,7 @@ class Emitting(beam.DoFn):
 def emitted(name, runner):
     """(state, what the step after such a DoFn saw)."""
     pipeline = beam.Pipeline(options=PipelineOptions([f"--runner={runner}"]))
-    _ = pipeline | beam.Create([7]) | beam.ParDo(Emitting()) | beam.Map(seen, name)
+    _ = pipeline | beam.Create(["one"]) | beam.ParDo(Emitting()) | beam.Map(seen, name)
     return pipeline.run().wait_until_finish(), rows(name)
 
 
@@ -71,8 +71,8 @@ def main():
     files = {name: written(f"{name}-files", runner) for name, runner in runners.items()}
     for name in runners:
         print(f"{name}: state, seen after finish_bundle = {ends[name]}; state, passed, written = {files[name]}")
-    assert ends["local"][1] == ["7", "end"] and files["local"][2] == ["0", "1", "2", "3", "4"]
-    assert ends["dask"] == ("DONE", ["7"]), "the DaskRunner hands on what finish_bundle emits now"
+    assert ends["local"][1] == ["end", "one"] and files["local"][2] == ["0", "1", "2", "3", "4"]
+    assert ends["dask"] == ("DONE", ["one"]), "the DaskRunner hands on what finish_bundle emits now"
     assert files["dask"][0] == "DONE" and files["dask"][1] >= 5 and files["dask"][2] == [], "the DaskRunner writes now"
     print("as described: what finish_bundle emits is dropped, and no file written")
 
