@@ -8,8 +8,9 @@ the background: training waits for it only where the next checkpoint is due befo
 
 Orbax 0.12 writes to gs:// by itself, and not to s3://: its paths and TensorStore's drivers take endpoints, credentials
 and retries from two more places, a killed save leaves objects that only its own clean-up knows, and no checksum covers
-what a bucket gives back. Local files cost each host the disk space of its part of two checkpoints, and of one whole
-checkpoint when a run is resumed.
+what a bucket gives back. Local files cost each host the disk space of its part of two checkpoints. To resume, each
+process downloads what its own devices need of a checkpoint that several processes wrote, and all of one that a single
+process wrote (`qwen_jax.checkpoints.chunks`).
 """
 
 import fcntl
@@ -28,7 +29,8 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from qwen_jax import files
-from qwen_jax.checkpoints.manager import Checkpoints, check_keys
+from qwen_jax.checkpoints.chunks import is_array_file, needed_files
+from qwen_jax.checkpoints.manager import Checkpoints, check_keys, storage_options
 from qwen_jax.checkpoints.run_folder import COMMIT_FILE, checksums, saved_steps
 from qwen_jax.distributed import hosts
 
@@ -123,6 +125,7 @@ class BucketCheckpoints(Checkpoints):
         self._newest = step
         local = self._scratch / str(step)
         context = ocp.Context()
+        context.array.saving.scoped_storage_options_creator = storage_options
         if jax.process_count() > 1:
             # Each process lays down all files of its part, as on a disk of its own, and one file for each part of an
             # array, so that the parts of all processes have names of their own.
@@ -203,18 +206,22 @@ class BucketCheckpoints(Checkpoints):
             raise error
 
     def _load(self, step: int, abstract: dict) -> dict:
-        """Downloads a checkpoint, compares it with its checksums, and restores each shard to its device."""
+        """Downloads what this process needs, compares it with its checksums, and restores each shard to its device."""
         source, local = self.folder / str(step), self._scratch / f"restored-{step}"
         commit = files.read_json(source / COMMIT_FILE)
 
-        def fetch(name: str) -> None:
-            files.copy_file(source / name, local / name)
-
-        try:
-            files.in_parallel(fetch, sorted(commit["files"]))
+        def fetch(names: list[str]) -> None:
+            files.in_parallel(lambda name: files.copy_file(source / name, local / name), names)
             for name, found in checksums(local).items():
                 if found != commit["files"][name]:
                     raise ValueError(f"{source / name}: its checksum is not the one of {COMMIT_FILE}")
+
+        try:
+            names = sorted(commit["files"])
+            described = [name for name in names if is_array_file(name)]
+            fetch(described)
+            needed = needed_files(names, lambda name: (local / name).read_text(), abstract)
+            fetch(sorted({*needed} - {*described}))
             return ocp.load_checkpointables(str(local), abstract)
         finally:
             shutil.rmtree(local, ignore_errors=True)

@@ -57,7 +57,7 @@ class Checkpoints:
             every = training.preservation_policies.EveryNSteps(self._keep_every)
             keep = training.preservation_policies.AnyPreservationPolicy([keep, every])
         context = ocp.Context()
-        context.array.saving.scoped_storage_options_creator = _storage_options
+        context.array.saving.scoped_storage_options_creator = storage_options
         with context:
             self._manager = training.Checkpointer(
                 str(self.folder),
@@ -188,7 +188,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _storage_options(key: tuple, value) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+def storage_options(key: tuple, value) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Chunks of one layer for large stacked arrays, so that one layer can be read without the others.
 
     By default a chunk is what a device holds: on a single device, all layers of a parameter (5.8 GB of a 7B model).
