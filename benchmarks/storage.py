@@ -12,11 +12,15 @@ import contextlib
 import dataclasses
 import functools
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 
 for _folder in ("", "tools"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
@@ -25,6 +29,7 @@ from benchmarks import conversion as conversions  # noqa: E402
 from benchmarks.curation import make_pages, measured  # noqa: E402
 from benchmarks.storage_data import caching, training  # noqa: E402
 from qwen_jax import files  # noqa: E402
+from qwen_jax.checkpoints.bucket import open_checkpoints  # noqa: E402
 from qwen_jax.conversion import convert, load_pretrained  # noqa: E402
 from tests.object_stores import FaultProxy, Store, environment, servers  # noqa: E402
 
@@ -108,11 +113,62 @@ def conversion(arguments: argparse.Namespace) -> None:
         print(f"{what}: {best[what] / best[peer]:.2f} of the bytes/s of a {peer} (wanted 0.5)")
 
 
+def checkpoints(arguments: argparse.Namespace) -> None:
+    """How long saving holds a step up; wanted: at most 1.1 of what a local checkpoint does.
+
+    Each turn saves once in each place, the checkpoint before being complete, and then makes some steps, beside which
+    the files are written. The first turn is not counted.
+    """
+    size = arguments.megabytes_of_arrays * 1_000_000 // 4 // 3
+    ones = jnp.ones((4, size // 4), jnp.float32)
+    trees = {"params": {"layers": {"w": ones}}, "optimizer": {"first": {"w": ones + 1}, "second": {"w": ones + 2}}}
+    metadata, some = {"positions": {"train": 0}}, jnp.ones((512, 512))
+    advance = jax.jit(lambda x: jnp.tanh(x @ x))
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    def steps() -> None:
+        result = some
+        for _ in range(20):
+            result = advance(result)
+        result.block_until_ready()
+
+    steps()
+    with tempfile.TemporaryDirectory() as name, bucket(arguments.latency) as store:
+        places = {"local": Path(name) / "run", "bucket": files.as_path(store.folder("run"))}
+        opened = {where: open_checkpoints(place, 1, 0, None) for where, place in places.items()}
+        figures: dict[str, list[tuple[float, ...]]] = {where: [] for where in places}
+        for turn in range(3 * arguments.rounds + 1):
+            for where, one in opened.items():
+                row = (
+                    seconds(steps),
+                    seconds(lambda one=one, turn=turn: one.save(turn, trees, metadata)),
+                    seconds(steps),
+                    seconds(one.wait),
+                )
+                figures[where] += [row] if turn else []
+        for one in opened.values():
+            one.close()
+    held = {}
+    for where, rows in figures.items():
+        quiet, held[where], beside, rest = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(
+            f"checkpoint of {arguments.megabytes_of_arrays} MB, {where:6}: saving holds a step up for "
+            f"{1e3 * held[where]:6.1f} ms; complete {beside + rest:5.1f} s later; 20 steps take {beside / quiet:.2f} "
+            f"of their time beside it; load {os.getloadavg()[0]:.1f}"
+        )
+    print(f"checkpoint: {held['bucket'] / held['local']:.2f} of the time that a local one holds a step up (wanted 1.1)")
+
+
 ROWS: dict[str, Callable[[argparse.Namespace], None]] = {
     "curation": curation,
     "caching": caching,
     "training": training,
     "conversion": conversion,
+    "checkpoints": checkpoints,
 }
 
 
@@ -125,6 +181,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that curate or cache (default: %(default)s)")
     parser.add_argument(
         "--rows_of_vocabulary", type=int, default=8192, help="of the model to convert, of 168 MB (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--megabytes_of_arrays", type=int, default=24, help="of a checkpoint that is saved (default: %(default)s)"
     )
     parser.add_argument("--megabytes", type=int, default=8, help="of text to cache (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="turns; the fastest counts (default: %(default)s)")
