@@ -1,7 +1,8 @@
-"""Fuzzy deduplication against datasketch, from text to clusters, in one run on the same documents and cores.
+"""Fuzzy deduplication against datasketch and rensa, from text to clusters, in one run on the same documents and cores.
 
     python benchmarks/deduplication.py                      # 100,000 documents: about 10 minutes on two cores
     python benchmarks/deduplication.py --documents=10000
+    python benchmarks/deduplication.py --documents=20000 --peers=rensa --peer_python=…/bin/python --signatures
 
 Documents are half real (functions and classes of the Python files on this machine, with their texts), half generated
 (English and Chinese sentences), and a tenth of all are copies in which 2, 5, 10, 20 or 40% of the words were replaced.
@@ -9,13 +10,15 @@ Both programs get the same shingles to find (5 tokens), 20 bands of 6 rows and t
 for both against the exact Jaccard similarity of the planted pairs, computed with Python sets. datasketch is used as its
 documentation shows: `MinHash.generator`, `MinHashLSH.insert` and `query`; its candidates are taken as they are, which
 gives it the same recall, or are checked by `MinHash.jaccard` too. With two processes, both make sketches in two
-processes and clusters in one.
+processes and clusters in one. rensa, in an environment of its own, is used as deduplication_rensa.py says.
 """
 
 import argparse
 import ast
+import dataclasses
 import functools
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import platform
@@ -27,6 +30,7 @@ import sysconfig
 import tempfile
 import time
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 for _folder in ("", "tools"):
@@ -35,12 +39,14 @@ for _folder in ("", "tools"):
 import make_crawl  # noqa: E402
 import numpy as np  # noqa: E402
 from datasketch import MinHash, MinHashLSH  # noqa: E402
+from workers import machine  # noqa: E402
 
 from qwen_jax.command_line import path_argument  # noqa: E402
 from qwen_jax.curation import dedup  # noqa: E402
 
 _CONFIG = dedup.FuzzyConfig()
 _SCHEME = MinHash(num_perm=1).scheme  # the default one
+EQUAL = 0.005  # recall or precision that differ by less are equal
 _EDITS = (0.02, 0.05, 0.1, 0.2, 0.4)
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff_]+")
 
@@ -143,8 +149,49 @@ def quality(found: np.ndarray, texts, pairs, truth) -> tuple[float, float]:
     return float((together & alike).sum() / alike.sum()), float((together & alike).sum() / max(together.sum(), 1))
 
 
-def compare(documents: int, processes: int) -> float:
-    """Prints a row for each program; returns the ratio of documents per second."""
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a program took, and the number of the first text of the cluster of each text."""
+
+    name: str
+    seconds: float
+    cpu: float
+    clusters: np.ndarray
+
+
+def measured(name: str, program: Callable, texts: list[str], processes: int) -> Found:
+    """Runs a program of this process, with a pool that is started before."""
+    pool = multiprocessing.get_context("fork").Pool(processes) if processes > 1 else None
+    if pool:
+        pool.map(_sketch, [["warm up"]] * processes)
+    dedup.find_clusters(["warm up"])
+    started, used = time.perf_counter(), sum(os.times()[:4])
+    found = program(texts, pool)
+    seconds = time.perf_counter() - started
+    if pool:
+        pool.close()
+        pool.join()
+    return Found(name, seconds, sum(os.times()[:4]) - used, found)
+
+
+def rensa(texts: list[str], processes: int, python: str) -> list[Found]:
+    """Its clusters, with each way of checking its candidates."""
+    with tempfile.TemporaryDirectory() as folder:
+        with (Path(folder) / "texts.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(text)}\n" for text in texts)
+        script = str(Path(__file__).with_name("deduplication_rensa.py"))
+        config = {name: getattr(_CONFIG, name) for name in ("threshold", "shingle", "bands", "rows")}
+        options = [folder, f"--processes={processes}", f"--config={json.dumps(config)}"]
+        subprocess.run([python, script, *options], check=True)
+        made = json.loads((Path(folder) / "rensa.json").read_text(encoding="utf-8"))
+    return [
+        Found(f"rensa {made['version']}, {check}", one["seconds"], one["cpu"], np.array(one["clusters"]))
+        for check, one in made["checks"].items()
+    ]
+
+
+def compare(documents: int, processes: int, peers: list[str], peer_python: str) -> None:
+    """Prints a row for each program, and ratios to those of equal recall and precision."""
     texts, pairs = corpus(documents)
     sets = [(shingle_set(texts[a]), shingle_set(texts[b])) for a, b, _ in pairs]
     truth = [len(a & b) / len(a | b) for a, b in sets]
@@ -155,31 +202,27 @@ def compare(documents: int, processes: int) -> float:
         f"{len(pairs):,} planted pairs, {at_least:,} of them at {_CONFIG.threshold} or above"
     )
     titles = f"{'seconds':>9} {'CPU s':>9} {'documents/s':>12} {'recall':>8} {'precision':>10} {'clusters':>9}"
-    print(f"{'program':21} {titles}")
-    speeds = []
-    for name, program in (
-        ("qwen_jax", our_clusters),
-        ("datasketch", functools.partial(datasketch_clusters, check=False)),
-        ("datasketch, checked", functools.partial(datasketch_clusters, check=True)),
-    ):
-        pool = multiprocessing.get_context("fork").Pool(processes) if processes > 1 else None
-        if pool:
-            pool.map(_sketch, [["warm up"]] * processes)
-        dedup.find_clusters(["warm up"])
-        started, used = time.perf_counter(), sum(os.times()[:4])
-        found = program(texts, pool)
-        seconds = time.perf_counter() - started
-        if pool:
-            pool.close()
-            pool.join()
-        used = sum(os.times()[:4]) - used
-        speeds.append(len(texts) / seconds)
-        recall, precision = quality(found, texts, pairs, truth)
-        clusters = int((np.unique(found, return_counts=True)[1] > 1).sum())
-        figures = f"{seconds:>9.1f} {used:>9.1f} {speeds[-1]:>12,.0f} {recall:>8.4f} {precision:>10.4f} {clusters:>9,}"
-        print(f"{name:21} {figures}", flush=True)
-    print(f"documents per second, qwen_jax to datasketch at equal recall: {speeds[0] / speeds[1]:.1f}")
-    return speeds[0] / speeds[1]
+    print(f"{'program':23} {titles}")
+    found = [measured("qwen_jax", our_clusters, texts, processes)]
+    if "datasketch" in peers:
+        for name, check in (("datasketch", False), ("datasketch, checked", True)):
+            found.append(measured(name, functools.partial(datasketch_clusters, check=check), texts, processes))
+    if "rensa" in peers:
+        found += rensa(texts, processes, peer_python)
+        found.append(measured("qwen_jax, again", our_clusters, texts, processes))
+    qualities = [quality(one.clusters, texts, pairs, truth) for one in found]
+    for one, (recall, precision) in zip(found, qualities, strict=True):
+        clusters = int((np.unique(one.clusters, return_counts=True)[1] > 1).sum())
+        figures = (
+            f"{one.seconds:>9.1f} {one.cpu:>9.1f} {len(texts) / one.seconds:>12,.0f} {recall:>8.4f} {precision:>10.4f}"
+        )
+        print(f"{one.name:23} {figures} {clusters:>9,}", flush=True)
+    ours, (recall, precision) = found[0], qualities[0]
+    for one, (its_recall, its_precision) in zip(found[1:], qualities[1:], strict=True):
+        equal = its_recall >= recall - EQUAL and its_precision >= precision - EQUAL
+        quality_of_it = "at equal recall and precision" if equal else "which has lower recall or precision"
+        speeds = f"{one.seconds / ours.seconds:.1f} times as fast, {one.cpu / ours.cpu:.1f} by CPU time"
+        print(f"qwen_jax to {one.name}: {speeds}, {quality_of_it}")
 
 
 def memory_of_ours(count: int, folder: Path) -> None:
@@ -262,6 +305,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--signatures", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--peers", default="datasketch", help="datasketch,rensa (datasketch)")
+    parser.add_argument("--peer_python", default=sys.executable, help="Python of an environment with rensa")
     parser.add_argument("--memory_of", choices=("ours", "datasketch"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=path_argument, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -271,8 +316,11 @@ def main(argv: list[str] | None = None) -> None:
         return memory_of_datasketch(arguments.documents)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "scipy", "datasketch"))
     print(f"Python {platform.python_version()}, {versions}, {os.cpu_count()} cores")
-    compare(arguments.documents // 5, 1)
-    compare(arguments.documents, arguments.processes)
+    print(machine())
+    peers = arguments.peers.split(",")
+    if arguments.processes > 1:
+        compare(arguments.documents // 5, 1, peers, arguments.peer_python)
+    compare(arguments.documents, arguments.processes, peers, arguments.peer_python)
     memory(arguments.signatures)
 
 

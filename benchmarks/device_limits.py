@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mebibytes", type=int, default=512, help="of each array; two a core (512)")
     parser.add_argument("--rounds", type=int, default=30, help="of which the fastest counts (30)")
     arguments = parser.parse_args(argv)
-    print(machine())
+    print(machine(), flush=True)
     found = {
         "operations_per_second": products(arguments.side, arguments.rounds),
         "bytes_per_second": bandwidth(arguments.mebibytes, arguments.rounds),

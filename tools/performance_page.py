@@ -128,7 +128,7 @@ def roofline(machine: Machine, found: list[tuple[Benchmark, Run, Row]]) -> list[
     state = "estimated: nothing ran there" if machine.estimated else "measured"
     lines = ["", f"### {machine.title}", "", f"![Roofline of {machine.title}](images/roofline_{machine.name}.png)", ""]
     memory = (
-        f"; main memory {machine.bandwidth / 1e9:,.3g} GB/s" if machine.bandwidth else "; main memory was not measured"
+        f"; main memory {machine.bandwidth / 1e9:,.0f} GB/s" if machine.bandwidth else "; main memory was not measured"
     )
     roofs = ", ".join(f"{name} {pictures.rate(most)}" for name, most in machine.roofs.items())
     lines += [f"Points are {state}. Limits: {roofs}{memory} ({machine.source}).", ""]

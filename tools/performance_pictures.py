@@ -14,7 +14,7 @@ from qwen_jax import files
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 INK, BLUE, ORANGE, GREY = "#1d2733", "#1f4e8c", "#c25e00", "#5b6875"
 DRAWN = "Drawn from"  # where a picture keeps the digest of its data
@@ -94,7 +94,7 @@ def draw_roofline(machine: Machine, found: Sequence[tuple[Benchmark, Run, Row]],
         figure, panel = plt.subplots(figsize=(7, 5.6), layout="constrained")
         groups = points(found)
         at = [rows[0].work.operations / rows[0].work.bytes for _, rows in groups if rows[0].work]
-        left, right = min(at) / 3, max(at) * 3
+        left, right = min(at) / 4, max(at) * 4
         heights = []
         for name, most in machine.roofs.items():
             color = INK if name == next(iter(machine.roofs)) else GREY
@@ -102,9 +102,13 @@ def draw_roofline(machine: Machine, found: Sequence[tuple[Benchmark, Run, Row]],
                 edge = most / machine.bandwidth
                 left, right = min(left, edge / 3), max(right, edge * 3)
                 panel.plot([left, edge, right], [left * machine.bandwidth, most, most], color=color, linewidth=2)
+                memory = f"{machine.bandwidth / 1e9:,.0f} GB/s"
+                panel.annotate(memory, (edge / 1.6, most / 1.6), (9, -9), textcoords="offset points", fontsize=12)
             else:
                 panel.plot([left, right], [most, most], color=color, linewidth=2)
-            panel.text(right, most * 1.04, f"{name}: {rate(most)}", ha="right", va="bottom", color=color, fontsize=12)
+            panel.text(
+                right / 1.03, most * 1.04, f"{name}: {rate(most)}", ha="right", va="bottom", color=color, fontsize=12
+            )
             heights.append(most)
         for number, ((_, rows), x) in enumerate(zip(groups, at, strict=True), 1):
             first = rows[0]
@@ -114,20 +118,24 @@ def draw_roofline(machine: Machine, found: Sequence[tuple[Benchmark, Run, Row]],
                 peer = row.operations_per_second(row.peer)
                 panel.plot([x * 1.1] * len(peer), peer, "D-", color=ORANGE, markersize=7, linewidth=2, zorder=2)
                 heights += peer
-            panel.annotate(str(number), (x, max(ours)), (-9, 7), textcoords="offset points", ha="right", fontsize=12)
+            name = f"{number}: {first.case}".replace("`", "") if len(groups) < 5 else str(number)
+            panel.annotate(name, (x, max(ours)), (-9, 7), textcoords="offset points", ha="right", fontsize=12)
             heights += ours
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xlim(left, right)
-        panel.set_ylim(min(heights) / 2, max(heights) * 1.8)
+        panel.set_ylim(min(heights) / 2.5, max(heights) * 1.6)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("operations per byte of main memory")
         panel.set_ylabel("operations per second")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value).removesuffix("LOP/s")))
-        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.grid(alpha=0.3)
         panel.set_title(f"{machine.title}: {'estimated' if machine.estimated else 'measured'}", loc="left")
-        for marker, color, label in (("o", BLUE, "qwen_jax"), ("D", ORANGE, "peer")):
+        peers = ", ".join(dict.fromkeys((row.peer_name or "").split(",")[0] for _, _, row in found if row.peer))
+        for marker, color, label in (("o", BLUE, "qwen_jax"), ("D", ORANGE, peers)):
             panel.plot([], [], marker, color=color, label=label, markersize=8)
         panel.legend(loc="lower right", fontsize=12, framealpha=1)
         _save(figure, path, roofline_data(machine, found))
