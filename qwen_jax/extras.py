@@ -12,7 +12,7 @@ _EXTRAS = {
     "lm_eval": "evaluation",
     "t5": "t5",
     **dict.fromkeys(("math_verify", "latex2sympy2_extended"), "evaluation"),
-    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "referencing"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "referencing", "llguidance"), "serve"),
     **dict.fromkeys(("jsonschema", "json5", "rouge_score", "jupyter_client", "ipykernel", "openai"), "agents"),
     "gguf": "gguf",
     **dict.fromkeys(("obstore", "boto3"), "s3"),

@@ -22,6 +22,7 @@ with quick_imports():
     from qwen_jax.compilation_cache import programs_kept
     from qwen_jax.conversion import check_rows, load_for_decoding, load_tokenizer
     from qwen_jax.inference import Engine, Request, Result, SamplingConfig
+    from qwen_jax.inference.constraints import Constraint
     from qwen_jax.pictures import Loaded, check_files, draw_reply, load_content, picture_paths, prompt_with
 
 
@@ -60,6 +61,7 @@ def text_request(
     stop: Sequence[str] = (),
     seed: int = 0,
     images: Sequence[Loaded] = (),
+    constraint: Constraint | None = None,
 ) -> Request:
     """A request to continue text until the document or the turn ends.
 
@@ -69,6 +71,7 @@ def text_request(
       max_new_tokens, seed: see `Request`.
       temperature, top_p, top_k, repetition_penalty, min_p, presence_penalty, frequency_penalty: see `SamplingConfig`.
       images: the pictures of `prompt`.
+      constraint: as `schema_constraint` gives it; None: none.
 
     Raises:
       ValueError: a value is out of range.
@@ -77,9 +80,41 @@ def text_request(
     tokenizer, vision = engine.tokenizer, engine.model.config.vision
     assert tokenizer is not None  # `load_engine` gives one
     ids = content.encode(tokenizer, prompt, vision.num_queries if vision is not None else content.NUM_QUERIES)
-    stop_ids = (tokenizer.endoftext_id, tokenizer.im_end_id)
     pixels = [image.pixels for image in images]
-    return Request(ids, max_new_tokens, sampling, stop_ids, tuple(stop), seed, images=pixels)
+    return Request(
+        ids,
+        max_new_tokens,
+        sampling,
+        _stop_ids(engine),
+        tuple(stop),
+        seed,
+        images=pixels,
+        constraint=constraint,
+    )
+
+
+def _stop_ids(engine: Engine) -> tuple[int, int]:
+    assert engine.tokenizer is not None  # `load_engine` gives one
+    return engine.tokenizer.endoftext_id, engine.tokenizer.im_end_id
+
+
+def schema_constraint(engine: Engine, path: files.PathLike | None) -> Constraint | None:
+    """What lets continuations be JSON of the schema in a file; None without one. It needs the extra `serve`.
+
+    Raises:
+      ValueError, OSError: no such file, no schema, or words in it that are not known.
+    """
+    if path is None:
+        return None
+    from qwen_jax.inference.grammars import Grammars  # in here, as it needs the extra
+
+    try:
+        schema = files.read_json(path)
+        if not isinstance(schema, dict):
+            raise ValueError("expected a JSON schema, an object")
+        return Grammars(engine.tokenizer, _stop_ids(engine), engine.model.config.vocab_size).json_schema(schema)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def generate(
@@ -90,6 +125,7 @@ def generate(
     image_label: str = "",
     boxes: str | Path | None = None,
     dtype: str = "float32",
+    json_schema: files.PathLike | None = None,
     **options,
 ) -> Iterator[str]:
     """Yields the continuation of `prompt` in pieces of text.
@@ -101,14 +137,16 @@ def generate(
       image_label: text before each picture, see `qwen_jax.data.content.with_labels`.
       boxes: folder for the last picture with the boxes of the continuation, whose path is logged; None: none.
       dtype: compute dtype, "float32" or "bfloat16".
+      json_schema: file with the schema of the JSON that continuations are constrained to; None: any text.
 
     Raises:
-      ValueError, OSError: no such checkpoint or picture, or a value out of range.
+      ValueError, OSError: no such checkpoint, picture or schema, or a value out of range.
     """
     check_files(images)
     engine = load_engine(checkpoint, dtype, slots=1)
     whole, loaded = load_content(engine, prompt_with(images, prompt), image_label)
-    pieces = engine.stream(text_request(engine, whole, images=loaded, **options))
+    constraint = schema_constraint(engine, json_schema)
+    pieces = engine.stream(text_request(engine, whole, images=loaded, constraint=constraint, **options))
 
     def texts() -> Iterator[str]:
         said = []
@@ -151,6 +189,7 @@ def generate_all(
     dtype: str = "float32",
     slots: int = 16,
     seed: int = 0,
+    json_schema: files.PathLike | None = None,
     **options,
 ) -> Iterator[Result]:
     """Yields the results of many prompts as they finish; prompt i has seed + i.
@@ -158,7 +197,7 @@ def generate_all(
     Args:
       prompts: as `read_prompts` gives them. Their pictures are read when it is their turn.
       image_folder: that the relative paths of pictures begin in.
-      checkpoint, image_label, dtype, options: as in `generate`.
+      checkpoint, image_label, dtype, json_schema, options: as in `generate`.
       slots: the largest number of prompts in one batch.
 
     Raises:
@@ -168,6 +207,7 @@ def generate_all(
     for number, prompt in enumerate(prompts):
         check_files(picture_paths(prompt, image_folder), f"prompt {number}: ")
     engine = load_engine(checkpoint, dtype, slots)
+    constraint = schema_constraint(engine, json_schema)
 
     def requests() -> Iterator[Request]:
         for number, prompt in enumerate(prompts):
@@ -175,7 +215,7 @@ def generate_all(
                 whole, loaded = load_content(engine, prompt, image_label, image_folder)
             except (ValueError, OSError) as error:
                 raise ValueError(f"prompt {number}: {error}") from error
-            yield text_request(engine, whole, seed=seed + number, images=loaded, **options)
+            yield text_request(engine, whole, seed=seed + number, images=loaded, constraint=constraint, **options)
 
     plain = all(isinstance(prompt, str) for prompt in prompts)
     return engine.generate(list(requests()) if plain else requests())
@@ -239,6 +279,9 @@ def main(argv=None) -> None:
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the continuation at this text; may be repeated"
+    )
+    parser.add_argument(
+        "--json_schema", type=path_argument, metavar="FILE", help="let continuations be JSON of the schema in this file"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")

@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_jax.inference import programs
 from qwen_jax.inference.admission import Prompt, bucket, next_prompts, prefill_count, prompts_of_rows
+from qwen_jax.inference.constraints import words
 from qwen_jax.inference.images import Features, image_places
 from qwen_jax.inference.prefix_cache import PrefixCache
 from qwen_jax.inference.programs import MAX_STEPS, Programs, RowRules
@@ -66,9 +67,22 @@ def _kind(sampling: RowSampling, top: bool) -> tuple[str, ...]:
     kinds = ["sampling" if sampling.temperature.any() else "greedy"]
     if sampling.bias is not None:
         kinds.append(f"{sampling.bias.ids.shape[1]} biases")
+    if sampling.allowed is not None:
+        kinds.append("constrained")
     if top:
         kinds.append("most likely tokens")
     return tuple(kinds)
+
+
+def _constrained(sampling: RowSampling, rows: Sequence[Row | None], vocab_size: int) -> RowSampling:
+    """The sampling of rows with what their constraints allow next."""
+    if not any(row.constrained for row in rows if row):
+        return sampling
+    allowed = np.full((len(rows), words(vocab_size)), np.iinfo(np.uint32).max, np.uint32)
+    for place, row in enumerate(rows):
+        if row and (mask := row.allowed()) is not None:
+            allowed[place] = mask
+    return dataclasses.replace(sampling, allowed=allowed)
 
 
 def _rankings(ranked, row: int, count: int) -> list[Ranking]:
@@ -161,6 +175,7 @@ class Batch:
         filled = rows + rows[-1:] * (count - len(rows))
         lengths = np.asarray([row.request.prompt_length for row in filled], np.int32)
         sampling = sampling_of([row.request for row in filled], self.config.vocab_size)
+        sampling = _constrained(sampling, filled, self.config.vocab_size)
         top = any(row.request.top_log_probs for row in rows)
         first, log_probs, ranked, seen = self.call(
             programs.first_tokens,
@@ -275,20 +290,21 @@ class Batch:
             self.rules = rules_of([row.request if row else None for row in self.rows], self.config.vocab_size)
         active = np.asarray([row is not None for row in self.rows])
         floor = max(self.busy - max(1, len(self.rows) // 8), 0) if waiting else 0
+        sampling = _constrained(self.rules.sampling, self.rows, self.config.vocab_size)
         top = any(row.request.top_log_probs for row in self.rows if row)
         width = self.rules.stop_ids.shape[1]
         begun, known = time.perf_counter(), self.call.compilations
         self.state, tokens, log_probs, ranked, counts = self.call(
             programs.generate,
-            ("generate", *self._shape(), *_kind(self.rules.sampling, top), f"{width} stop ids"),
+            ("generate", *self._shape(), *_kind(sampling, top), f"{width} stop ids"),
             self.config,
             params,
             self.state,
             active,
-            self.rules,
+            dataclasses.replace(self.rules, sampling=sampling),
             np.int32(steps),
             np.int32(floor),
-            not self.rules.sampling.temperature.any(),
+            not sampling.temperature.any(),
             top,
         )
         tokens, log_probs, ranked, counts = jax.device_get((tokens, log_probs, ranked, counts))
@@ -315,7 +331,12 @@ class Batch:
         return chunk
 
     def _steps(self) -> int:
-        """Number of tokens to generate before the host looks: few for streams, and where text may end a row."""
+        """Number of tokens to generate before the host looks: few for streams, and where text may end a row.
+
+        One where a constraint has to say after each token what may come.
+        """
+        if any(row.constrained for row in self.rows if row):
+            return 1
         if any(row.streaming for row in self.rows if row):
             if self.steady:
                 return STEPS_BEFORE_STOP_STRINGS

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qwen_jax.inference.constraints import Constraint
 from qwen_jax.inference.images import checked_images
 from qwen_jax.inference.sampling import LARGEST_BIAS, MOST_LIKELY, SamplingConfig
 from qwen_jax.models.config import ModelConfig
 
-STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"
+STOP_ID, STOP_STRING, LENGTH, FAILED = "stop_id", "stop_string", "length", "failed"
 MOST_BIASES = 1024
 # The most probable tokens in the place of one token: (id, log-probability) of each, descending.
 Ranking = tuple[tuple[int, float], ...]
@@ -38,6 +39,9 @@ class Request:
       logit_bias: numbers, by token id, that are added to the logits before all rules of `sampling`: from -100, which
         bans a token in effect, to 100. At most `MOST_BIASES`.
       top_log_probs: how many of the most probable tokens are told with each token, 0 to 20.
+      constraint: what the continuation may be; its end tokens are among `stop_ids`, and come where it is whole. A
+        `grammars.Grammar`, for one. Tokens that it does not allow are left out after biases and penalties and before
+        all else. All rows of a batch go token by token while one has a constraint.
     """
 
     prompt: Sequence[int] = ()
@@ -51,6 +55,7 @@ class Request:
     images: Sequence[np.ndarray] = ()
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     top_log_probs: int = 0
+    constraint: Constraint | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -115,7 +120,8 @@ class Result:
       behavior_log_probs: float32 [len(tokens)], the same of the distribution that each token was drawn from: after
         biases and all rules. Zeros at temperature 0.
       text: text of the tokens, without the stop id or stop string that ended it; None without a tokenizer.
-      finish_reason: "stop_id", "stop_string", or "length": max_new_tokens were reached.
+      finish_reason: "stop_id", "stop_string", "length": max_new_tokens were reached, or "failed": the constraint could
+        not say what may come next, as it is too costly to follow.
       cached_tokens: number of tokens of the prompt that were not computed for this request: the prefix cache had them,
         or they were computed for another request with the same prompt.
       top_log_probs: for each token, the `Request.top_log_probs` most probable ones in its place, with their
@@ -158,8 +164,8 @@ def check_request(request: Request, config: ModelConfig, context_length: int, le
 
     Raises:
       ValueError: an empty or too long prompt, ids outside the vocabulary or that are no integers, nothing to generate,
-        a seed or a bias out of range, an empty stop string, stop strings without a tokenizer, embeddings of another
-        shape, or pictures that are not those of the prompt.
+        a seed or a bias out of range, an empty stop string, stop strings without a tokenizer, a constraint whose end
+        tokens are no stop ids, embeddings of another shape, or pictures that are not those of the prompt.
     """
     if not isinstance(request, Request):
         raise ValueError(f"expected a Request, found {type(request).__name__}: Request(prompt=[…], max_new_tokens=…)")
@@ -170,6 +176,11 @@ def check_request(request: Request, config: ModelConfig, context_length: int, le
     if request.embeddings is None:
         request = dataclasses.replace(request, images=checked_images(prompt, request.images, config))
     stop_ids = check_ids(request.stop_ids, "stop_ids", config.vocab_size)
+    if request.constraint is not None and not set(request.constraint.end_ids) <= set(stop_ids):
+        raise ValueError(
+            f"the constraint ends with one of {list(request.constraint.end_ids)}: have all of them in stop_ids, found "
+            f"{list(stop_ids)}"
+        )
     limits = ("max_new_tokens", 1, None), ("seed", 0, 2**32), ("top_log_probs", 0, MOST_LIKELY + 1)
     for name, lowest, limit in limits:
         value = getattr(request, name)

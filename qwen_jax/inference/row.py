@@ -1,11 +1,14 @@
 """One request while the engine has it: its tokens so far, their text, and its end."""
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
+from qwen_jax.inference.constraints import ConstraintFailed
 from qwen_jax.inference.requests import (
+    FAILED,
     LENGTH,
     STOP_ID,
     STOP_STRING,
@@ -16,6 +19,8 @@ from qwen_jax.inference.requests import (
     StreamChunk,
 )
 from qwen_jax.inference.text import TextStream, token_bytes
+
+log = logging.getLogger(__name__)
 
 
 class Row:
@@ -43,6 +48,9 @@ class Row:
         self.text = TextStream(handle.request.stop_strings) if tokenizer is not None else None
         self.finish_reason: str | None = None
         self.cached_tokens = self.version = 0
+        constraint = handle.request.constraint
+        self._matcher = constraint.start() if constraint is not None else None
+        self._failed = False
 
     @property
     def request(self) -> Request:
@@ -59,18 +67,39 @@ class Row:
         """The largest number of positions that it may have."""
         return self.request.prompt_length + self.request.max_new_tokens
 
+    @property
+    def constrained(self) -> bool:
+        """Whether `allowed` says which tokens may come."""
+        return self._matcher is not None
+
+    def allowed(self) -> np.ndarray | None:
+        """Which tokens may come next, see `constraints.Matcher`; None: any."""
+        if self._matcher is None:
+            return None
+        try:
+            return self._matcher.allowed()
+        except ConstraintFailed as error:
+            log.warning("the constraint of request %d failed: %s", self.handle.index, error)
+            self._failed = True
+            return None
+
     def take(
         self, tokens: Sequence[int], log_probs: Sequence[tuple[float, float]], ranked: Sequence[Ranking] = ()
     ) -> StreamChunk:
-        """Adds new tokens, up to the one that ends it.
+        """Adds new tokens, up to the one that ends it; none where its constraint failed, which ends it.
 
         Args:
           log_probs: the two of `next_tokens` for each.
           ranked: the most probable tokens in the place of each, at least as many as the request asks for.
         """
         before, text = len(self.tokens), ""
+        if self._failed:
+            tokens, log_probs, self.finish_reason = (), (), FAILED
+            text = self.text.finish() if self.text is not None else ""
         for token, (log_prob, behavior) in zip(tokens, log_probs, strict=True):
             self.tokens.append(token)
+            if self._matcher is not None:
+                self._matcher.advance(token)
             self.log_probs.append(log_prob)
             self.behavior_log_probs.append(behavior)
             if token in self.request.stop_ids:

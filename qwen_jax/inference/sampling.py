@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax.inference.constraints import BITS
+
 # A draw under top-k or top-p looks at so many of the most probable tokens, and sorts the vocabulary only if they are
 # not enough.
 CANDIDATES = 256
@@ -95,6 +97,7 @@ class RowSampling:
     Arrays in the place of None make another program of those that take them.
 
     bias: of the rows; None: no row has any.
+    allowed: uint32 [rows, words], as `constraints.Matcher` gives them, which tokens each row may draw next; None: any.
     """
 
     temperature: jax.Array | np.ndarray
@@ -106,6 +109,7 @@ class RowSampling:
     frequency_penalty: jax.Array | np.ndarray
     seed: jax.Array | np.ndarray
     bias: TokenBias | None = None
+    allowed: jax.Array | np.ndarray | None = None
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig], seeds: Sequence[int]) -> "RowSampling":
@@ -145,6 +149,12 @@ def counted_logits(logits: jax.Array, counts: jax.Array, sampling: RowSampling) 
 def biased_logits(logits: jax.Array, bias: TokenBias) -> jax.Array:
     """Logits [rows, vocabulary] with the biases of their rows."""
     return logits.at[jnp.arange(len(logits))[:, None], bias.ids].add(bias.values, mode="drop")
+
+
+def allowed_logits(logits: jax.Array, allowed: jax.Array | np.ndarray) -> jax.Array:
+    """Minus infinity for the tokens of logits [rows, vocabulary] whose bit in `allowed` uint32 [rows, words] is 0."""
+    bits = (jnp.asarray(allowed)[..., None] >> jnp.arange(BITS, dtype=jnp.uint32)) & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
 def filtered_logits(logits: jax.Array, sampling: RowSampling) -> jax.Array:
@@ -288,6 +298,8 @@ def next_tokens(
     )
     if counts is not None:
         adjusted = counted_logits(adjusted, counts, sampling)
+    if sampling.allowed is not None:
+        adjusted = allowed_logits(adjusted, sampling.allowed)
     tokens = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
     behavior = jnp.zeros(tokens.shape, jnp.float32)
     if not greedy:

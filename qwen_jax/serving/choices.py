@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from qwen_jax.inference import StreamChunk
-from qwen_jax.inference.requests import LENGTH
+from qwen_jax.inference.requests import FAILED, LENGTH
 from qwen_jax.inference.text import token_bytes
 from qwen_jax.serving.deltas import Reply, ToolCall
+from qwen_jax.serving.errors import bad_request
 from qwen_jax.serving.protocol import Job
 
 
@@ -55,7 +56,13 @@ class Choice:
         self._reply = Reply(job.opening, job.tools)
 
     def take(self, chunk: StreamChunk) -> Part:
-        """The part that a chunk makes."""
+        """The part that a chunk makes.
+
+        Raises:
+            ApiError: the constraint of the reply could not be followed to its end.
+        """
+        if chunk.finish_reason == FAILED:
+            raise bad_request(None, "the schema is too costly to follow: give a simpler one, without patterns")
         content = self._reply.feed(chunk.text or "")
         ranked = chunk.top_log_probs or [()] * len(chunk.tokens)
         tokens = [

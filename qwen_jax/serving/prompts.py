@@ -23,7 +23,7 @@ NONE, AUTO, REQUIRED, NAMED = "none", "auto", "required", "named"
 class ToolChoice:
     """Whether the reply may call a tool, or has to: `NONE`, `AUTO`, `REQUIRED`, or `NAMED` with the tool's name.
 
-    A model is not constrained: where it has to, or may not, the reply is begun for it.
+    Where it has to, or may not, the reply is begun for the model. The rest of one that has to is constrained to do so.
     """
 
     mode: str = AUTO

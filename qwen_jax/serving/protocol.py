@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax.agents.react import STOP
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, stop_ids
@@ -17,9 +17,13 @@ from qwen_jax.inference.sampling import MOST_LIKELY
 from qwen_jax.models.vision.config import VisionConfig
 from qwen_jax.serving import fields
 from qwen_jax.serving.errors import CONTEXT_LENGTH, ApiError, bad_request
+from qwen_jax.serving.formats import constraint_of, read_format
 from qwen_jax.serving.pictures import check_pictures, decoded, read_content, read_text
 from qwen_jax.serving.prompts import chat_prompt
 from qwen_jax.serving.tools import MAX_TOOLS, read_choice, read_tools
+
+if TYPE_CHECKING:
+    from qwen_jax.inference.grammars import Grammars
 
 _SEEDS = 2**32
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -27,7 +31,6 @@ _UNSUPPORTED: dict[str, tuple[Sequence, str]] = {
     "best_of": ((1,), "ask for n and choose"),
 }
 _UNSUPPORTED_CHAT = _UNSUPPORTED | {
-    "response_format": (({"type": "text"},), "replies are text: ask for the form in a message, or give a tool"),
     "functions": (([],), "describe them in tools"),
     "function_call": ((), "use tool_choice"),
     "modalities": ((["text"],), "replies are text"),
@@ -75,6 +78,13 @@ class Served:
         """A text of more characters cannot fit into the context, even where four become one by normalization."""
         return 4 * self.context_length * max(map(len, self.tokenizer.mergeable_ranks))
 
+    @functools.cached_property
+    def grammars(self) -> "Grammars":
+        """Makes the constraints of replies."""
+        from qwen_jax.inference.grammars import Grammars  # in here: few servers are asked for any
+
+        return Grammars(self.tokenizer, stop_ids(self.tokenizer), self.vocab_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -109,6 +119,7 @@ def parse_chat(body: Mapping, served: Served) -> Job:
     fields.refuse_unsupported(body, _UNSUPPORTED_CHAT)
     tools = read_tools(body)
     choice = read_choice(body, tools)
+    form = read_format(body)
     if not isinstance(body.get("messages"), list):
         raise bad_request("messages", f"must be a list of messages, found {fields.shown(body.get('messages'))}")
     read = read_text if served.vision is None else read_content
@@ -133,12 +144,12 @@ def parse_chat(body: Mapping, served: Served) -> Job:
     shown = [picture for message in messages for picture in pictures(message.parts)]
     queries = served.vision.num_queries if served.vision is not None else NUM_QUERIES
     prompt = chat_prompt(served.tokenizer, conversation, choice, served.system, served.tool_style, queries)
+    schemas = {one["function"]["name"]: one["function"]["parameters"] for one in tools}
+    schemas = {name: schemas[name] for name in prompt.tools}
+    constraint = constraint_of(form, choice, prompt, schemas, lambda: served.grammars)
     stops = fields.stop_strings(body)
-    schemas = None
-    if prompt.tools or prompt.opening:
+    if constraint is None and (prompt.tools or prompt.opening):
         stops = (*stops, STOP)
-        schemas = {one["function"]["name"]: one["function"]["parameters"] for one in tools}
-        schemas = {name: schemas[name] for name in prompt.tools}
     logprobs = fields.flag(body, "logprobs")
     top = fields.integer(body, "top_logprobs", 0, MOST_LIKELY) or 0
     if top and not logprobs:
@@ -147,7 +158,10 @@ def parse_chat(body: Mapping, served: Served) -> Job:
     if shown and served.vision is not None:  # last, as it costs most
         images = decoded(shown, served.vision, served.max_image_pixels)
         requests = tuple(dataclasses.replace(request, images=images) for request in requests)
-    return Job(requests, True, *_form(body), logprobs, top, prompt.opening, schemas)
+    if constraint is not None:
+        requests = tuple(dataclasses.replace(request, constraint=constraint) for request in requests)
+    calls = schemas if prompt.tools or prompt.opening else None
+    return Job(requests, True, *_form(body), logprobs, top, prompt.opening, calls)
 
 
 def parse_completion(body: Mapping, served: Served) -> Job:

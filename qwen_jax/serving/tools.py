@@ -38,7 +38,7 @@ def read_tools(body: Mapping) -> tuple[dict[str, Any], ...]:
         raise bad_request("tools", f"must be a list of functions, found {shown(given)}")
     if len(given) > MAX_TOOLS:
         raise bad_request("tools", f"there may be {MAX_TOOLS} tools at most, found {len(given)}")
-    if (parts := _parts(given)) > MAX_PARTS:
+    if (parts := count_parts(given)) > MAX_PARTS:
         raise bad_request("tools", f"all of them may have {MAX_PARTS} values in their JSON at most, found {parts}")
     tools = tuple(_tool(one, f"tools[{index}]") for index, one in enumerate(given))
     names = [tool["function"]["name"] for tool in tools]
@@ -48,10 +48,10 @@ def read_tools(body: Mapping) -> tuple[dict[str, Any], ...]:
     return tools
 
 
-def _parts(value: object) -> int:
+def count_parts(value: object) -> int:
     """Number of values in JSON, which is not nested deeply."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + sum(map(_parts, inner))
+    return 1 + sum(map(count_parts, inner))
 
 
 def _tool(given: object, where: str) -> dict[str, Any]:

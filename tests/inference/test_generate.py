@@ -59,6 +59,17 @@ def test_a_stop_string_ends_it(run_folder):
     assert cut == whole[: whole.index(stop)]
 
 
+def test_a_schema_rules_what_is_written(run_folder, tmp_path):
+    pytest.importorskip("llguidance", reason="the extra serve brings it")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}')
+    found = json.loads("".join(generate(checkpoint=run_folder, prompt="hello", json_schema=schema)))
+    assert len(found) == 2 and set(found) <= {"a", "b"}
+    schema.write_text("[]")
+    with pytest.raises(ValueError, match="schema.json: expected a JSON schema"):
+        generate(checkpoint=run_folder, prompt="hello", json_schema=schema)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

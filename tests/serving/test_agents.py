@@ -59,6 +59,7 @@ def population(smolagents):
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_smolagents_by_calls(smolagents, model, engine, population, streams):
+    pytest.importorskip("llguidance", reason="the agent asks for a call, which is constrained")
     agent = smolagents.ToolCallingAgent([population], model, stream_outputs=streams, verbosity_level=0)
     say(
         engine,

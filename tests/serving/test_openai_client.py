@@ -213,7 +213,6 @@ WRONG = {
     "bias of a word": ({"logit_bias": {"the": 1}}, 400, "logit_bias", "token ids as names, found 'the'"),
     "bias of no token": ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "has the id 99999, outside"),
     "bias of a list": ({"logit_bias": [1]}, 400, "logit_bias", "must be an object"),
-    "form": ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     "functions": ({"functions": [{"name": "f"}]}, 400, "functions", "tools"),
     "stop": ({"stop": ["a", ""]}, 400, "stop", "not empty"),
     "stop of a number": ({"stop": 0}, 400, "stop", "a string or a list"),
