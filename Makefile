@@ -33,8 +33,9 @@ lineage: $(VENV)/installed
 pods: $(VENV)/installed
 	$(PY) tools/pods.py
 
+# Three workers for two cores: in a good part of the tests one waits for processes, servers and limits of time.
 test: $(VENV)/installed-test lint
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/installed-test
 	$(PY) -m pytest -m slow
