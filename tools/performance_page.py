@@ -93,8 +93,8 @@ def table(measured: Run, machine: str) -> list[str]:
     limits: dict[str, list[str]] = {}
     for row in measured.rows:
         if row.met is False:
-            case = f"{row.case} against {row.peer_name}" if row.peer_name else row.case
-            limits.setdefault(row.limit or "", []).append(case)
+            what = f"{row.case} ({row.measure})"
+            limits.setdefault(row.limit or "", []).append(f"{what} against {row.peer_name}" if row.peer_name else what)
     if limits:
         lines += ["", "What limits the missed ones:", ""]
         lines += [f"- {'; '.join(dict.fromkeys(cases))}: {limit}." for limit, cases in limits.items()]

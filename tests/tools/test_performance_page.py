@@ -77,7 +77,7 @@ def test_every_row_says_how_busy_the_machine_was_and_what_limits_it(page, tmp_pa
     lines = (docs / "performance.md").read_text().splitlines()
     assert "2026-01-31, Small machine, **load 8 to 11** · `python walk.py` · abc1234 · legs 2.0" in lines
     assert "| uphill (steps/s) | 12 | runner | 10 | **1.20** | **≥ 1.5, missed** | loaded | breaths 3 / 4 |" in lines
-    assert "- uphill against runner: the lungs." in lines
+    assert "- uphill (steps/s) against runner: the lungs." in lines
     assert (
         "| a mile (s, low and high bound) | 300 to 330 | runner | 400 to 500 | 0.75, 0.66 | ≤ 0.8, met | loaded |  |"
         in lines
