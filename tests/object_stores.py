@@ -137,9 +137,9 @@ class Fault:
 
     Attributes:
       match: regular expression for "METHOD /bucket/key?query", found anywhere in it.
-      kind: "503", "403", "404", "expired" (a token that is refused as too old), "delay" (`seconds` before the request
-        is passed on), "cut_upload" (the connection ends in the middle of the request's body), "cut_download" (in the
-        middle of the answer's), "lost" (the request is carried out and its answer never sent).
+      kind: "503", "403", "404", "412", "region", "expired" (a token that is refused as too old), "delay" (`seconds`
+        before the request is passed on), "cut_upload" (the connection ends in the middle of the request's body),
+        "cut_download" (in the middle of the answer's), "lost" (the request is carried out and its answer never sent).
     """
 
     match: str
@@ -155,6 +155,7 @@ _EXPIRED = (
 _ANSWERS = {
     "503": (b"503 Service Unavailable", b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"),
     "403": (b"403 Forbidden", b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+    "412": (b"412 Precondition Failed", b"<Error><Code>PreconditionFailed</Code></Error>"),
     "404": (b"404 Not Found", b"<Error><Code>NoSuchKey</Code></Error>"),
     "region": (
         b"400 Bad Request",

@@ -169,7 +169,9 @@ def _explained(error: BaseException, text: str, where: Any) -> OSError:
         return OSError(f"{where}: the bucket is in another region: set AWS_REGION to the region of {bucket} ({text})")
     if any(sign in text for sign in _EXPIRED) or _BARE_REFUSAL.search(text):
         return PermissionError(f"{where}: the credentials have expired: {text}")
-    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+    # A refused listing is a GenericError.
+    refused = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+    if isinstance(error, refused) or "status code: 403" in text:
         return PermissionError(f"{where}: no permission: {text}")
     if isinstance(error, exceptions.AlreadyExistsError):
         return FileExistsError(f"{where}: the object exists already")

@@ -69,7 +69,12 @@ class RemoteFile(io.RawIOBase):
           FileNotFoundError: there is none.
         """
         self._path, self._block, self._position = path, block, 0
-        found = objects.head(path)
+        try:
+            found = objects.head(path)
+        except FileNotFoundError:
+            # The answer to HEAD has no body, so it does not say that there is no such bucket.
+            objects.get(path, (0, 1))
+            raise
         self._size, self._e_tag = found["size"], found["e_tag"]
         self._ahead: dict[int, concurrent.futures.Future[bytes]] = {}
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
