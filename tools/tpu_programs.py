@@ -19,8 +19,8 @@ from qwen_jax.hardware import HardwareConfig
 from qwen_jax.image_rows import check_images
 from qwen_jax.inference import programs
 from qwen_jax.inference.sampling import RowSampling
-from qwen_jax.models.attention import KVCache
 from qwen_jax.models.build import build_model, parameter_count
+from qwen_jax.models.cache import KVCache
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.decoding import DecodingCache
 from qwen_jax.models.transformer import abstract_params
@@ -146,6 +146,8 @@ def prepare_stage(stage: str, hardware: HardwareConfig) -> Prepared:
 
 def prepare_prefill(hardware: HardwareConfig) -> Prepared:
     """The program of `qwen_jax.inference` that reads BATCH_SIZE prompts of SEQUENCE_LENGTH tokens into a cache.
+
+    The engine reads longer prompts than `PREFILL_CHUNK` by another one, in chunks of so many tokens.
 
     Raises:
       ValueError: batch, model, mesh or devices do not go together.

@@ -9,6 +9,8 @@ from qwen_jax.inference.requests import Request
 from qwen_jax.inference.row import Row
 
 SMALLEST_PROMPT = 16
+# Tokens of a long prompt that are computed at once, and the least of them.
+PREFILL_CHUNK, SMALLEST_CHUNK = 1024, 64
 # Prompts that are computed at once, and how many tokens they may have together with their padding.
 PREFILL_ROWS, PREFILL_TOKENS = (1, 4, 16), 8192
 
@@ -43,11 +45,14 @@ class Prompt:
     Attributes:
       rows: the requests, all with this prompt.
       places: of the blocks of the prefix cache that it begins with.
-      size: number of the tokens after them, with padding; `slots`: of all tokens, with padding.
+      long: whether it is computed in chunks.
+      size: number of the tokens after those of `places`, with padding unless it is long.
+      slots: number of all tokens, with padding.
     """
 
     rows: list[Row]
     places: tuple[int, ...] = ()
+    long: bool = False
     size: int = 0
     slots: int = 0
 
@@ -68,9 +73,9 @@ class Prompt:
         return request.embeddings is not None or bool(request.images and min(self.rows[0].key[self.cached :]) < 0)
 
     @property
-    def shape(self) -> tuple[int, int, bool]:
-        """Sizes of the program that computes it, and `embedded`."""
-        return self.size, self.slots, self.embedded
+    def shape(self) -> tuple[bool, int, int, bool]:
+        """Which program computes it: long ones have the same, others go by their sizes and `embedded`."""
+        return (True, 0, 0, False) if self.long else (False, self.size, self.slots, self.embedded)
 
 
 def prompts_of_rows(rows: Sequence[Row], ways: int) -> list[Prompt]:
@@ -86,28 +91,34 @@ def prompts_of_rows(rows: Sequence[Row], ways: int) -> list[Prompt]:
     return [Prompt(rows) for groups in found.values() for rows in groups]
 
 
-def next_prompts(waiting: Sequence[Prompt], prefixes: PrefixCache | None, ways: int) -> list[Prompt]:
+def next_prompts(
+    waiting: Sequence[Prompt], prefixes: PrefixCache | None, ways: int, chunk: int = PREFILL_CHUNK
+) -> list[Prompt]:
     """Those of `waiting`, at least one, that are computed next, together: of one shape, short ones first.
 
-    A prompt that begins as another one does waits for it where it then has less to compute itself.
+    A prompt that begins as another one does waits for it where it then has less to compute itself; a short one does not
+    wait for a long one.
 
     Args:
       prefixes: the cache as it is now; None: there is none.
+      chunk: prompts of more tokens are long; of these, one for each part of the rows comes next.
     """
-    groups: dict[tuple[int, int, bool], list[Prompt]] = {}
-    leaders: dict[tuple[int, ...], tuple[int, ...]] = {}
+    groups: dict[tuple[bool, int, int, bool], list[Prompt]] = {}
+    leaders: dict[tuple[bool, tuple[int, ...]], tuple[int, ...]] = {}
     for prompt in waiting:
         tokens = prompt.rows[0].key
         sharing = prefixes is not None and prompt.request.embeddings is None
         places = tuple(prefixes.find(tokens)) if prefixes is not None and sharing else ()
-        planned = _planned(prompt, places)
+        planned = _planned(prompt, places, chunk)
         beginning = tokens[: (len(places) + 1) * BLOCK_TOKENS]
         if sharing and len(beginning) < len(tokens):
-            leader = leaders.setdefault(beginning, tokens)
-            if leader is not tokens and _after(prompt, tokens, leader).size < planned.size:
+            leader = leaders.setdefault((planned.long, beginning), tokens)
+            if leader is not tokens and _after(prompt, tokens, leader, chunk).size < planned.size:
                 continue
         groups.setdefault(planned.shape, []).append(planned)
     group = groups[min(groups)]
+    if group[0].long:
+        return group[:ways]
     rows = 0
     for number, prompt in enumerate(group):
         rows += len(prompt.rows)
@@ -117,10 +128,13 @@ def next_prompts(waiting: Sequence[Prompt], prefixes: PrefixCache | None, ways: 
     return group[: prefill_count(len(group), group[0].size, ways)]
 
 
-def _planned(prompt: Prompt, places: tuple[int, ...]) -> Prompt:
+def _planned(prompt: Prompt, places: tuple[int, ...], chunk: int) -> Prompt:
     """The prompt, with as many of the cached blocks as leave room for the padding of the rest."""
     length = prompt.request.prompt_length
     slots = bucket(length, SMALLEST_PROMPT)
+    if length > chunk:
+        size = length - len(places) * BLOCK_TOKENS
+        return dataclasses.replace(prompt, places=places, long=True, size=size, slots=slots)
     used = len(places)
     while used and used * BLOCK_TOKENS + bucket(length - used * BLOCK_TOKENS, SMALLEST_PROMPT) > slots:
         used -= 1
@@ -128,11 +142,11 @@ def _planned(prompt: Prompt, places: tuple[int, ...]) -> Prompt:
     return dataclasses.replace(prompt, places=places[:used], size=size, slots=slots)
 
 
-def _after(prompt: Prompt, tokens: tuple[int, ...], leader: tuple[int, ...]) -> Prompt:
+def _after(prompt: Prompt, tokens: tuple[int, ...], leader: tuple[int, ...], chunk: int) -> Prompt:
     """The prompt as it would be planned once `leader` is in the cache."""
     common, longest = 0, (min(len(tokens) - 1, len(leader))) // BLOCK_TOKENS
     while common < longest and all(
         a == b for a, b in zip(*(x[common * BLOCK_TOKENS :][:BLOCK_TOKENS] for x in (tokens, leader)), strict=True)
     ):
         common += 1
-    return _planned(prompt, (0,) * common)
+    return _planned(prompt, (0,) * common, chunk)

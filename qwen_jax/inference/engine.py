@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.inference import scoring, weights
-from qwen_jax.inference.admission import bucket
+from qwen_jax.inference.admission import PREFILL_CHUNK, bucket
 from qwen_jax.inference.batch import Batch
 from qwen_jax.inference.images import Features, prompt_key
 from qwen_jax.inference.prefix_cache import PrefixCache
@@ -58,6 +58,7 @@ class Engine:
         slots: int = 16,
         context_length: int | None = None,
         prefix_cache_tokens: int = 0,
+        prefill_chunk: int = PREFILL_CHUNK,
     ):
         """Prepares the weights, see `set_params`.
 
@@ -70,6 +71,8 @@ class Engine:
           context_length: see above; by default the model's `inference_length`.
           prefix_cache_tokens: tokens of prompts and replies whose keys and values stay on the devices, those that were
             used longest ago making room. 0: none do. Where the mesh splits rows, every part has all of them.
+          prefill_chunk: a power of two. Longer prompts are computed in chunks of so many tokens, between which other
+            requests go on.
 
         Raises:
           ValueError: the parameters are not of this model, the mesh does not divide it, or a number is out of range.
@@ -92,11 +95,16 @@ class Engine:
                 f"prefix_cache_tokens must be 0 (no prefix cache) or at least {BLOCK_TOKENS}, "
                 f"found {prefix_cache_tokens!r}"
             )
+        if not isinstance(prefill_chunk, int) or prefill_chunk < BLOCK_TOKENS or prefill_chunk.bit_count() != 1:
+            raise ValueError(
+                f"prefill_chunk must be a power of two of at least {BLOCK_TOKENS} tokens, found {prefill_chunk!r}"
+            )
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
         self.context_length = context_length or config.inference_length
         self.ways = num_batch_shards(mesh) if mesh is not None else 1
         self.slots = -(-slots // self.ways) * self.ways
         self._several = mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+        self._chunk = prefill_chunk
         self._call = Programs(mesh)
         self._prefixes = PrefixCache(self._call, config, prefix_cache_tokens) if prefix_cache_tokens else None
         self._features = Features(self._call, config, self.ways)
@@ -156,7 +164,8 @@ class Engine:
         return handle
 
     def step(self) -> list[StreamChunk]:
-        """Goes on with all requests and returns their new tokens; an empty list if there is no request.
+        """Goes on with all requests and returns their new tokens, which are none if there is no request, or none but
+        long prompts that are being computed.
 
         The last chunk of a request has its `finish_reason` and its `result`. Chunks of `generate` and `stream` are not
         among them. An error, KeyboardInterrupt too, ends all requests.
@@ -257,20 +266,23 @@ class Engine:
         self._waiting.append(row)
 
     def _advance(self) -> None:
-        """One round: begins waiting requests where rows are free, then generates for all; delivers the chunks.
+        """One round: computes prompts of waiting requests where rows are free, then generates; delivers the chunks.
 
-        A round that begins the first requests, of a watching user, ends with their first tokens.
+        Of long prompts it computes about one chunk, so that the others need not wait for the whole. A round that begins
+        the first requests, of a watching user, ends with their first tokens.
         """
         if not self._rows:
             return
         try:
             batch = self._batch_for(len(self._rows))
             fresh = [self._waiting.popleft() for _ in range(min(batch.free, len(self._waiting)))]
+            batch.start(fresh)
+            alone = not batch.active.any()
+            begun = batch.read(self.params)
             # Who watches, and keeps nobody waiting, gets the first token before the program of the others is compiled.
-            watched = not batch.busy and any(row.streaming for row in fresh)
-            if fresh:
-                self._deliver(batch.start(self.params, fresh))
-            if batch.busy and not watched:
+            watched = alone and any(self._rows[chunk.handle].streaming for chunk in begun)
+            self._deliver(begun)
+            if batch.active.any() and not watched:
                 self._deliver(batch.proceed(self.params, bool(self._waiting)))
         except BaseException:
             # The arrays on the devices may be half updated.
@@ -287,7 +299,14 @@ class Engine:
         wanted = -(-wanted // self.ways) * self.ways
         if self._batch is None:
             self._batch = Batch(
-                self._call, self.model.config, self.ways, wanted, self._several, self._prefixes, self._features
+                self._call,
+                self.model.config,
+                self.ways,
+                wanted,
+                self._several,
+                self._prefixes,
+                self._features,
+                self._chunk,
             )
         self._batch.widen(wanted)
         return self._batch

@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_jax.inference import programs
 from qwen_jax.inference.programs import BLOCK_TOKENS, CachedPrefixes, Programs
-from qwen_jax.models.attention import KVCache
+from qwen_jax.models.cache import KVCache
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.positions import dynamic_ntk_alpha
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.inference.sampling import MOST_LIKELY, RowSampling, most_likely, next_tokens
-from qwen_jax.models.attention import KVCache, cache_dtype
+from qwen_jax.models.cache import KVCache, cache_dtype
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.decoding import (
     DecodingCache,
@@ -36,8 +36,6 @@ from qwen_jax.sharding import constrain, use_mesh
 
 log = logging.getLogger(__name__)
 
-# Tokens of a prompt that are computed at once: attention over all of a long one would be its length squared.
-PREFILL_CHUNK = 1024
 # Tokens of a row that can be generated before the host looks.
 MAX_STEPS = 32
 # Tokens of a block of the prefix cache.
@@ -118,7 +116,7 @@ class Programs:
         return result
 
 
-def _on_mesh(static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Callable:
+def on_mesh(static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Callable:
     """`jax.jit` of a function that is called with a further argument: the mesh (or None) that it is traced on."""
 
     def decorate(function):
@@ -138,7 +136,7 @@ def _on_mesh(static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Cal
     return decorate
 
 
-@_on_mesh(static=("config", "names"))
+@on_mesh(static=("config", "names"))
 def prepare(config: ModelConfig, names, params):
     """Parameters in the compute dtype, each block's as arrays of their own.
 
@@ -155,7 +153,7 @@ def prepare(config: ModelConfig, names, params):
     )
 
 
-@_on_mesh(static=("config",))
+@on_mesh(static=("config",))
 def encode_images(config: ModelConfig, params, images: jax.Array) -> jax.Array:
     """Features [pictures, num_queries, hidden] of pictures [pictures, image_size, image_size, 3]; see `VisionEncoder`.
 
@@ -168,7 +166,7 @@ def encode_images(config: ModelConfig, params, images: jax.Array) -> jax.Array:
     return constrain(cast(jax.Array, features), None, None, None)
 
 
-@_on_mesh(static=("config", "rows", "slots"))
+@on_mesh(static=("config", "rows", "slots"))
 def empty_state(config: ModelConfig, rows: int, slots: int) -> BatchState:
     """A batch without requests."""
     cache = DecodingCache.empty(config, rows, slots, jnp.ones(rows, jnp.int32))
@@ -212,43 +210,7 @@ class CachedPrefixes:
         return DecodingCache(layers, alpha)
 
 
-def _prompt_states(
-    config: ModelConfig, params, tokens, cache: DecodingCache, starts, at, embeddings: InputEmbeddings | None
-):
-    """Hidden states of some positions, after a pass over whole rows in chunks.
-
-    Padding writes into slots after the row's tokens; each is overwritten before a position can see it.
-
-    Args:
-      tokens: int32 [rows, bucket], filled up at the end; above `PREFILL_CHUNK`, bucket is a multiple of it.
-      cache: of the tokens before, with slots for all of `tokens`.
-      starts: int32 [rows], position of the first token of each row.
-      at: int32 [rows, n], the positions. What lies outside those of `tokens` gives zeros.
-      embeddings: vectors in the place of some of the tokens' embeddings, or None.
-
-    Returns:
-      (the cache with the new positions, [rows, n, hidden] in the compute dtype).
-    """
-    rows, bucket = tokens.shape
-    chunk = min(bucket, PREFILL_CHUNK)
-
-    def step(carry, offset):
-        cache, found = carry
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, offset, chunk, axis=1), (tokens, embeddings))
-        hidden, cache = decode(config, params, part[0], starts + offset, cache, part[1])
-        inside = at - (starts + offset)[:, None]
-        here = jnp.take_along_axis(hidden, jnp.clip(inside, 0, chunk - 1)[..., None], axis=1)
-        return (cache, jnp.where(((inside >= 0) & (inside < chunk))[..., None], here, found)), None
-
-    carry = (cache, jnp.zeros((rows, at.shape[1], config.hidden_size), config.compute_dtype))
-    if chunk == bucket:
-        carry, _ = step(carry, 0)
-    else:
-        carry, _ = jax.lax.scan(step, carry, jnp.arange(0, bucket, chunk))
-    return carry
-
-
-@_on_mesh(static=("config",))
+@on_mesh(static=("config",))
 def prefill(
     config: ModelConfig,
     params,
@@ -257,12 +219,14 @@ def prefill(
     embeddings: InputEmbeddings | None = None,
     prefixes: CachedPrefixes | None = None,
 ) -> tuple:
-    """Computes prompts, or what follows their prefixes.
+    """Computes whole prompts, or what follows their prefixes.
+
+    Padding writes into slots after the row's tokens; each is overwritten before a position can see it.
 
     Args:
       params: as `unstack_layers` gives them.
-      tokens: int32 [rows, bucket], prompts (without their prefixes) filled up at the end; above `PREFILL_CHUNK`, bucket
-        is a multiple of it. An id outside the vocabulary stands for none.
+      tokens: int32 [rows, bucket], prompts (without their prefixes) filled up at the end. An id outside the vocabulary
+        stands for none.
       lengths: int32 [rows], of the whole prompts.
       embeddings: vectors in the place of some of the tokens' embeddings, or None.
       prefixes: of the prompts, or None. A prefix and `bucket` together are within their slots.
@@ -278,13 +242,14 @@ def prefill(
     else:
         prompts, starts = jnp.asarray(prefixes.prompts), jnp.asarray(prefixes.lengths)
         cache = prefixes.cache(config, lengths)
-    cache, last = _prompt_states(config, params, tokens, cache, starts, lengths[:, None] - 1, embeddings)
+    hidden, cache = decode(config, params, tokens, starts, cache, embeddings)
+    last = jnp.take_along_axis(hidden, (lengths - 1 - starts)[:, None, None], axis=1)
     prompts = jnp.where(jnp.arange(prompts.shape[1]) < lengths[:, None], prompts, config.vocab_size)
     seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], prompts].set(True, mode="drop")
     return cache, decoding_logits(config, params, last)[:, 0], constrain(seen, "batch", None)
 
 
-@_on_mesh(static=("config", "blocks"))
+@on_mesh(static=("config", "blocks"))
 def empty_pool(config: ModelConfig, blocks: int) -> tuple[KVCache, ...]:
     """A pool of `blocks` blocks of `BLOCK_TOKENS` tokens for each layer, whole on every part of the batch's axes."""
     shape = (blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
@@ -295,7 +260,7 @@ def empty_pool(config: ModelConfig, blocks: int) -> tuple[KVCache, ...]:
     return tuple(KVCache(zeros(), zeros()) for _ in range(config.num_layers))
 
 
-@_on_mesh(donated=("pool",))
+@on_mesh(donated=("pool",))
 def keep(pool, layers: tuple[KVCache, ...], rows: jax.Array, blocks: jax.Array, places: jax.Array):
     """The pool with n blocks from the rows of a batch.
 
@@ -332,13 +297,13 @@ class ScoringStep:
     targets: jax.Array | np.ndarray
 
 
-@_on_mesh(static=("config", "rows", "slots"))
+@on_mesh(static=("config", "rows", "slots"))
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> tuple[KVCache, ...]:
     """A cache of no tokens for each block."""
     return tuple(KVCache.empty(config, rows, slots) for _ in range(config.num_layers))
 
 
-@_on_mesh(static=("config",), donated=("cache",))
+@on_mesh(static=("config",), donated=("cache",))
 def score(
     config: ModelConfig,
     params,
@@ -372,7 +337,7 @@ def _most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return constrain(ids, None, None), constrain(log_probs, None, None)
 
 
-@_on_mesh(static=("greedy", "top"))
+@on_mesh(static=("greedy", "top"))
 def first_tokens(
     logits: jax.Array,
     seen: jax.Array,
@@ -403,13 +368,13 @@ def first_tokens(
     return constrain(token, None), constrain(jnp.stack(log_probs, axis=-1), None, None), ranked, seen
 
 
-@_on_mesh(donated=("state",))
+@on_mesh(donated=("state",))
 def begin_counts(state: BatchState) -> BatchState:
     """The batch with counts of 0: right for rows that do not go by them, and for those that are inserted next."""
     return dataclasses.replace(state, counts=jnp.zeros(state.seen.shape, jnp.int32)).placed()
 
 
-@_on_mesh(donated=("state",))
+@on_mesh(donated=("state",))
 def insert(
     state: BatchState,
     cache: DecodingCache,
@@ -447,7 +412,7 @@ def insert(
     ).placed()
 
 
-@_on_mesh(static=("rows", "slots"))
+@on_mesh(static=("rows", "slots"))
 def grow(state: BatchState, rows: int, slots: int) -> BatchState:
     """The batch with at least as many rows, and as many slots in each, as before; new rows are without requests."""
 
@@ -470,7 +435,7 @@ def grow(state: BatchState, rows: int, slots: int) -> BatchState:
     ).placed()
 
 
-@_on_mesh(static=("config", "greedy", "top"), donated=("state",))
+@on_mesh(static=("config", "greedy", "top"), donated=("state",))
 def generate(
     config: ModelConfig,
     params,

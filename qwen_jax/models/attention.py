@@ -1,68 +1,16 @@
-"""Causal self-attention: the projections around the kernel, rotary positions, and the key-value cache."""
-
-import dataclasses
+"""Causal self-attention: the projections around the kernel, and rotary positions."""
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.models.branches import Branches, branch_attention
+from qwen_jax.models.cache import KVCache
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.kernels import causal_attention, dot_product_attention
 from qwen_jax.models.layers import Projection
 from qwen_jax.models.positions import ContextExtension, rotate
-from qwen_jax.sharding import constrain, platform
-
-
-def cache_dtype(config: ModelConfig) -> jnp.dtype:
-    """The dtype that keys and values are kept in: the compute dtype, on CPUs float32.
-
-    Products of CPUs are float32's: each step would convert the whole cache of bfloat16, which takes longer than to read
-    it. The values are the same.
-    """
-    return jnp.dtype(jnp.float32) if platform() == "cpu" else config.compute_dtype
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Rotated keys and values of one layer. Slot j of a row holds position j, unless several texts lie in the row.
-
-    key, value: [batch, kv_heads, slots, head_dim], values of the compute dtype in `cache_dtype`.
-    """
-
-    key: jax.Array
-    value: jax.Array
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
-        """Zeros for `batch` rows of at most `slots` positions."""
-        shape = (batch, config.num_kv_heads, slots, config.head_dim)
-        names = ("batch", "kv_heads", None, None)
-        return cls(*(constrain(jnp.zeros(shape, cache_dtype(config)), *names) for _ in range(2)))
-
-    def write(self, starts: jax.Array, key: jax.Array, value: jax.Array) -> "KVCache":
-        """Puts key and value [batch, kv_heads, length, head_dim] at each row's positions from `starts` [batch] on.
-
-        The last of them must be a slot: otherwise XLA moves all of them back.
-        """
-
-        def put(cache, new):
-            new = new.astype(cache.dtype)
-            # Updates of slices are done in place. XLA copies the whole cache for the batched form of a single one.
-            if cache.shape[0] == 1:
-                written = jax.lax.dynamic_update_slice(cache, new, (0, 0, starts[0], 0))
-            else:
-                update = jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice(row, part, (0, start, 0)))
-                written = update(cache, new, starts)
-            return constrain(written, "batch", "kv_heads", None, None)
-
-        return dataclasses.replace(self, key=put(self.key, key), value=put(self.value, value))
-
-    @property
-    def slots(self) -> int:
-        """Number of positions of a row."""
-        return self.key.shape[2]
+from qwen_jax.sharding import constrain
 
 
 class SelfAttention(nn.Module):
@@ -132,7 +80,6 @@ class SelfAttention(nn.Module):
         key, value = (constrain(t, "batch", "kv_heads", "length", None) for t in (key, value))
         if cache is not None:
             cache = cache.write(positions[:, 0], key, value)
-            key, value = cache.key, cache.value
         windows = None if extension is None else extension.windows
         if windows is not None and not isinstance(mask, Branches):
             key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
@@ -146,7 +93,10 @@ class SelfAttention(nn.Module):
             )
         elif isinstance(mask, Branches):
             window = None if windows is None else windows[layer]
-            mixed = branch_attention(query, key, value, mask, positions, window)
+            assert cache is not None  # texts go on from it
+            mixed = branch_attention(query, cache, mask, positions, window)
+        elif cache is not None:
+            mixed = dot_product_attention(query, cache.key, cache.value, mask)
         else:
             mixed = dot_product_attention(query, key, value, mask)
         mixed = constrain(mixed, "batch", "heads", "length", None)

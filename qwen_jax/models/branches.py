@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.models.cache import KVCache
 from qwen_jax.models.ops import matmul_precision
 from qwen_jax.sharding import platform
 
@@ -29,8 +30,7 @@ class Branches(NamedTuple):
 
 def branch_attention(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    cache: KVCache,
     branches: Branches,
     positions: jax.Array,
     window: jax.Array | None = None,
@@ -42,7 +42,7 @@ def branch_attention(
 
     Args:
       query: [batch, heads, length, head_dim].
-      key, value: [batch, kv_heads, slots, head_dim], which hold the tokens of the step, too, from `starts` on.
+      cache: holds the tokens of the step, too, from `starts` on.
       positions: int32 [batch, length], of each token in its text.
       window: int32 scalar, number of positions, its own included, that a query sees; None: all.
 
@@ -50,7 +50,7 @@ def branch_attention(
       [batch, heads, length, head_dim] in the dtype of `query`; the softmax is computed in float32.
     """
     batch, heads, length, head_dim = query.shape
-    kv_heads, slots = key.shape[1:3]
+    kv_heads, slots = cache.key.shape[1:3]
     block = min(CPU_KEY_BLOCK if platform() == "cpu" else KEY_BLOCK, slots)
     precision = matmul_precision(query.dtype)
     # b batch, k kv_heads, g query heads of each, l length, m keys of a block, d head_dim.
@@ -73,7 +73,7 @@ def branch_attention(
         highest, normalizer, mixed = carry
         # The last block may reach back into the one before.
         first = jnp.minimum(number * block, slots - block)
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (key, value))
+        keys, values = cache.block(first, block)
         scores = jnp.einsum(
             "bkgld,bkmd->bkglm", grouped, keys, precision=precision, preferred_element_type=jnp.float32
         ) * (head_dim**-0.5)

@@ -14,8 +14,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.models.attention import KVCache
 from qwen_jax.models.branches import Branches
+from qwen_jax.models.cache import KVCache
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.layers import RMSNorm
 from qwen_jax.models.ops import gather_weight

@@ -12,7 +12,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from qwen_jax.models.attention import KVCache, SelfAttention
+from qwen_jax.models.attention import SelfAttention
+from qwen_jax.models.cache import KVCache
 from qwen_jax.models.config import SAVED_NAMES, ModelConfig
 from qwen_jax.models.kernels import causal_mask, resolve_kernel
 from qwen_jax.models.layers import RMSNorm, SwiGLU, weight_init

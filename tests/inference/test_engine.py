@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax.conversion import convert, load_pretrained, load_tokenizer
 from qwen_jax.inference import Engine, Request, SamplingConfig, programs
-from qwen_jax.inference.admission import bucket
+from qwen_jax.inference.admission import PREFILL_CHUNK, bucket
 from qwen_jax.inference.batch import rules_of
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.fakes import random_run, small_model
@@ -215,7 +215,7 @@ def test_the_stream_is_the_result_in_pieces(engine, tokenizer):
 def test_a_prompt_longer_than_a_chunk(tmp_path):
     sizes = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=32, context_length=4096)
     model, params = load_pretrained(random_run(tmp_path, **sizes))
-    prompt = np.random.default_rng(0).integers(0, 256, programs.PREFILL_CHUNK + 300)
+    prompt = np.random.default_rng(0).integers(0, 256, PREFILL_CHUNK + 300)
     (result,) = Engine(model, params, slots=1).generate([Request(prompt, 8)])
     ids = [*prompt.tolist(), *result.tokens]
     logits = jax.jit(lambda tokens: model.apply({"params": params}, tokens))(jnp.asarray([ids], jnp.int32))[0]
