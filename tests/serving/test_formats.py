@@ -4,6 +4,7 @@ import json
 from typing import Literal
 
 import jsonschema
+import numpy as np
 import pytest
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
@@ -13,6 +14,7 @@ import pydantic  # noqa: E402  openai needs it
 
 from qwen_jax.conversion import load_pretrained, load_tokenizer  # noqa: E402
 from qwen_jax.inference import Engine  # noqa: E402
+from qwen_jax.inference.constraints import ConstraintFailed, words  # noqa: E402
 from tests.fakes import random_run  # noqa: E402
 from tests.serving.scripted import serving  # noqa: E402
 
@@ -123,3 +125,28 @@ def test_a_form_does_not_go_with_tools_that_may_be_called(client):
     given = PLAIN | {"logit_bias": NO_BLANKS | {str(ord("}")): 100}, "temperature": 0}
     reply = client.chat.completions.create(**given, tools=TOOLS, tool_choice="none", response_format=form).choices[0]
     assert json.loads(reply.message.content) == {}
+
+
+class Costly:
+    """Gives up after two tokens."""
+
+    def __init__(self):
+        self.done = 0
+
+    def allowed(self):
+        if self.done == 2:
+            raise ConstraintFailed("too many states")
+        return np.full(words(464), np.iinfo(np.uint32).max, np.uint32)
+
+    def advance(self, token):
+        self.done += 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_is_too_costly_to_follow_is_an_error_of_its_own_request(client, running, monkeypatch, stream):
+    given = PLAIN | {"response_format": {"type": "json_object"}, "max_tokens": 8, "stream": stream}
+    with monkeypatch.context() as patched:
+        patched.setattr("qwen_jax.inference.grammars.Grammar.start", lambda grammar: Costly())
+        with pytest.raises(openai.APIError, match="too costly to follow: give a simpler one"):
+            list(client.chat.completions.create(**given))
+    assert list(client.chat.completions.create(**given)) and running.engine.live == 0
