@@ -2,6 +2,7 @@
 
 import collections
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -85,10 +86,16 @@ def random_params():
     return make
 
 
-@pytest.fixture
-def run_folder(tmp_path, config, random_params, tokenizer_file):
-    """A run folder of that model, with the tokenizer."""
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory, config, random_params, tokenizer_file):
     from qwen_jax.checkpoints.arrays import save_params
 
-    save_params(tmp_path / "run", config, random_params(config), str(tokenizer_file))
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    save_params(folder, config, random_params(config), str(tokenizer_file))
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path, saved_run):
+    """A run folder of that model, with the tokenizer: one for each test, as some damage it."""
+    return shutil.copytree(saved_run, tmp_path / "run")

@@ -29,7 +29,7 @@ from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.parameter_groups import ParameterGroup, ScheduleConfig
 from qwen_jax.training.trainer_config import TrainerConfig
 from tests.conversion.test_initial_weights import abstract_of
-from tests.fakes import FakeExamples, prepared_trainer
+from tests.fakes import FakeExamples, outputs, prepared_trainer
 
 LORA = LoraConfig(rank=3, alpha=7.0, dropout=0.1)
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft_lora"
@@ -86,7 +86,7 @@ def theirs(made, base):
 
 def logits(path, **options):
     model, params = load_pretrained(path, **options)
-    return np.asarray(model.apply({"params": params}, jnp.asarray(TOKENS)))
+    return np.asarray(outputs(model, params, jnp.asarray(TOKENS)))
 
 
 def unmerged(run):
@@ -94,7 +94,7 @@ def unmerged(run):
     config, params = load_params(run)
     model = Qwen(dataclasses.replace(config, dtype="float32"))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    return np.asarray(model.apply({"params": params}, jnp.asarray(TOKENS)))
+    return np.asarray(outputs(model, params, jnp.asarray(TOKENS)))
 
 
 def test_a_run_with_adapters_trains_them_alone_and_describes_itself(run, base):
@@ -233,12 +233,12 @@ def golden(tmp_path):
 def test_adapters_that_peft_wrote_are_read(golden, tmp_path):
     expected = np.load(golden / "expected.npz")
     model, params = load_pretrained(golden / "adapter")
-    found = np.asarray(model.apply({"params": params}, jnp.asarray(expected["tokens"])))
+    found = np.asarray(outputs(model, params, jnp.asarray(expected["tokens"])))
     assert np.abs(found - expected["logits"]).max() < 1e-5 * np.abs(expected["logits"]).max()
     assert np.abs(expected["logits"] - expected["base_logits"]).max() > 0.1
     assert open_weights(golden / "adapter").config.lora == LoraConfig(4, 9.0, ("query", "value", "output", "up"))
     model, params = load_pretrained(golden / "adapter_seq_cls")
-    scores = np.asarray(model.apply({"params": params}, jnp.asarray(expected["tokens"]), method="scalars"))
+    scores = np.asarray(outputs(model, params, jnp.asarray(expected["tokens"]), method="scalars"))
     np.testing.assert_allclose(scores[:, -1], expected["scores"], atol=1e-5)
     # As the start of a run with the same adapters.
     config = open_weights(golden / "adapter").config
@@ -355,7 +355,7 @@ def test_peft_loads_our_adapters(run, base, theirs, config, tmp_path):
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(scorer, folder)(tokens).logits.numpy()[:, 0]
     model, params = load_pretrained(tmp_path / "reward")
-    scores = np.asarray(model.apply({"params": params}, jnp.asarray(TOKENS), method="scalars"))[:, -1]
+    scores = np.asarray(outputs(model, params, jnp.asarray(TOKENS), method="scalars"))[:, -1]
     np.testing.assert_allclose(found, scores, atol=1e-5)
 
 

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from qwen_jax.checkpoints.arrays import load_params, save_params
 from qwen_jax.conversion import convert, detect_format, load_pretrained
 from qwen_jax.models.config import ModelConfig
+from tests.fakes import outputs
 from tests.warm_python import python
 
 ROOT = Path(__file__).parents[2]
@@ -88,10 +89,10 @@ def test_load_pretrained_gives_the_model_in_the_dtype_asked_for(run_folder):
     tokens = jnp.arange(10)[None]
     model, params = load_pretrained(run_folder)
     assert all(array.dtype == jnp.float32 for array in jax.tree.leaves(params))
-    full = model.apply({"params": params}, tokens)
+    full = outputs(model, params, tokens)
     model, params = load_pretrained(run_folder, dtype="bfloat16")
     assert all(array.dtype == jnp.float32 for array in jax.tree.leaves(params))
-    half = model.apply({"params": params}, tokens)
+    half = outputs(model, params, tokens)
     assert full.dtype == half.dtype == jnp.float32
     assert 0 < jnp.abs(full - half).max() < 0.1 * jnp.abs(full).max()
 
@@ -112,7 +113,7 @@ def test_transformers_loads_a_converted_run(tmp_path, run_folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = np.asarray(tokenizer("the quick brown fox, 你好")["input_ids"])[None]
     model, params = load_pretrained(run_folder)
-    ours = model.apply({"params": params}, jnp.asarray(tokens))
+    ours = outputs(model, params, jnp.asarray(tokens))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     assert worst(ours, expected) < 1e-4
@@ -168,7 +169,7 @@ def test_models_of_transformers_give_their_logits_here(tmp_path, grouped, tied, 
     tokens = np.random.default_rng(0).integers(0, 100, (2, 40))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    assert worst(model.apply({"params": params}, jnp.asarray(tokens)), expected) < 1e-4
+    assert worst(outputs(model, params, jnp.asarray(tokens)), expected) < 1e-4
     # And back: the same tensors, and a configuration that transformers reads the same way.
     again = convert("qwen2", tmp_path / "theirs", "qwen2", tmp_path / "again", progress=False)
     assert_same_bits(load_file(again / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))

@@ -16,6 +16,7 @@ from qwen_jax.conversion.initial_weights import InitialWeights
 from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.data.chatml import encode_conversation
 from qwen_jax.models.config import ModelConfig
+from tests.fakes import outputs_of_row
 
 CONFIG = ModelConfig(
     vocab_size=600,
@@ -57,7 +58,7 @@ def our_rewards(folder):
     for messages in CONVERSATIONS:
         ids = encode_conversation(tokenizer, messages)
         assert ids[-1] == tokenizer.im_end_id
-        found.append(float(model.apply({"params": params}, jnp.asarray([ids]), method="scalars")[0, -1]))
+        found.append(float(outputs_of_row(model, params, ids, 256, method="scalars")[-1]))
     return found
 
 
@@ -101,7 +102,7 @@ def test_transformers_gives_our_rewards_for_batches_padded_on_either_side(reward
     text = tokenizer.apply_chat_template(plain[0], tokenize=False).removesuffix("\n")
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ours
     own, params = load_pretrained(exported)
-    reward = float(own.apply({"params": params}, jnp.asarray([ours]), method="scalars")[0, -1])
+    reward = float(outputs_of_row(own, params, ours, 256, method="scalars")[-1])
     for side in ("left", "right"):
         pair = scores([text, rendered[0].removesuffix("\n")], side)
         np.testing.assert_allclose(pair, [reward, expected[0]], atol=1e-5)

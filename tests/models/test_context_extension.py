@@ -17,6 +17,7 @@ from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, unstack_layers
 from qwen_jax.models.positions import dynamic_ntk_alpha, logn_scale, rotary_angles
 from qwen_jax.models.transformer import Qwen
+from tests.fakes import outputs
 
 ALL = {"use_dynamic_ntk": True, "use_logn": True, "window_sizes": (16, 24, 0)}
 
@@ -44,8 +45,8 @@ def tokens_of(rows: int, length: int):
 
 
 def inference_logits(model, params, tokens, lengths=None):
-    hidden = model.apply({"params": params}, tokens, lengths, method=Qwen.inference_hidden_states)
-    return np.asarray(model.apply({"params": params}, hidden, method=Qwen.logits))
+    hidden = outputs(model, params, tokens, lengths, method=Qwen.inference_hidden_states)
+    return np.asarray(outputs(model, params, hidden, method=Qwen.logits))
 
 
 @settings(deadline=None)
@@ -85,14 +86,14 @@ def test_training_is_the_same_program_bit_for_bit(params):
 
 def test_nothing_changes_up_to_the_training_length(params):
     tokens = tokens_of(2, 16)
-    whole = Qwen(config()).apply({"params": params}, tokens)
+    whole = outputs(Qwen(config()), params, tokens)
     np.testing.assert_allclose(inference_logits(Qwen(config(**ALL)), params, tokens), whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"use_dynamic_ntk": True}, {"use_logn": True}, {"window_sizes": [8, 8, 0]}])
 def test_each_switch_acts_alone_past_it(params, changes):
     tokens = tokens_of(2, 40)
-    whole = Qwen(config()).apply({"params": params}, tokens)
+    whole = outputs(Qwen(config()), params, tokens)
     np.testing.assert_allclose(inference_logits(Qwen(config()), params, tokens), whole, atol=1e-4)
     assert np.abs(inference_logits(Qwen(config(**changes)), params, tokens) - whole)[:, 16:].max() > 1e-2
 
