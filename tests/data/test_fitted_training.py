@@ -21,7 +21,7 @@ def test_the_loss_of_a_row_is_that_of_its_documents():
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
     assert batch["segment_ids"].max() > 1
     model = Qwen(small_model())
-    params = nn.unbox(model.init(jax.random.key(0), batch["tokens"])["params"])
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch["tokens"])["params"])
     loss_of = jax.jit(lambda params, batch: next_token_loss(model, params, batch, None))
     loss, sums = loss_of(params, batch)
     # Each document, or piece of one, in a row of its own, which knows nothing of segments.
@@ -57,7 +57,7 @@ def test_the_loss_of_a_conversation_does_not_depend_on_its_neighbours(tmp_path):
         stacked = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         return stacked | {"loss_weights": stacked["loss_weights"].astype(np.float32)}
 
-    params = nn.unbox(model.init(jax.random.key(0), batch(documents)["tokens"])["params"])
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch(documents)["tokens"])["params"])
     loss_of = jax.jit(lambda params, batch: next_token_loss(model, params, batch, None))
     together, sums = loss_of(params, batch(documents))
     alone = [loss_of(params, batch([document])) for document in documents]

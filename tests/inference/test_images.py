@@ -16,7 +16,7 @@ from qwen_jax.inference import Engine, Request, SamplingConfig, programs
 from qwen_jax.inference.images import prompt_key
 from qwen_jax.models.vision import config as vision_config
 from qwen_jax.sharding import MeshConfig, make_mesh
-from tests.fakes import SMALL_VISION, random_run, random_vision_run
+from tests.fakes import SMALL_VISION, outputs_of_row, random_run, random_vision_run
 
 BEGIN, END, PAD = SMALL_VISION.image_start_id, SMALL_VISION.image_end_id, SMALL_VISION.image_pad_id
 PICTURE = [BEGIN, *[PAD] * SMALL_VISION.num_queries, END]
@@ -232,8 +232,9 @@ def test_scores_are_those_of_the_model(loaded, encoded):
         pixels = np.zeros((1, 2, 28, 28, 3), np.uint8)
         for number, image in enumerate(shown):
             pixels[0, number] = image
-        logits = model.apply({"params": params}, jnp.asarray([[*prompt, *continuation]]), images=pixels)[0]
-        wanted = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+        whole = [*prompt, *continuation]
+        logits = outputs_of_row(model, params, [*whole, *[0] * (24 - len(whole))], 24, images=pixels)
+        wanted = np.asarray(jax.nn.log_softmax(logits))[len(prompt) - 1 : len(whole) - 1]
         np.testing.assert_allclose(score.log_probs, wanted[np.arange(len(continuation)), continuation], atol=1e-4)
     assert not np.array_equal(scores[0].log_probs, scores[1].log_probs)
     with pytest.raises(ValueError, match="prompt 1: the prompt has 1 time"):

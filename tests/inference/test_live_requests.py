@@ -10,7 +10,7 @@ import pytest
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.inference import Engine, Request, SamplingConfig, batch
 from qwen_jax.models.transformer import InputEmbeddings
-from tests.fakes import random_run
+from tests.fakes import outputs, random_run
 
 SAMPLED = SamplingConfig(temperature=1.0)
 
@@ -179,7 +179,7 @@ def test_embeddings_of_no_token_give_the_logits_of_the_training_pass(loaded, eng
     spliced[0, [0, 1, 3]] = values
     given = np.zeros(ids.shape, bool)
     given[0, [0, 1, 3]] = True
-    logits = model.apply({"params": params}, ids, embeddings=InputEmbeddings(spliced, given))[0, 4:]
+    logits = outputs(model, params, ids, embeddings=InputEmbeddings(spliced, given))[0, 4:]
     assert tuple(np.asarray(logits.argmax(-1)).tolist()) == result.tokens
     wanted = jax.nn.log_softmax(logits)[np.arange(6), result.tokens]
     np.testing.assert_allclose(result.log_probs, wanted, atol=1e-5)

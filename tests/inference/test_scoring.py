@@ -26,7 +26,7 @@ SIZES = dict(
 
 def model_of(**changes):
     model = Qwen(ModelConfig(**SIZES | changes))
-    return model, nn.meta.unbox(model.init_params(jax.random.key(1)))
+    return model, nn.meta.unbox(jax.jit(model.init_params)(jax.random.key(1)))
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,10 @@ def plain(model, params, prompt, continuation):
     """(log-probabilities, most likely) by a forward pass over this text alone."""
     text = [*prompt, *continuation[:-1]]
     padded = jnp.asarray([text + [0] * (256 - len(text))])
-    found = logits(model, params, padded, jnp.asarray([len(text)]))[0, len(prompt) - 1 : len(text)]
-    chosen = jax.nn.log_softmax(found)[np.arange(len(continuation)), np.asarray(continuation)]
-    return np.asarray(chosen), np.asarray(found.argmax(-1)) == np.asarray(continuation)
+    found = np.asarray(logits(model, params, padded, jnp.asarray([len(text)])))[0, len(prompt) - 1 : len(text)]
+    shifted = found - found.max(axis=-1, keepdims=True)
+    chosen = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return chosen[np.arange(len(continuation)), continuation], found.argmax(-1) == np.asarray(continuation)
 
 
 def assert_plain(model, params, engine, prompts, continuations):

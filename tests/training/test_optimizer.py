@@ -18,7 +18,7 @@ def test_updates_equal_torch():
     params = {"kernel": random.standard_normal((5, 7), np.float32), "bias": random.standard_normal(7, np.float32)}
     config = OptimizerConfig(1e-2, schedule="constant", weight_decay=0.1, clip_norm=1.0)
     transform = make_optimizer(config, 100)
-    ours, state = params, transform.init(params)
+    (ours, state), update = (params, transform.init(params)), jax.jit(transform.update)
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
     adamw = torch.optim.AdamW(
         [{"params": [theirs["kernel"]], "weight_decay": 0.1}, {"params": [theirs["bias"]], "weight_decay": 0.0}],
@@ -28,7 +28,7 @@ def test_updates_equal_torch():
     )
     for scale in (0.01, 3.0, 1.0, 0.1, 10.0):  # clipped and not
         gradient = {n: scale * random.standard_normal(v.shape).astype(np.float32) for n, v in params.items()}
-        updates, state = transform.update(gradient, state, ours)
+        updates, state = update(gradient, state, ours)
         ours = optax.apply_updates(ours, updates)
         for name, parameter in theirs.items():
             parameter.grad = torch.tensor(gradient[name])
@@ -45,9 +45,9 @@ def test_a_first_moment_in_bfloat16_takes_half_the_memory_and_moves_parameters_a
 
     def moved(dtype):
         transform = make_optimizer(OptimizerConfig(1e-2, schedule="constant", first_moment_dtype=dtype), 100)
-        ours, state = params, transform.init(params)
+        (ours, state), update = (params, transform.init(params)), jax.jit(transform.update)
         for gradient in gradients:
-            updates, state = transform.update(gradient, state, ours)
+            updates, state = update(gradient, state, ours)
             ours = optax.apply_updates(ours, updates)
         return ours["kernel"] - params["kernel"], state
 
