@@ -3,13 +3,12 @@
 import json
 import random
 
-import numpy as np
 import pytest
 
 from qwen_jax.alignment import courtesy
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.data.chatml import encode_conversation
-from tests.fakes import random_run
+from tests.fakes import outputs_of_row, random_run
 
 SIZES = dict(hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, context_length=512, head="scalar")
 
@@ -69,8 +68,8 @@ def own_margin(folder, row):
     sides = []
     for name in ("chosen", "rejected"):
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
-        ids = np.array([encode_conversation(tokenizer, messages)])
-        sides.append(float(model.apply({"params": params}, ids, method="scalars")[0, -1]))
+        ids = encode_conversation(tokenizer, messages)
+        sides.append(float(outputs_of_row(model, params, ids, 256, method="scalars")[-1]))
     return sides[0] - sides[1]
 
 

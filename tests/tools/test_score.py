@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from qwen_jax.alignment.reward_model import RewardModel
 from qwen_jax.conversion import convert, load_pretrained, load_tokenizer
 from qwen_jax.data.chatml import encode_conversation
 from qwen_jax.sharding import MeshConfig, make_mesh
-from tests.fakes import random_run
+from tests.fakes import outputs_of_row, random_run
 
 SIZES = dict(hidden_size=32, num_layers=2, num_heads=4, ffn_size=48, context_length=256, head="scalar")
 
@@ -51,7 +50,7 @@ def expected_rewards(folder, rows):
     found = []
     for row in rows:
         ids = encode_conversation(tokenizer, row["messages"])
-        found.append(float(model.apply({"params": params}, jnp.asarray([ids]), method="scalars")[0, -1]))
+        found.append(float(outputs_of_row(model, params, ids, 256, method="scalars")[-1]))
     return found
 
 
