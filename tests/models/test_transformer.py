@@ -12,6 +12,7 @@ from qwen_jax.models.build import parameter_count
 from qwen_jax.models.config import REMAT_POLICIES, ModelConfig
 from qwen_jax.models.decoding import DecodingCache, decode, decoding_logits, unstack_layers
 from qwen_jax.models.transformer import Qwen, abstract_params
+from tests.fakes import outputs
 
 RELEASED = {"1_8b": 1_836_828_672, "7b": 7_721_324_544, "14b": 14_167_290_880, "72b": 72_287_920_128}
 
@@ -196,7 +197,7 @@ def test_a_scalar_head_gives_one_number_for_each_position():
     tokens = tokens_of(2, 12)
     score = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="scalars"))
     scalars = score(params, tokens)
-    hidden = model.apply({"params": params}, tokens, method="hidden_states")
+    hidden = outputs(model, params, tokens, method="hidden_states")
     np.testing.assert_allclose(scalars, hidden @ params["score"][:, 0], rtol=1e-5)
     changed = score(params, tokens.at[:, 7].set((tokens[:, 7] + 1) % 97))
     np.testing.assert_array_equal(scalars[:, :7], changed[:, :7])
