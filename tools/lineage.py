@@ -13,20 +13,14 @@ ends the call with an error:
 
 """
 
-import argparse
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import lineage_claims
 from lineage_claims import CALCULATORS, MODULE, READERS, STORY
 from lineage_report import write_report
-from shown_commands import Step, clock, finished, go
-
-from qwen_jax import command_line, files
+from shown_commands import Step, clock, finished, run, tell
 
 # Windows of the length that the base model was trained on, so that no model is measured past its own.
 WINDOW, STRIDE = 256, 128
@@ -338,27 +332,14 @@ def closing(folder: Path, seconds: float, rehearse: bool) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 1 if a claim does not hold."""
-    parser = argparse.ArgumentParser(
-        description=__doc__ + lineage_claims.LISTED, formatter_class=argparse.RawDescriptionHelpFormatter
+    return tell(
+        argv,
+        __doc__ + lineage_claims.LISTED,
+        "runs/lineage",
+        lambda given: Story(given.output, given.seed, given.rehearse).steps(),
+        lambda given, seconds: closing(given.output, seconds, given.rehearse),
     )
-    parser.add_argument(
-        "--output", type=command_line.path_argument, default=Path("runs/lineage"), help="default: %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures and the models (default: %(default)s)")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="every step with a toy and little data; the claims are not expected"
-    )
-    arguments = parser.parse_args(argv)
-    began, folder = time.monotonic(), arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.locked(folder):
-        go(folder, Story(folder, arguments.seed, arguments.rehearse).steps())
-        holds = closing(folder, time.monotonic() - began, arguments.rehearse)
-    return 0 if holds or arguments.rehearse else 1
 
 
 if __name__ == "__main__":
-    try:
-        command_line.run(main)
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: a step failed with exit code {error.returncode}; its message is above")
+    run(main)

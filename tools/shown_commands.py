@@ -1,5 +1,6 @@
 """Commands that a tool runs one after the other, each printed as one would type it, and each finished one once only."""
 
+import argparse
 import ctypes
 import dataclasses
 import json
@@ -9,14 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from qwen_jax import files
+from qwen_jax import command_line, files
 
 # Lines of JSON in the folder of a tool: the words of each finished step, and its seconds.
 DONE = "steps.jsonl"
@@ -106,3 +107,48 @@ def go(folder: Path, steps: Sequence[Step]) -> None:
         print(f"took {clock(done[step.words])}, all so far {clock(sum(done.values()))}", flush=True)
         rows = [{"words": words, "seconds": seconds} for words, seconds in done.items()]
         files.write_text(folder / DONE, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tell(
+    argv: Sequence[str] | None,
+    description: str,
+    output: str,
+    steps: Callable[[argparse.Namespace], Sequence[Step]],
+    closing: Callable[[argparse.Namespace, float], bool],
+    number: tuple[str, int, str] = ("seed", 0, "of the data and the models"),
+) -> int:
+    """The command line of a tool that goes through steps and then asserts what came of them.
+
+    Args:
+      argv: words after the program's name; None: of this process.
+      description: of the help.
+      output: folder for everything, unless `--output` is given.
+      steps: of the arguments `output`, `rehearse` and `number`.
+      closing: of the same and the seconds that it took; writes the results, returns whether all claims hold.
+      number: name, default and help of the one flag of the tool's own, an integer.
+
+    Returns:
+      The exit code: 1 if a claim does not hold, unless it was a rehearsal.
+    """
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = {"type": command_line.path_argument, "default": Path(output), "help": "default: %(default)s"}
+    parser.add_argument("--output", **where)
+    name, default, meaning = number
+    parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
+    rehearsal = "every step with a toy and little data; the claims are not expected"
+    parser.add_argument("--rehearse", action="store_true", help=rehearsal)
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with files.locked(arguments.output):
+        go(arguments.output, steps(arguments))
+        holds = closing(arguments, time.monotonic() - began)
+    return 0 if holds or arguments.rehearse else 1
+
+
+def run(main: Callable[[], int]) -> None:
+    """Runs a tool's `main` as this process; a step that failed has said why."""
+    try:
+        command_line.run(main)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: a step failed with exit code {error.returncode}; its message is above")

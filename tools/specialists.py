@@ -13,16 +13,12 @@ and fails if a claim does not hold:
     math    at most {math_before:.0%} of the calculations right before, at least {math_after:.0%} after
 """
 
-import argparse
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from shown_commands import Step, go
+from shown_commands import Step, run, tell
 
-from qwen_jax import command_line, files
+from qwen_jax import files
 
 CODE_GAIN, TEXT_MARGIN = 0.10, 0.02
 MATH_BEFORE, MATH_AFTER = 0.02, 0.50
@@ -30,6 +26,9 @@ MATH_BEFORE, MATH_AFTER = 0.02, 0.50
 WINDOW, STRIDE = 256, 128
 # Held-out groups of texts, in the order of the table.
 GROUPS = ("code", "text")
+# The model of a rehearsal.
+TOY = [f"ModelConfig.{one}" for one in ("num_layers=1", "hidden_size=64", "num_heads=1", "ffn_size=64")]
+TOY += ["TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1"]
 
 
 def data_steps(folder: Path, rehearse: bool) -> list[Step]:
@@ -186,39 +185,24 @@ def closing(folder: Path, seeds: int, seconds: float) -> bool:
     return holds
 
 
+def all_steps(folder: Path, seeds: int, rehearse: bool) -> list[Step]:
+    """The data, once, and the models of each seed."""
+    models = (model_steps(folder, seed, TOY if rehearse else []) for seed in range(seeds))
+    return [*data_steps(folder, rehearse), *(step for of_seed in models for step in of_seed)]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 1 if a claim does not hold."""
-    text = __doc__.format(code_gain=CODE_GAIN, text_margin=TEXT_MARGIN, math_before=MATH_BEFORE, math_after=MATH_AFTER)
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=command_line.path_argument, default=Path("runs/specialists"), help="default: %(default)s"
+    limits = {"code_gain": CODE_GAIN, "text_margin": TEXT_MARGIN, "math_before": MATH_BEFORE, "math_after": MATH_AFTER}
+    return tell(
+        argv,
+        __doc__.format(**limits),
+        "runs/specialists",
+        lambda given: all_steps(given.output, given.seeds, given.rehearse),
+        lambda given, seconds: closing(given.output, given.seeds, seconds),
+        number=("seeds", 1, "models of each kind"),
     )
-    parser.add_argument("--seeds", type=int, default=1, help="models of each kind (default: %(default)s)")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="every step with a toy and little data; the claims are not expected"
-    )
-    arguments = parser.parse_args(argv)
-    began = time.monotonic()
-    folder = arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    toy = [
-        "ModelConfig.num_layers=1",
-        "ModelConfig.hidden_size=64",
-        "ModelConfig.num_heads=1",
-        "ModelConfig.ffn_size=64",
-    ]
-    toy += ["TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1"]
-    steps = data_steps(folder, arguments.rehearse)
-    for seed in range(arguments.seeds):
-        steps += model_steps(folder, seed, toy if arguments.rehearse else [])
-    with files.locked(folder):
-        go(folder, steps)
-        holds = closing(folder, arguments.seeds, time.monotonic() - began)
-    return 0 if holds or arguments.rehearse else 1
 
 
 if __name__ == "__main__":
-    try:
-        command_line.run(main)
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: a step failed with exit code {error.returncode}; its message is above")
+    run(main)

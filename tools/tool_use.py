@@ -14,20 +14,19 @@ claim does not hold:
     after     at least {after:.0%} of the right tools, at most {positive_after:.0%} false positives
 """
 
-import argparse
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from shown_commands import Step, go
+from shown_commands import Step, run, tell
 
-from qwen_jax import command_line, files
+from qwen_jax import files
 
 BEFORE, AFTER = 0.50, 0.90
 POSITIVE_BEFORE, POSITIVE_AFTER = 0.50, 0.10
 MODELS = ("one_tool", "tools")
 BENCHMARKS = ("tool_use", "tool_use_none")
+# The model of a rehearsal.
+TOY = [f"ModelConfig.{one}" for one in ("num_layers=1", "hidden_size=64", "num_heads=2", "ffn_size=64")]
+TOY += ["ModelConfig.vocab_size=640", "TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1", "BATCH_SIZE=2"]
 
 
 def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[Step]:
@@ -171,29 +170,14 @@ def closing(folder: Path, seconds: float) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 1 if a claim does not hold."""
     limits = {"before": BEFORE, "after": AFTER, "positive_before": POSITIVE_BEFORE, "positive_after": POSITIVE_AFTER}
-    parser = argparse.ArgumentParser(
-        description=__doc__.format(**limits), formatter_class=argparse.RawDescriptionHelpFormatter
+    return tell(
+        argv,
+        __doc__.format(**limits),
+        "runs/tool_use",
+        lambda given: steps(given.output, given.seed, given.rehearse, TOY if given.rehearse else []),
+        lambda given, seconds: closing(given.output, seconds),
     )
-    parser.add_argument(
-        "--output", type=command_line.path_argument, default=Path("runs/tool_use"), help="default: %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the questions and the models (default: %(default)s)")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="every step with a toy and little data; the claims are not expected"
-    )
-    arguments = parser.parse_args(argv)
-    began, folder = time.monotonic(), arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    toy = [f"ModelConfig.{one}" for one in ("num_layers=1", "hidden_size=64", "num_heads=2", "ffn_size=64")]
-    toy += ["ModelConfig.vocab_size=640", "TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1", "BATCH_SIZE=2"]
-    with files.locked(folder):
-        go(folder, steps(folder, arguments.seed, arguments.rehearse, toy if arguments.rehearse else []))
-        holds = closing(folder, time.monotonic() - began)
-    return 0 if holds or arguments.rehearse else 1
 
 
 if __name__ == "__main__":
-    try:
-        command_line.run(main)
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: a step failed with exit code {error.returncode}; its message is above")
+    run(main)

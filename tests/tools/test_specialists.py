@@ -30,12 +30,12 @@ def test_a_second_call_goes_on_after_the_last_finished_step(specialists, tool, t
     monkeypatch.setattr(shown_commands, "call", call)
     steps = specialists.data_steps(tmp_path, False)
     with pytest.raises(subprocess.CalledProcessError):
-        specialists.go(tmp_path, steps)
+        shown_commands.go(tmp_path, steps)
     monkeypatch.setattr(shown_commands, "call", lambda *words: called.append(words))
-    specialists.go(tmp_path, steps)
+    shown_commands.go(tmp_path, steps)
     assert called == [step.words for step in steps]
     assert capsys.readouterr().out.count("done before: python tools/make_") == 2
-    specialists.go(tmp_path, steps)
+    shown_commands.go(tmp_path, steps)
     assert len(called) == len(steps)
 
 
