@@ -12,7 +12,8 @@ Each thing stands in a cell of a 4 by 4 grid; sizes and places within it vary. H
     dialogues.jsonl   conversations about one picture, or comparing two: stage 3
     text.jsonl        descriptions with questions and answers, without pictures: for the base model. Most descriptions
                       are maps: the 16 cells, row by row, with a word for each. Some compare two maps
-    replay.jsonl      more of them, for stages 2 and 3, so that text is not forgotten
+    maps.jsonl        conversations as those with pictures, with maps in their place: for the base model
+    replay.jsonl      more of text.jsonl, for stages 2 and 3, so that text is not forgotten
     frame.jsonl       the words around every conversation and those of maps, for the vocabulary
     held_out/         questions.jsonl, with the answer as the last message; text.jsonl, as above
     pictures/         the pictures, a folder for each file of rows
@@ -54,37 +55,25 @@ COLORS = {
     "green": (40, 160, 60),
     "blue": (45, 80, 225),
     "yellow": (235, 200, 20),
-    "purple": (150, 60, 190),
-    "black": (25, 25, 25),
 }
 # Letters of colors and shapes on maps.
-LETTERS = {"red": "r", "green": "g", "blue": "b", "yellow": "y", "purple": "p", "black": "k"}
-LETTERS |= {"circle": "c", "square": "s", "triangle": "t", "cross": "x"}
-# Of the quarters: a decoder with rotary positions alone would have to count cells.
-LETTERS |= {"tl": "a", "tr": "d", "bl": "e", "br": "h"}
-SHAPES = ("circle", "square", "triangle", "cross")
+LETTERS = {"red": "r", "green": "g", "blue": "b", "yellow": "y"}
+LETTERS |= {"circle": "c", "square": "s", "triangle": "t"}
+# Of the 16 cells, row by row: a decoder with rotary positions alone would have to count them.
+CELLS = "abcdefghijklmnop"
+SHAPES = ("circle", "square", "triangle")
 # Strokes on a grid of 9 by 9 points, x and y of both ends: no font that comes with Python packages has Chinese.
 STROKES = {
     "A": "0 8 4 0, 4 0 8 8, 2 5 6 5",
-    "C": "8 0 1 0, 1 0 1 8, 1 8 8 8",
-    "E": "1 0 8 0, 1 0 1 8, 1 4 7 4, 1 8 8 8",
     "H": "1 0 1 8, 7 0 7 8, 1 4 7 4",
-    "K": "1 0 1 8, 7 0 1 4, 1 4 7 8",
     "L": "1 0 1 8, 1 8 7 8",
-    "O": "1 0 7 0, 7 0 7 8, 7 8 1 8, 1 8 1 0",
-    "S": "7 0 1 0, 1 0 1 4, 1 4 7 4, 7 4 7 8, 7 8 1 8",
     "T": "0 0 8 0, 4 0 4 8",
     "X": "0 0 8 8, 8 0 0 8",
     "一": "0 4 8 4",
-    "三": "1 0 7 0, 1 4 7 4, 0 8 8 8",
-    "十": "0 4 8 4, 4 0 4 8",
     "口": "1 1 7 1, 7 1 7 8, 7 8 1 8, 1 8 1 1",
-    "日": "2 0 6 0, 6 0 6 8, 6 8 2 8, 2 8 2 0, 2 4 6 4",
     "田": "0 0 8 0, 8 0 8 8, 8 8 0 8, 0 8 0 0, 0 4 8 4, 4 0 4 8",
     "山": "4 0 4 8, 0 3 0 8, 8 3 8 8, 0 8 8 8",
-    "大": "0 3 8 3, 4 0 4 3, 4 3 0 8, 4 3 8 8",
     "人": "4 0 4 2, 4 2 0 8, 4 2 8 8",
-    "下": "0 0 8 0, 4 0 4 8, 4 3 7 5",
 }
 SIGNS = {"en": [one for one in STROKES if one.isascii()], "zh": [one for one in STROKES if not one.isascii()]}
 SIGN_LENGTH = 2
@@ -122,7 +111,7 @@ ENGLISH = Language(
     name_of_language="English",
     colors={one: one for one in COLORS},
     shapes={one: one for one in SHAPES},
-    plurals={"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"},
+    plurals={"circle": "circles", "square": "squares", "triangle": "triangles"},
     thing="{color} {shape}",
     several="{number} {color} {shape}",
     numbers=("zero", "one", "two", "three", "four"),
@@ -148,9 +137,9 @@ ENGLISH = Language(
 )
 CHINESE = Language(
     name_of_language="Chinese",
-    colors=dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色", "紫色", "黑色"), strict=True)),
-    shapes=dict(zip(SHAPES, ("圆形", "方形", "三角", "叉形"), strict=True)),
-    plurals=dict(zip(SHAPES, ("圆形", "方形", "三角", "叉形"), strict=True)),
+    colors=dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色"), strict=True)),
+    shapes=dict(zip(SHAPES, ("圆形", "方形", "三角"), strict=True)),
+    plurals=dict(zip(SHAPES, ("圆形", "方形", "三角"), strict=True)),
     thing="{color} {shape}",
     several="{number} 个 {color} {shape}",
     numbers=("零", "一", "两", "三", "四"),
@@ -175,12 +164,7 @@ Part = dict
 # What stands around every conversation: given to the vocabulary with weight, so that it takes few tokens.
 FRAME = f"system\n{DEFAULT_SYSTEM}\nuser\nPicture 1: \nassistant\n"
 # Each thing on a map is to be one token.
-CODES = "".join(
-    f" {LETTERS[color]}{LETTERS[shape]}{LETTERS[place]}"
-    for color in COLORS
-    for shape in SHAPES
-    for place in ("tl", "tr", "bl", "br")
-)
+CODES = "".join(f" {LETTERS[color]}{LETTERS[shape]}{cell}" for color in COLORS for shape in SHAPES for cell in CELLS)
 # The kinds of questions, in the order of the held-out file.
 KINDS = ("describe", "color", "shape", "count", "place", "find", "name", "read", "compare")
 WITH_BOXES = ("find", "name")
@@ -230,6 +214,14 @@ class Scene:
     sign: str = ""
     corner: tuple[int, int] = (0, 0)
 
+    def centered(self) -> "Scene":
+        """The same things, each in the middle of its cell, and of the middle size: all that a map tells."""
+        size = sum(SIZES) // 2
+        corners = (tuple(int(side) // CELL * CELL + (CELL - size) // 2 for side in one.center) for one in self.things)
+        boxes = ((left, top, left + size, top + size) for left, top in corners)
+        things = (dataclasses.replace(thing, box=box) for thing, box in zip(self.things, boxes, strict=True))
+        return dataclasses.replace(self, things=tuple(things))
+
     @property
     def alike(self) -> bool:
         """Whether it shows several things of one kind."""
@@ -237,12 +229,12 @@ class Scene:
 
     @property
     def map(self) -> str:
-        """The 16 cells row by row, a word each: `.`, letters of a thing and its quarter, or a character of a sign."""
+        """The 16 cells row by row, a word each: `.`, letters of a thing and its cell, or a character of a sign."""
         cells = {}
         for thing in self.things:
             x, y = thing.center
-            letters = (LETTERS[one] for one in (thing.color, thing.shape, thing.place))
-            cells[int(y) // CELL, int(x) // CELL] = "".join(letters)
+            row, column = int(y) // CELL, int(x) // CELL
+            cells[row, column] = f"{LETTERS[thing.color]}{LETTERS[thing.shape]}{CELLS[4 * row + column]}"
         for index, glyph in enumerate(self.sign):
             cells[self.corner[1] // CELL, self.corner[0] // CELL + index] = glyph
         return "".join(f" {cells.get((row, column), '.')}" for row in range(4) for column in range(4))
@@ -269,17 +261,17 @@ def _draw_shape(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
         pen.ellipse(thing.box, fill)
     elif thing.shape == "square":
         pen.rectangle(thing.box, fill)
-    elif thing.shape == "triangle":
-        pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill)
     else:
-        arm = (right - left) / 3
-        pen.rectangle((left + arm, top, right - arm, bottom), fill)
-        pen.rectangle((left, top + arm, right, bottom - arm), fill)
+        pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill)
 
 
 def held_out_sign(sign: str) -> bool:
-    """Whether a sign is kept for the held-out questions; its characters decide, so that nobody needs a list."""
-    return sum((place + 1) * list(STROKES).index(glyph) for place, glyph in enumerate(sign)) % HELD_OUT_SIGNS == 0
+    """Whether a sign is kept for the held-out questions; its characters decide, so that nobody needs a list.
+
+    Both orders of two characters are kept, or none: a model that knows one of them would otherwise learn that the other
+    does not occur.
+    """
+    return sum(list(STROKES).index(glyph) for glyph in sign) % HELD_OUT_SIGNS == 0
 
 
 class Maker:
@@ -352,7 +344,7 @@ class Speaker:
     """Says things about scenes in one language."""
 
     def __init__(self, language: str, draw: random.Random):
-        self.words, self._draw = LANGUAGES[language], draw
+        self.language, self.words, self._draw = language, LANGUAGES[language], draw
 
     def named(self, thing: Thing) -> str:
         """Color and shape."""
@@ -472,6 +464,19 @@ class Writer:
                 )
             yield {"messages": conversation(opening, said)}
 
+    def maps(self, count: int, turns: int) -> Iterator[dict]:
+        """Dialogues as those with pictures, with maps in their place; boxes are the middles of cells."""
+        for maker, _, speaker in self._speakers("maps", count):
+            if maker.draw.random() < TWO_MAPS:
+                scenes, about = maker.two(), list(speaker.words.compare)
+                maker.draw.shuffle(about)
+                said = [speaker.compare(one, scenes) for one in about]
+            else:
+                scenes = (maker.any(speaker.language).centered(),)
+                said = speaker.several(kinds(scenes[0]), scenes[0], 2 * turns)
+            opening = [text(f"Picture {number}:{scene.map}\n") for number, scene in enumerate(scenes, 1)]
+            yield {"messages": conversation(opening, said)}
+
     def questions(self, count: int) -> Iterator[dict]:
         """`count` questions of each kind on held-out pictures, with `kind` and `language`."""
         for kind in KINDS:
@@ -545,7 +550,7 @@ def main(argv: list[str] | None = None) -> None:
         ("pairs", 8_000, "lines of pairs.jsonl"),
         ("tasks", 8_000, "lines of tasks.jsonl"),
         ("dialogues", 3_000, "lines of dialogues.jsonl"),
-        ("texts", 8_000, "lines of text.jsonl"),
+        ("texts", 8_000, "lines of text.jsonl and of maps.jsonl"),
         ("held_out", 60, "held-out questions of each kind"),
         ("turns", 4, "questions about one picture"),
     ):
@@ -564,6 +569,7 @@ def main(argv: list[str] | None = None) -> None:
         ("tasks", writer.tasks(asked.tasks, turns, asked.text_share)),
         ("dialogues", writer.dialogues(asked.dialogues, turns)),
         ("text", writer.texts("text", asked.texts, turns)),
+        ("maps", writer.maps(asked.texts, turns)),
         ("replay", writer.texts("replay", max(1, asked.texts // 4), turns)),
         ("held_out/questions", writer.questions(asked.held_out)),
         ("held_out/text", writer.texts("held_out_text", max(1, asked.texts // 20), turns)),

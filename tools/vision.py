@@ -17,17 +17,13 @@ end it draws vision.png, writes table.md, and fails if a claim does not hold:
     looking   at most {blind:.0%} of the questions, with gray pictures
 """
 
-import argparse
 import resource
-import subprocess
-import sys
 import textwrap
-import time
 from pathlib import Path
 
-from shown_commands import Step, go
+from shown_commands import Step, run, tell
 
-from qwen_jax import command_line, files
+from qwen_jax import files
 
 LIMITS = {
     "caption": 0.5,
@@ -56,6 +52,10 @@ COLUMNS = {
     "reading": ("read",),
     "comparison": ("compare",),
 }
+# The model of a rehearsal.
+TOY = [f"ModelConfig.{one}" for one in ("num_layers=1", "num_heads=2", "ffn_size=64", "vocab_size=752")]
+TOY += ["VisionConfig.num_layers=1", "VisionConfig.image_start_id=742"]
+TOY += ["TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1", "BATCH_SIZE=2"]
 TITLES = ("captions", "questions", "boxes", "naming", "reading", "comparing")
 
 
@@ -91,14 +91,15 @@ def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[
         Step(
             "a vocabulary for them",
             (
-                *("tools/build_tokenizer.py", f"--size={736 if rehearse else 928}"),
+                *("tools/build_tokenizer.py", f"--size={736 if rehearse else 1024}"),
                 *("--input", f"text:{data / 'text.jsonl'}", f"frame:{data / 'frame.jsonl'}:1000"),
                 f"--output={folder / 'vocabulary.tiktoken'}",
             ),
         ),
         train(
-            "a base model learns from descriptions in words",
-            *("vl_base_toy", "base", f"local_files.pattern={data / 'text.jsonl'}"),
+            "a base model learns to read maps in words, in documents and dialogues",
+            *("vl_base_toy", "base", f"vision_chat.pattern={data / 'maps.jsonl'}"),
+            f"vision_text.pattern={data / 'text.jsonl'}",
         ),
         train(
             "before: the base model, and an encoder that has learned nothing",
@@ -240,30 +241,14 @@ def closing(folder: Path, seconds: float) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 1 if a claim does not hold."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.format(**LIMITS), formatter_class=argparse.RawDescriptionHelpFormatter
+    return tell(
+        argv,
+        __doc__.format(**LIMITS),
+        "runs/vision",
+        lambda given: steps(given.output, given.seed, given.rehearse, TOY if given.rehearse else []),
+        lambda given, seconds: closing(given.output, seconds),
     )
-    parser.add_argument(
-        "--output", type=command_line.path_argument, default=Path("runs/vision"), help="default: %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures and the models (default: %(default)s)")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="every step with a toy and little data; the claims are not expected"
-    )
-    arguments = parser.parse_args(argv)
-    began, folder = time.monotonic(), arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    toy = [f"ModelConfig.{one}" for one in ("num_layers=1", "num_heads=2", "ffn_size=64", "vocab_size=752")]
-    toy += ["VisionConfig.num_layers=1", "VisionConfig.image_start_id=742"]
-    toy += ["TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1", "BATCH_SIZE=2"]
-    with files.locked(folder):
-        go(folder, steps(folder, arguments.seed, arguments.rehearse, toy if arguments.rehearse else []))
-        holds = closing(folder, time.monotonic() - began)
-    return 0 if holds or arguments.rehearse else 1
 
 
 if __name__ == "__main__":
-    try:
-        command_line.run(main)
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: a step failed with exit code {error.returncode}; its message is above")
+    run(main)

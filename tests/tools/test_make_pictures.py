@@ -121,6 +121,27 @@ def test_maps_have_a_word_for_each_cell_of_the_picture(pictures):
                 assert inks == {name for name in pictures.COLORS if pictures.LETTERS[name] == word[0]}, word
 
 
+def test_dialogues_about_maps_tell_no_more_than_maps(made, pictures):
+    asked = 0
+    for row in read(made / "maps.jsonl"):
+        (question, answer), maps = row["messages"][:2], []
+        for part in question["content"]:
+            if part.get("text", "").startswith("Picture "):
+                maps.append(part["text"].split(":", 1)[1].split())
+        assert len(maps) in (1, 2) and all(len(one) == 16 for one in maps)
+        for answer in row["messages"][1::2]:
+            for part in answer["content"]:
+                for left, top, right, bottom in part.get("boxes", []):
+                    cells = [index for index, word in enumerate(maps[0]) if word.endswith(pictures.CELLS[index])]
+                    row_of, column = (top + bottom) * 2 // 1000, (left + right) * 2 // 1000
+                    assert 4 * row_of + column in cells and right - left == bottom - top
+                    asked += 1
+    assert asked
+    kept = [one + other for one in pictures.SIGNS["zh"] for other in pictures.SIGNS["zh"]]
+    kept = {sign for sign in kept if pictures.held_out_sign(sign)}
+    assert 0 < len(kept) <= 6 and kept == {sign[::-1] for sign in kept}
+
+
 def test_texts_compare_maps_as_dialogues_compare_pictures(made, pictures):
     texts = [row["text"].split("\n") for row in read(made / "text.jsonl")]
     compared = [lines for lines in texts if lines[1].count(" ") == 16]
