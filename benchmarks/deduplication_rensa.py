@@ -97,11 +97,11 @@ def clusters(texts: list[str], mapped: Callable, config: dict, check: str) -> li
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("texts_folder", help="with texts.jsonl; deduplication.py makes it")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--config", type=json.loads, required=True, help="threshold, shingle, bands and rows as JSON")
     arguments = parser.parse_args()
-    texts = [json.loads(line) for line in (arguments.folder / "texts.jsonl").open(encoding="utf-8")]
+    texts = [json.loads(line) for line in (Path(arguments.texts_folder) / "texts.jsonl").open(encoding="utf-8")]
     found = {"version": importlib.metadata.version("rensa"), "checks": {}}
     for check in CHECKS:
         pool = multiprocessing.get_context("fork").Pool(arguments.processes) if arguments.processes > 1 else None
@@ -116,7 +116,7 @@ def main() -> None:
             pool.join()
         used = sum(os.times()[:4]) - used
         found["checks"][check] = {"seconds": seconds, "cpu": used, "clusters": labels}
-    (arguments.folder / "rensa.json").write_text(json.dumps(found), encoding="utf-8")
+    (Path(arguments.texts_folder) / "rensa.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

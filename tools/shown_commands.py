@@ -132,8 +132,7 @@ def tell(
     """
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    where = {"type": command_line.path_argument, "default": Path(output), "help": "default: %(default)s"}
-    parser.add_argument("--output", **where)
+    parser.add_argument("--output", type=command_line.path_argument, default=Path(output), help="default: %(default)s")
     name, default, meaning = number
     parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
     rehearsal = "every step with a toy and little data; the claims are not expected"
