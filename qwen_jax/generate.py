@@ -221,9 +221,7 @@ def generate_all(
     return engine.generate(list(requests()) if plain else requests())
 
 
-@programs_kept()
-def main(argv=None) -> None:
-    """Command line of `python -m qwen_jax.generate`."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m qwen_jax.generate",
         description=__doc__.splitlines()[0],
@@ -287,7 +285,13 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     parser.add_argument("--slots", type=int, default=16, help="number of prompts in one batch (with --prompts)")
     parser.add_argument("--verbose", action="store_true", help="log each compiled program")
-    options = vars(parser.parse_args(argv))
+    return parser
+
+
+@programs_kept()
+def main(argv=None) -> None:
+    """Command line of `python -m qwen_jax.generate`."""
+    options = vars(_parser().parse_args(argv))
     if not options.pop("verbose"):
         logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)
     file, slots, boxes = options.pop("prompts"), options.pop("slots"), options["boxes"]

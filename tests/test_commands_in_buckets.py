@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tasks  # noqa: F401  registers the benchmarks
-from qwen_jax import chat, evaluate, files, serve
+from qwen_jax import chat, evaluate, files, generate, serve
 from qwen_jax.checkpoints.bucket import open_checkpoints
 from qwen_jax.checkpoints.run_folder import saved_steps
 from qwen_jax.data.content import Picture, to_json
@@ -123,6 +123,16 @@ def test_chat_with_a_model_in_a_bucket(compare, monkeypatch):
 
     _, written = compare(work, "data")
     assert json.loads(written["chat.json"])["messages"][1] == {"role": "user", "content": "Hello"}
+
+
+def test_generate_with_model_and_prompts_in_a_bucket(compare):
+    def work(folder):
+        files.write_text(folder / "prompts.jsonl", '{"prompt": "a b"}\n{"prompt": "c"}\n')
+        paths = ["--checkpoint", str(folder / "run"), "--prompts", str(folder / "prompts.jsonl")]
+        generate.main([*paths, "--max_new_tokens", "4"])
+
+    said, _ = compare(work, "completions")
+    assert len(said.splitlines()) == 2
 
 
 def test_a_model_in_a_bucket_is_served(places):

@@ -344,7 +344,7 @@ class Speaker:
     """Says things about scenes in one language."""
 
     def __init__(self, language: str, draw: random.Random):
-        self.language, self.words, self._draw = language, LANGUAGES[language], draw
+        self.words, self._draw = LANGUAGES[language], draw
 
     def named(self, thing: Thing) -> str:
         """Color and shape."""
@@ -466,13 +466,13 @@ class Writer:
 
     def maps(self, count: int, turns: int) -> Iterator[dict]:
         """Dialogues as those with pictures, with maps in their place; boxes are the middles of cells."""
-        for maker, _, speaker in self._speakers("maps", count):
+        for maker, language, speaker in self._speakers("maps", count):
             if maker.draw.random() < TWO_MAPS:
                 scenes, about = maker.two(), list(speaker.words.compare)
                 maker.draw.shuffle(about)
                 said = [speaker.compare(one, scenes) for one in about]
             else:
-                scenes = (maker.any(speaker.language).centered(),)
+                scenes = (maker.any(language).centered(),)
                 said = speaker.several(kinds(scenes[0]), scenes[0], 2 * turns)
             opening = [text(f"Picture {number}:{scene.map}\n") for number, scene in enumerate(scenes, 1)]
             yield {"messages": conversation(opening, said)}
