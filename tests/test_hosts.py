@@ -4,7 +4,6 @@ Each has a device or two of its own and reaches the others by Gloo over TCP, as 
 everyday tests are one chain of six starts (about a minute on two free cores); the rest is marked slow.
 """
 
-import contextlib
 import json
 import shutil
 import signal
@@ -23,6 +22,7 @@ from qwen_jax.distributed.hosts import TRY_AGAIN
 from qwen_jax.training.metrics import read_metrics
 from tests.environment import one_device
 from tests.fakes import text_corpus
+from tests.jobs import free_port
 from tests.warm_python import python
 
 SETTINGS = {
@@ -52,15 +52,6 @@ PATIENT_HEARTBEAT = 300
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return text_corpus(tmp_path_factory.mktemp("hosts"), documents=40)
-
-
-def free_port(start: int = 0, stop: int = 1) -> int:
-    """The first port of a range that nobody listens on; without one, any that the system has."""
-    for port in range(start, stop):
-        with contextlib.closing(socket.socket()) as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            return one.getsockname()[1]
-    raise OSError(f"no free port in [{start}, {stop})")
 
 
 class Job:

@@ -14,7 +14,7 @@ from qwen_jax.checkpoints.arrays import load_params
 from qwen_jax.training.metrics import read_metrics
 from tests.environment import one_device
 from tests.fakes import random_run, text_corpus
-from tests.test_hosts import free_port
+from tests.jobs import free_port
 from tests.warm_python import python
 
 # The vocabulary of `text_corpus` has 512 ids.

@@ -2,8 +2,6 @@
 
 import dataclasses
 import shutil
-import socket
-import subprocess
 from pathlib import Path
 
 import jax
@@ -21,7 +19,7 @@ from qwen_jax.reference_column import ReferenceModel, with_reference
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.alignment.hand_made_pairs import pack_pairs
 from tests.fakes import random_run
-from tests.warm_python import python
+from tests.jobs import outputs_of_job, start_job
 
 LENGTH = 64
 SIZES = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, context_length=64, dtype="float32", remat="none")
@@ -104,24 +102,10 @@ def main(address, index, reference, cache):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_column(reference, cache, root, plain_environment):
+def test_two_processes_write_the_same_column(reference, cache, plain_environment):
     """Process 0 writes, and both read what it wrote."""
     program = "import sys; from tests.alignment.test_reference_column import main; main(*sys.argv[1:])"
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        address = f"localhost:{one.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [python(), "-c", program, address, str(index), reference, cache],
-            cwd=root,
-            env=plain_environment | {"JAX_NUM_CPU_DEVICES": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(said)
+    outputs_of_job(start_job(program, plain_environment, [[reference, cache]] * 2, devices=2))
     model, params = load_pretrained(reference)
     train_set, _ = add(reference, cache)
     batch = train_set.read(0, 23)

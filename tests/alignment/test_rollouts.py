@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
 import types
 
 import jax
@@ -23,7 +21,7 @@ from qwen_jax.training.callbacks import Callback
 from qwen_jax.training.metrics import read_metrics
 from tests.alignment.fakes import FakePrompts, optimizer, rollout_trainer, share_of_sevens
 from tests.fakes import FakeExamples, small_model
-from tests.warm_python import python
+from tests.jobs import outputs_of_job, start_job
 
 
 def rollout_rows(folder):
@@ -339,25 +337,9 @@ def main(address: str, index: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_run_of_one(tmp_path, root, plain_environment, straight):
-    environment = plain_environment | {"JAX_NUM_CPU_DEVICES": "2"}
+def test_two_processes_make_the_run_of_one(tmp_path, plain_environment, straight):
     program = "import sys; from tests.alignment.test_rollouts import main; main(*sys.argv[1:])"
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        address = f"localhost:{one.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [python(), "-c", program, address, str(index), tmp_path],
-            cwd=root,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    for process in processes:
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+    outputs_of_job(start_job(program, plain_environment, [[tmp_path]] * 2, devices=2))
     ours, theirs = rollout_rows(tmp_path), rollout_rows(straight.run_folder.folder)
     for one, other in zip(ours, theirs, strict=True):
         for name in one:

@@ -1,7 +1,6 @@
 """Of a checkpoint that several processes wrote, each reads the chunks of its own shards."""
 
 import itertools
-import subprocess
 
 import jax
 import numpy as np
@@ -13,9 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax import files
 from qwen_jax.checkpoints.chunks import needed_files, overlapping_chunks
-from tests.object_stores import ROOT, FaultProxy, environment, stores  # noqa: F401
-from tests.test_hosts import free_port
-from tests.warm_python import python
+from tests.jobs import outputs_of_job, start_job
+from tests.object_stores import FaultProxy, environment, stores  # noqa: F401
 
 
 def spans(size):
@@ -97,21 +95,9 @@ checkpoints.close()
 
 @pytest.mark.slow
 def test_two_processes_read_each_chunk_once(stores, plain_environment):  # noqa: F811
-    url, address = files.as_path(stores["gs"].folder("run")), f"localhost:{free_port()}"
+    url = files.as_path(stores["gs"].folder("run"))
     with FaultProxy(stores["gs"]) as proxy, environment(stores["gs"].through(proxy)):
-        variables = plain_environment | stores["gs"].through(proxy) | {"JAX_NUM_CPU_DEVICES": "1"}
-        processes = [
-            subprocess.Popen(
-                [python(), "-c", SAVED_AND_RESTORED, address, str(index), str(url)],
-                cwd=ROOT,
-                env=variables,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
-        for process in processes:
-            _, said = process.communicate()
-            assert process.returncode == 0, said
+        variables = plain_environment | stores["gs"].through(proxy)
+        outputs_of_job(start_job(SAVED_AND_RESTORED, variables, [[url]] * 2))
     for chunk in ("w/c/0/0", "w/c/1/0", "v/c/0", "v/c/1"):
         assert sum(one.endswith(f"/checkpoints/1/params/{chunk}") and one[:4] == "GET " for one in proxy.seen) == 1

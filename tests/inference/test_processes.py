@@ -1,8 +1,6 @@
 """Two processes that share a mesh give the tokens and scores of one."""
 
 import json
-import socket
-import subprocess
 
 import numpy as np
 
@@ -11,7 +9,7 @@ from qwen_jax.distributed.hosts import JobConfig, connect
 from qwen_jax.inference import Engine, Request, SamplingConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.fakes import random_vision_run
-from tests.warm_python import python
+from tests.jobs import outputs_of_job, start_job
 
 
 def answers(engine: Engine) -> dict:
@@ -59,28 +57,13 @@ def main(address: str, index: str, folder: str, output: str) -> None:
         json.dump(answers(engine), file)
 
 
-def test_two_processes_give_what_one_gives(tmp_path, root, plain_environment):
+def test_two_processes_give_what_one_gives(tmp_path, plain_environment):
     folder = random_vision_run(tmp_path, context_length=128)
-    environment = plain_environment | {"JAX_NUM_CPU_DEVICES": "2"}
     program = "import sys; from tests.inference.test_processes import main; main(*sys.argv[1:])"
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        address = f"localhost:{one.getsockname()[1]}"
     outputs = [tmp_path / f"{index}.json" for index in range(2)]
-    processes = [
-        subprocess.Popen(
-            [python(), "-c", program, address, str(index), folder, output],
-            cwd=root,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index, output in enumerate(outputs)
-    ]
+    processes = start_job(program, plain_environment, [[folder, output] for output in outputs], devices=2)
     expected = answers(Engine(*load_pretrained(folder), load_tokenizer(folder), slots=4))
-    for process in processes:
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+    outputs_of_job(processes)
     for output in outputs:
         found = json.loads(output.read_text())
         assert found["text"] == expected["text"]

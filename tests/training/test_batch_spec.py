@@ -1,10 +1,6 @@
 """Columns of any shape, models and objectives that are not text: the same result on every mesh and in every job."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,7 +10,7 @@ from qwen_jax.batch_spec import Column, is_packed, row_length, token_columns
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.step import batch_shapes
 from tests.fakes import ImageExamples
-from tests.warm_python import python
+from tests.jobs import outputs_of_job, start_job
 
 # In this process and in others: losses and parameters after four steps on the devices that there are.
 PROGRAM = """
@@ -78,27 +74,8 @@ def test_images_and_labels_give_the_same_on_every_mesh_and_in_parts(layout, accu
     assert_same(steps(layout, accumulation), one_device)
 
 
-def test_images_and_labels_give_the_same_in_two_processes(one_device, root, plain_environment):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = plain_environment | {
-        "JAX_NUM_CPU_DEVICES": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
-    }
-    processes = [
-        subprocess.Popen(
-            [python(), "-c", PROGRAM + PROCESS, address, str(index)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    for process in processes:
-        output, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-2000:]
+def test_images_and_labels_give_the_same_in_two_processes(one_device, plain_environment):
+    for output in outputs_of_job(start_job(PROGRAM + PROCESS, plain_environment)):
         assert_same(json.loads(output.splitlines()[-1]), one_device)
 
 
