@@ -20,6 +20,7 @@ from qwen_jax.inference.prefix_cache import PrefixCache
 from qwen_jax.inference.programs import BLOCK_TOKENS, Programs
 from qwen_jax.inference.requests import Handle, Request, Result, Score, StreamChunk, check_request
 from qwen_jax.inference.row import Row
+from qwen_jax.inference.sampling import MOST_LIKELY
 from qwen_jax.inference.sources import END, ReadAhead, ReadInStep
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import num_batch_shards
@@ -226,6 +227,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         continuations: Sequence[Sequence[int]],
         images: Sequence[Sequence[np.ndarray]] | None = None,
+        top_log_probs: int = 0,
     ) -> list[Score]:
         """Log-probabilities of given continuations, in the order given.
 
@@ -241,16 +243,21 @@ class Engine:
           continuations: token ids of the continuation of each, at least one. Prompt and continuation together may have
             one token more than `context_length`.
           images: the pictures of each prompt, as in `Request`; None: no prompt has any.
+          top_log_probs: how many of the most probable tokens are told in the place of each token, 0 to 20. With any,
+            other programs compute the scores, which may differ in rounding.
 
         Raises:
-          ValueError: naming the pair that is empty, too long, or not of the model's ids, or whose pictures do not fit.
+          ValueError: naming the pair that is empty, too long, or not of the model's ids, or whose pictures do not fit;
+            or `top_log_probs` is out of range.
         """
+        if not 0 <= top_log_probs <= MOST_LIKELY:
+            raise ValueError(f"top_log_probs must be from 0 to {MOST_LIKELY}, found {top_log_probs!r}")
         config = self.model.config
         pictures = scoring.Pictures(config, lambda images: self._features.of(self.params, images))
         pairs = scoring.checked_pairs(
             prompts, continuations, images, pictures, config, self.context_length, self._length_rule
         )
-        return scoring.score(self._call, config, self.params, self.ways, pairs, pictures)
+        return scoring.score(self._call, config, self.params, self.ways, pairs, pictures, top_log_probs)
 
     def _checked(self, request: Request, index: int | None) -> Request:
         try:

@@ -7,6 +7,7 @@ process of a job can read them.
 import dataclasses
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen_jax.inference.sampling import MOST_LIKELY, RowSampling, most_likely, next_tokens
+from qwen_jax.inference.sampling import MOST_LIKELY, RowSampling, log_prob_of, most_likely, next_tokens
 from qwen_jax.models.cache import KVCache, cache_dtype
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.decoding import (
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # Tokens of a row that can be generated before the host looks.
 MAX_STEPS = 32
+# Places of a row whose logits are computed at once where the most probable tokens are wanted.
+READS_AT_A_TIME = 64
 # Tokens of a block of the prefix cache.
 BLOCK_TOKENS = 16
 
@@ -303,13 +306,14 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> tuple[KVCache, ..
     return tuple(KVCache.empty(config, rows, slots) for _ in range(config.num_layers))
 
 
-@on_mesh(static=("config",), donated=("cache",))
+@on_mesh(static=("config", "top"), donated=("cache",))
 def score(
     config: ModelConfig,
     params,
     cache: tuple[KVCache, ...],
     step: ScoringStep,
     embeddings: InputEmbeddings | None = None,
+    top: bool = False,
 ) -> tuple:
     """Log-probabilities of given tokens after texts that go on from what the cache holds.
 
@@ -317,10 +321,11 @@ def score(
       params: as `unstack_layers` gives them.
       cache: of the tokens before those of `step`, with slots for them.
       embeddings: vectors in the place of some of the tokens' embeddings, or None.
+      top: whether the most probable tokens are wanted, too.
 
     Returns:
-      (log-probabilities, whether each target is the most likely token, both float32 [rows, reads]; the cache with the
-      tokens of `step`).
+      (log-probabilities, whether each target is the most likely token, both float32 [rows, reads]; None or what
+      `most_likely` gives for each read, [rows, reads, MOST_LIKELY]; the cache with the tokens of `step`).
     """
     tokens, positions, ends, lengths = map(jnp.asarray, (step.tokens, step.positions, step.ends, step.text_length))
     alpha = jnp.ones(len(tokens), jnp.float32)
@@ -328,8 +333,35 @@ def score(
         alpha = dynamic_ntk_alpha(lengths, config.context_length)
     hidden, written = decode_branches(config, params, tokens, positions, ends, DecodingCache(cache, alpha), embeddings)
     hidden = jnp.take_along_axis(hidden, jnp.asarray(step.at)[..., None], axis=1)
-    found = token_statistics(hidden, output_kernel(config, params), jnp.asarray(step.targets))
-    return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None), written.layers
+    targets = jnp.asarray(step.targets)
+    if top:
+        return *_ranked_reads(config, params, hidden, targets), written.layers
+    found = token_statistics(hidden, output_kernel(config, params), targets)
+    return constrain(found.log_probs, None, None), constrain(found.most_likely, None, None), None, written.layers
+
+
+def _ranked_reads(config: ModelConfig, params, hidden: jax.Array, targets: jax.Array) -> tuple:
+    """The first three results of `score` with `top`, for hidden states [rows, reads, hidden].
+
+    All come from the same logits, so that the log-probability of a target among the most likely tokens is equal to the
+    last bit in both places.
+    """
+    rows, reads, _ = hidden.shape
+    chunk = math.gcd(reads, READS_AT_A_TIME)
+
+    def some(start):
+        part = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1)
+        wanted = jax.lax.dynamic_slice_in_dim(targets, start, chunk, axis=1).reshape(-1)
+        logits = decoding_logits(config, params, part).reshape(rows * chunk, -1)
+        ids, values = most_likely(logits)
+        log_probs = log_prob_of(logits, wanted)
+        found = log_probs, (log_probs >= values[:, 0]).astype(jnp.float32), ids, values
+        return [one.reshape(rows, chunk, *one.shape[1:]) for one in found]
+
+    found = jax.lax.map(some, jnp.arange(0, reads, chunk))
+    log_probs, first, ids, values = [jnp.moveaxis(one, 0, 1).reshape(rows, reads, *one.shape[3:]) for one in found]
+    ranked = constrain(ids, None, None, None), constrain(values, None, None, None)
+    return constrain(log_probs, None, None), constrain(first, None, None), ranked
 
 
 def _most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -147,10 +147,13 @@ class Score:
     Attributes:
       log_probs: float32 [tokens], logarithm of the probability of each token after all before it, in nats.
       most_likely: bool [tokens], whether no other token had a larger logit there: a greedy continuation is all True.
+      top_log_probs: for each token, the most probable ones in its place; empty where none were asked for. A token among
+        them has the log-probability that it has in `log_probs`, to the last bit.
     """
 
     log_probs: np.ndarray
     most_likely: np.ndarray
+    top_log_probs: tuple[Ranking, ...] = ()
 
 
 def check_request(request: Request, config: ModelConfig, context_length: int, length_rule: str, tokenizer) -> Request:

@@ -229,10 +229,10 @@ def _draw_filtered(logits, uniform, sampling: RowSampling):
     least, enough = _least_kept(values, jax.nn.logsumexp(logits, axis=-1), sampling)
     kept = jnp.where(values < least[:, None], -jnp.inf, values)
     chosen = _draw(kept, uniform)
-    return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0], _log_prob(kept, chosen), enough
+    return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0], log_prob_of(kept, chosen), enough
 
 
-def _log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def log_prob_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Logarithm of the probability [rows] of tokens [rows] under the softmax of logits [rows, vocabulary]."""
     taken = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return taken - jax.nn.logsumexp(logits, axis=-1)
@@ -259,7 +259,7 @@ def _sampled(logits, sampling: RowSampling, positions) -> tuple[jax.Array, jax.A
 
     def draw_wide():
         token = _draw(wide, uniform)
-        return token, _log_prob(wide, token)
+        return token, log_prob_of(wide, token)
 
     whole = jax.lax.cond(jnp.all(narrow | (sampling.temperature == 0)), lambda: nothing, draw_wide)
     token, log_prob = (jnp.where(narrow, one, other) for one, other in zip(filtered, whole, strict=True))
@@ -306,7 +306,7 @@ def next_tokens(
         drawn, drawn_log_prob = _sampled(adjusted, sampling, positions)
         tokens = jnp.where(sampling.temperature > 0, drawn, tokens)
         behavior = jnp.where(sampling.temperature > 0, drawn_log_prob, behavior)
-    return tokens, _log_prob(logits, tokens), behavior
+    return tokens, log_prob_of(logits, tokens), behavior
 
 
 def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ from qwen_jax.inference.admission import PREFILL_TOKENS, bucket
 from qwen_jax.inference.images import checked_images, digest, image_places
 from qwen_jax.inference.prefix_tree import PrefixTree, Reads, Step
 from qwen_jax.inference.programs import Programs, ScoringStep
-from qwen_jax.inference.requests import Score, check_ids
+from qwen_jax.inference.requests import Ranking, Score, check_ids
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.positions import dynamic_ntk_alpha
 from qwen_jax.models.transformer import InputEmbeddings
@@ -123,7 +123,9 @@ def checked_pairs(
     return pairs
 
 
-def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequence, pictures: Pictures) -> list[Score]:
+def score(
+    call: Programs, config: ModelConfig, params, ways: int, pairs: Sequence, pictures: Pictures, top: int = 0
+) -> list[Score]:
     """The score of each of `checked_pairs`.
 
     Tokens that several texts begin with are computed once, whether they are of one prompt with several continuations or
@@ -133,19 +135,26 @@ def score(call: Programs, config: ModelConfig, params, ways: int, pairs: Sequenc
       params: as `weights.prepare` gives them.
       ways: into how many parts the mesh splits rows.
       pictures: of the pairs.
+      top: how many of the most probable tokens are told in the place of each token.
     """
     if not pairs:
         return []
     texts, reads = _texts(pairs)
     targets = np.concatenate([continuation for _, continuation in pairs])
     log_probs, most_likely = np.empty(len(targets), np.float32), np.empty(len(targets), bool)
+    ranked: list[Ranking] = [()] * len(targets)
     for group in _alike(config, texts):
         own = [texts[index] for index in group], [reads[index] for index in group]
         on = _Lanes(call, config, params, ways, *own, pictures)
-        for ids, found_log_probs, found_most_likely in on.results(targets):
+        for ids, found_log_probs, found_most_likely, *found_ranked in on.results(targets, top > 0):
             log_probs[ids], most_likely[ids] = found_log_probs, found_most_likely
-    ends = np.cumsum([len(continuation) for _, continuation in pairs])[:-1]
-    return list(map(Score, np.split(log_probs, ends), np.split(most_likely, ends)))
+            if top:
+                rows = zip(*(array[:, :top].tolist() for array in found_ranked), strict=True)
+                for place, (tokens, values) in zip(ids.tolist(), rows, strict=True):
+                    ranked[place] = tuple(zip(tokens, values, strict=True))
+    stops = np.cumsum([len(continuation) for _, continuation in pairs]).tolist()
+    parts = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+    return [Score(log_probs[part], most_likely[part], tuple(ranked[part]) if top else ()) for part in parts]
 
 
 def _texts(pairs: Sequence) -> tuple[list[np.ndarray], list[Reads]]:
@@ -205,11 +214,12 @@ class _Lanes:
         tree = PrefixTree(texts, reads, most, STEP_UNIT)
         self.steps = list(itertools.zip_longest(*tree.lanes(lanes * ways)))
 
-    def results(self, targets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def results(self, targets: np.ndarray, top: bool) -> Iterator[tuple[np.ndarray, ...]]:
         """(ids, log-probabilities, whether the target is the most likely token) of reads, each once.
 
         Args:
           targets: token of each read, by its id.
+          top: whether the ids and log-probabilities of the most probable tokens follow, [reads, tokens] each.
         """
         rows = len(self.text_length)
         lengths = [_size(max(len(step.tokens) for step in steps if step), STEP_UNIT) for steps in self.steps]
@@ -227,12 +237,10 @@ class _Lanes:
                 reads *= 4
             step = self._step(steps, targets, length, reads)
             embeddings = self.pictures.embeddings(np.asarray(step.tokens))
-            with_them = ["with embeddings"] * (embeddings is not None)
+            with_them = ["with embeddings"] * (embeddings is not None) + ["with alternatives"] * top
             key = ("score", *shape, f"{length} tokens", f"{reads} reads", *with_them)
-            log_probs, most_likely, cache = self.call(
-                programs.score, key, self.config, self.params, cache, step, embeddings
-            )
-            waiting.append((steps, log_probs, most_likely))
+            *found, cache = self.call(programs.score, key, self.config, self.params, cache, step, embeddings, top)
+            waiting.append((steps, found))
             if len(waiting) > STEPS_AHEAD:
                 yield from _read(*waiting.popleft())
         for one in waiting:
@@ -251,8 +259,9 @@ class _Lanes:
         return ScoringStep(tokens, positions, ends, self.text_length, at, wanted)
 
 
-def _read(steps: Sequence[Step | None], log_probs, most_likely) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    log_probs, most_likely = jax.device_get((log_probs, most_likely))
+def _read(steps: Sequence[Step | None], found: Sequence) -> Iterator[tuple[np.ndarray, ...]]:
+    log_probs, most_likely, ranked = jax.device_get(found)
     for row, step in enumerate(steps):
         if step is not None and len(step.ids):
-            yield step.ids, log_probs[row, : len(step.ids)], most_likely[row, : len(step.ids)] > 0
+            part = row, slice(len(step.ids))
+            yield step.ids, log_probs[part], most_likely[part] > 0, *(array[part] for array in ranked or ())

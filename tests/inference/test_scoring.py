@@ -58,14 +58,18 @@ def questions(longest=100):
     return zip(*[pairs[index] for index in order], strict=True)
 
 
+def all_log_probs(model, params, text):
+    """[tokens, vocabulary] after each token, by a forward pass over this text alone."""
+    padded = jnp.asarray([[*text, *[0] * (256 - len(text))]])
+    found = np.asarray(logits(model, params, padded, jnp.asarray([len(text)])))[0, : len(text)]
+    shifted = found - found.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def plain(model, params, prompt, continuation):
     """(log-probabilities, most likely) by a forward pass over this text alone."""
-    text = [*prompt, *continuation[:-1]]
-    padded = jnp.asarray([text + [0] * (256 - len(text))])
-    found = np.asarray(logits(model, params, padded, jnp.asarray([len(text)])))[0, len(prompt) - 1 : len(text)]
-    shifted = found - found.max(axis=-1, keepdims=True)
-    chosen = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return chosen[np.arange(len(continuation)), continuation], found.argmax(-1) == np.asarray(continuation)
+    found = all_log_probs(model, params, [*prompt, *continuation[:-1]])[len(prompt) - 1 :]
+    return found[np.arange(len(continuation)), continuation], found.argmax(-1) == np.asarray(continuation)
 
 
 def assert_plain(model, params, engine, prompts, continuations):
@@ -103,6 +107,31 @@ def test_a_mesh_gives_the_scores_of_one_device(loaded):
     spread = Engine(*loaded, mesh=mesh).score(prompts, continuations)
     for one, other in zip(alone, spread, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "mesh"])
+def test_the_most_probable_tokens_are_told_in_each_place(loaded, mesh):
+    prompts, continuations = map(list, questions())
+    engine = Engine(*loaded, mesh=mesh and make_mesh(mesh))
+    ranked = engine.score(prompts, continuations, top_log_probs=3)
+    assert not engine.score(prompts[:1], continuations[:1])[0].top_log_probs
+    for prompt, continuation, score, expected in zip(
+        prompts, continuations, ranked, engine.score(prompts, continuations), strict=True
+    ):
+        np.testing.assert_allclose(score.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(score.most_likely, expected.most_likely)
+        rows = all_log_probs(*loaded, [*prompt, *continuation])[len(prompt) - 1 : -1]
+        for token, log_prob, likely, top, row in zip(
+            continuation, score.log_probs, score.most_likely, score.top_log_probs, rows, strict=True
+        ):
+            assert [one for one, _ in top] == np.argsort(-row, kind="stable")[:3].tolist()
+            np.testing.assert_allclose([value for _, value in top], np.sort(row)[::-1][:3], rtol=0, atol=1e-5)
+            assert dict(top).get(token, log_prob) == log_prob and likely == (token == top[0][0])
+
+
+def test_a_number_of_alternatives_out_of_range_is_refused(loaded):
+    with pytest.raises(ValueError, match="top_log_probs must be from 0 to 20, found 21"):
+        Engine(*loaded).score([[1]], [[2]], top_log_probs=21)
 
 
 def test_questions_with_the_same_examples_take_few_steps_and_programs(loaded, monkeypatch):
