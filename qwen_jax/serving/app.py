@@ -110,7 +110,9 @@ class Service:
         if self.draining:
             raise ApiError(503, "the server is about to end: send the request to another one")
         try:
-            submission = self.thread.submit(job.requests, streaming=job.stream)
+            submission = self.thread.submit(
+                job.requests, streaming=job.stream, scored=job.top_log_probs if job.echo and job.logprobs else None
+            )
         except QueueFull:
             waiting = self.thread.max_waiting
             raise ApiError(
@@ -194,7 +196,7 @@ async def _events(service: Service, job: Job, submission: Submission, begun: flo
             tokens += len(chunk.tokens)
             if chunk.result is not None:
                 cached[place] = chunk.result.cached_tokens
-            for data in answer.events(place, choices[place].take(chunk)):
+            for data in answer.events(place, choices[place].take(chunk, submission.scores.get(place))):
                 yield data
     except ApiError as error:
         yield responses.event(error.body)
@@ -215,7 +217,7 @@ async def _whole(service: Service, job: Job, submission: Submission, begun: floa
         tokens += len(chunk.tokens)
         if chunk.result is not None:
             cached[place] = chunk.result.cached_tokens
-        parts[place].append(choices[place].take(chunk))
+        parts[place].append(choices[place].take(chunk, submission.scores.get(place)))
     answer = responses.Answer(job, service.served.model)
     return responses.dump(answer.whole([whole(one) for one in parts], responses.usage(job, tokens, cached)))
 

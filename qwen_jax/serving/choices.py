@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from qwen_jax.inference import StreamChunk
-from qwen_jax.inference.requests import FAILED, LENGTH
+from qwen_jax.inference.requests import FAILED, LENGTH, Ranking, Score
 from qwen_jax.inference.text import token_bytes
 from qwen_jax.serving.deltas import Reply, ToolCall
 from qwen_jax.serving.errors import bad_request
@@ -17,12 +17,12 @@ class TokenProb:
 
     Attributes:
         data: bytes.
-        log_prob: of the model, before all rules of drawing.
+        log_prob: of the model, before all rules of drawing; None for the first token of a prompt.
         top: (bytes, log-probability) of the most probable tokens in its place, descending.
     """
 
     data: bytes
-    log_prob: float
+    log_prob: float | None
     top: Sequence[tuple[bytes, float]] = ()
 
 
@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         content: text.
-        tokens: the new tokens; the one that ended the reply is not among them if it is no text.
+        tokens: the new tokens; in a chat, the one that ended the reply is not among them if it is no text.
         finish_reason: "stop", "length" or "tool_calls" in the last part, else None.
         call: the call of the reply, in the last part.
     """
@@ -52,30 +52,48 @@ class Choice:
     """
 
     def __init__(self, job: Job, tokenizer):
-        self._tokenizer = tokenizer
+        self._job, self._tokenizer = job, tokenizer
         self._reply = Reply(job.opening, job.tools)
+        self._echo = job.echo
 
-    def take(self, chunk: StreamChunk) -> Part:
-        """The part that a chunk makes.
+    def take(self, chunk: StreamChunk, score: Score | None = None) -> Part:
+        """The part that a chunk makes; of an echo, the first one begins with the prompt.
+
+        Args:
+            score: of the prompt's tokens after the first, if there is an echo with log-probabilities.
 
         Raises:
             ApiError: the constraint of the reply could not be followed to its end.
         """
         if chunk.finish_reason == FAILED:
             raise bad_request(None, "the schema is too costly to follow: give a simpler one, without patterns")
-        content = self._reply.feed(chunk.text or "")
-        ranked = chunk.top_log_probs or [()] * len(chunk.tokens)
-        tokens = [
-            TokenProb(self._bytes(token), log_prob, [(self._bytes(one), value) for one, value in top])
-            for token, log_prob, top in zip(chunk.tokens, chunk.log_probs, ranked, strict=True)
-            if token not in chunk.request.stop_ids
-        ]
+        content, tokens = self._prompt(chunk.request.prompt, score) if self._echo else ("", [])
+        self._echo = False
+        content += self._reply.feed(chunk.text or "")
+        # The older protocol has the token that ended a completion among its tokens.
+        hidden = chunk.request.stop_ids if self._job.chat else ()
+        added = self._probs(chunk.tokens, chunk.log_probs, chunk.top_log_probs)
+        tokens += [one for token, one in zip(chunk.tokens, added, strict=True) if token not in hidden]
         if chunk.finish_reason is None:
             return Part(content, tokens)
         truncated = chunk.finish_reason == LENGTH
         rest, call = self._reply.finish(truncated)
         reason = "tool_calls" if call else "length" if truncated else "stop"
         return Part(content + rest, tokens, reason, call)
+
+    def _prompt(self, prompt: Sequence[int], score: Score | None) -> tuple[str, list[TokenProb]]:
+        """Text of a prompt, and its tokens."""
+        data = [self._bytes(token) for token in prompt]
+        tokens = [TokenProb(data[0], None)]
+        if score is not None:
+            tokens += self._probs(prompt[1:], score.log_probs.tolist(), score.top_log_probs)
+        return b"".join(data).decode("utf-8", "replace"), tokens
+
+    def _probs(self, tokens: Sequence[int], log_probs: Sequence[float], ranked: Sequence[Ranking]) -> list[TokenProb]:
+        return [
+            TokenProb(self._bytes(token), log_prob, [(self._bytes(one), value) for one, value in top])
+            for token, log_prob, top in zip(tokens, log_probs, ranked or [()] * len(tokens), strict=True)
+        ]
 
     def _bytes(self, token: int) -> bytes:
         return token_bytes(self._tokenizer, token)

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from qwen_jax.inference import Engine, Handle, Request, StreamChunk
+from qwen_jax.inference.requests import Score
+from qwen_jax.serving.scoring import empty_chunk, first_prompts, score_prompts
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +36,14 @@ class Submission:
 
     Attributes:
         requests: the requests.
+        scores: of the tokens of the prompt after its first, by the place of the request, where they are asked for. A
+            score is there when the first chunk of the request is.
     """
 
-    def __init__(self, thread: "EngineThread", requests: Sequence[Request], streaming: bool):
+    def __init__(self, thread: "EngineThread", requests: Sequence[Request], streaming: bool, scored: int | None):
         self.requests = tuple(requests)
-        self.streaming = streaming
+        self.streaming, self.scored = streaming, scored
+        self.scores: dict[int, Score] = {}
         self.places: dict[Handle, int] = {}  # the thread's own, of those that have not ended
         self._thread, self._loop = thread, asyncio.get_running_loop()
         self._inbox: asyncio.Queue[list[tuple[int, StreamChunk]] | Exception] = asyncio.Queue()
@@ -78,8 +83,8 @@ class EngineThread:
     """Runs an engine.
 
     Args:
-        engine: an `Engine`, or anything with its `slots`, `submit`, `step` and `cancel`. No other thread uses it from
-            `start` to the end of `stop`.
+        engine: an `Engine`, or anything with its `slots`, `submit`, `step`, `cancel` and `score`. No other thread uses
+            it from `start` to the end of `stop`.
         max_waiting: the largest number of requests that may wait for a row.
     """
 
@@ -88,6 +93,7 @@ class EngineThread:
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._live: dict[Handle, Submission] = {}  # the thread's own
+        self._scoring: deque[Submission] = deque()  # the thread's own; some may have been cancelled
         self._open: dict[Submission, int] = {}  # how many requests of each have not ended
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -123,18 +129,20 @@ class EngineThread:
         """Starts the thread."""
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request], *, streaming: bool) -> Submission:
+    def submit(self, requests: Sequence[Request], *, streaming: bool, scored: int | None = None) -> Submission:
         """Submits requests together, from a running event loop.
 
         Args:
-            requests: of which `check_request` would find nothing wrong; the iterator raises what it finds.
+            requests: of which `check_request` would find nothing wrong; the iterator raises what it finds. Those whose
+                `max_new_tokens` is 0 generate nothing, and have one chunk.
             streaming: whether a user watches, see `Engine.submit`.
+            scored: how many of the most probable tokens the scores of the prompts tell; None: prompts are not scored.
 
         Raises:
             QueueFull: there is no room for all of them now.
             Stopped: `stop` was called.
         """
-        submission = Submission(self, requests, streaming)
+        submission = Submission(self, requests, streaming, scored)
         with self._changed:
             if self._stopping:
                 raise Stopped
@@ -175,7 +183,7 @@ class EngineThread:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._commands or self._live or self._stopping)
+                self._changed.wait_for(lambda: self._commands or self._live or self._scoring or self._stopping)
                 commands, self._commands = self._commands, deque()
                 stopping = self._stopping
             for command in commands:
@@ -183,6 +191,8 @@ class EngineThread:
             if stopping:
                 self._end_all(Stopped())
                 return
+            if self._scoring:
+                self._score(self._scoring[0])
             if self._live:
                 self._step()
 
@@ -190,16 +200,53 @@ class EngineThread:
         with self._changed:
             if submission not in self._open:  # a failed step ended it before it began
                 return
+        if submission.scored is not None:
+            self._scoring.append(submission)
+            return
         try:
             for place, request in enumerate(submission.requests):
-                handle = self.engine.submit(request, streaming=submission.streaming)
-                submission.places[handle] = place
-                self._live[handle] = submission
+                self._generate(submission, place, None if request.max_new_tokens else empty_chunk(request))
         except Exception as error:
-            self._end(submission)
-            submission.deliver(
-                error if isinstance(error, ValueError) else EngineFailed(f"{type(error).__name__}: {error}")
-            )
+            self._fail(submission, error)
+
+    def _score(self, submission: Submission) -> None:
+        """Scores the next prompts of a submission, and has their requests generated."""
+        with self._changed:
+            ended = submission not in self._open
+        done = len(submission.scores)
+        if ended or done == len(submission.requests):
+            self._scoring.popleft()
+            return
+        try:
+            found = score_prompts(self.engine, first_prompts(submission.requests[done:]), submission.scored or 0)
+            for place, (score, chunk) in enumerate(found, start=done):
+                submission.scores[place] = score
+                self._generate(submission, place, chunk)
+        except Exception as error:
+            self._fail(submission, error)
+
+    def _generate(self, submission: Submission, place: int, chunk: StreamChunk | None) -> None:
+        """Begins a request, or delivers its only chunk."""
+        if chunk is not None:
+            self._count_finished(submission)
+            submission.deliver([(place, chunk)])
+            return
+        handle = self.engine.submit(submission.requests[place], streaming=submission.streaming)
+        submission.places[handle] = place
+        self._live[handle] = submission
+
+    def _fail(self, submission: Submission, error: Exception) -> None:
+        if not isinstance(error, ValueError):
+            log.exception("a submission could not begin")
+            error = EngineFailed(f"{type(error).__name__}: {error}")
+        self._end(submission)
+        submission.deliver(error)
+
+    def _count_finished(self, submission: Submission) -> None:
+        with self._changed:
+            self._open[submission] -= 1
+            if not self._open[submission]:
+                del self._open[submission]
 
     def _end(self, submission: Submission) -> None:
         for handle in submission.places:
@@ -231,9 +278,6 @@ class EngineThread:
             found.setdefault(submission, []).append((submission.places[chunk.handle], chunk))
             if chunk.finish_reason:
                 del self._live[chunk.handle], submission.places[chunk.handle]
-                with self._changed:
-                    self._open[submission] -= 1
-                    if not self._open[submission]:
-                        del self._open[submission]
+                self._count_finished(submission)
         for submission, items in found.items():
             submission.deliver(items)

@@ -39,7 +39,6 @@ _UNSUPPORTED_CHAT = _UNSUPPORTED | {
 }
 _UNSUPPORTED_COMPLETION = _UNSUPPORTED | {
     "suffix": (("",), "leave it out"),
-    "echo": ((False,), "leave it out"),
 }
 
 
@@ -97,6 +96,7 @@ class Job:
         top_log_probs: how many of the most probable tokens are told with each token.
         opening: text before the reply that was written for the model, see `Prompt`.
         tools: JSON schema of the parameters, by name, of the tools that a reply may call; None: replies are plain text.
+        echo: whether a choice begins with the prompt. Then `max_new_tokens` of the requests may be 0.
     """
 
     requests: tuple[Request, ...]
@@ -107,6 +107,7 @@ class Job:
     top_log_probs: int = 0
     opening: str = ""
     tools: Mapping[str, Any] | None = None
+    echo: bool = False
 
 
 def parse_chat(body: Mapping, served: Served) -> Job:
@@ -180,8 +181,9 @@ def parse_completion(body: Mapping, served: Served) -> Job:
     ids = [_prompt_ids(one, served) for one in prompts]
     # Here it is a number; False is what some clients send for none.
     top = None if body.get("logprobs") is False else fields.integer(body, "logprobs", 0, MOST_LIKELY)
-    requests = _requests(body, ids, "prompt", fields.stop_strings(body), top or 0, served)
-    return Job(requests, False, *_form(body), top is not None, top or 0)
+    echo = fields.flag(body, "echo")
+    requests = _requests(body, ids, "prompt", fields.stop_strings(body), top or 0, served, least=0 if echo else 1)
+    return Job(requests, False, *_form(body), top is not None, top or 0, echo=echo)
 
 
 def _prompt_ids(given: object, served: Served) -> Sequence[int]:
@@ -233,24 +235,32 @@ def _form(body: Mapping) -> tuple[bool, bool]:
 
 
 def _requests(
-    body: Mapping, prompts: Sequence[Sequence[int]], param: str, stops: Sequence[str], top: int, served: Served
+    body: Mapping,
+    prompts: Sequence[Sequence[int]],
+    param: str,
+    stops: Sequence[str],
+    top: int,
+    served: Served,
+    least: int = 1,
 ) -> tuple[Request, ...]:
-    """`n` requests for each prompt, which differ in their seeds."""
+    """`n` requests of at least `least` new tokens for each prompt, which differ in their seeds."""
     count = fields.integer(body, "n", 1, served.capacity // len(prompts)) or 1
-    most = fields.integer(body, "max_completion_tokens", 1) or fields.integer(body, "max_tokens", 1)
+    limits = [fields.integer(body, name, least) for name in ("max_completion_tokens", "max_tokens")]
+    most = next((limit for limit in limits if limit is not None), None)
+    needed = 1 if most is None else most
     seed = fields.integer(body, "seed", -(2**63), 2**64)
     seed = secrets.randbits(32) if seed is None else seed
     sampling, bias = _sampling(body, served.sampling), _bias(body, served.vocab_size)
     requests = []
     for ids in prompts:
         room = served.context_length - len(ids)
-        if room < (most or 1):
-            raise _too_long(param, f"prompt of {len(ids)} tokens + {most or 1} new ones", served)
+        if room < needed:
+            raise _too_long(param, f"prompt of {len(ids)} tokens + {needed} new ones", served)
         for _ in range(count):
             requests.append(
                 Request(
                     ids,
-                    most or room,
+                    room if most is None else most,
                     sampling,
                     stop_ids(served.tokenizer),
                     tuple(stops),

@@ -123,7 +123,7 @@ class _Offsets:
         return found
 
 
-def _spelled(data: bytes, log_prob: float) -> dict[str, Any]:
+def _spelled(data: bytes, log_prob: float | None) -> dict[str, Any]:
     return {"token": data.decode("utf-8", "replace"), "logprob": log_prob, "bytes": list(data)}
 
 
@@ -135,8 +135,10 @@ def _name(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _by_name(token: TokenProb) -> dict[str, float]:
-    """Log-probabilities of the most probable tokens and of the token itself, by their text."""
+def _by_name(token: TokenProb) -> dict[str, float] | None:
+    """Log-probabilities of the most probable tokens and of the token itself, by their text; None: it has none."""
+    if token.log_prob is None:
+        return None
     found: dict[str, float] = {}
     for data, log_prob in (*token.top, (token.data, token.log_prob)):
         found.setdefault(_name(data), log_prob)

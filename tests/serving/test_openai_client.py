@@ -161,11 +161,13 @@ def test_completions_of_text_and_of_ids(client, tokenizer):
     assert [choice.text for choice in whole.choices] == ["one", "one", "two 世界", "two 世界"]
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
     assert whole.usage.prompt_tokens == sum(len(tokenizer.encode(text)) for text in texts)
-    assert whole.choices[0].logprobs.token_logprobs == [-0.5] * 3
+    # The token that ended it is the last one.
+    assert whole.choices[0].logprobs.token_logprobs == [-0.5] * 4
+    assert whole.choices[0].logprobs.tokens == ["o", "n", "e", "<|im_end|>"]
     logprobs = whole.choices[2].logprobs
     assert logprobs.text_offset[:4] == [0, 1, 2, 3] and logprobs.top_logprobs is None
     # Tokens that end inside of a character begin where it does.
-    assert [logprobs.tokens[4:], logprobs.text_offset[4:]] == [
+    assert [logprobs.tokens[4:-1], logprobs.text_offset[4:-1]] == [
         ["bytes:\\xe4", "bytes:\\xb8", "bytes:\\x96", "bytes:\\xe7", "bytes:\\x95", "bytes:\\x8c"],
         [4, 4, 4, 5, 5, 5],
     ]
