@@ -1,6 +1,8 @@
 """What a continuation may be: rules that know, after each token, which tokens may come next."""
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,6 +41,36 @@ class Constraint(Protocol):
     def start(self) -> Matcher:
         """A continuation that has no token yet."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeText:
+    """Any text between two given ones.
+
+    Attributes:
+      before: text before it; may be empty.
+      without: what the text does not have.
+      after: text that ends it, and that it does not have.
+    """
+
+    before: str
+    without: tuple[str, ...]
+    after: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way in which a continuation may go.
+
+    Attributes:
+      before: text before the JSON.
+      schema: of the JSON.
+      free: what stands before `before`; None: nothing.
+    """
+
+    before: str
+    schema: Mapping[str, Any]
+    free: FreeText | None = None
 
 
 def words(vocab_size: int) -> int:

@@ -13,10 +13,11 @@ from typing import Any
 import llguidance
 import numpy as np
 
-from qwen_jax.inference.constraints import ConstraintFailed, words
+from qwen_jax.inference.constraints import ConstraintFailed, FreeText, Way, words
 
 # Where JSON may have whitespace: a model that is not sure of what comes next would go on with it for ever.
 _WHITESPACE = r"[ \n\r\t]{0,40}"
+_ANY = "/(?s:.*)/"
 _MARK = b"\xff"  # llguidance's own, before names of tokens that are no text
 
 
@@ -85,10 +86,14 @@ class Grammars:
         Raises:
           ValueError: it is no schema, or has words that are not known.
         """
-        return self.choice([(before, schema)])
+        return self.choice([Way(before, schema)])
 
-    def choice(self, ways: Sequence[tuple[str, Mapping[str, Any]]], *, lenient: bool = False) -> Grammar:
-        """One of several ways: a text, then JSON that a schema allows.
+    def check(self, schema: Mapping[str, Any]) -> None:
+        """Raises the ValueError of `json_schema`, if it would."""
+        _checked(schema, lenient=False)
+
+    def choice(self, ways: Sequence[Way], *, lenient: bool = False) -> Grammar:
+        """One of several ways.
 
         Args:
           ways: at least one.
@@ -97,18 +102,16 @@ class Grammars:
         Raises:
           ValueError: as in `json_schema`.
         """
-        # The library reads options of its own in schemas.
-        options = {"lenient": lenient, "coerce_one_of": lenient, "whitespace_pattern": _WHITESPACE}
+        # Each schema by itself first: errors of the whole grammar quote all of it.
+        texts = [_checked(way.schema, lenient) for way in ways]
+        names = {free: f"FREE_{number}" for number, free in enumerate(dict.fromkeys(way.free for way in ways)) if free}
         lines = []
-        for before, schema in ways:
-            text = json.dumps({**schema, "x-guidance": options})
-            # By itself first: errors of the whole grammar quote all of it.
-            source = llguidance.LLMatcher.grammar_from_json_schema(text)
-            failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source)
-            if failed:
-                raise ValueError(_line(messages[0]))
-            lines.append(f"{_quoted(before)} %json {text}")
-        source = llguidance.LLMatcher.grammar_from_lark("start: " + "\n  | ".join(lines))
+        for way, text in zip(ways, texts, strict=True):
+            parts = [] if way.free is None else [_quoted(way.free.before), names[way.free]]
+            lines.append(" ".join([*parts, _quoted(way.before), "%json", text]))
+        # The lexer does not go back, so the end of a free text is one terminal with it.
+        terminals = [f"{name}: {_without(free)} {_quoted(free.after)}" for free, name in names.items()]
+        source = llguidance.LLMatcher.grammar_from_lark("\n".join(["start: " + "\n  | ".join(lines), *terminals]))
         return Grammar(self._tokens(), source, self._vocab_size)
 
     def _tokens(self) -> llguidance.LLTokenizer:
@@ -141,6 +144,23 @@ class _Vocabulary:
 
 def _line(message: str) -> str:
     return " ".join(message.split())[:300]
+
+
+def _checked(schema: Mapping[str, Any], lenient: bool) -> str:
+    """The text of a schema that is one, with options for the library, which reads them in schemas."""
+    options = {"lenient": lenient, "coerce_one_of": lenient, "whitespace_pattern": _WHITESPACE}
+    text = json.dumps({**schema, "x-guidance": options})
+    source = llguidance.LLMatcher.grammar_from_json_schema(text)
+    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source)
+    if failed:
+        raise ValueError(_line(messages[0]))
+    return text
+
+
+def _without(free: FreeText) -> str:
+    """A terminal of the text itself."""
+    found = " | ".join(map(_quoted, (*free.without, free.after)))
+    return f"({_ANY} & ~({_ANY} ({found}) {_ANY}))"
 
 
 def _quoted(text: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from qwen_jax.inference import StreamChunk
-from qwen_jax.inference.requests import FAILED, LENGTH, Ranking, Score
+from qwen_jax.inference.requests import FAILED, LENGTH, STOP_ID, Ranking, Score
 from qwen_jax.inference.text import token_bytes
 from qwen_jax.serving.deltas import Reply, ToolCall
 from qwen_jax.serving.errors import bad_request
@@ -77,7 +77,7 @@ class Choice:
         if chunk.finish_reason is None:
             return Part(content, tokens)
         truncated = chunk.finish_reason == LENGTH
-        rest, call = self._reply.finish(truncated)
+        rest, call = self._reply.finish(truncated, self._job.held and chunk.finish_reason == STOP_ID)
         reason = "tool_calls" if call else "length" if truncated else "stop"
         return Part(content + rest, tokens, reason, call)
 

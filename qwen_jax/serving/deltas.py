@@ -42,14 +42,15 @@ class Reply:
         self._held += text
         return self._advance(final=False)
 
-    def finish(self, truncated: bool) -> tuple[str, ToolCall | None]:
+    def finish(self, truncated: bool, held: bool = False) -> tuple[str, ToolCall | None]:
         """The rest of the content, after the last piece, and the call that the reply makes, if it makes one.
 
         Args:
             truncated: whether the reply ended because it was too long; then it makes no call.
+            held: whether a constraint held it to a form in which arguments fit, to its end.
         """
         content = self._advance(final=True)
-        call = None if truncated or self._state != self._call else self._whole_call()
+        call = None if truncated or self._state != self._call else self._whole_call(held)
         if call is not None:
             return content + self._thought(), call
         return content + self._rest(), None
@@ -110,10 +111,12 @@ class Reply:
         given, self._held = self._held[:length], self._held[length:]
         return given
 
-    def _whole_call(self) -> ToolCall | None:
+    def _whole_call(self, held: bool) -> ToolCall | None:
         # The first call, as the released server has it: what follows it was written without its result.
         found = parse(self._held, rule="first")
-        if self._tools is None or found.name not in self._tools or not fits(found.arguments, self._tools[found.name]):
+        if self._tools is None or found.name not in self._tools:
+            return None
+        if not held and not fits(found.arguments, self._tools[found.name]):
             return None
         return ToolCall(found.name, found.arguments)
 

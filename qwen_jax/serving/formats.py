@@ -1,18 +1,21 @@
-"""The form that a reply is constrained to: JSON, the JSON of a schema, or a call of a tool."""
+"""The form that a reply is constrained to: JSON, the JSON of a schema, a call of a tool, or one of the last two."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qwen_jax.inference.constraints import Constraint
+from qwen_jax.agents.react import STOP
+from qwen_jax.inference.constraints import Constraint, FreeText, Way
 from qwen_jax.serving.errors import bad_request
 from qwen_jax.serving.fields import shown
-from qwen_jax.serving.prompts import ACTION, ACTION_INPUT, AUTO, Prompt, ToolChoice
+from qwen_jax.serving.prompts import ACTION, ACTION_INPUT, AUTO, FINAL_ANSWER, THOUGHT, Prompt, ToolChoice
 from qwen_jax.serving.tools import MAX_PARTS, count_parts
 
 if TYPE_CHECKING:
     from qwen_jax.inference.grammars import Grammars
 
 _ANY_OBJECT = {"type": "object"}
+# What the parser of replies looks for: a thought must not have it.
+_MARKS = (ACTION, ACTION_INPUT, FINAL_ANSWER, STOP)
 
 
 def read_format(body: Mapping) -> dict[str, Any] | None:
@@ -56,28 +59,56 @@ def constraint_of(
         grammars: gives those of the model, which cost something to make.
 
     Raises:
-        ApiError: a schema has what no grammar can be made of, or comes with tools that the reply may or may not call.
+        ApiError: a schema has what no grammar can be made of.
     """
     if parameters and choice.mode != AUTO:
         return _call(prompt, parameters, grammars())
     if schema is None:
         return None
-    if parameters:
-        raise bad_request("response_format", 'does not go with tools that may be called: set tool_choice to "none"')
+    made = grammars()
     try:
-        return grammars().json_schema(schema, " " if prompt.opening else "")
+        if not parameters:
+            return made.json_schema(schema, " " if prompt.opening else "")
+        made.check(schema)
     except ValueError as error:
         raise bad_request("response_format", f"this server cannot follow its schema: {error}") from None
+    return _call_or_content(prompt, parameters, schema, made)
 
 
 def _call(prompt: Prompt, parameters: Mapping[str, Mapping[str, Any]], grammars: "Grammars") -> Constraint:
     """The rest of a call that `prompt.opening` begins. Words that are not known are left to the check of the call."""
     to_choose = prompt.opening.endswith(ACTION)
     ways = [
-        (f" {name}{ACTION_INPUT} " if to_choose else " ", {"type": "object", **schema})
+        Way(f" {name}{ACTION_INPUT} " if to_choose else " ", {"type": "object", **schema})
         for name, schema in parameters.items()
     ]
     try:
         return grammars.choice(ways, lenient=True)
     except ValueError as error:
         raise bad_request("tools", f"this server cannot follow the parameters of a tool: {error}") from None
+
+
+def _call_or_content(
+    prompt: Prompt, parameters: Mapping[str, Mapping[str, Any]], schema: Mapping[str, Any], grammars: "Grammars"
+) -> Constraint:
+    """A thought and a call, a thought and an answer, or, where no thought was begun, an answer at once.
+
+    JSON has no line end within a text, so that none of the marks is found in a call or an answer.
+    """
+
+    def thought(end: str) -> FreeText:
+        return FreeText("" if prompt.opening else THOUGHT, _MARKS, f"{end} ")
+
+    ways = [Way("", schema, thought(FINAL_ANSWER))]
+    if not prompt.opening:
+        ways.append(Way("", schema))
+    for name, given in parameters.items():
+        kinds = given.get("type", "object")
+        if kinds != "object" and "object" not in kinds:
+            raise bad_request("tools", f"the parameters of {name!r} must be of type object, found {shown(kinds)}")
+        ways.append(Way(f"{name}{ACTION_INPUT} ", {**given, "type": "object"}, thought(ACTION)))
+    try:
+        return grammars.choice(ways)
+    except ValueError as error:
+        message = f"with response_format, this server cannot follow the parameters of a tool: {error}"
+        raise bad_request("tools", message) from None

@@ -19,7 +19,7 @@ from qwen_jax.serving import fields
 from qwen_jax.serving.errors import CONTEXT_LENGTH, ApiError, bad_request
 from qwen_jax.serving.formats import constraint_of, read_format
 from qwen_jax.serving.pictures import check_pictures, decoded, read_content, read_text
-from qwen_jax.serving.prompts import chat_prompt
+from qwen_jax.serving.prompts import AUTO, chat_prompt
 from qwen_jax.serving.tools import MAX_TOOLS, read_choice, read_tools
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class Job:
         top_log_probs: how many of the most probable tokens are told with each token.
         opening: text before the reply that was written for the model, see `Prompt`.
         tools: JSON schema of the parameters, by name, of the tools that a reply may call; None: replies are plain text.
+        held: whether `requests` are constrained so that a whole reply that calls a tool fits its schema.
         echo: whether a choice begins with the prompt. Then `max_new_tokens` of the requests may be 0.
     """
 
@@ -107,6 +108,7 @@ class Job:
     top_log_probs: int = 0
     opening: str = ""
     tools: Mapping[str, Any] | None = None
+    held: bool = False
     echo: bool = False
 
 
@@ -162,7 +164,8 @@ def parse_chat(body: Mapping, served: Served) -> Job:
     if constraint is not None:
         requests = tuple(dataclasses.replace(request, constraint=constraint) for request in requests)
     calls = schemas if prompt.tools or prompt.opening else None
-    return Job(requests, True, *_form(body), logprobs, top, prompt.opening, calls)
+    held = form is not None and choice.mode == AUTO and bool(prompt.tools)
+    return Job(requests, True, *_form(body), logprobs, top, prompt.opening, calls, held)
 
 
 def parse_completion(body: Mapping, served: Served) -> Job:

@@ -7,7 +7,7 @@ import pytest
 
 from qwen_jax.conversion import load_pretrained, load_tokenizer
 from qwen_jax.inference import Engine, Request, SamplingConfig
-from qwen_jax.inference.constraints import ConstraintFailed, words
+from qwen_jax.inference.constraints import ConstraintFailed, FreeText, Way, words
 from tests.fakes import random_run
 
 SAMPLED = SamplingConfig(temperature=1.0)
@@ -129,9 +129,27 @@ def test_grammars_allow_what_the_schema_allows_and_control_tokens_at_the_end_alo
     start.advance(ord('"'))
     allowed = np.unpackbits(start.allowed().view(np.uint8), bitorder="little")[:464]
     assert allowed[: engine.tokenizer.num_ranks].sum() > 90 and not allowed[engine.tokenizer.num_ranks :].any()
-    either = grammars.choice([(' "a\\b"\nIn: ', {"type": "object"}), (" 你\nIn: ", {"type": "array"})])
+    either = grammars.choice([Way(' "a\\b"\nIn: ', {"type": "object"}), Way(" 你\nIn: ", {"type": "array"})])
     assert accepts(engine, either, ' "a\\b"\nIn: {"x": []}') and accepts(engine, either, " 你\nIn: [1]")
     assert not accepts(engine, either, ' "a\\b"\nIn: [1]')
+
+
+def test_free_text_ends_at_its_mark_and_has_no_other(engine, grammars):
+    free = FreeText("Think:", ("\nStop/[x]", "Halt"), "\nSay: ")
+    ways = [Way("a=", {"type": "integer"}, free), Way("b=", {"type": "boolean"}, free), Way("", {"type": "null"})]
+    grammar = grammars.choice(ways)
+    for text in ("Think:\nSay: a=1", "Think: 你 \nSay\nSay:\n\nSay: b=true", "Think:Hal\nStop/\nSay: a=2", "null"):
+        assert accepts(engine, grammar, text), text
+    for text in (
+        "Think: Halt\nSay: a=1",
+        "Think:\nStop/[x]\nSay: a=1",
+        "\nSay: a=1",
+        "Think:\nSay: a=true",
+        "Think:\nSay: null",
+        "Think:",
+        "Think:\nSay: x\nSay: a=1",
+    ):
+        assert not accepts(engine, grammar, text), text
 
 
 @pytest.mark.parametrize(
@@ -150,4 +168,4 @@ def test_schemas_without_a_grammar_are_refused_in_one_line(grammars, schema, mes
         grammars.json_schema(schema)
     assert "\n" not in str(refused.value)
     if "Unimplemented" in message:
-        grammars.choice([("", schema)], lenient=True)
+        grammars.choice([Way("", schema)], lenient=True)
