@@ -30,6 +30,8 @@ from qwen_jax.serving.protocol import Job, Served, parse_chat, parse_completion
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
+IGNORED_HEADER = "x-ignored-fields"
+_MOST_NAMES = 100  # of ignored fields in the log
 # A body that is too large is read to its end, up to so many times the limit, as a client that is still sending would
 # see a broken connection instead of the answer, and send it again.
 _DRAINED = 8
@@ -71,6 +73,7 @@ class Service:
         self.thread, self.served, self.max_request_bytes = thread, served, max_request_bytes
         self._api_key, self._local = api_key, local
         self.metrics = Metrics(thread.engine.slots, lambda: thread.rows_in_use, lambda: thread.waiting)
+        self._ignored: set[str] = set()
         self.draining = False
         self.answering = 0
         self.started = int(time.time())
@@ -123,6 +126,14 @@ class Service:
         self.metrics.prompt_tokens.inc(responses.usage(job, 0)["prompt_tokens"])
         return submission
 
+    def about_ignored(self, job: Job) -> dict[str, str]:
+        """Headers that name the fields of a request without effect; the log names each field once."""
+        for name in job.ignored:
+            if name not in self._ignored and len(self._ignored) < _MOST_NAMES:
+                self._ignored.add(name)
+                log.warning("requests have the field %s, which is not known here and has no effect", name)
+        return {IGNORED_HEADER: ", ".join(job.ignored)} if job.ignored else {}
+
     async def chunks(self, submission: Submission, begun: float) -> AsyncIterator[tuple[int, StreamChunk]]:
         """The chunks of a submission, counted and timed."""
         last: dict[int, float] = {}
@@ -164,9 +175,11 @@ def _is_local_name(host: str) -> bool:
 class EventStream(StreamingResponse):
     """Server-sent events. However the response ends, what has not been generated yet is not."""
 
-    def __init__(self, events: AsyncIterator[bytes], submission: Submission, metrics: Metrics):
+    def __init__(
+        self, events: AsyncIterator[bytes], submission: Submission, metrics: Metrics, headers: Mapping[str, str]
+    ):
         # no-cache and no buffering by proxies, or the client would see the reply at its end only.
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._submission, self._metrics, self.whole = submission, metrics, False
 
@@ -258,8 +271,9 @@ def create_app(service: Service) -> Starlette:
         body = await service.body(request)
         job = await run_in_threadpool(parse, body, service.served)
         submission = service.submit(job)
+        headers = service.about_ignored(job)
         if job.stream:
-            return EventStream(_events(service, job, submission, begun), submission, service.metrics)
+            return EventStream(_events(service, job, submission, begun), submission, service.metrics, headers)
         try:
             content = await _unless_disconnected(request, _whole(service, job, submission, begun))
         except ClientDisconnect:
@@ -267,7 +281,7 @@ def create_app(service: Service) -> Starlette:
             return Response(status_code=499)  # nobody reads it
         finally:
             submission.cancel()
-        return Response(content, media_type="application/json")
+        return Response(content, headers=headers, media_type="application/json")
 
     async def chat_completions(request: Request) -> Response:
         return await generate(request, parse_chat)

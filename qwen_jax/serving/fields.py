@@ -1,7 +1,7 @@
 """Reads the fields of a request's JSON body, and refuses bodies that would cost more to read than they may."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qwen_jax.serving.errors import bad_request
@@ -93,22 +93,6 @@ def stop_strings(body: Mapping) -> tuple[str, ...]:
             "stop", f"at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters, found {len(found)}"
         )
     return tuple(found)
-
-
-def refuse_unsupported(body: Mapping, unsupported: Mapping[str, tuple[Sequence, str]]) -> None:
-    """Refuses fields whose effect would be missed if they were left out of account.
-
-    Args:
-        unsupported: (values without effect, what to do instead), by name. A field that is in no list has no effect on
-            the text, or is not known, and is accepted.
-
-    Raises:
-        ApiError: a field has a value that is not without effect.
-    """
-    for name, (harmless, instead) in unsupported.items():
-        value = body.get(name)
-        if value is not None and value not in harmless:
-            raise bad_request(name, f"{shown(value)} is not supported by this server: {instead}", "unsupported_value")
 
 
 def shown(value: object) -> str:

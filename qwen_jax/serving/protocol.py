@@ -18,6 +18,7 @@ from qwen_jax.models.vision.config import VisionConfig
 from qwen_jax.serving import fields
 from qwen_jax.serving.errors import CONTEXT_LENGTH, ApiError, bad_request
 from qwen_jax.serving.formats import constraint_of, read_format
+from qwen_jax.serving.known_fields import check_chat, check_completion
 from qwen_jax.serving.pictures import check_pictures, decoded, read_content, read_text
 from qwen_jax.serving.prompts import AUTO, chat_prompt
 from qwen_jax.serving.tools import MAX_TOOLS, read_choice, read_tools
@@ -27,19 +28,6 @@ if TYPE_CHECKING:
 
 _SEEDS = 2**32
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_UNSUPPORTED: dict[str, tuple[Sequence, str]] = {
-    "best_of": ((1,), "ask for n and choose"),
-}
-_UNSUPPORTED_CHAT = _UNSUPPORTED | {
-    "functions": (([],), "describe them in tools"),
-    "function_call": ((), "use tool_choice"),
-    "modalities": ((["text"],), "replies are text"),
-    "audio": ((), "replies are text"),
-    "web_search_options": ((), "give a tool that searches"),
-}
-_UNSUPPORTED_COMPLETION = _UNSUPPORTED | {
-    "suffix": (("",), "leave it out"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +86,7 @@ class Job:
         tools: JSON schema of the parameters, by name, of the tools that a reply may call; None: replies are plain text.
         held: whether `requests` are constrained so that a whole reply that calls a tool fits its schema.
         echo: whether a choice begins with the prompt. Then `max_new_tokens` of the requests may be 0.
+        ignored: names of the fields that are left out of account.
     """
 
     requests: tuple[Request, ...]
@@ -110,6 +99,7 @@ class Job:
     tools: Mapping[str, Any] | None = None
     held: bool = False
     echo: bool = False
+    ignored: tuple[str, ...] = ()
 
 
 def parse_chat(body: Mapping, served: Served) -> Job:
@@ -119,7 +109,7 @@ def parse_chat(body: Mapping, served: Served) -> Job:
         ApiError: the body is not one that this server answers.
     """
     _check_model(body, served)
-    fields.refuse_unsupported(body, _UNSUPPORTED_CHAT)
+    ignored = check_chat(body)
     tools = read_tools(body)
     choice = read_choice(body, tools)
     form = read_format(body)
@@ -165,7 +155,7 @@ def parse_chat(body: Mapping, served: Served) -> Job:
         requests = tuple(dataclasses.replace(request, constraint=constraint) for request in requests)
     calls = schemas if prompt.tools or prompt.opening else None
     held = form is not None and choice.mode == AUTO and bool(prompt.tools)
-    return Job(requests, True, *_form(body), logprobs, top, prompt.opening, calls, held)
+    return Job(requests, True, *_form(body), logprobs, top, prompt.opening, calls, held, ignored=ignored)
 
 
 def parse_completion(body: Mapping, served: Served) -> Job:
@@ -175,7 +165,7 @@ def parse_completion(body: Mapping, served: Served) -> Job:
         ApiError: the body is not one that this server answers.
     """
     _check_model(body, served)
-    fields.refuse_unsupported(body, _UNSUPPORTED_COMPLETION)
+    ignored = check_completion(body)
     given = body.get("prompt")
     many = isinstance(given, list) and bool(given) and all(isinstance(one, str | list) for one in given)
     prompts = given if isinstance(given, list) and many else [given]
@@ -186,7 +176,7 @@ def parse_completion(body: Mapping, served: Served) -> Job:
     top = None if body.get("logprobs") is False else fields.integer(body, "logprobs", 0, MOST_LIKELY)
     echo = fields.flag(body, "echo")
     requests = _requests(body, ids, "prompt", fields.stop_strings(body), top or 0, served, least=0 if echo else 1)
-    return Job(requests, False, *_form(body), top is not None, top or 0, echo=echo)
+    return Job(requests, False, *_form(body), top is not None, top or 0, echo=echo, ignored=ignored)
 
 
 def _prompt_ids(given: object, served: Served) -> Sequence[int]:

@@ -52,7 +52,7 @@ class Answer:
             if not self._chat:
                 choices.append(choice | {"text": part.content})
                 continue
-            message: dict[str, Any] = {"role": "assistant", "content": part.content}
+            message: dict[str, Any] = {"role": "assistant", "content": part.content, "refusal": None}
             if part.call is not None:
                 message |= {"content": part.content or None, "tool_calls": [_call(part.call)]}
             choices.append(choice | {"message": message})
@@ -90,7 +90,8 @@ class Answer:
     def _chunk(self, choice: dict[str, Any] | None, **more: object) -> bytes:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         choices = [] if choice is None else [choice]
-        return event({"object": kind, **self._head, "choices": choices, **more})
+        usage = {"usage": None} if self._job.include_usage else {}
+        return event({"object": kind, **self._head, "choices": choices, **usage, **more})
 
     def _log_probs(self, index: int, part: Part) -> dict[str, Any]:
         if self._chat:
@@ -98,7 +99,8 @@ class Answer:
                 "content": [
                     {**_spelled(one.data, one.log_prob), "top_logprobs": [_spelled(*other) for other in one.top]}
                     for one in part.tokens
-                ]
+                ],
+                "refusal": None,
             }
         offsets = self._offsets.setdefault(index, _Offsets())
         return {

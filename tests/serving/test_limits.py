@@ -186,7 +186,7 @@ def test_an_error_of_ours_has_the_form_of_errors_and_leaves_no_row(tokenizer, mo
     engine = ScriptedEngine(tokenizer, lambda prompt: "fine")
     with serving(engine) as running:
         with monkeypatch.context() as patch:
-            patch.setattr("qwen_jax.serving.choices.Choice.take", lambda self, chunk: 1 / 0)
+            patch.setattr("qwen_jax.serving.choices.Choice.take", lambda self, *chunk: 1 / 0)
             status, _, answer = Call(running.url, QUESTION | {"stream": stream}).answer()
         assert stream or (status == 500 and answer["error"]["type"] == "server_error")
         assert "the server failed (ZeroDivisionError)" in json.dumps(answer)
