@@ -32,7 +32,8 @@ class Part:
 
     Attributes:
         content: text.
-        tokens: the new tokens; in a chat, the one that ended the reply is not among them if it is no text.
+        tokens: the new tokens, if log-probabilities are asked for; in a chat, the one that ended the reply is not among
+            them if it is no text.
         finish_reason: "stop", "length" or "tool_calls" in the last part, else None.
         call: the call of the reply, in the last part.
     """
@@ -70,10 +71,11 @@ class Choice:
         content, tokens = self._prompt(chunk.request.prompt, score) if self._echo else ("", [])
         self._echo = False
         content += self._reply.feed(chunk.text or "")
-        # The older protocol has the token that ended a completion among its tokens.
-        hidden = chunk.request.stop_ids if self._job.chat else ()
-        added = self._probs(chunk.tokens, chunk.log_probs, chunk.top_log_probs)
-        tokens += [one for token, one in zip(chunk.tokens, added, strict=True) if token not in hidden]
+        if self._job.logprobs:
+            # The older protocol has the token that ended a completion among its tokens.
+            hidden = chunk.request.stop_ids if self._job.chat else ()
+            added = self._probs(chunk.tokens, chunk.log_probs, chunk.top_log_probs)
+            tokens += [one for token, one in zip(chunk.tokens, added, strict=True) if token not in hidden]
         if chunk.finish_reason is None:
             return Part(content, tokens)
         truncated = chunk.finish_reason == LENGTH
@@ -82,10 +84,11 @@ class Choice:
         return Part(content + rest, tokens, reason, call)
 
     def _prompt(self, prompt: Sequence[int], score: Score | None) -> tuple[str, list[TokenProb]]:
-        """Text of a prompt, and its tokens."""
+        """Text of a prompt, and its tokens, if log-probabilities are asked for."""
         data = [self._bytes(token) for token in prompt]
-        tokens = [TokenProb(data[0], None)]
+        tokens = []
         if score is not None:
+            tokens = [TokenProb(data[0], None)]
             tokens += self._probs(prompt[1:], score.log_probs.tolist(), score.top_log_probs)
         return b"".join(data).decode("utf-8", "replace"), tokens
 
