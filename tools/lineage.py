@@ -84,7 +84,9 @@ class Story:
             ["--text_size=220000", "--code_size=250000"],
             ["--text_size=20000", "--code_size=15000", "--held_out_size=3000"],
         )
-        pictures = self.size([], ["--pairs=24", "--tasks=24", "--dialogues=24", "--texts=200", "--held_out=2"])
+        pictures = self.size(
+            ["--texts=16000"], ["--pairs=24", "--tasks=24", "--dialogues=24", "--texts=200", "--held_out=2"]
+        )
         return [
             Step(
                 "a crawl with the defects of the web, and another one to measure on",

@@ -4,14 +4,14 @@
     python tools/make_pictures.py --output pictures --pairs 200 --tasks 200 --dialogues 100 --held_out 20 --seed 7
 
 A picture shows one or two different shapes, several of one kind, or a sign with Latin letters or Chinese characters.
-Each thing stands in a cell of a 4 by 4 grid; sizes and places within it vary. Half of the text is Chinese.
+Each thing stands in a cell of a 3 by 3 grid; sizes and places within it vary. Half of the text is Chinese.
 
-    pairs.jsonl       a picture and its caption: stage 1
-    tasks.jsonl       a picture and several tasks about it: stage 2. Describe it, answer, find a thing (boxes), name the
-                      thing in a box, read a sign; and conversations without a picture
+    pairs.jsonl       a picture and its caption: stage 1. Half of the captions are maps, in the language "grid"
+    tasks.jsonl       a picture and several tasks about it: stage 2. Describe it, name the cells, answer, find a thing
+                      (boxes), name the thing in a box, read a sign; and conversations without a picture
     dialogues.jsonl   conversations about one picture, or comparing two: stage 3
     text.jsonl        descriptions with questions and answers, without pictures: for the base model. Most descriptions
-                      are maps: the 16 cells, row by row, with a word for each. Some compare two maps
+                      are maps: the 9 cells, row by row, with a word for each. Some compare two maps
     maps.jsonl        conversations as those with pictures, with maps in their place: for the base model
     replay.jsonl      more of text.jsonl, for stages 2 and 3, so that text is not forgotten
     frame.jsonl       the words around every conversation and those of maps, for the vocabulary
@@ -38,11 +38,12 @@ from qwen_jax import files
 from qwen_jax.command_line import path_argument, run
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 
-SIDE = 128  # of a picture, in pixels
-# Each thing and each character stands in a cell of a 4 by 4 grid, of any size and place that fit: what a model of this
+SIDE = 96  # of a picture, in pixels
+ACROSS = 3  # cells in a row of the grid, and in a column
+# Each thing and each character stands in a cell of a 3 by 3 grid, of any size and place that fit: what a model of this
 # size can learn to see in minutes.
-CELL = SIDE // 4
-SIZES = (20, 28)  # of a thing
+CELL = SIDE // ACROSS
+SIZES = (22, 28)  # of a thing
 GLYPH = 22
 INK = (245, 245, 245)  # of signs
 BACKGROUNDS = ((124, 118, 106), (116, 120, 112), (130, 116, 104), (120, 112, 116))  # near the mean of CLIP
@@ -59,21 +60,27 @@ COLORS = {
 # Letters of colors and shapes on maps.
 LETTERS = {"red": "r", "green": "g", "blue": "b", "yellow": "y"}
 LETTERS |= {"circle": "c", "square": "s", "triangle": "t"}
-# Of the 16 cells, row by row: a decoder with rotary positions alone would have to count them.
-CELLS = "abcdefghijklmnop"
+# Of the 9 cells, row by row: a decoder with rotary positions alone would have to count them.
+CELLS = "abcdefghi"
 SHAPES = ("circle", "square", "triangle")
 # Strokes on a grid of 9 by 9 points, x and y of both ends: no font that comes with Python packages has Chinese.
 STROKES = {
     "A": "0 8 4 0, 4 0 8 8, 2 5 6 5",
+    "C": "8 0 1 0, 1 0 1 8, 1 8 8 8",
     "H": "1 0 1 8, 7 0 7 8, 1 4 7 4",
+    "K": "1 0 1 8, 7 0 1 4, 1 4 7 8",
     "L": "1 0 1 8, 1 8 7 8",
+    "S": "7 0 1 0, 1 0 1 4, 1 4 7 4, 7 4 7 8, 7 8 1 8",
     "T": "0 0 8 0, 4 0 4 8",
     "X": "0 0 8 8, 8 0 0 8",
     "一": "0 4 8 4",
+    "三": "1 0 7 0, 1 4 7 4, 0 8 8 8",
+    "十": "0 4 8 4, 4 0 4 8",
     "口": "1 1 7 1, 7 1 7 8, 7 8 1 8, 1 8 1 1",
     "田": "0 0 8 0, 8 0 8 8, 8 8 0 8, 0 8 0 0, 0 4 8 4, 4 0 4 8",
     "山": "4 0 4 8, 0 3 0 8, 8 3 8 8, 0 8 8 8",
     "人": "4 0 4 2, 4 2 0 8, 4 2 8 8",
+    "下": "0 0 8 0, 4 0 4 8, 4 3 7 5",
 }
 SIGNS = {"en": [one for one in STROKES if one.isascii()], "zh": [one for one in STROKES if not one.isascii()]}
 SIGN_LENGTH = 2
@@ -90,7 +97,7 @@ class Language:
     thing: str
     several: str
     numbers: tuple[str, ...]
-    places: dict[str, str]  # of a quarter: t or b, then l or r
+    places: tuple[str, ...]  # of the cells, row by row
     at: str
     comma: str
     sign: str
@@ -99,6 +106,7 @@ class Language:
     shape: str
     count: str
     place: str
+    cells: str
     find: tuple[str, ...]
     name: str
     read: tuple[str, ...]
@@ -115,7 +123,11 @@ ENGLISH = Language(
     thing="{color} {shape}",
     several="{number} {color} {shape}",
     numbers=("zero", "one", "two", "three", "four"),
-    places={"tl": "top left", "tr": "top right", "bl": "bottom left", "br": "bottom right"},
+    places=(
+        *("top left", "top center", "top right"),
+        *("middle left", "center", "middle right"),
+        *("bottom left", "bottom center", "bottom right"),
+    ),
     at="{place} {thing}",
     comma=", ",
     sign="the sign {}",
@@ -124,6 +136,7 @@ ENGLISH = Language(
     shape="What shape is {color}?",
     count="How many shapes are there?",
     place="Where is the {shape}?",
+    cells="What is in each cell?",
     find=("Find the {thing}.", "Where exactly is the {thing}?"),
     name="What is in {box}?",
     read=("Read the sign.", "What does the sign say?"),
@@ -143,7 +156,7 @@ CHINESE = Language(
     thing="{color} {shape}",
     several="{number} 个 {color} {shape}",
     numbers=("零", "一", "两", "三", "四"),
-    places={"tl": "左上", "tr": "右上", "bl": "左下", "br": "右下"},
+    places=("左上", "中上", "右上", "左中", "正中", "右中", "左下", "中下", "右下"),
     at="{place} {thing}",
     comma="， ",
     sign="牌子 {}",
@@ -152,6 +165,7 @@ CHINESE = Language(
     shape="{color}的是什么形状？",
     count="有几个图形？",
     place="{shape}在哪里？",
+    cells="每格是什么？",
     find=("找到{thing}。", "框出{thing}。"),
     name="{box}里是什么？",
     read=("读出牌子。", "牌子上写了什么？"),
@@ -166,10 +180,13 @@ FRAME = f"system\n{DEFAULT_SYSTEM}\nuser\nPicture 1: \nassistant\n"
 # Each thing on a map is to be one token.
 CODES = "".join(f" {LETTERS[color]}{LETTERS[shape]}{cell}" for color in COLORS for shape in SHAPES for cell in CELLS)
 # The kinds of questions, in the order of the held-out file.
-KINDS = ("describe", "color", "shape", "count", "place", "find", "name", "read", "compare")
-WITH_BOXES = ("find", "name")
+KINDS = ("describe", "cells", "color", "shape", "count", "place", "find", "name", "read", "compare")
+# Kinds that a description in words does not answer.
+EXACT = ("cells", "find", "name")
 TWO_MAPS = 0.15  # of the documents of text.jsonl compare two maps
 MAPPED = 0.8  # of the other descriptions there are maps, not sentences
+GRID = "grid"  # the language of captions that are maps
+GRIDS = 0.5  # of pairs.jsonl have such captions
 COMPARED = 0.6  # of the dialogues are about two pictures
 
 
@@ -188,10 +205,10 @@ class Thing:
         return (left + right) / 2, (top + bottom) / 2
 
     @property
-    def place(self) -> str:
-        """The quarter of the picture that its center is in: a key of `Language.places`."""
+    def cell(self) -> int:
+        """The cell that its center is in, counted row by row."""
         x, y = self.center
-        return ("t" if y < SIDE / 2 else "b") + ("l" if x < SIDE / 2 else "r")
+        return ACROSS * (int(y) // CELL) + int(x) // CELL
 
     @property
     def thousandths(self) -> list[int]:
@@ -229,15 +246,13 @@ class Scene:
 
     @property
     def map(self) -> str:
-        """The 16 cells row by row, a word each: `.`, letters of a thing and its cell, or a character of a sign."""
+        """The 9 cells row by row, a word each: `.`, letters of a thing and its cell, or a character of a sign."""
         cells = {}
         for thing in self.things:
-            x, y = thing.center
-            row, column = int(y) // CELL, int(x) // CELL
-            cells[row, column] = f"{LETTERS[thing.color]}{LETTERS[thing.shape]}{CELLS[4 * row + column]}"
+            cells[thing.cell] = f"{LETTERS[thing.color]}{LETTERS[thing.shape]}{CELLS[thing.cell]}"
         for index, glyph in enumerate(self.sign):
-            cells[self.corner[1] // CELL, self.corner[0] // CELL + index] = glyph
-        return "".join(f" {cells.get((row, column), '.')}" for row in range(4) for column in range(4))
+            cells[ACROSS * (self.corner[1] // CELL) + self.corner[0] // CELL + index] = glyph
+        return "".join(f" {cells.get(cell, '.')}" for cell in range(len(CELLS)))
 
     def drawn(self) -> Image.Image:
         """The picture, RGB, SIDE x SIDE."""
@@ -296,16 +311,16 @@ class Maker:
             sign = "".join(self.draw.choice(SIGNS[language]) for _ in range(SIGN_LENGTH))
             if held_out_sign(sign) == self._held_out:
                 break
-        column, row = self.draw.randint(0, 4 - len(sign)), self.draw.randrange(4)
+        column, row = self.draw.randint(0, ACROSS - len(sign)), self.draw.randrange(ACROSS)
         corner = tuple(CELL * cell + self.draw.randint(2, CELL - GLYPH - 4) for cell in (column, row))
         return Scene(self.draw.choice(BACKGROUNDS), sign=sign, corner=(corner[0], corner[1]))
 
     def any(self, language: str) -> Scene:
         """A scene of any sort."""
         sort = self.draw.random()
-        if sort < 0.2:
+        if sort < 0.3:
             return self.sign(language)
-        return self.alike(self.draw.randint(2, MOST_ALIKE)) if sort < 0.35 else self.different(self._few())
+        return self.alike(self.draw.randint(2, MOST_ALIKE)) if sort < 0.45 else self.different(self._few())
 
     def two(self) -> tuple[Scene, Scene]:
         """Two scenes to compare, each of one thing or several alike; color, shape and number agree half of the time."""
@@ -325,10 +340,10 @@ class Maker:
 
     def _scene(self, things: Sequence[tuple[str, str]]) -> Scene:
         """Things of these colors and shapes in columns of their own, or, where they are alike, anywhere."""
-        cells = [(column, row) for column in range(4) for row in range(4)]
+        cells = [(column, row) for column in range(ACROSS) for row in range(ACROSS)]
         if len(set(things)) == len(things):
-            columns = sorted(self.draw.sample(range(4), len(things)))
-            places = [(column, self.draw.randrange(4)) for column in columns]
+            columns = sorted(self.draw.sample(range(ACROSS), len(things)))
+            places = [(column, self.draw.randrange(ACROSS)) for column in columns]
         else:
             places = sorted(self.draw.sample(cells, len(things)))
         made = tuple(Thing(*kind, self._box(*place)) for kind, place in zip(things, places, strict=True))
@@ -359,7 +374,7 @@ class Speaker:
             first = scene.things[0]
             names = {"color": words.colors[first.color], "shape": words.plurals[first.shape]}
             return words.several.format(number=words.numbers[len(scene.things)], **names)
-        places = (words.at.format(thing=self.named(one), place=words.places[one.place]) for one in scene.things)
+        places = (words.at.format(thing=self.named(one), place=words.places[one.cell]) for one in scene.things)
         return words.comma.join(places)
 
     def ask(self, kind: str, scene: Scene) -> tuple[list[Part], list[Part]]:
@@ -368,6 +383,8 @@ class Speaker:
         thing = pick(scene.things) if scene.things else None
         if kind == "describe":
             return [text(pick(words.describe))], [text(self.caption(scene))]
+        if kind == "cells":
+            return [text(words.cells)], [text(scene.map)]
         if kind == "read":
             return [text(pick(words.read))], [text(" ".join(scene.sign))]
         assert thing is not None
@@ -383,7 +400,7 @@ class Speaker:
             "color": (words.color.format(shape=shape), color),
             "shape": (words.shape.format(color=color), shape),
             "count": (words.count, words.numbers[len(scene.things)]),
-            "place": (words.place.format(shape=shape), words.places[thing.place]),
+            "place": (words.place.format(shape=shape), words.places[thing.cell]),
         }[kind]
         return [text(question)], [text(answer)]
 
@@ -418,10 +435,10 @@ def box(thing: Thing, ref: str | None = None) -> Part:
 def kinds(scene: Scene) -> list[str]:
     """The kinds of questions that a scene has one answer to."""
     if scene.sign:
-        return ["describe", "read"]
+        return ["describe", "cells", "read"]
     if scene.alike:
-        return ["describe", "count", "color", "shape"]
-    return ["describe", "color", "shape", "count", "place", "find", "name"]
+        return ["describe", "cells", "count", "color", "shape"]
+    return ["describe", "cells", "color", "shape", "count", "place", "find", "name"]
 
 
 class Writer:
@@ -434,7 +451,11 @@ class Writer:
         """A picture and its caption."""
         for index, (maker, language, speaker) in enumerate(self._speakers("pairs", count)):
             scene = maker.any(language)
-            yield {"image": self._picture("pairs", f"{index}", scene), "text": speaker.caption(scene)}
+            row = {"image": self._picture("pairs", f"{index}", scene)}
+            if maker.draw.random() < GRIDS:
+                yield row | {"text": scene.map.strip(), "language": GRID}
+            else:
+                yield row | {"text": speaker.caption(scene)}
 
     def tasks(self, count: int, turns: int, text_share: float) -> Iterator[dict]:
         """A picture and `turns` tasks about it; or a description in words instead of the picture."""
@@ -442,7 +463,7 @@ class Writer:
             scene = maker.any(language)
             if maker.draw.random() < text_share:
                 opening = [text(speaker.caption(scene) + "\n")]
-                asked = [kind for kind in kinds(scene) if kind not in WITH_BOXES]
+                asked = [kind for kind in kinds(scene) if kind not in EXACT]
             else:
                 opening = [self._image("tasks", f"{index}", scene)]
                 asked = kinds(scene)
@@ -473,7 +494,7 @@ class Writer:
                 said = [speaker.compare(one, scenes) for one in about]
             else:
                 scenes = (maker.any(language).centered(),)
-                said = speaker.several(kinds(scenes[0]), scenes[0], 2 * turns)
+                said = speaker.several(kinds(scenes[0]), scenes[0], turns - 1)
             opening = [text(f"Picture {number}:{scene.map}\n") for number, scene in enumerate(scenes, 1)]
             yield {"messages": conversation(opening, said)}
 
@@ -506,10 +527,13 @@ class Writer:
                 said = [speaker.compare(about, scenes) for about in speaker.words.compare]
             else:
                 scene = maker.any(language)
-                asked = [kind for kind in kinds(scene) if kind not in WITH_BOXES]
+                asked = [kind for kind in kinds(scene) if kind not in EXACT]
                 caption = speaker.caption(scene)
                 described = scene.map if maker.draw.random() < MAPPED else caption
-                lines = [described, f"Generate the caption in {speaker.words.name_of_language}: {caption}"]
+                language, told = speaker.words.name_of_language, caption
+                if described == scene.map and maker.draw.random() < GRIDS:
+                    language, told = GRID, scene.map.strip()
+                lines = [described, f"Generate the caption in {language}: {told}"]
                 said = speaker.several(asked, scene, turns)
             for question, answer in said:
                 lines.append(f"{question[0]['text']} Answer: {answer[0]['text']}")
@@ -547,7 +571,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=path_argument, required=True, metavar="FOLDER", help="folder for all files")
     for name, count, what in (
-        ("pairs", 8_000, "lines of pairs.jsonl"),
+        ("pairs", 16_000, "lines of pairs.jsonl"),
         ("tasks", 8_000, "lines of tasks.jsonl"),
         ("dialogues", 3_000, "lines of dialogues.jsonl"),
         ("texts", 8_000, "lines of text.jsonl and of maps.jsonl"),
@@ -569,7 +593,7 @@ def main(argv: list[str] | None = None) -> None:
         ("tasks", writer.tasks(asked.tasks, turns, asked.text_share)),
         ("dialogues", writer.dialogues(asked.dialogues, turns)),
         ("text", writer.texts("text", asked.texts, turns)),
-        ("maps", writer.maps(asked.texts, turns)),
+        ("maps", writer.maps(2 * asked.texts, turns)),
         ("replay", writer.texts("replay", max(1, asked.texts // 4), turns)),
         ("held_out/questions", writer.questions(asked.held_out)),
         ("held_out/text", writer.texts("held_out_text", max(1, asked.texts // 20), turns)),

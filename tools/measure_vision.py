@@ -89,7 +89,9 @@ def prompt(tokenizer, kind: str, asked: Sequence[dict], num_queries: int, plain:
     parts = [part for message in asked for part in message["content"]]
     seen = content.pictures(parts)
     words = [part for part in parts if part not in seen]
-    if kind == "describe":
+    if kind == "cells":
+        words = ["Generate the caption in grid:"]
+    elif kind == "describe":
         chinese = any("\u4e00" <= letter for word in words for letter in content.written([word]))
         words = [f"Generate the caption in {'Chinese' if chinese else 'English'}:"]
     else:

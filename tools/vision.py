@@ -46,6 +46,7 @@ MODELS = {
 QUESTIONS = ("color", "shape", "count", "place")
 COLUMNS = {
     "caption": ("describe",),
+    "cells": ("cells",),
     "question": QUESTIONS,
     "box": ("find",),
     "name": ("name",),
@@ -56,7 +57,7 @@ COLUMNS = {
 TOY = [f"ModelConfig.{one}" for one in ("num_layers=1", "num_heads=2", "ffn_size=64", "vocab_size=752")]
 TOY += ["VisionConfig.num_layers=1", "VisionConfig.image_start_id=742"]
 TOY += ["TRAIN_STEPS=2", "WARMUP_STEPS=1", "EVAL_BATCHES=1", "BATCH_SIZE=2"]
-TITLES = ("captions", "questions", "boxes", "naming", "reading", "comparing")
+TITLES = ("captions", "cells", "questions", "boxes", "naming", "reading", "comparing")
 
 
 def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[Step]:
@@ -91,7 +92,7 @@ def steps(folder: Path, seed: int, rehearse: bool, settings: list[str]) -> list[
         Step(
             "a vocabulary for them",
             (
-                *("tools/build_tokenizer.py", f"--size={736 if rehearse else 1024}"),
+                *("tools/build_tokenizer.py", f"--size={736 if rehearse else 960}"),
                 *("--input", f"text:{data / 'text.jsonl'}", f"frame:{data / 'frame.jsonl'}:1000"),
                 f"--output={folder / 'vocabulary.tiktoken'}",
             ),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from qwen_jax import files
 
-COLUMNS = ("caption", "question", "box", "name", "reading", "comparison")
+COLUMNS = ("caption", "cells", "question", "box", "name", "reading", "comparison")
 
 
 def measured(**changed) -> dict[str, dict[str, float]]:
@@ -72,7 +72,7 @@ def test_table_and_picture_are_made_of_what_was_measured(tool, tmp_path):
         files.write_json(folder / "perplexity.json", {"groups": [{"bits_per_byte": 0.25}]})
     found = vision.figures(tmp_path)
     assert set(found["stage3"].values()) == {1.0, 0.25} and set(found["stage1"].values()) == {0.0}
-    assert f"| after stage 3 | {'100.0% | ' * 6}0.250 |\n" in vision.table(found)
+    assert f"| after stage 3 | {'100.0% | ' * 7}0.250 |\n" in vision.table(found)
     vision.draw(vision.shown(tmp_path), tmp_path / "vision.png")
     pixels = np.asarray(Image.open(tmp_path / "vision.png").convert("RGB"))
     shares = [
