@@ -81,9 +81,6 @@ class SelfAttention(nn.Module):
         if cache is not None:
             cache = cache.write(positions[:, 0], key, value)
         windows = None if extension is None else extension.windows
-        if windows is not None and not isinstance(mask, Branches):
-            key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
-            mask = mask & (positions[:, :, None] - key_positions[:, None, :] < windows[layer])
         if self.is_initializing():
             mixed = query  # parameters are made from shapes alone; attention has none of its own
         elif mask is None:
@@ -91,14 +88,10 @@ class SelfAttention(nn.Module):
             mixed = causal_attention(
                 query, key, value, segment_ids, c, dropout_rng=self.make_rng("dropout") if dropping else None
             )
-        elif isinstance(mask, Branches):
-            window = None if windows is None else windows[layer]
-            assert cache is not None  # texts go on from it
-            mixed = branch_attention(query, cache, mask, positions, window)
-        elif cache is not None:
-            mixed = dot_product_attention(query, cache.key, cache.value, mask)
         else:
-            mixed = dot_product_attention(query, key, value, mask)
+            mixed = _masked_attention(
+                query, key, value, mask, cache, positions, None if windows is None else windows[layer]
+            )
         mixed = constrain(mixed, "batch", "heads", "length", None)
         out = Projection(
             "bhlk,hkd->bld",
@@ -111,3 +104,30 @@ class SelfAttention(nn.Module):
             name="output",
         )(mixed)
         return out, cache
+
+
+def _masked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | Branches,
+    cache: KVCache | None,
+    positions: jax.Array,
+    window: jax.Array | None,
+) -> jax.Array:
+    """[batch, heads, length, head_dim]: attention to the keys of the cache, or to `key` without one.
+
+    Args:
+      query, key, value: [batch, heads or KV heads, length, head_dim].
+      mask, cache, positions: as in `SelfAttention`; the cache has the keys and values already.
+      window: int32 scalar, how far back a token attends; None: to all before it.
+    """
+    if isinstance(mask, Branches):
+        assert cache is not None  # texts go on from it
+        return branch_attention(query, cache, mask, positions, window)
+    if window is not None:
+        key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
+        mask = mask & (positions[:, :, None] - key_positions[:, None, :] < window)
+    if cache is not None:
+        key, value = cache.key, cache.value
+    return dot_product_attention(query, key, value, mask)
