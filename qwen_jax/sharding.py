@@ -36,6 +36,8 @@ RULES = {
     "activation_embed": None,
 }
 
+_WITHOUT_SPARSE_CORES = ("TPU v2", "TPU v3", "TPU v5 lite", "TPU v5e")
+
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("qwen_jax_mesh", default=None)
 # True while `sum_over_replicas` traces one replica: `data` is then no axis of its arrays.
 _one_replica: contextvars.ContextVar[bool] = contextvars.ContextVar("qwen_jax_one_replica", default=False)
@@ -149,6 +151,13 @@ def platform() -> str:
     """Platform of the devices that a function is traced for: "tpu", "gpu" or "cpu"."""
     mesh = _mesh.get()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def has_sparse_cores() -> bool:
+    """Whether a function is traced for TPUs with SparseCores, which run collectives: v5p, v6e and v7."""
+    mesh = _mesh.get()
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return device.platform == "tpu" and device.device_kind not in _WITHOUT_SPARSE_CORES
 
 
 def num_shards(name: str) -> int:
