@@ -12,6 +12,8 @@ from qwen_jax.models.vision.config import RESAMPLER_HEAD_DIM, VisionConfig
 REMAT_POLICIES = {
     "none": "everything",
     "dots": "every product with a weight, and not that of attention: about 5 + 3 x ffn_size / hidden_size hidden",
+    "weights": "what `minimal` keeps, and the weights of gate and up whole, as they were gathered: 2 x hidden_size x "
+    "ffn_size more of each block on each device, which the backward pass does not gather again",
     "minimal": "queries, keys, values, attention, the residual stream after it, gate and up: 5 + 2 x ffn_size / "
     "hidden_size hidden; repeats no product with a weight but the attention's output and FFN's down",
     "qkv": "queries, keys, values and attention: 4 hidden",
@@ -19,8 +21,10 @@ REMAT_POLICIES = {
     "full": "nothing",
     "offload": "what `minimal` keeps, in the host's memory",
 }
+_MINIMAL = ("query", "key", "value", "attention", "residual", "gate", "up")
 SAVED_NAMES = {
-    "minimal": ("query", "key", "value", "attention", "residual", "gate", "up"),
+    "weights": (*_MINIMAL, "gate_weight", "up_weight"),
+    "minimal": _MINIMAL,
     "qkv": ("query", "key", "value", "attention"),
     "attention": ("attention",),
 }

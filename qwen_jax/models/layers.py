@@ -97,7 +97,8 @@ class Projection(nn.Module):
             operands, result = equation.split("->")
             of_x, of_kernel = operands.split(",")
             equation = f"{of_x},{''.join(of_kernel[axis] for axis in order)}->{result}"
-        y = project(equation, x, gather_weight(kernel, names, self.dtype))
+        gathered = checkpoint_name(gather_weight(kernel, names, self.dtype), f"{self.name}_weight")
+        y = project(equation, x, gathered)
         if self.bias_names is not None:
             shape = self.shape[-len(self.bias_names) :]
             bias = self.param("bias", named_init(nn.initializers.zeros, self.bias_names), shape)

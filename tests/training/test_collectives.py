@@ -80,9 +80,14 @@ def elements(found, kind, group=None):
     "remat", ["minimal", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("dots", "qkv", "attention"))]
 )
 def test_no_remat_policy_keeps_gathered_parameters(remat):
-    """They are gathered again, or the model would be held whole. Only "none" keeps them, as it does everything."""
+    """They are gathered again, or the model would be held whole. "none" keeps them all, and "weights" some."""
     found = large(compiled(fsdp=8, remat=remat))
     assert elements(found, "all-gather") == 2 * 3 * BLOCK + 2 * EMBEDDING
+
+
+def test_weights_of_gate_and_up_that_are_kept_are_gathered_once():
+    found = large(compiled(fsdp=8, remat="weights"))
+    assert elements(found, "all-gather") == 3 * (2 * BLOCK - 2 * 32 * 48) + 2 * EMBEDDING
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
