@@ -41,6 +41,7 @@ from qwen_jax.training.goodput import process_start_time
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.run import Run, open_run
+from qwen_jax.training.state import boxed_shapes
 from qwen_jax.training.trainer import Trainer, standard_callbacks
 from qwen_jax.training.trainer_config import TrainerConfig
 
@@ -96,7 +97,7 @@ def rlhf(
     models = actor_critic(model, algorithm, reward_checkpoint)
     weights = _initial_weights(models, files.as_path(initial_checkpoint, "INITIAL_CHECKPOINT"), reward_checkpoint)
     if not saved_steps(output):
-        weights.check(nn.meta.unbox(jax.eval_shape(lambda: models.init_params(jax.random.key(0)))))
+        weights.check(nn.meta.unbox(boxed_shapes(models)))
     devices = make_mesh(mesh)
     trainer = in_parts(trainer, algorithm, rollouts, devices)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:

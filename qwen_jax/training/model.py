@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 
 class Model(Protocol):
-    """A model that can be trained; `qwen_jax.models.transformer.Qwen` is one."""
+    """A hashable model that can be trained; `qwen_jax.models.transformer.Qwen` is one."""
 
     @property
     def has_dropout(self) -> bool:

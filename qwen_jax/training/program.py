@@ -19,7 +19,7 @@ from qwen_jax.training.model import Model
 from qwen_jax.training.objective import Objective
 from qwen_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from qwen_jax.training.parameter_groups import assign_groups
-from qwen_jax.training.state import TrainState, abstract_state
+from qwen_jax.training.state import TrainState, abstract_state, boxed_shapes
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 
 
@@ -111,7 +111,7 @@ def frozen_parts(model: Model, optimizer: OptimizerConfig) -> set[str]:
     """Of the decoder and the image encoder (without the resampler) those of which no parameter learns."""
     if not optimizer.groups:
         return set()
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(model.init_params(jax.random.key(0))))
+    shapes = nn.meta.unbox(boxed_shapes(model))
     learns: dict[str, bool] = {}
     for path, group in assign_groups(list(flatten_dict(shapes, sep="/")), optimizer.groups).items():
         part = ENCODER if path.startswith("vision/layers/") else "" if path.startswith("vision/") else DECODER

@@ -1,5 +1,6 @@
 """The state of a run, created and restored sharded: no host or device ever holds the whole of it."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -59,6 +60,19 @@ def _state_of(params, optimizer, groups: Sequence[ParameterGroup], initial_extra
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), extra)
 
 
+def boxed_shapes(model: Model) -> dict:
+    """Shapes and logical axes of a model's parameters, which the caller must not change; nothing allocated.
+
+    A start needs them in several places, and to trace a model takes tenths of a second.
+    """
+    return _boxed_shapes(model)  # ty: ignore[invalid-argument-type]  Flax makes its modules hashable at run time
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed_shapes(model: Model) -> dict:
+    return jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
+
+
 def abstract_state(
     model: Model,
     optimizer: optax.GradientTransformation,
@@ -74,7 +88,7 @@ def abstract_state(
     Raises:
       ValueError: a parameter's dimension does not divide by its mesh axes, or the groups do not fit the parameters.
     """
-    params = jax.eval_shape(lambda: model.init_params(jax.random.key(0)))
+    params = boxed_shapes(model)
     split_params(params, groups)  # here, because errors inside a JAX trace are long
     boxed = jax.eval_shape(lambda params: _state_of(params, optimizer, groups, initial_extra), params)
     return jax.tree.map(
