@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for the sharding tests; set before JAX is imported anywhere."""
 
+import gc
 import importlib
 import logging
 import os
@@ -9,6 +10,7 @@ import sys
 from tests import environment
 
 environment.set_up()
+environment.collect_garbage_rarely()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first, the others in their order; `--no-loadscope-reorder` keeps it so."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import stays: no collection of garbage need walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -221,6 +221,8 @@ def python() -> str:
 if __name__ == "__main__":
     if sys.argv[1] == "ask":
         sys.exit(ask(sys.argv[2:]))
+    # As in tests/environment.py, which cannot be imported from here.
+    gc.set_threshold(20_000, 20, 50)
     import_packages(sys.argv[2])
     gc.freeze()
     leave(serve(sys.argv[3]))
