@@ -157,16 +157,21 @@ def outputs_of_row(model, params, ids, length, **options):
     return np.asarray(outputs(model, params, row, **options))[0, : len(ids)]
 
 
-def random_run(folder: Path, spread: float = 0.25, **sizes) -> Path:
-    """A run folder with random weights, large enough that greedy choices differ, over a vocabulary of single bytes."""
-    write_ranks({bytes([byte]): byte for byte in range(256)}, folder / "bytes.tiktoken")
-    config = ModelConfig(**{"vocab_size": 464, "head_dim": 16, **sizes})
+def random_params(config: ModelConfig, spread: float = 0.1) -> dict:
+    """Float32 parameters, biases too, around 0 and scales around 1. A model's own would take a program to compile."""
     random = np.random.default_rng(0)
     flat = {
         path: (random.standard_normal(shape) * spread + ("scale" in path)).astype(np.float32)
         for path, shape in parameter_shapes(config).items()
     }
-    save_params(folder / "run", config, unflatten_dict(flat, sep="/"), folder / "bytes.tiktoken")
+    return unflatten_dict(flat, sep="/")
+
+
+def random_run(folder: Path, spread: float = 0.25, **sizes) -> Path:
+    """A run folder with random weights, large enough that greedy choices differ, over a vocabulary of single bytes."""
+    write_ranks({bytes([byte]): byte for byte in range(256)}, folder / "bytes.tiktoken")
+    config = ModelConfig(**{"vocab_size": 464, "head_dim": 16, **sizes})
+    save_params(folder / "run", config, random_params(config, spread), folder / "bytes.tiktoken")
     return folder / "run"
 
 
