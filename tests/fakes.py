@@ -157,9 +157,9 @@ def outputs_of_row(model, params, ids, length, **options):
     return np.asarray(outputs(model, params, row, **options))[0, : len(ids)]
 
 
-def random_params(config: ModelConfig, spread: float = 0.1) -> dict:
+def random_params(config: ModelConfig, spread: float = 0.1, seed: int = 0) -> dict:
     """Float32 parameters, biases too, around 0 and scales around 1. A model's own would take a program to compile."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     flat = {
         path: (random.standard_normal(shape) * spread + ("scale" in path)).astype(np.float32)
         for path, shape in parameter_shapes(config).items()

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -13,7 +12,6 @@ from qwen_jax.batch_spec import token_columns
 from qwen_jax.checkpoints.arrays import save_params
 from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.distributed.watchdog import Activity
-from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.goodput import Goodput
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -21,7 +19,7 @@ from qwen_jax.training.parameter_groups import ParameterGroup, ScheduleConfig
 from qwen_jax.training.run import Run
 from qwen_jax.training.trainer import Trainer, standard_callbacks
 from qwen_jax.training.trainer_config import TrainerConfig
-from tests.fakes import FakeExamples, small_model
+from tests.fakes import FakeExamples, random_params, small_model
 
 # Ids of the end tokens, and the number of letters below them.
 IM_END, ENDOFTEXT, LETTERS = 61, 62, 60
@@ -138,6 +136,5 @@ def checkpoint(folder, name, config, ranks=range(256), seed=0):
     """A run folder with random weights over the vocabulary of single bytes."""
     vocabulary = folder / f"{name}.tiktoken"
     write_ranks({bytes([byte]): rank for byte, rank in zip(range(256), ranks, strict=True)}, vocabulary)
-    params = nn.meta.unbox(jax.jit(Qwen(config).init_params)(jax.random.key(seed)))
-    save_params(folder / name, config, jax.tree.map(np.asarray, params), vocabulary)
+    save_params(folder / name, config, random_params(config, 0.02, seed), vocabulary)
     return folder / name

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from qwen_jax.sharding import MeshConfig, make_mesh, use_mesh
 from qwen_jax.training.batches import global_batch
 from qwen_jax.training.step import batch_shapes
 from tests.alignment.hand_made_pairs import PairExamples, random_pairs, rows_of
-from tests.fakes import outputs_of_row, small_model
+from tests.fakes import outputs_of_row, random_params, small_model
 
 TRL = Path(__file__).parents[1] / "golden" / "trl"
 MODEL = Qwen(small_model(vocab_size=64))
@@ -29,7 +28,7 @@ log_softmax = jax.jit(jax.nn.log_softmax)
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.meta.unbox(jax.jit(MODEL.init_params)(jax.random.key(0)))
+    return random_params(MODEL.config, 0.02)
 
 
 def test_log_probabilities_of_responses_are_those_of_the_conversation_alone(params):

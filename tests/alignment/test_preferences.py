@@ -2,7 +2,6 @@
 
 import math
 
-import flax.linen as nn
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from qwen_jax.training.optimizer import OptimizerConfig, learning_rates
 from qwen_jax.training.state import initial_state
 from qwen_jax.training.step import batch_shapes, compile_train_step, make_train_step
 from tests.alignment.hand_made_pairs import PairExamples, random_pairs, rows_of
-from tests.fakes import outputs_of_row, small_model
+from tests.fakes import outputs_of_row, random_params, small_model
 
 MODEL = Qwen(small_model(head="scalar", vocab_size=64))
 rewards, loss_of = (jax.jit(function, static_argnums=0) for function in (pair_rewards, pairwise_loss))
@@ -28,7 +27,7 @@ ends = jax.jit(response_ends)
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.meta.unbox(jax.jit(MODEL.init_params)(jax.random.key(0)))
+    return random_params(MODEL.config, 0.02)
 
 
 def rewards_alone(params, pairs):

@@ -1,7 +1,5 @@
 """Scores of continuations: those of a forward pass over each text alone, whatever the texts share."""
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from qwen_jax.inference import Engine, logits, scoring
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
+from tests.fakes import random_params
 
 SIZES = dict(
     vocab_size=300,
@@ -19,14 +18,13 @@ SIZES = dict(
     num_kv_heads=2,
     head_dim=8,
     ffn_size=48,
-    init_std=0.2,
     dtype="float32",
 )
 
 
 def model_of(**changes):
     model = Qwen(ModelConfig(**SIZES | changes))
-    return model, nn.meta.unbox(jax.jit(model.init_params)(jax.random.key(1)))
+    return model, random_params(model.config, 0.2)
 
 
 @pytest.fixture(scope="module")

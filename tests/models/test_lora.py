@@ -11,13 +11,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import strategies as st
 
+from qwen_jax.conversion.mapping import parameter_shapes
 from qwen_jax.inference import Engine, Request
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.models.layers import Projection
 from qwen_jax.models.lora import PROJECTIONS, LoraConfig, adapter_equations, merge, merged_kernel
 from qwen_jax.models.transformer import Qwen, abstract_params
 from qwen_jax.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
-from tests.fakes import small_model
+from tests.fakes import random_params, small_model
 
 LORA = LoraConfig(rank=4, alpha=6.0)
 
@@ -28,8 +29,7 @@ def start(config: ModelConfig) -> dict:
 
 def trained(config: ModelConfig) -> dict:
     """Parameters of which all, B and the biases too, are other than zero."""
-    noise = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), start(config))
+    return random_params(config, 0.05)
 
 
 def logits(config, params, tokens, **options):
@@ -42,7 +42,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int3
 def test_fresh_adapters_change_nothing():
     params = start(small_model(lora=LORA))
     flat = flatten_dict(params, sep="/")
-    base = {path: flat.pop(path) for path in flatten_dict(start(small_model()), sep="/")}
+    base = {path: flat.pop(path) for path in parameter_shapes(small_model())}
     assert len(flat) == 2 * len(PROJECTIONS)
     for path, leaf in flat.items():
         if path.endswith("lora_b"):
@@ -62,7 +62,7 @@ def test_merged_and_unmerged_logits_agree(targets):
     config = small_model(lora=dataclasses.replace(LORA, targets=targets), num_kv_heads=2)
     params = trained(config)
     merged = merge(params, config.lora)
-    assert set(flatten_dict(merged, sep="/")) == set(flatten_dict(start(small_model(num_kv_heads=2)), sep="/"))
+    assert set(flatten_dict(merged, sep="/")) == set(parameter_shapes(small_model(num_kv_heads=2)))
     found = logits(config, params, TOKENS)
     np.testing.assert_allclose(
         found, logits(dataclasses.replace(config, lora=None), merged, TOKENS), atol=1e-5 * float(jnp.abs(found).max())
