@@ -28,6 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LONGEST = (
     "test_hosts.py",
     "test_train.py",
+    "test_train_images.py",
+    "test_images.py",
     "test_gpu_clusters.py",
     "test_add_a_task.py",
     "test_tpu_pods.py",
@@ -90,14 +92,20 @@ def no_log_of_another_test():
 
 
 @pytest.fixture
-def run_main(capsys, monkeypatch):
+def single_device(monkeypatch):
+    """JAX names one of the eight virtual devices, as on a user's computer: a program for all takes more time."""
+    import jax
+
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+
+
+@pytest.fixture
+def run_main(capsys, single_device):
     """Runs `qwen_jax.train` in this process (a process each would take minutes), on one device."""
     import gin
 
-    from qwen_jax import command_line, sharding, train
-
-    one = sharding.jax.devices()[:1]
-    monkeypatch.setattr(sharding.jax, "devices", lambda *_: one)
+    from qwen_jax import command_line, train
 
     def run(arguments):
         gin.clear_config()

@@ -3,15 +3,11 @@
 import contextlib
 import io
 
-from qwen_jax import sharding
 from tests.pages import blocks
 
 
-def test_the_cells_print_what_the_page_says(tmp_path, monkeypatch):
-    """On one device, as on a reader's computer: eight virtual ones take more processor time for the same figures."""
+def test_the_cells_print_what_the_page_says(tmp_path, monkeypatch, single_device):
     monkeypatch.chdir(tmp_path)
-    one = sharding.jax.devices()[:1]
-    monkeypatch.setattr(sharding.jax, "devices", lambda *_: one)
     page, cells = blocks("from_python.md"), {"__name__": "notebook"}
     compared = 0
     for place, (kind, text) in enumerate(page):
