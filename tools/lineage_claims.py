@@ -19,8 +19,8 @@ LIMITS = {
     "code": 0.10,
     "math_before": 0.05,
     "math": 0.5,
-    "question": 0.6,
-    "box": 0.4,
+    "question": 0.8,
+    "box": 0.6,
     "gray": 0.4,
 }
 # What the tool asserts at its end, as its help lists it.

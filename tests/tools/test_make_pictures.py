@@ -121,6 +121,18 @@ def test_maps_have_a_word_for_each_cell_of_the_picture(pictures):
                 assert inks == {name for name in pictures.COLORS if pictures.LETTERS[name] == word[0]}, word
 
 
+def test_captions_of_the_language_grid_are_maps_of_their_pictures(made, pictures):
+    rows = read(made / "pairs.jsonl")
+    maps = [row for row in rows if row.get("language") == pictures.GRID]
+    assert 0.3 < len(maps) / len(rows) < 0.7
+    for row in maps:
+        words, shown = row["text"].split(), {}
+        for color, (left, top, _, _) in blobs(made / row["image"], pictures):
+            shown[pictures.ACROSS * (top // pictures.CELL) + left // pictures.CELL] = pictures.LETTERS[color]
+        told = {cell: word[0] for cell, word in enumerate(words) if word != "." and word not in pictures.STROKES}
+        assert len(words) == 9 and told == shown
+
+
 def test_dialogues_about_maps_tell_no_more_than_maps(made, pictures):
     asked = 0
     for row in read(made / "maps.jsonl"):
