@@ -93,7 +93,7 @@ class EngineThread:
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._live: dict[Handle, Submission] = {}  # the thread's own
-        self._scoring: deque[Submission] = deque()  # the thread's own; some may have been cancelled
+        self._scoring: dict[Submission, None] = {}  # the thread's own, in their order
         self._open: dict[Submission, int] = {}  # how many requests of each have not ended
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -186,13 +186,13 @@ class EngineThread:
                 self._changed.wait_for(lambda: self._commands or self._live or self._scoring or self._stopping)
                 commands, self._commands = self._commands, deque()
                 stopping = self._stopping
-            for command in commands:
-                command()
+            while commands:  # none is kept: it holds a submission
+                commands.popleft()()
             if stopping:
                 self._end_all(Stopped())
                 return
             if self._scoring:
-                self._score(self._scoring[0])
+                self._score(next(iter(self._scoring)))
             if self._live:
                 self._step()
 
@@ -201,7 +201,7 @@ class EngineThread:
             if submission not in self._open:  # a failed step ended it before it began
                 return
         if submission.scored is not None:
-            self._scoring.append(submission)
+            self._scoring[submission] = None
             return
         try:
             for place, request in enumerate(submission.requests):
@@ -211,12 +211,7 @@ class EngineThread:
 
     def _score(self, submission: Submission) -> None:
         """Scores the next prompts of a submission, and has their requests generated."""
-        with self._changed:
-            ended = submission not in self._open
         done = len(submission.scores)
-        if ended or done == len(submission.requests):
-            self._scoring.popleft()
-            return
         try:
             found = score_prompts(self.engine, first_prompts(submission.requests[done:]), submission.scored or 0)
             for place, (score, chunk) in enumerate(found, start=done):
@@ -224,6 +219,9 @@ class EngineThread:
                 self._generate(submission, place, chunk)
         except Exception as error:
             self._fail(submission, error)
+            return
+        if len(submission.scores) == len(submission.requests):
+            del self._scoring[submission]
 
     def _generate(self, submission: Submission, place: int, chunk: StreamChunk | None) -> None:
         """Begins a request, or delivers its only chunk."""
@@ -253,6 +251,7 @@ class EngineThread:
             self.engine.cancel(handle)
             del self._live[handle]
         submission.places.clear()
+        self._scoring.pop(submission, None)
         with self._changed:
             self._open.pop(submission, None)
 

@@ -1,6 +1,10 @@
 """Completions that echo their prompt, with log-probabilities: those of the engine's scores and of transformers."""
 
+import asyncio
+import gc
+import threading
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +14,9 @@ openai = pytest.importorskip("openai", reason="openai is not installed")
 from qwen_jax.conversion import load_pretrained, load_tokenizer  # noqa: E402
 from qwen_jax.conversion.converter import convert  # noqa: E402
 from qwen_jax.inference import Engine, Request, SamplingConfig  # noqa: E402
+from qwen_jax.inference.requests import Score  # noqa: E402
 from qwen_jax.serving import scoring  # noqa: E402
+from qwen_jax.serving.engine_thread import EngineThread  # noqa: E402
 from tests.fakes import random_run  # noqa: E402
 from tests.serving.scripted import serving  # noqa: E402
 from tests.serving.test_openai_client import post  # noqa: E402
@@ -173,6 +179,44 @@ def test_an_engine_that_fails_ends_this_request_alone(client, running, monkeypat
         with pytest.raises(openai.APIError, match="the engine failed"):
             list(client.completions.create(model="tiny", prompt=TEXTS, echo=True, logprobs=1, stream=stream))
     assert len(scored(client, TEXTS)) == len(TEXTS) and running.engine.live == 0
+
+
+def test_prompts_of_a_client_that_left_are_not_kept_while_others_are_scored(tokenizer, monkeypatch):
+    """Or requests that nobody waits for, and that count for no limit, would gather behind one that takes long."""
+    monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 1)  # each prompt is a part of its own
+    begun, permits = threading.Semaphore(0), threading.Semaphore(0)
+
+    def score(prompts, continuations, top_log_probs):
+        begun.release()
+        assert permits.acquire(timeout=300)
+        return [Score(np.zeros(len(one), np.float32), np.zeros(len(one), bool)) for one in continuations]
+
+    thread = EngineThread(types.SimpleNamespace(slots=6, tokenizer=tokenizer, score=score), 0)
+    thread.start()
+
+    async def check():
+        requests = [Request([1, 2, 3], 0)] * 3
+        first = thread.submit(requests, streaming=False, scored=0)
+        assert await asyncio.to_thread(begun.acquire, timeout=300)  # the first part is computed
+        second = thread.submit(requests, streaming=False, scored=0)
+        assert thread.open == 6
+        second.cancel()
+        left = weakref.ref(second)
+        del second
+        permits.release()
+        assert await asyncio.to_thread(begun.acquire, timeout=300)  # the second part is computed
+        gc.collect()
+        assert left() is None and thread.open == 2
+        permits.release(2)
+        assert [place async for place, _ in first] == [0, 1, 2]
+        assert [len(score.log_probs) for score in first.scores.values()] == [2, 2, 2]
+
+    try:
+        asyncio.run(check())
+    finally:
+        permits.release(9)
+        thread.stop()
+    assert thread.open == 0
 
 
 def test_limits_of_an_echo(client):
