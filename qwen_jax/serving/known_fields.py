@@ -138,7 +138,8 @@ def _checked(body: Mapping, taken: frozenset[str], no_effect: Mapping, refused: 
         if not body.get("stream"):
             raise bad_request("stream_options", "is for streams: set stream to true, or leave it out")
         _refuse(options, _REFUSED_OF_STREAM, "stream_options", "stream_options.")
-        unknown |= {f"stream_options.{name}" for name in set(options) - set(_REFUSED_OF_STREAM) - {"include_usage"}}
+        known = {"include_usage", *_REFUSED_OF_STREAM}
+        unknown |= {f"stream_options.{name}" for name in _given(options) - known}
     return unknown
 
 

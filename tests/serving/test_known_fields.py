@@ -113,6 +113,16 @@ def test_options_of_streams_need_a_stream(running, path):
     assert status == 400 and "stream_options.include_obfuscation: True is not" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_options_of_streams_are_reported_unless_they_are_null(running, path):
+    options = {"include_usage": None, "include_obfuscation": None, "absent": None, "zest": 1}
+    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=300)
+    body = json.dumps(PATHS[path] | {"stream": True, "stream_options": options})
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.read() and response.headers["x-ignored-fields"] == "stream_options.zest"
+
+
 def test_answers_have_the_fields_that_openai_requires(running):
     body = {"messages": QUESTION, "logprobs": True}
     _, _, answer = post(running.url, "/v1/chat/completions", body)
