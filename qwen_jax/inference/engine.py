@@ -248,16 +248,16 @@ class Engine:
 
         Raises:
           ValueError: naming the pair that is empty, too long, or not of the model's ids, or whose pictures do not fit;
-            or `top_log_probs` is out of range.
+            or `top_log_probs` is no integer, or out of range.
         """
-        if not 0 <= top_log_probs <= MOST_LIKELY:
-            raise ValueError(f"top_log_probs must be from 0 to {MOST_LIKELY}, found {top_log_probs!r}")
+        if not isinstance(top_log_probs, int | np.integer) or not 0 <= top_log_probs <= MOST_LIKELY:
+            raise ValueError(f"top_log_probs must be an integer from 0 to {MOST_LIKELY}, found {top_log_probs!r}")
         config = self.model.config
         pictures = scoring.Pictures(config, lambda images: self._features.of(self.params, images))
         pairs = scoring.checked_pairs(
             prompts, continuations, images, pictures, config, self.context_length, self._length_rule
         )
-        return scoring.score(self._call, config, self.params, self.ways, pairs, pictures, top_log_probs)
+        return scoring.score(self._call, config, self.params, self.ways, pairs, pictures, int(top_log_probs))
 
     def _checked(self, request: Request, index: int | None) -> Request:
         try:

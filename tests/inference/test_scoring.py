@@ -127,9 +127,10 @@ def test_the_most_probable_tokens_are_told_in_each_place(loaded, mesh):
             assert dict(top).get(token, log_prob) == log_prob and likely == (token == top[0][0])
 
 
-def test_a_number_of_alternatives_out_of_range_is_refused(loaded):
-    with pytest.raises(ValueError, match="top_log_probs must be from 0 to 20, found 21"):
-        Engine(*loaded).score([[1]], [[2]], top_log_probs=21)
+@pytest.mark.parametrize("number", [-1, 21, 2.0, None])
+def test_a_number_of_alternatives_that_is_none_is_refused(loaded, number):
+    with pytest.raises(ValueError, match=f"top_log_probs must be an integer from 0 to 20, found {number}"):
+        Engine(*loaded).score([[1]], [[2]], top_log_probs=number)
 
 
 def test_questions_with_the_same_examples_take_few_steps_and_programs(loaded, monkeypatch):
