@@ -95,10 +95,10 @@ CODES = "".join(f" {LETTERS[color]}{LETTERS[shape]}{cell}" for color in COLORS f
 KINDS = ("describe", "cells", "color", "shape", "count", "place", "find", "name", "read", "compare")
 # Kinds that a description in words does not answer.
 EXACT = ("cells", "find", "name")
-TWO_MAPS = 0.15  # of the documents of text.jsonl compare two maps
-MAPPED = 0.8  # of the other descriptions there are maps, not sentences
+TWO_MAPS = 0.15  # of the rows of text.jsonl and maps.jsonl compare two maps
+MAPPED = 0.8  # of the other descriptions of text.jsonl are maps, not sentences
 GRID = "grid"  # the language of captions that are maps
-GRIDS = 0.5  # of pairs.jsonl have such captions
+GRIDS = 0.5  # of pairs.jsonl, and of the maps of text.jsonl, have such captions
 COMPARED = 0.6  # of the dialogues are about two pictures
 
 
@@ -406,7 +406,8 @@ class Writer:
                 said = [speaker.compare(one, scenes) for one in about]
             else:
                 scenes = (maker.any(language).centered(),)
-                said = speaker.several(kinds(scenes[0]), scenes[0], turns - 1)
+                # Fewer than of a picture: later answers could be had from earlier ones.
+                said = speaker.several(kinds(scenes[0]), scenes[0], max(1, turns - 1))
             opening = [text(f"Picture {number}:{scene.map}\n") for number, scene in enumerate(scenes, 1)]
             yield {"messages": conversation(opening, said)}
 
@@ -486,7 +487,7 @@ def main(argv: list[str] | None = None) -> None:
         ("pairs", 16_000, "lines of pairs.jsonl"),
         ("tasks", 8_000, "lines of tasks.jsonl"),
         ("dialogues", 3_000, "lines of dialogues.jsonl"),
-        ("texts", 8_000, "lines of text.jsonl and of maps.jsonl"),
+        ("texts", 8_000, "lines of text.jsonl; maps.jsonl has twice as many"),
         ("held_out", 60, "held-out questions of each kind"),
         ("turns", 4, "questions about one picture"),
     ):

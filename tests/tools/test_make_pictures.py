@@ -190,6 +190,13 @@ def test_every_kind_is_held_out_and_no_sign_of_it_is_trained_on(made, pictures):
     assert not signs & set(answers)
 
 
+def test_each_conversation_has_a_question_where_one_is_asked_for(pictures, tmp_path):
+    few = ("--pairs=1", "--tasks=8", "--dialogues=8", "--texts=20", "--held_out=1")
+    pictures.main(["--output", f"{tmp_path}", "--turns=1", *few])
+    for name in ("tasks", "dialogues", "maps"):
+        assert all(row["messages"] for row in read(tmp_path / f"{name}.jsonl"))
+
+
 def test_rows_name_pictures_that_exist_and_some_tasks_have_none(made):
     for name in ("pairs", "tasks", "dialogues"):
         rows = read(made / f"{name}.jsonl")
