@@ -36,7 +36,8 @@ RULES = {
     "activation_embed": None,
 }
 
-_WITHOUT_SPARSE_CORES = ("TPU v2", "TPU v3", "TPU v5 lite", "TPU v5e")
+# Without SparseCores, or with such as run no collectives.
+_NO_SPARSE_CORE_COLLECTIVES = ("TPU v2", "TPU v3", "TPU v4", "TPU v5 lite", "TPU v5e")
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("qwen_jax_mesh", default=None)
 # True while `sum_over_replicas` traces one replica: `data` is then no axis of its arrays.
@@ -157,7 +158,7 @@ def has_sparse_cores() -> bool:
     """Whether a function is traced for TPUs with SparseCores, which run collectives: v5p, v6e and v7."""
     mesh = _mesh.get()
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return device.platform == "tpu" and device.device_kind not in _WITHOUT_SPARSE_CORES
+    return device.platform == "tpu" and device.device_kind not in _NO_SPARSE_CORE_COLLECTIVES
 
 
 def num_shards(name: str) -> int:

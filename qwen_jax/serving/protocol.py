@@ -26,6 +26,8 @@ from qwen_jax.serving.tools import MAX_TOOLS, read_choice, read_tools
 if TYPE_CHECKING:
     from qwen_jax.inference.grammars import Grammars
 
+# Log-probabilities of prompts in one answer, each a Python object of some 150 bytes until the answer is written.
+MOST_ECHOED = 1_000_000
 _SEEDS = 2**32
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -176,6 +178,13 @@ def parse_completion(body: Mapping, served: Served) -> Job:
     top = None if body.get("logprobs") is False else fields.integer(body, "logprobs", 0, MOST_LIKELY)
     echo = fields.flag(body, "echo")
     requests = _requests(body, ids, "prompt", fields.stop_strings(body), top or 0, served, least=0 if echo else 1)
+    told = sum(len(request.prompt) for request in requests) * (1 + (top or 0)) if echo and top is not None else 0
+    if told > MOST_ECHOED:
+        raise bad_request(
+            "logprobs",
+            f"the echo would tell {told:,} log-probabilities, at most {MOST_ECHOED:,} are told: send fewer prompts at "
+            "once, or ask for fewer alternatives",
+        )
     return Job(requests, False, *_form(body), top is not None, top or 0, echo=echo, ignored=ignored)
 
 

@@ -15,7 +15,7 @@ from qwen_jax.conversion import load_pretrained, load_tokenizer  # noqa: E402
 from qwen_jax.conversion.converter import convert  # noqa: E402
 from qwen_jax.inference import Engine, Request, SamplingConfig  # noqa: E402
 from qwen_jax.inference.requests import Score  # noqa: E402
-from qwen_jax.serving import scoring  # noqa: E402
+from qwen_jax.serving import protocol, scoring  # noqa: E402
 from qwen_jax.serving.engine_thread import EngineThread  # noqa: E402
 from tests.fakes import random_run  # noqa: E402
 from tests.serving.scripted import serving  # noqa: E402
@@ -217,6 +217,15 @@ def test_prompts_of_a_client_that_left_are_not_kept_while_others_are_scored(toke
         permits.release(9)
         thread.stop()
     assert thread.open == 0
+
+
+def test_an_answer_tells_a_limited_number_of_log_probabilities(client, prompts, monkeypatch):
+    told = 2 * 5 * len(prompts[0])
+    monkeypatch.setattr(protocol, "MOST_ECHOED", told)
+    assert len(scored(client, [prompts[0]] * 2, logprobs=4)) == 2
+    monkeypatch.setattr(protocol, "MOST_ECHOED", told - 1)
+    with pytest.raises(openai.BadRequestError, match=f"logprobs: the echo would tell {told} .*fewer prompts"):
+        scored(client, [prompts[0]] * 2, logprobs=4)
 
 
 def test_limits_of_an_echo(client):
