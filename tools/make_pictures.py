@@ -29,7 +29,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from picture_words import LANGUAGES, SHAPES
+from picture_words import COLOR_NAMES, GRID, LANGUAGES, SHAPES
 from PIL import Image, ImageDraw
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
@@ -52,12 +52,7 @@ MOST_THINGS = 2
 MOST_ALIKE = 3
 HELD_OUT_SIGNS = 5  # one of so many
 
-COLORS = {
-    "red": (215, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 80, 225),
-    "yellow": (235, 200, 20),
-}
+COLORS = dict(zip(COLOR_NAMES, ((215, 40, 40), (40, 160, 60), (45, 80, 225), (235, 200, 20)), strict=True))
 # Letters of colors and shapes on maps.
 LETTERS = {"red": "r", "green": "g", "blue": "b", "yellow": "y"}
 LETTERS |= {"circle": "c", "square": "s", "triangle": "t"}
@@ -97,7 +92,6 @@ KINDS = ("describe", "cells", "color", "shape", "count", "place", "find", "name"
 EXACT = ("cells", "find", "name")
 TWO_MAPS = 0.15  # of the rows of text.jsonl and maps.jsonl compare two maps
 MAPPED = 0.8  # of the other descriptions of text.jsonl are maps, not sentences
-GRID = "grid"  # the language of captions that are maps
 GRIDS = 0.5  # of pairs.jsonl, and of the maps of text.jsonl, have such captions
 COMPARED = 0.6  # of the dialogues are about two pictures
 
@@ -442,11 +436,11 @@ class Writer:
                 scene = maker.any(language)
                 asked = [kind for kind in kinds(scene) if kind not in EXACT]
                 caption = speaker.caption(scene)
-                described = scene.map if maker.draw.random() < MAPPED else caption
+                mapped = maker.draw.random() < MAPPED
                 language, told = speaker.words.name_of_language, caption
-                if described == scene.map and maker.draw.random() < GRIDS:
+                if mapped and maker.draw.random() < GRIDS:
                     language, told = GRID, scene.map.strip()
-                lines = [described, f"Generate the caption in {language}: {told}"]
+                lines = [scene.map if mapped else caption, f"Generate the caption in {language}: {told}"]
                 said = speaker.several(asked, scene, turns)
             for question, answer in said:
                 lines.append(f"{question[0]['text']} Answer: {answer[0]['text']}")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from picture_words import GRID
 from tqdm import tqdm
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
@@ -90,7 +91,7 @@ def prompt(tokenizer, kind: str, asked: Sequence[dict], num_queries: int, plain:
     seen = content.pictures(parts)
     words = [part for part in parts if part not in seen]
     if kind == "cells":
-        words = ["Generate the caption in grid:"]
+        words = [f"Generate the caption in {GRID}:"]
     elif kind == "describe":
         chinese = any("\u4e00" <= letter for word in words for letter in content.written([word]))
         words = [f"Generate the caption in {'Chinese' if chinese else 'English'}:"]

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-COLORS = ("red", "green", "blue", "yellow")
+COLOR_NAMES = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
+GRID = "grid"  # the language of captions that are maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Language:
 
 ENGLISH = Language(
     name_of_language="English",
-    colors={one: one for one in COLORS},
+    colors={one: one for one in COLOR_NAMES},
     shapes={one: one for one in SHAPES},
     plurals={"circle": "circles", "square": "squares", "triangle": "triangles"},
     thing="{color} {shape}",
@@ -70,7 +71,7 @@ ENGLISH = Language(
 )
 CHINESE = Language(
     name_of_language="Chinese",
-    colors=dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色"), strict=True)),
+    colors=dict(zip(COLOR_NAMES, ("红色", "绿色", "蓝色", "黄色"), strict=True)),
     shapes=dict(zip(SHAPES, ("圆形", "方形", "三角"), strict=True)),
     plurals=dict(zip(SHAPES, ("圆形", "方形", "三角"), strict=True)),
     thing="{color} {shape}",
