@@ -33,8 +33,8 @@ def set_up() -> None:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), VIRTUAL_DEVICES, *QUICK_COMPILATION])
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    # Programs do not say which line of which file each of their operations came from, which takes time to find out. With
-    # `collect_garbage_rarely` a small model is initialized, differentiated and compiled in 1.87 s, not 2.02 (means of 8).
+    # Programs do not say which line of which file each of their operations came from, which takes time to find out.
+    # With `collect_garbage_rarely`, a small model is initialized, differentiated and compiled in 1.87 s, not 2.02.
     os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
     # pytest-xdist's workers inherit the folder of the process that starts them.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
