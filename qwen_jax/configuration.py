@@ -25,7 +25,7 @@ from qwen_jax.alignment.rewards import exact_answer, match_count, matches_format
 from qwen_jax.alignment.rollouts import RolloutConfig
 from qwen_jax.data import task_configuration
 from qwen_jax.files import PathLike, as_path, is_path_type
-from qwen_jax.hardware import HardwareConfig
+from qwen_jax.hardware import GpuDescription, HardwareConfig
 from qwen_jax.models.build import parameter_count
 from qwen_jax.models.config import AttentionBlocks, ModelConfig
 from qwen_jax.models.lora import LoraConfig
@@ -104,6 +104,7 @@ for _configurable in (
     AttentionBlocks,
     ModelConfig,
     MeshConfig,
+    GpuDescription,
     HardwareConfig,
     LoraConfig,
     OptimizerConfig,

@@ -1,7 +1,9 @@
 """Devices to compile for, with their public figures."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
+import re
 
 GIB = 2**30
 # These compile with libtpu 0.0.42. Other sizes of these families work in multiples of 2x2x1 chips, one host.
@@ -39,6 +41,60 @@ KNOWN_TOPOLOGIES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class GpuDescription:
+    """What the compiler asks of an NVIDIA GPU that is not here, besides memory and bandwidth.
+
+    Attributes:
+      compute_capability: (major, minor).
+      multiprocessors: their number.
+      clock_ghz: boost clock.
+      l2_mib: size of the second-level cache, in MiB.
+      lanes: float32 units of a multiprocessor.
+      shared_memory_kib: of a multiprocessor; one block can use 1 KiB less.
+      cudnn: the version that programs are compiled for.
+    """
+
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    clock_ghz: float
+    l2_mib: int
+    lanes: int = 128
+    shared_memory_kib: int = 228
+    cudnn: tuple[int, int, int] = (9, 10, 0)
+
+    def target_config(self, name: str, hbm_bytes: int, hbm_gbps: float) -> str:
+        """The same as text of XLA's message `GpuTargetConfigProto`, with limits that all GPUs since Ampere share."""
+        shared = self.shared_memory_kib * 1024
+        device = {
+            "threads_per_block_limit": 1024,
+            "threads_per_warp": 32,
+            "threads_per_core_limit": 2048,
+            "block_dim_limit_x": 2**31 - 1,
+            "block_dim_limit_y": 2**16 - 1,
+            "block_dim_limit_z": 2**16 - 1,
+            "registers_per_core_limit": 2**16,
+            "registers_per_block_limit": 2**16,
+            "core_count": self.multiprocessors,
+            "fpus_per_core": self.lanes,
+            "shared_memory_per_block": 48 * 1024,
+            "shared_memory_per_block_optin": shared - 1024,
+            "shared_memory_per_core": shared,
+            "l2_cache_size": self.l2_mib * 2**20,
+            "clock_rate_ghz": self.clock_ghz,
+            "memory_bandwidth": int(hbm_gbps * 1e9),
+            "device_memory_size": hbm_bytes,
+        }
+        fields = " ".join(f"{field}: {value}" for field, value in device.items())
+        capability = "cuda_compute_capability {{ major: {} minor: {} }}".format(*self.compute_capability)
+        cudnn = "dnn_version_info {{ major: {} minor: {} patch: {} }}".format(*self.cudnn)
+        named = f'platform_name: "CUDA" device_description_str: "{name}"'
+        return f"gpu_device_info {{ {fields} {capability} }} {cudnn} {named}"
+
+
+GPU_PREFIX = "cuda:"
+
+
+@dataclasses.dataclass(frozen=True)
 class HardwareConfig:
     """A kind of device and the number of devices; one file in `gin/hardware/` each.
 
@@ -51,12 +107,14 @@ class HardwareConfig:
       hbm_gbps: main-memory bandwidth, in 10^9 bytes per second.
       link_gbps: bandwidth to its neighbors in a ring over all links of the torus, one way, in 10^9 bytes per second.
       clock_ghz: turns the TPU compiler's cycles into seconds; set so that a large product's cycles give the peak.
-      topology: name in libtpu, such as "v5p:4x8x8"; None: programs compile only on a machine with these devices.
+      topology: name in libtpu, such as "v5p:4x8x8"; of GPUs "cuda:1xMACHINESxGPUS", GPUs of one machine; None: programs
+        compile only on a machine with these devices.
       wrap: whether each dimension has wrap-around links. Without them, gathers over all chips become all-reduces.
         libtpu 0.0.42 ignores it for several slices.
       slices: number of slices, joined by the data-center network.
       dcn_gbps: a device's share of that network, in 10^9 bytes per second; only for more than one slice.
       devices_per_chip: JAX devices that make one chip.
+      gpu: for a topology of GPUs.
     """
 
     name: str
@@ -70,6 +128,7 @@ class HardwareConfig:
     slices: int = 1
     dcn_gbps: float | None = None
     devices_per_chip: int = 1
+    gpu: GpuDescription | None = None
 
     def __post_init__(self):
         for field in ("hbm_gib", "peak_tflops", "hbm_gbps", "link_gbps", "clock_ghz", "dcn_gbps"):
@@ -88,34 +147,62 @@ class HardwareConfig:
         """Memory of one device, in bytes."""
         return int(self.hbm_gib * GIB)
 
+    @property
+    def of_gpus(self) -> bool:
+        """Whether `topology` is one of GPUs."""
+        return (self.topology or "").startswith(GPU_PREFIX)
+
     def devices(self) -> list:
         """Descriptions of the devices, which the compiler accepts in place of devices.
 
         Raises:
-          ValueError: `topology` is None, libtpu is not installed, or libtpu does not know the topology.
+          ValueError: `topology` is None, the compiler for these devices is not installed, or it does not know the
+            topology.
         """
         if self.topology is None:
             raise ValueError(
-                f"{self.name} can be compiled for only where it is: only of TPUs are there descriptions of absent "
-                f"devices. Name another file of gin/hardware, or start the run itself on {self.name}"
+                f"{self.name} can be compiled for only where it is: its file has no HardwareConfig.topology. Name "
+                f"another file of gin/hardware, or start the run itself on {self.name}"
             )
+        return self._gpus(self.topology) if self.of_gpus else self._tpus(self.topology)
+
+    def _gpus(self, topology: str) -> list:
+        from jax.experimental import topologies
+
+        shape = topology.removeprefix(GPU_PREFIX)
+        if self.gpu is None or not re.fullmatch(r"1x[1-9]\d*x[1-9]\d*", shape):
+            raise ValueError(
+                f"HardwareConfig.topology {topology!r}: expected cuda:1xMACHINESxGPUS, such as cuda:1x1x8, and a "
+                f"HardwareConfig.gpu, as gin/hardware/options/h200.gin has it"
+            )
+        if importlib.util.find_spec("jax_cuda13_plugin") is None or importlib.util.find_spec("nvidia.cudnn") is None:
+            version = importlib.metadata.version("jax")
+            raise ValueError(
+                f"compiling for {self.name} needs JAX's plugin for CUDA and cuDNN, though no GPU: pip install "
+                f"--no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cudnn-cu13 "
+                f"(docs/how_to/gpu_clusters.md)"
+            )
+        target = self.gpu.target_config(self.name, self.hbm_bytes, self.hbm_gbps)
+        # The name has no meaning; the options say it all.
+        return topologies.get_topology_desc("gpus", "cuda", topology=shape, target_config=target).devices
+
+    def _tpus(self, topology: str) -> list:
         from jax.experimental import topologies
 
         options: dict[str, object] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.wrap is not None:
             options["wrap"] = self.wrap
         try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=self.topology, **options).devices
+            return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
         except Exception as error:  # from libtpu's loader and from the plugin, each of its own kind
             if importlib.util.find_spec("libtpu") is None:
                 raise ValueError(
-                    f'compiling for {self.topology} needs libtpu, which `pip install -c requirements.txt "jax[tpu]"` '
-                    f"brings"
+                    f'compiling for {topology} needs libtpu, which `pip install -c requirements.txt "jax[tpu]"` brings'
                 ) from error
             message = str(error).splitlines()[0].rstrip(".")
             if "INVALID_ARGUMENT" not in message:  # no question of the name: another process may have the library
-                raise ValueError(f"libtpu describes no {self.topology} now: {message}") from error
+                raise ValueError(f"libtpu describes no {topology} now: {message}") from error
             raise ValueError(
-                f"HardwareConfig.topology {self.topology!r}: {message}. Topologies that exist: "
+                f"HardwareConfig.topology {topology!r}: {message}. Topologies that exist: "
                 f"{', '.join(KNOWN_TOPOLOGIES)}, and other sizes of these families in multiples of 2x2x1"
             ) from error

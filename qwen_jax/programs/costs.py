@@ -226,8 +226,21 @@ def attention_flops(kernel: Instruction, separate_dq: bool, causal: bool = True)
     return products * 2 * math.prod(queries) * keys[-2] * (0.5 if causal else 1.0)
 
 
+def _cudnn_attention_flops(call: Instruction) -> float | None:
+    """Operations of cuDNN's attention, half of the square if it is causal; None of any other call."""
+    if (target := re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', call.attributes)) is None:
+        return None
+    # As JAX hands them over, [batch, length, heads, head_dim], whatever order their dimensions have in memory.
+    (_, queries), (_, keys) = array_shapes(matched(r"operand_layout_constraints=\{(.*?\})\}", call.attributes)[1])[:2]
+    products = 5 if target[1].endswith("Backward") else 2
+    causal = re.search(r'"mask_type": ?"CAUSAL"', call.attributes)
+    return products * 2 * math.prod(queries) * keys[1] * (0.5 if causal else 1.0)
+
+
 def kernel_flops(kernel: Instruction, separate_dq: bool) -> float | None:
     """Operations of a hand-written kernel: of attention by its shapes, of others as they declare; None if unknown."""
+    if (flops := _cudnn_attention_flops(kernel)) is not None:
+        return flops
     if 'custom_call_target="tpu_custom_call"' in kernel.attributes:
         if (flops := attention_flops(kernel, separate_dq)) is not None:
             return flops

@@ -40,6 +40,27 @@ V5E = HardwareConfig(
 PROGRAM = (Path(__file__).parent / "small_program.hlo").read_text()
 
 
+# Calls of cuDNN's attention as XLA for CUDA writes them: 2 rows of 64 queries of 3 heads of 32, 128 keys.
+CUDNN = """HloModule jit_f, is_scheduled=true, num_partitions=1
+
+ENTRY %main (q: bf16[2,3,64,32], k: bf16[2,3,128,32]) -> bf16[2,3,64,32] {
+  %q = bf16[2,3,64,32]{3,1,2,0} parameter(0)
+  %k = bf16[2,3,128,32]{3,1,2,0} parameter(1)
+  %forward.1 = (bf16[2,3,64,32]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[2,64,3,32]{3,2,1,0}, bf16[2,128,3,32]{3,2,1,0}, bf16[2,128,3,32]{3,2,1,0}}, backend_config={"mask_type": "CAUSAL"}
+  %out = bf16[2,3,64,32]{3,1,2,0} get-tuple-element(%forward.1), index=0
+  %backward.2 = (bf16[2,3,64,32]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k, %out), custom_call_target="__cudnn$fmhaSoftmaxBackward", operand_layout_constraints={bf16[2,64,3,32]{3,2,1,0}, bf16[2,128,3,32]{3,2,1,0}, bf16[2,128,3,32]{3,2,1,0}, bf16[2,64,3,32]{3,2,1,0}}, backend_config={"mask_type": "NO_MASK"}
+  ROOT %gradient = bf16[2,3,64,32]{3,1,2,0} get-tuple-element(%backward.2), index=0
+}
+"""  # noqa: E501
+
+
+def test_operations_of_attention_by_cudnn():
+    found = account(Program(CUDNN))
+    product = 2 * (2 * 64 * 3 * 32) * 128
+    assert found.warnings == []
+    assert found.kernels["forward"].flops == 2 * product / 2 and found.kernels["backward"].flops == 5 * product
+
+
 def test_a_small_program_by_hand():
     found = account(Program(PROGRAM))
     assert found.loops == [("loop", 4, True)] and found.warnings == []

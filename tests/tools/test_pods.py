@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import json
+import re
+import subprocess
 
 import gin
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 from qwen_jax import rlhf, train
 from qwen_jax.configuration import load_gin
+from qwen_jax.hardware import HardwareConfig
 
 gin.configurable(train.train)
 gin.configurable(rlhf.rlhf)
@@ -32,7 +35,10 @@ def test_the_command_of_every_stage_is_a_run_of_that_size(pods):
                 settings = gin.get_bindings("rlhf" if "ppo" in one.program else "train")
                 assert settings["model"].hidden_size == {"7b": 4096, "14b": 5120}[size]
                 hardware = gin.get_configurable("HardwareConfig")()
-                assert f"{pods.chips_of(one.hardware[chip])} chips" in hardware.name
+                chips = pods.chips_of(one.hardware[chip])
+                assert re.search(rf"\b{chips} (chips|x NVIDIA)", hardware.name)
+                trainer, mesh = settings["trainer"], gin.get_configurable("MeshConfig")()
+                assert trainer.batch_size % (chips // (mesh.tensor * mesh.sequence)) == 0, words
                 if one.recipe != "ppo" and one.like == "" and stage not in ("pmp", "reward"):
                     assert settings["trainer"].train_steps == one.updates[size]
                 gin.clear_config()
@@ -64,7 +70,7 @@ def test_chip_hours_and_cost_are_sums_of_what_is_known(pods):
 
 def test_a_stage_is_compiled_once(pods, tool, tmp_path, monkeypatch, capsys):
     compiler = tool("compile_for_tpu")
-    monkeypatch.setattr(compiler.HardwareConfig, "devices", lambda _: jax.devices()[:8])
+    monkeypatch.setattr(HardwareConfig, "devices", lambda _: jax.devices()[:8])
     small = ["BATCH_SIZE=8", "SEQUENCE_LENGTH=32", "ModelConfig.num_layers=1", "ModelConfig.hidden_size=32"]
     small += ["ModelConfig.num_heads=1", "ModelConfig.head_dim=32", "ModelConfig.ffn_size=64", "WARMUP_STEPS=1"]
     small += ["ModelConfig.vocab_size=256", "ModelConfig.dtype=float32", "ModelConfig.attention_kernel=xla"]
@@ -88,6 +94,26 @@ def test_a_stage_is_compiled_once(pods, tool, tmp_path, monkeypatch, capsys):
     assert pods.main([*flags, "--again=sft_7b/v5p_64"]) == 0 and len(compiled) == 2
     with pytest.raises(ValueError, match="--again sft_8b: no such program; one is sft_7b/v5p_64"):
         pods.main([*flags, "--again=sft_8b"])
+
+
+def test_a_program_that_is_not_compiled_is_named_and_does_not_stop_the_others(pods, tmp_path, monkeypatch):
+    def compile_one(stage, size, chip):
+        if stage == "code":
+            raise subprocess.CalledProcessError(2, ["compile"])
+        return FAST
+
+    monkeypatch.setattr(pods, "compile_one", compile_one)
+    flags = ["--stages=code,sft", "--sizes=7b", "--chips=h200", f"--records={tmp_path / 'pods.json'}"]
+    with pytest.raises(ValueError, match=r"not compiled, for the reasons above: code_7b/h200_256 \(exit code 2\)"):
+        pods.main([*flags, f"--output={tmp_path}"])
+    assert json.loads((tmp_path / "pods.json").read_text()) == {"sft_7b/h200_8": FAST}
+    assert "### Qwen-7B on NVIDIA H200, $3.80 a chip-hour" in (tmp_path / "pods.md").read_text()
+
+
+@pytest.mark.parametrize("more", [{}, {"message": "too little memory"}])
+def test_what_does_not_fit_is_kept(pods, more):
+    report = {"fits": False, "memory_limit_bytes": 2**34, "memory_need_bytes": 2**35, **more}
+    assert pods.record(report) == {"fits": False, "limit_gib": 16.0, "memory_gib": 32.0, **more}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Programs of a run that `compile_for_tpu.py` compiles, made from shapes alone: training, inference and PPO."""
+"""Programs of a run for devices that need not be here, made from shapes alone: training, inference and PPO."""
 
 import dataclasses
 import functools
