@@ -74,9 +74,9 @@ def encode(tokenizer: Tokenizer, pair: Pair, system: str = chatml.DEFAULT_SYSTEM
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not answer.strip():
             raise Unusable("empty side", name)
-    if pair.chosen == pair.rejected:
-        raise Unusable("equal sides")
     sides = [_side(tokenizer, pair.prompt, answer, system) for answer in (pair.chosen, pair.rejected)]
+    if sides[0] == sides[1]:  # texts that differ in what the tokenizer normalizes
+        raise Unusable("equal sides")
     tokens, weights = (np.array([*a, *b], np.int32) for a, b in zip(*sides, strict=True))
     return Encoded(tokens, weights, np.array([len(side[0]) for side in sides], np.int32))
 
@@ -181,8 +181,14 @@ LAYOUTS: dict[str, Callable[[Mapping], Pair]] = {
 
 
 def _group_of_pairs(row: Mapping) -> str:
-    own = row.get("prompt", row.get("messages"))
-    return repr(own if own is not None else row.get("chosen"))
+    """The prompt, however the row gives it: text, messages, or the messages of a side before its answer."""
+    own, chosen = row.get("prompt", row.get("messages")), row.get("chosen")
+    if own is None and isinstance(chosen, list):
+        own = chosen[:-1]
+    if isinstance(own, list) and all(isinstance(one, Mapping) for one in own):
+        said = [(one.get("role"), one.get("content")) for one in own]
+        own = said[0][1] if [role for role, _ in said] == ["user"] else said
+    return repr(own if own is not None else chosen)
 
 
 def _group_of_hh_rlhf(row: Mapping) -> str:
@@ -209,8 +215,9 @@ def _messages(value: object, name: str, role: str) -> list[Mapping]:
 
 
 def _field(row: Mapping, name: str):
-    if name not in row:
-        raise ValueError(f"expected a field {name!r}, found {', '.join(map(str, row)) or 'no field'}")
+    if not isinstance(row, Mapping) or name not in row:
+        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"expected a field {name!r}, found {found or 'no field'}")
     return row[name]
 
 
@@ -230,6 +237,6 @@ def _number(row: Mapping, name: str) -> float:
 
 def _choice(row: Mapping, name: str, meaning: Mapping[int, int]) -> int:
     value = _field(row, name)
-    if isinstance(value, bool) or value not in meaning:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in meaning:
         raise Unusable(f"no decision in {name!r}", f"found {value!r}, expected 0 or 1")
     return meaning[value]

@@ -310,6 +310,8 @@ def test_tools_in_sharegpts_layout():
             "a result without a call.*id 'b'",
         ),
         (_called(ASKED, {"role": "assistant", "tool_calls": [{}]}), "a call without a name"),
+        (_called(ASKED, {"role": "assistant", "tool_calls": 5}), r"calls that are no list \(message 1: int\)"),
+        (_called(ASKED, {"role": "assistant", "tool_calls": _call()}), r"calls that are no list \(message 1: dict\)"),
         (_called({**ASKED, "tool_calls": [_call()]}), "a call by another than the assistant"),
         (
             _called(ASKED, {"role": "assistant", "content": "x"}, tools=({"name": "f"},)),

@@ -1,5 +1,6 @@
 """Comparisons and prompts in their publishers' layouts, to segments of tokens."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax.data import chatml, pairs
+from qwen_jax.data.chat import ChatRows
 from qwen_jax.data.conversations import Conversation, Message, Unusable
 from qwen_jax.data.pairs import Pair, PairRows
 from qwen_jax.data.queries import QueryRows
@@ -44,7 +46,7 @@ def test_a_transcript_is_split_at_the_last_assistant_and_not_where_the_answers_p
 @given(prompt=st.text(min_size=1, max_size=9), answers=st.lists(st.text(max_size=9), min_size=2, max_size=2))
 def test_a_pair_is_two_whole_sides_with_weight_on_the_answers(tokenizer, prompt, answers):
     row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
-    if not answers[0].strip() or not answers[1].strip() or answers[0] == answers[1]:
+    if not answers[0].strip() or not answers[1].strip() or tokenizer.encode(answers[0]) == tokenizer.encode(answers[1]):
         with pytest.raises(Unusable, match="empty side|equal sides"):
             PairRows().encode(row, tokenizer)
         return
@@ -117,6 +119,7 @@ TALK = "\n\nHuman: Hi\n\nAssistant:"
     ("layout", "row", "reason"),
     [
         ("pairs", {"prompt": "Q", "chosen": "a", "rejected": "a"}, "equal sides"),
+        ("pairs", {"prompt": "Q", "chosen": "\u00e9", "rejected": "e\u0301"}, "equal sides"),
         ("pairs", {"prompt": "Q", "chosen": "a", "rejected": " "}, "empty side"),
         (
             "pairs",
@@ -188,6 +191,59 @@ def test_pairs_of_one_prompt_are_held_out_together():
     assert (
         rows.group({"chosen": f"{TALK} a"}) == rows.group({"chosen": f"{TALK} b"}) != rows.group({"chosen": f"x{TALK}"})
     )
+
+
+def test_a_prompt_is_the_same_however_its_row_gives_it():
+    """A side may hold it, as in trl's format without `prompt`; another answer is not another prompt."""
+    group = PairRows().group
+    turned = {"content": "Q", "role": "user"}
+    of_one = [
+        {"prompt": "Q", "chosen": "a", "rejected": "b"},
+        {"prompt": [USER], "chosen": "c", "rejected": "d"},
+        {"messages": [turned], "chosen": [_said("a")], "rejected": "b"},
+        *({"chosen": [USER, _said(answer)], "rejected": [USER, _said("b")]} for answer in "xyz"),
+    ]
+    assert len({group(row) for row in of_one}) == 1
+    longer = [USER, _said("a"), {**USER, "content": "R"}]
+    others = [{"prompt": longer}, {"chosen": [*longer, _said("e")]}, {"prompt": "R"}]
+    assert len({group(row) for row in (of_one[0], *others)}) == 3
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.sampled_from(["", "user", "Q"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "text"]), inner),
+    max_leaves=4,
+)
+# Rows that are read, of every layout.
+ROWS = {
+    "pairs": {"prompt": [USER], "chosen": [_said("a")], "rejected": "b", "tools": []},
+    "hh_rlhf": {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
+    "shp": SHP,
+    "summaries": SUMMARY,
+    "queries": {"messages": [{"role": "system", "content": "S"}, USER], "answer": "a", "tools": []},
+    "messages": {"messages": [USER, {**_said("a"), "tool_calls": []}], "tools": []},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "a"}], "system": "S"},
+    "questions": {"question": "Q", "answer": "a", "input": "", "system": ""},
+}
+
+
+@pytest.mark.parametrize("layout", ROWS)
+@given(data=st.data())
+def test_a_row_with_anything_in_a_field_is_read_or_named(tokenizer, layout, data):
+    """Nothing but ValueError, which names the row and its place."""
+    rows = QueryRows() if layout == "queries" else PairRows(layout) if layout in pairs.LAYOUTS else ChatRows(layout)
+    row = json.loads(json.dumps(ROWS[layout]))
+    places = [(row, key) for key in row]
+    for key in list(row):
+        for inner in row[key] if isinstance(row[key], list) else [row[key]]:
+            places += [(inner, name) for name in inner] if isinstance(inner, dict) else []
+    holder, key = data.draw(st.sampled_from(range(len(places))).map(places.__getitem__))
+    holder[key] = data.draw(JSON)
+    for one in (row, data.draw(JSON)):
+        if isinstance(one, dict):
+            rows.group(one)
+        with contextlib.suppress(ValueError):
+            assert len(rows.encode(one, tokenizer).tokens)
 
 
 def test_the_publishers_file_of_hh_rlhf(tokenizer):
