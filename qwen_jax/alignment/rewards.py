@@ -5,6 +5,7 @@ Write your own in a module that the gin file imports, decorated with `gin.config
 
 import json
 import math
+import numbers
 import re
 from collections.abc import Callable, Sequence
 
@@ -30,21 +31,40 @@ def match_count(prompt: str, response: str, answer: str | None, pattern: str = "
     """1 where the regular expression `pattern` matches `best` times in the response; 1 / best less for each one off.
 
     Raises:
-      ValueError: there is no pattern.
+      ValueError: there is no pattern, or it is no regular expression; or `best` is below 1.
     """
     if not pattern:
         raise ValueError("match_count has no pattern to look for: set --gin.match_count.pattern")
-    return 1.0 - abs(len(re.findall(pattern, response)) - best) / best
+    if best < 1:
+        raise ValueError(f"match_count.best must be at least 1, found {best!r}")
+    return 1.0 - abs(len(_compiled("match_count", pattern).findall(response)) - best) / best
 
 
 def near_length(prompt: str, response: str, answer: str | None, characters: int = 100) -> float:
-    """1 for a response of `characters` characters, less by the relative distance, at least -1."""
+    """1 for a response of `characters` characters, less by the relative distance, at least -1.
+
+    Raises:
+      ValueError: `characters` is below 1.
+    """
+    if characters < 1:
+        raise ValueError(f"near_length.characters must be at least 1, found {characters!r}")
     return max(1.0 - abs(len(response) - characters) / characters, -1.0)
 
 
 def matches_format(prompt: str, response: str, answer: str | None, pattern: str = r".+") -> float:
-    """1 where the whole response matches the regular expression `pattern` (`.` matches line ends, too); else 0."""
-    return float(re.fullmatch(pattern, response, re.DOTALL) is not None)
+    """1 where the whole response matches the regular expression `pattern` (`.` matches line ends, too); else 0.
+
+    Raises:
+      ValueError: `pattern` is no regular expression.
+    """
+    return float(_compiled("matches_format", pattern, re.DOTALL).fullmatch(response) is not None)
+
+
+def _compiled(name: str, pattern: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise ValueError(f"{name}.pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def compute_rewards(
@@ -63,7 +83,7 @@ def compute_rewards(
     """
     rewards = [function(*text) for text in texts]
     for index, (reward, (_, response, _)) in enumerate(zip(rewards, texts, strict=True)):
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        if isinstance(reward, bool) or not isinstance(reward, numbers.Real) or not math.isfinite(reward):
             raise ValueError(
                 f"reward {name} gave {reward!r} for prompt {first + index // group_size} of the order, response "
                 f"{json.dumps(response[:80], ensure_ascii=False)}: it must give a finite number"

@@ -1,5 +1,6 @@
 """Rewards that a program computes, and what is refused of them."""
 
+import numpy as np
 import pytest
 
 from qwen_jax.alignment.rewards import (
@@ -27,6 +28,22 @@ def test_a_reward_without_its_answer_or_pattern_says_so():
         exact_answer("2+2?", "4", None)
     with pytest.raises(ValueError, match="match_count has no pattern"):
         match_count("", "", None)
+
+
+def test_settings_that_give_no_reward_are_named():
+    for function, name in ((match_count, "match_count"), (matches_format, "matches_format")):
+        with pytest.raises(ValueError, match=rf"{name}.pattern '\(' is no regular expression: missing \)"):
+            function("", "x", None, "(")
+    with pytest.raises(ValueError, match="match_count.best must be at least 1, found 0"):
+        match_count("", "x", None, "x", 0)
+    with pytest.raises(ValueError, match="near_length.characters must be at least 1, found 0"):
+        near_length("", "x", None, 0)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(2), 2, 0.5])
+def test_rewards_may_be_numbers_of_numpy(number):
+    (found,) = compute_rewards(lambda *text: number, "of the run", [("p", "r", None)], 0, 1)
+    assert found == number and type(found) is float
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), None, "1", True])
