@@ -61,6 +61,9 @@ class OptimizerConfig:
                 f"OptimizerConfig.first_moment_dtype must be float32 or bfloat16, found {self.first_moment_dtype!r}"
             )
         check_numbers(self, not_negative=("beta1", "beta2", "epsilon", "weight_decay"))
+        for field in ("beta1", "beta2"):
+            if not getattr(self, field) < 1:
+                raise ValueError(f"OptimizerConfig.{field} must be below 1, found {getattr(self, field)!r}")
         if self.clip_norm is not None:
             check_numbers(self, positive=("clip_norm",))
         object.__setattr__(self, "groups", tuple(self.groups))  # gin gives a list

@@ -98,6 +98,8 @@ def test_what_cannot_be_is_refused():
         ("clip_norm", 0),
         ("weight_decay", -0.1),
         ("beta2", float("nan")),
+        ("beta1", 1.0),
+        ("beta2", 1.5),
         ("warmup_steps", -1),
         ("warmup_steps", 1.5),
     ):
