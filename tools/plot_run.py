@@ -53,6 +53,12 @@ def draw_accounts(panel: plt.Axes, accounts: list[tuple[str, dict[str, float]]])
     panel.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(accounts) - 0.2), fontsize="small")
 
 
+def _at_the_end(row: dict) -> str:
+    """The figure of a held-out evaluation for the legend; only text has bits per byte."""
+    bits = row.get("eval/bits_per_byte")
+    return f"{row['eval/loss']:.3f}" if bits is None else f"{bits:.3f} bits per byte"
+
+
 def compose(runs: list[Path]) -> plt.Figure:
     """Draws training loss (thin: as logged, thick: smoothed) and held-out loss above, learning rate and speed below.
 
@@ -93,10 +99,11 @@ def compose(runs: list[Path]) -> plt.Figure:
                 "o--",
                 color=color,
                 markeredgecolor="black",
-                label=f"{name}: held out, {held_out[-1]['eval/bits_per_byte']:.3f} bits per byte at the end",
+                label=f"{name}: held out, {_at_the_end(held_out[-1])} at the end",
             )
         rates.plot(steps, [row["learning_rate"] for row in train], color=color)
-        speeds.plot(steps, [row["tokens_per_second"] for row in train], ":", color=color)
+        # The row of an update that ended a run has no pace.
+        speeds.plot(steps, [row.get("tokens_per_second") or np.nan for row in train], ":", color=color)
     losses.set_ylabel("loss (nats per token)")
     losses.legend()
     losses.grid(alpha=0.3)

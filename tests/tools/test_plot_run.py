@@ -21,6 +21,18 @@ def test_a_picture_is_drawn_into_the_run(tool, tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob(".*"))
 
 
+def test_a_run_on_pairs_that_an_update_has_ended_is_drawn(tool, tmp_path):
+    """Its held-out metrics have no bits per byte, and its last row has neither a gradient nor a pace."""
+    row = {"loss": 0.6, "learning_rate": 1e-3, "gradient_norm": 1.0, "tokens_per_second": 100.0}
+    last = {"step": 3, "loss": 0.5, "learning_rate": 1e-3, "gradient_norm": None}
+    rows = [{"step": 1, **row}, {"step": 2, **row}, {"step": 2, "eval/loss": 0.6931, "eval/accuracy": 0.5}, last]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    figure = tool.compose([tmp_path])
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    plt.close(figure)
+    assert labels == [f"{tmp_path.name}: training", f"{tmp_path.name}: held out, 0.693 at the end"]
+
+
 def test_the_time_of_runs_is_drawn_where_they_keep_an_account(tool, tmp_path):
     row = {"step": 1, "loss": 5.0, "learning_rate": 1e-3, "tokens_per_second": 100.0}
     start = {"began": 0.0, "to": 9, "kept": 9, "seconds": {"starting": 2.5, "steps": 7.5}}
