@@ -28,6 +28,15 @@ def test_json_is_written_as_utf8_and_read_back(tmp_path):
     assert files.read_json(tmp_path / "deep" / "a.json") == {"a": [1.5, None], "b": "图灵"}
 
 
+@pytest.mark.parametrize("text", ["\ud83d", "a\\\udc00b", "😀", "図 \u2028"])
+def test_json_with_halves_of_characters_is_written_and_read_back(tmp_path, text):
+    """JSON may hold lone surrogates, which UTF-8 cannot."""
+    files.write_json(tmp_path / "a.json", {text: text})
+    files.write_text(tmp_path / "a.jsonl", files.json_line([text]) + files.json_line(text))
+    assert files.read_json(tmp_path / "a.json") == {text: text}
+    assert [row for _, row in files.read_json_lines(tmp_path / "a.jsonl")] == [[text], text]
+
+
 def test_of_two_equal_folders_the_first_stays(tmp_path):
     with files.new_folder(tmp_path / "out") as first:
         (first / "x").write_text("1")

@@ -8,7 +8,6 @@ input of tools/make_annotation_page.py.
 """
 
 import argparse
-import json
 import logging
 import re
 
@@ -95,14 +94,14 @@ def main(argv: list[str] | None = None) -> None:
                 "answer": one.text,
                 "ended": one.ended,
             }
-            lines.append(json.dumps(record, ensure_ascii=False))
+            lines.append(files.json_line(record))
     print(
         "| model | answers | end with <\\|im_end\\|> | in the format | equal to the reference |\n|---|---|---|---|---|"
     )
     print("\n".join(rows))
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(arguments.output, "\n".join(lines) + "\n")
+        files.write_text(arguments.output, "".join(lines))
         print(f"wrote {arguments.output}")
 
 

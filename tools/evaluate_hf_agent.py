@@ -11,7 +11,6 @@ python tools/evaluate_hf_agent.py --wheel transformers-4.33.3-py3-none-any.whl -
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = [task for conversation in benchmark.conversations(arguments.mode) for task in conversation]
     rows = [{"task": task, "reply": reply} for task, reply in zip(tasks, replies, strict=True)]
     folder = arguments.output / arguments.mode
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(map(files.json_line, rows))
     files.write_text(folder / "replies.jsonl", lines)
     files.write_json(folder / "scores.json", found)
     print(f"| mode {arguments.mode}, {len(replies)} tasks | % |\n|---|--:|")

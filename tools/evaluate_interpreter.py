@@ -9,7 +9,6 @@ a judge that sees.
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         for one in solutions
     )
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(map(files.json_line, rows))
     files.write_text(arguments.output / "solutions.jsonl", lines)
     found = scores(questions, solutions)
     files.write_json(arguments.output / "scores.json", found)

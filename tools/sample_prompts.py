@@ -8,7 +8,6 @@ whatever their tags. The choice depends on prompts, tags and `--seed`, not on th
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -97,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         "drawn": prompt_sampling.draw(pool.prompts, arguments.count, arguments.seed),
     }
     text = table(sets, pool)
-    lines = (json.dumps(one.row, ensure_ascii=False) for one in chosen)
-    files.write_text(arguments.output, "".join(f"{line}\n" for line in lines))
+    lines = (files.json_line(one.row) for one in chosen)
+    files.write_text(arguments.output, "".join(lines))
     files.write_text(arguments.output.with_suffix(".md"), text)
     picture(sets, arguments.output.with_suffix(".png"))
     print(text, end="")

@@ -11,7 +11,6 @@ as --seeds of the next round, which a model trained on it writes.
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -106,7 +105,7 @@ def accept(arguments: argparse.Namespace) -> None:
     """Keeps what people accepted."""
     decisions = [one for path in arguments.decisions for one in rows_of(path)]
     kept, counts = self_instruct.keep_accepted(rows_of(arguments.samples), decisions)
-    files.write_text(arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    files.write_text(arguments.output, "".join(map(files.json_line, kept)))
     print(", ".join(f"{decision}: {count:,}" for decision, count in counts.items()))
     print(f"wrote {arguments.output} with {len(kept):,} samples")
 

@@ -13,6 +13,7 @@ from .streams import new_stream
 from .whole import (
     copy_file,
     download_folder,
+    json_line,
     local_copy,
     new_file,
     new_folder,
@@ -37,6 +38,7 @@ __all__ = [
     "in_parallel",
     "is_path_type",
     "is_remote",
+    "json_line",
     "local_copy",
     "locked",
     "new_file",

@@ -143,7 +143,17 @@ def write_text(path: PathLike, text: str) -> None:
 
 def write_json(path: PathLike, value: object, indent: int | None = 2, sort_keys: bool = False) -> None:
     """Writes JSON in UTF-8, whole or not at all."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+    write_text(path, _escaped(json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys)) + "\n")
+
+
+def json_line(value: object) -> str:
+    """A line of JSON with its line end, which UTF-8 can hold: lone surrogates, which JSON may have, are escaped."""
+    return _escaped(json.dumps(value, ensure_ascii=False)) + "\n"
+
+
+def _escaped(text: str) -> str:
+    # What Python writes for a character that UTF-8 lacks is its escape in JSON.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def copy_file(source: PathLike, final: PathLike) -> None:

@@ -66,7 +66,7 @@ def test_a_malformed_row_is_named(row):
 def test_the_tool_writes_rows_table_and_picture(tool, tmp_path, capsys):
     rows = [{"prompt": f"p{n}", "tags": [f"T{n % 7}", f"t{n % 11} "], "id": n} for n in range(50)]
     rows += [{"prompt": "p0", "tags": ["x"]}, {"prompt": "no tag", "tags": [" "]}, {"prompt": "", "tags": ["x"]}]
-    rows += [{"messages": [{"role": "user", "content": "é"}], "tags": ["a", "b", "c"]}]
+    rows += [{"messages": [{"role": "user", "content": "é \ud83d"}], "tags": ["a", "b", "c"]}]  # half of an emoji
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "out" / "chosen.jsonl"
     main = tool("sample_prompts").main
