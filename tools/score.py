@@ -113,27 +113,26 @@ class Results:
         self.output, self.path = output, output.with_name(f".{output.name}.unfinished")
         output.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict] = []
-        head = json.dumps(settings, ensure_ascii=False).encode() + b"\n"
+        head = files.json_line(settings).encode()
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
-            whole = head
-        elif not whole.startswith(head):
+        kept = content[: content.rfind(b"\n") + 1]
+        if kept and not kept.startswith(head):
             raise ValueError(
                 f"{self.path} holds results of another checkpoint, input or setting: remove it, or choose another "
                 f"--output"
             )
-        self.rows = [json.loads(line) for line in whole[len(head) :].splitlines()]
+        self.rows = [json.loads(line) for line in kept[len(head) :].splitlines()]
         # An object of a bucket is written whole each time.
-        self._object = bytearray(whole) if files.is_remote(self.path) else None
+        self._object = bytearray(kept or head) if files.is_remote(self.path) else None
         if self._object is None:
-            self._stream = open(self.path, "wb")
-            self._stream.write(whole)
+            self._stream = open(self.path, "ab")  # what is there stays, whatever ends this process
+            self._stream.truncate(len(kept))
+            self._stream.write(b"" if kept else head)
             self._stream.flush()
 
     def add(self, rows: list[dict]) -> None:
         """Appends rows, which a kill no longer loses."""
-        lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        lines = "".join(map(files.json_line, rows)).encode()
         if self._object is not None:
             self._object += lines
             self.path.write_bytes(self._object)
@@ -147,7 +146,7 @@ class Results:
         """Writes the output, whole, and removes the unfinished file."""
         if self._object is None:
             self._stream.close()
-        files.write_text(self.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        files.write_text(self.output, "".join(map(files.json_line, self.rows)))
         self.path.unlink(missing_ok=True)
 
 

@@ -68,6 +68,14 @@ def test_rewards_stand_in_the_order_of_the_input(score, reward_run, tmp_path, ca
         score.main(arguments)
 
 
+def test_an_id_that_utf8_lacks_is_written_as_it_was_read(score, reward_run, tmp_path):
+    """A text that was cut within an emoji has half of it in JSON."""
+    source = write(tmp_path / "talks.jsonl", [conversation("\ud83d", "hello", id="\ud83d"), GOOD[0]])
+    score.score_file(reward_run, source, tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == ["\ud83d", "first"] and all("reward" in row for row in rows)
+
+
 def test_an_exported_folder_gives_the_same_rewards(score, reward_run, tmp_path):
     exported = convert("orbax", reward_run, "qwen2_reward", tmp_path / "exported", progress=False)
     source = write(tmp_path / "talks.jsonl", GOOD)
@@ -140,6 +148,23 @@ def test_an_interrupted_command_goes_on_and_gives_the_same_file(score, reward_ru
     assert calls == [8, 8, 8, 7] and "going on after 8 of 23 conversations" in capsys.readouterr().err
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and again == whole
     assert not unfinished.exists()
+
+
+def test_a_kill_as_the_file_is_opened_again_loses_no_result(score, tmp_path, monkeypatch):
+    made = score.Results(tmp_path / "r.jsonl", {"a": 1})
+    made.add([{"line": "x:1", "reward": 0.5}])
+    before = made.path.read_bytes()
+
+    def killed(*arguments):
+        open(*arguments).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "open", killed, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        score.Results(tmp_path / "r.jsonl", {"a": 1})
+    assert made.path.read_bytes() == before and before.count(b"\n") == 2
+    monkeypatch.undo()
+    assert score.Results(tmp_path / "r.jsonl", {"a": 1}).rows == [{"line": "x:1", "reward": 0.5}]
 
 
 def test_models_that_give_no_rewards_are_named(score, reward_run, tmp_path):
