@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from qwen_jax import files
 from qwen_jax.alignment.dpo import REFERENCE_COLUMN, reference_column, response_log_probs
 from qwen_jax.batch_spec import is_packed, row_length
 from qwen_jax.conversion.load import find_tokenizer, load_pretrained, read_model_config, weight_files
@@ -83,7 +84,7 @@ def weights_digest(path: Path) -> str:
     digest = hashlib.sha256()
     for file in weight_files(path):
         digest.update(file.name.encode())
-        with open(file, "rb") as stream:
+        with files.open_file(file) as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 

@@ -6,10 +6,12 @@ which is written last. Files that an interrupted computation has written are kep
     cache_dir/<task>/packed-<length>-<packing>/<split>/<column>-<fingerprint>/rows-00000000.npy  manifest.json
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from qwen_jax.data.loader import ExampleLoader
 MANIFEST = "manifest.json"
 # 8 MB at 2,048 tokens.
 ROWS_PER_FILE = 1024
+# Of a file of numpy with an array of two axes.
+_HEADER_BYTES = 128
 
 
 class DerivedColumn:
@@ -44,6 +48,7 @@ class DerivedColumn:
         self.fingerprint = hashlib.sha256(json.dumps([name, records, length, data, origin]).encode()).hexdigest()
         self.folder, self.records, self.length = packed / f"{name}-{self.fingerprint[:16]}", records, length
         self._open: dict[int, np.ndarray] = {}
+        self._first_bytes: dict[int, int] = {}  # of the rows, in files of a bucket
         self._lock = threading.Lock()
 
     def starts(self) -> list[int]:
@@ -90,28 +95,63 @@ class DerivedColumn:
     def read(self, records: np.ndarray) -> np.ndarray:
         """The rows of these records, float32 [len(records), length]. Safe to call from several threads.
 
+        Of files in a bucket, only these rows are requested.
+
         Raises:
           OSError: a file is missing or damaged; the message names it.
         """
         values = np.empty((len(records), self.length), np.float32)
         starts = records - records % ROWS_PER_FILE
-        for start in np.unique(starts):
+
+        def fill(start: int) -> None:
             rows = np.flatnonzero(starts == start)
-            values[rows] = self._array(int(start))[records[rows] - start]
+            places = records[rows] - start
+            values[rows] = (
+                self._requested(start, places) if files.is_remote(self.folder) else self._array(start)[places]
+            )
+
+        numbers = np.unique(starts).tolist()
+        if files.is_remote(self.folder):
+            files.in_parallel(fill, numbers)
+        else:
+            for number in numbers:
+                fill(number)
         return values
+
+    def _requested(self, start: int, places: np.ndarray) -> np.ndarray:
+        """Rows of a file in a bucket."""
+        path, width = self._file(start), 4 * self.length
+        if start not in self._first_bytes:
+            header = io.BytesIO(files.read_range(path, 0, _HEADER_BYTES))
+            with self._damage_named(path):
+                np.lib.format.read_magic(header)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+            self._check_shape(start, shape, dtype)
+            self._first_bytes[start] = header.tell()
+        begin = self._first_bytes[start]
+        found = files.read_ranges(path, [(begin + width * row, begin + width * (row + 1)) for row in places.tolist()])
+        return np.frombuffer(b"".join(found), np.float32).reshape(len(places), self.length)
 
     def _array(self, start: int) -> np.ndarray:
         with self._lock:
             if start not in self._open:
-                path = self._file(start)
-                try:
-                    array = np.load(path, mmap_mode="r")
-                except (OSError, ValueError) as error:
-                    raise OSError(f"cannot read {path} ({error}): delete {self.folder} to compute it again") from error
-                if array.shape != (self.stop(start) - start, self.length) or array.dtype != np.float32:
-                    raise OSError(f"{path} has the shape {array.shape}: delete {self.folder} to compute it again")
+                with self._damage_named(self._file(start)):
+                    array = np.load(self._file(start), mmap_mode="r")
+                self._check_shape(start, array.shape, array.dtype)
                 self._open[start] = array
             return self._open[start]
+
+    @contextlib.contextmanager
+    def _damage_named(self, path: Path) -> Generator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise OSError(f"cannot read {path} ({error}): delete {self.folder} to compute it again") from error
+
+    def _check_shape(self, start: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if shape != (self.stop(start) - start, self.length) or dtype != np.float32:
+            path = self._file(start)
+            raise OSError(f"{path} has the shape {shape} of {dtype}: delete {self.folder} to compute it again")
 
     def _file(self, start: int) -> Path:
         return self.folder / f"rows-{start:08d}.npy"

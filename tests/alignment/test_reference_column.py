@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax import files
 from qwen_jax.alignment.dpo import REFERENCE_COLUMN, response_log_probs
-from qwen_jax.conversion import load_pretrained, load_tokenizer
+from qwen_jax.conversion import convert, load_pretrained, load_tokenizer
 from qwen_jax.conversion.load import read_model_config
 from qwen_jax.data import derived
 from qwen_jax.data.loader import ExampleLoader
@@ -20,6 +21,7 @@ from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.alignment.hand_made_pairs import pack_pairs
 from tests.fakes import random_run
 from tests.jobs import outputs_of_job, start_job
+from tests.object_stores import s3, stores  # noqa: F401
 
 LENGTH = 64
 SIZES = dict(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, context_length=64, dtype="float32", remat="none")
@@ -194,3 +196,27 @@ def test_a_damaged_reference_and_a_damaged_column_are_named(reference, cache, co
     (column / "rows-00000000.npy").write_bytes(b"half")
     with pytest.raises(OSError, match="rows-00000000.npy.*to compute it again"):
         train_set.read(0, 12)
+
+
+def test_in_a_bucket_the_column_is_that_of_a_disk(reference, cache, computed, s3):  # noqa: F811
+    """Data and reference: the latter is INITIAL_CHECKPOINT unless another is named."""
+    url = files.as_path(s3.folder())
+    convert("orbax", reference, "orbax", url / "reference", progress=False)
+    for path in cache.rglob("*"):
+        if path.is_file():
+            files.copy_file(path, url / "cache" / path.relative_to(cache).as_posix())
+    remote, local = add(url / "reference", url / "cache"), add(reference, cache)
+    assert len(computed) == 6
+    for there, here, stop in zip(remote, local, (30, len(local[1])), strict=True):
+        found, expected = there.read(0, stop), here.read(0, stop)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-6, err_msg=name)
+    add(url / "reference", url / "cache")
+    assert len(computed) == 6
+    (column,) = (url / "cache" / "pairs" / f"packed-{LENGTH}-whole" / "train").glob(
+        f"{REFERENCE_COLUMN}-*/manifest.json"
+    )
+    for content, message in ((b"half", "rows-00000000.npy"), (b"x" * 400, "rows-00000000.npy.*to compute it again")):
+        (column.parent / "rows-00000000.npy").write_bytes(content)
+        with pytest.raises(OSError, match=message):
+            add(url / "reference", url / "cache")[0].read(0, 12)
