@@ -176,7 +176,12 @@ def elo(
 
     Returns:
       Name to (mean rating, standard deviation between orders), best first.
+
+    Raises:
+      ValueError: no positive step, or no order.
     """
+    if not step > 0 or shuffles < 1:
+        raise ValueError(f"elo needs a positive step and at least one order, found step={step}, shuffles={shuffles}")
     models = models_of(comparisons)
     place = {model: index for index, model in enumerate(models)}
     first = np.array([place[one.pair[0]] for one in comparisons])
@@ -283,8 +288,10 @@ def strengths(
       seed: for the resamples.
 
     Raises:
-      ValueError: as `bradley_terry`.
+      ValueError: a number is out of range, or as `bradley_terry`.
     """
+    if not prior >= 0 or samples < 1:
+        raise ValueError(f"strengths need a prior of at least 0 and a resample, found prior={prior}, samples={samples}")
     models = models_of(comparisons)
     groups: dict[str, list[Comparison]] = collections.defaultdict(list)
     for one in comparisons:

@@ -247,3 +247,13 @@ SIDED = {"instruction": "1", "annotator": "ann", "left": "a", "right": "b", "win
 def test_wrong_verdicts_are_named_with_their_line(tmp_path, records, message):
     with pytest.raises(ValueError, match=message):
         read_comparisons([write(tmp_path / "verdicts.jsonl", *records)])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": 0.0}, {"shuffles": 0}, {"prior": -1.0}, {"prior": float("nan")}, {"samples": 0}]
+)
+def test_numbers_that_give_no_rating_are_named(changes):
+    rate = strengths if {"prior", "samples"} & changes.keys() else elo
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"found .*{name}={changes[name]}"):
+        rate([Comparison("1", "ann", "a", "b", "left")], **changes)
