@@ -63,8 +63,9 @@ def policy_loss(model: ActorCritic, params, batch, temperature, top_p, low, high
     }
     total = sums["policy_loss"]
     if reference_coefficient:
-        kl = kl_estimate(found.log_probs, batch["reference_log_probs"], "k3")
-        sums["reference_kl"] = jnp.sum(weights * jnp.where(weights > 0, kl, 0.0))
+        # 0 outside the response before the exponential, as above: prompt and filling may lie far from the reference.
+        reference = jnp.where(weights > 0, batch["reference_log_probs"], found.log_probs)
+        sums["reference_kl"] = jnp.sum(weights * kl_estimate(found.log_probs, reference, "k3"))
         total = total + reference_coefficient * sums["reference_kl"]
     return total, sums
 

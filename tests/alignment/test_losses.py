@@ -174,6 +174,19 @@ def test_gradients_are_finite_where_tokens_left_the_nucleus():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+def test_what_lies_outside_the_response_has_no_part_in_the_gradient():
+    """However far the reference is there: an infinite exponential times a weight of 0 would be NaN."""
+    model = models(value=False)
+    params = initialized(model)
+    batch, mask, _ = minibatch(model, params)
+    objective = GRPOConfig(0.0, 0.0).objective(0.9, 0.8, 0)
+    gradient_of = jax.jit(jax.grad(lambda p, rows: objective.loss(model, {"policy": p}, rows, None)[0]))
+    far = batch | {"reference_log_probs": np.where(mask > 0, batch["reference_log_probs"], np.float32(200))}
+    jax.tree.map(
+        np.testing.assert_array_equal, gradient_of(params["policy"], far), gradient_of(params["policy"], batch)
+    )
+
+
 def test_a_minibatch_in_parts_has_the_same_loss():
     """Counts over the whole minibatch: parts with other numbers of tokens add up."""
     model = models()
