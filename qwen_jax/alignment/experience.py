@@ -45,6 +45,8 @@ class Algorithm(Protocol):
 
     pretraining_coefficient: float
     aggregation: str
+    # Responses to a prompt, at least.
+    least_responses: int
 
     @property
     def has_value(self) -> bool:

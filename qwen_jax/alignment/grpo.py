@@ -38,10 +38,12 @@ class GRPOConfig:
     aggregation: str = "sequence"
 
     has_value = False
+    least_responses = 2
 
     def __post_init__(self):
         numbers = ("pretraining_coefficient", "missing_end_penalty", "kl_coefficient")
-        check_numbers(self, positive=("clip",), not_negative=numbers)
+        positive = ("clip",) if self.clip_high is None else ("clip", "clip_high")
+        check_numbers(self, positive=positive, not_negative=numbers)
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(
                 f"GRPOConfig.aggregation must be one of {', '.join(AGGREGATIONS)}, found {self.aggregation!r}"

@@ -63,6 +63,7 @@ class PPOConfig:
     value_coefficient: float = 0.1
 
     aggregation = "token"
+    least_responses = 1
     has_value = True
 
     def __post_init__(self):

@@ -173,11 +173,18 @@ class Rollouts(Callback):
           skipped: spans of each data stream that are passed over.
 
         Raises:
-          ValueError: the sizes do not divide, the data have other lengths, or there is no reward, or are two.
+          ValueError: the sizes do not divide, the data have other lengths, there is no reward, or are two, or the
+            algorithm compares more responses than a prompt gets.
         """
         self.model, self.algorithm, self.config, self._mesh, self._folder = model, algorithm, config, mesh, folder
         if (reward is None) == (model.reward_config is None):
             raise ValueError("rewards come from a reward model or from a reward function: give one of the two")
+        if config.responses_per_prompt < algorithm.least_responses:
+            raise ValueError(
+                f"{type(algorithm).__name__} compares the responses to a prompt with each other and gets "
+                f"{config.responses_per_prompt} of each: RESPONSES_PER_PROMPT must be at least "
+                f"{algorithm.least_responses}"
+            )
         _check_lengths(config, prompts, pretraining)
         self._prompts, self._pretraining, self._tokenizer = prompts, pretraining, tokenizer
         self._stop_ids, self._reward, self._watched = tuple(stop_ids), reward, dict(watched or {})

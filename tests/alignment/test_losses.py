@@ -206,6 +206,7 @@ def test_a_minibatch_in_parts_has_the_same_loss():
         (PPOConfig, dict(value_clip=0), "PPOConfig.value_clip must be a number and positive"),
         (PPOConfig, dict(kl_coefficient=-1), "PPOConfig.kl_coefficient must be a number and at least 0"),
         (PPOConfig, dict(kl_estimator="k5"), "one of k1, k2, k3, found 'k5'"),
+        (GRPOConfig, dict(clip_high=-0.2), "GRPOConfig.clip_high must be a number and positive"),
         (GRPOConfig, dict(aggregation="mean"), "one of token, sequence, constant, found 'mean'"),
     ],
 )

@@ -245,6 +245,13 @@ def test_a_reward_model_reads_the_end_token(tmp_path):
         (dict(checkpoint_every=3), "CHECKPOINT_EVERY is 3"),
         (dict(batch_size=3), "4 prompts x 2 responses does not divide into minibatches of BATCH_SIZE 3"),
         (dict(reward=None), "give one of the two"),
+        (
+            dict(
+                algorithm=GRPOConfig(0.0, 0.0),
+                rollouts=RolloutConfig(16, 8, 8, responses_per_prompt=1, epochs=2, slots=8),
+            ),
+            "GRPOConfig compares the responses to a prompt .* 1 of each: RESPONSES_PER_PROMPT must be at least 2",
+        ),
         (dict(reward=lambda prompt, response, answer: float("nan")), "gave nan for prompt 0 of the order, response"),
     ],
 )
