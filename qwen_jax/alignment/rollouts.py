@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -317,13 +318,13 @@ class Rollouts(Callback):
         path = self._experience_file(step)
         try:
             with files.open_file(path) as file, np.load(file) as stored:
-                self._rollout = dict(stored)
-        except (OSError, ValueError) as error:
+                rollout = dict(stored)
+            self._start, self._rollout = int(rollout.pop("start")), rollout
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"the checkpoint of step {trainer.step} lies within the rollout that began at step {step}, and "
                 f"{path} cannot be read ({error}): go on from an earlier checkpoint with tools/rewind.py"
             ) from error
-        self._start = int(self._rollout.pop("start"))
 
     def _make(self, trainer) -> None:
         """Generates and judges a rollout with the weights of the trainer."""

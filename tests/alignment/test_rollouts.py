@@ -119,8 +119,16 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, straight, step, number
     assert ours == theirs
 
 
-def test_a_rollout_that_is_gone_is_named(tmp_path):
-    producer = rollout_trainer(tmp_path).batches
+@pytest.mark.parametrize("content", [None, b"", b"half", "cut", "without its start"])
+def test_a_rollout_that_is_gone_or_damaged_is_named(tmp_path, content):
+    producer, path = rollout_trainer(tmp_path).batches, tmp_path / "experience" / "0.npz"
+    path.parent.mkdir()
+    if content is not None:
+        np.savez(path, mask=np.zeros((8, 16)), **({} if content == "without its start" else {"start": 0}))
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:-30])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"step 3 lies within the rollout that began at step 0.*rewind"):
         producer.before_step(types.SimpleNamespace(step=3))
 
