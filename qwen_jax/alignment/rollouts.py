@@ -330,6 +330,7 @@ class Rollouts(Callback):
         """Generates and judges a rollout with the weights of the trainer."""
         activity, config, params = trainer.run_folder.activity, self.config, trainer.state.all_params
         self._start = after_skipped(self.positions[PROMPTS], self._skipped.get(PROMPTS, ()))
+        trainer.settle()  # weights that an update has harmed make no rollout
         jax.block_until_ready(trainer.state.step)
         times = [time.perf_counter()]
         update = 0.0 if self._done is None else times[0] - self._done

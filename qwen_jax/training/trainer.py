@@ -255,16 +255,21 @@ class Trainer:
             for callback in callbacks:
                 callback.after_step(self, metrics)
             if due := [callback for callback in callbacks if callback.due(self)]:
-                self._settle()
+                self.settle()
                 for callback in due:
                     callback.act(self)
                 for callback in callbacks:
                     callback.resume(self)
-        self._settle()
+        self.settle()
         for callback in reversed(callbacks):
             callback.end(self)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Reads the metrics of every step so far, waiting for them, and accounts for their time.
+
+        Raises:
+          TrainingDiverged: the last update harmed the model.
+        """
         for callback in self.callbacks:
             callback.settle(self)
         self.run_folder.goodput.count("steps")

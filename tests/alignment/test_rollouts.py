@@ -19,6 +19,7 @@ from qwen_jax.distributed.hosts import JobConfig, connect
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.training.callbacks import Callback
 from qwen_jax.training.metrics import read_metrics
+from qwen_jax.training.reporting import TrainingDiverged
 from tests.alignment.fakes import FakePrompts, optimizer, rollout_trainer, share_of_sevens
 from tests.fakes import FakeExamples, small_model
 from tests.jobs import outputs_of_job, start_job
@@ -139,6 +140,23 @@ def test_other_sizes_are_another_run(tmp_path):
     made = [rollout_trainer(tmp_path, rollouts=RolloutConfig(**sizes | change)).batches for change in changes]
     assert len({one.fingerprints["prompts"] for one in made}) == len(changes)
     assert len({one.fingerprints["pretraining"] for one in made}) == 1
+
+
+def test_a_policy_that_an_update_has_harmed_makes_no_rollout(tmp_path):
+    """The update is named, and not the reward model, which a response of such a policy makes give NaN."""
+
+    class Harm(Callback):
+        def after_step(self, trainer, metrics):
+            if trainer.step == 3:
+                params = trainer.state.params
+                params["policy"]["final_norm"]["scale"] = params["policy"]["final_norm"]["scale"] * np.nan
+
+    trainer, made = rollout_trainer(tmp_path, callbacks=[Harm()], reward_model=True, checkpoint_every=8), []
+    respond = trainer.batches._responder.respond
+    trainer.batches._responder.respond = lambda *arguments: made.append(0) or respond(*arguments)
+    with pytest.raises(TrainingDiverged, match="of step 4 is nan"):
+        trainer.run()
+    assert len(made) == 1
 
 
 class Watch(Callback):
