@@ -198,7 +198,9 @@ class Rollouts(Callback):
         )
         self.shapes = batch_shapes(mesh, batch_size, self.columns)
         self._own = {column.name for column in own}
-        identity = [prompts.fingerprint, dataclasses.asdict(config), batch_size]
+        # How many responses are generated together is for a machine to choose, and changes none of them.
+        sizes = {name: value for name, value in dataclasses.asdict(config).items() if name != "slots"}
+        identity = [prompts.fingerprint, sizes, batch_size]
         self.fingerprints = {PROMPTS: hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
         if pretraining is not None:
             self.fingerprints[PRETRAINING] = pretraining.fingerprint

@@ -166,8 +166,9 @@ class Trainer:
         if there != here:
             changed = sorted(stream for stream in there.keys() | here.keys() if there.get(stream) != here.get(stream))
             raise CheckpointError(
-                f"{folder} was trained on other data (another corpus, vocabulary, mixture, seed or sequence length; "
-                f"data stream {', '.join(changed)}), so its data position means nothing here. Restore the data, or "
+                f"{folder} was trained on other data (another corpus, vocabulary, mixture, seed or sequence length, or "
+                f"rollouts of other sizes or sampling; data stream {', '.join(changed)}), so its data position means "
+                f"nothing here. Restore the data or the settings, or "
                 f"start a new OUTPUT_DIR with INITIAL_CHECKPOINT={folder}"
             )
         self.positions = dict(metadata["positions"])

@@ -142,6 +142,12 @@ def test_other_sizes_are_another_run(tmp_path):
     assert len({one.fingerprints["pretraining"] for one in made}) == 1
 
 
+def test_responses_together_are_for_the_machine_to_choose(tmp_path):
+    """A run that ran out of memory goes on with fewer slots."""
+    few, many = (rollout_trainer(tmp_path, rollouts=RolloutConfig(16, 8, 4, slots=slots)).batches for slots in (2, 8))
+    assert few.fingerprints == many.fingerprints
+
+
 def test_a_policy_that_an_update_has_harmed_makes_no_rollout(tmp_path):
     """The update is named, and not the reward model, which a response of such a policy makes give NaN."""
 
