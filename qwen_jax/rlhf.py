@@ -34,6 +34,7 @@ from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
 from qwen_jax.host_memory import keep_freed_memory
 from qwen_jax.models.config import ModelConfig
+from qwen_jax.reference_column import check_vocabulary
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.train import carry_out, check_length, check_state, find_cache, open_data, train
 from qwen_jax.training.callbacks import Callback, Evaluation
@@ -95,9 +96,12 @@ def rlhf(
     check_length(trainer, model)
     _check_pretraining(algorithm, pretraining)
     models = actor_critic(model, algorithm, reward_checkpoint)
-    weights = _initial_weights(models, files.as_path(initial_checkpoint, "INITIAL_CHECKPOINT"), reward_checkpoint)
+    _check_reward_length(models, rollouts, reward_checkpoint)
+    policy = files.as_path(initial_checkpoint, "INITIAL_CHECKPOINT")
+    weights = _initial_weights(models, policy, reward_checkpoint)
     if not saved_steps(output):
         weights.check(nn.meta.unbox(boxed_shapes(models)))
+        check_vocabulary(policy, default_tokenizer().fingerprint)
     devices = make_mesh(mesh)
     trainer = in_parts(trainer, algorithm, rollouts, devices)
     with open_run(output, lambda folder: check_same_model(folder, model), watchdog=watchdog, began=began) as run_folder:
@@ -127,6 +131,15 @@ def _check_pretraining(algorithm: Algorithm, pretraining: str | None) -> None:
         raise ValueError(
             f"PRETRAINING_COEFFICIENT is {algorithm.pretraining_coefficient} and there is no pretraining text: set "
             f"PRETRAINING to a task, or the coefficient to 0"
+        )
+
+
+def _check_reward_length(models: ActorCritic, rollouts: RolloutConfig, reward_checkpoint: PathLike | None) -> None:
+    reward = models.reward_config
+    if reward is not None and rollouts.length > reward.context_length:
+        raise ValueError(
+            f"SEQUENCE_LENGTH {rollouts.length} is more than the context_length {reward.context_length} of "
+            f"REWARD_CHECKPOINT {reward_checkpoint}: lower it, or name a reward model of longer conversations"
         )
 
 

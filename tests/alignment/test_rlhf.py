@@ -12,6 +12,7 @@ import qwen_jax.rlhf
 import qwen_jax.train
 from qwen_jax.alignment.grpo import GRPOConfig
 from qwen_jax.alignment.ppo import PPOConfig
+from qwen_jax.alignment.rollouts import RolloutConfig
 from qwen_jax.checkpoints.arrays import load_params
 from qwen_jax.checkpoints.run_folder import write_run_files
 from qwen_jax.configuration import ConfigurationError, load_gin
@@ -20,7 +21,8 @@ from qwen_jax.conversion.load import open_weights
 from qwen_jax.data.tokenizer import write_ranks
 from qwen_jax.rlhf import actor_critic
 from qwen_jax.training.parameter_groups import assign_groups
-from tests.alignment.fakes import checkpoint, rollout_trainer
+from qwen_jax.training.trainer_config import TrainerConfig
+from tests.alignment.fakes import checkpoint, optimizer, rollout_trainer
 from tests.fakes import small_model
 
 gin.configurable(qwen_jax.train.train)
@@ -118,6 +120,32 @@ def test_a_reward_model_of_another_vocabulary_or_without_head_is_refused(checkpo
         actor_critic(model, ALGORITHMS["ppo"], checkpoints["policy"])
     with pytest.raises(ValueError, match=re.escape("464 rows of vocabulary and the policy 512")):
         actor_critic(small_model(vocab_size=512, num_layers=1), ALGORITHMS["ppo"], checkpoints["reward"])
+
+
+def test_models_that_do_not_read_the_conversations_of_a_run_are_refused(checkpoints, tmp_path, monkeypatch):
+    """A policy of another vocabulary, and a reward model of shorter conversations, before data are looked for."""
+    tokenizer, sizes = qwen_jax.rlhf.load_tokenizer(checkpoints["policy"]), dict(vocab_size=464, num_layers=1)
+    monkeypatch.setattr(qwen_jax.rlhf, "default_tokenizer", lambda: tokenizer)
+    foreign = checkpoint(tmp_path, "foreign", small_model(**sizes), ranks=range(255, -1, -1))
+    short = checkpoint(tmp_path, "short", small_model(head="scalar", context_length=15, **sizes))
+    for changes, message in (
+        ({"initial_checkpoint": foreign}, "foreign was trained with another vocabulary"),
+        ({"reward_checkpoint": short}, "SEQUENCE_LENGTH 16 is more than the context_length 15 of REWARD_CHECKPOINT"),
+    ):
+        settings = {"initial_checkpoint": checkpoints["policy"], "reward_checkpoint": checkpoints["reward"]} | changes
+        with pytest.raises(ValueError, match=message):
+            qwen_jax.rlhf.rlhf(
+                model=small_model(**sizes),
+                optimizer=optimizer(),
+                trainer=TrainerConfig(4, 4, 16),
+                algorithm=ALGORITHMS["ppo"],
+                rollouts=RolloutConfig(16, 8, 4),
+                prompts="queries",
+                output_dir=tmp_path / "run",
+                cache_dir=tmp_path / "cache",
+                **settings,
+            )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_of_ppo_reads_as_its_policy(tmp_path):
