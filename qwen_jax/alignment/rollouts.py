@@ -26,7 +26,7 @@ from qwen_jax.alignment.rollout_metrics import rollout_metrics, sample_lines
 from qwen_jax.alignment.scoring import Scorer, place_rows
 from qwen_jax.batch_spec import Column
 from qwen_jax.checkpoints.rewind import after_skipped
-from qwen_jax.checkpoints.run_folder import CheckpointError
+from qwen_jax.checkpoints.run_folder import CheckpointError, saved_steps
 from qwen_jax.distributed import hosts
 from qwen_jax.host_memory import return_freed_memory
 from qwen_jax.inference import SamplingConfig
@@ -312,6 +312,15 @@ class Rollouts(Callback):
             with files.new_file(path) as temporary, open(temporary, "wb") as file:
                 arrays: dict[str, Any] = {"start": np.int64(self._start), **self._rollout}
                 np.savez(file, **arrays)
+            self._remove_unreachable(trainer.step - index)
+
+    def _remove_unreachable(self, kept: int) -> None:
+        """Removes rollouts that no checkpoint lies within any more; `kept` is the step of one that will have one."""
+        saved = saved_steps(self._folder)
+        for path in (self._folder / EXPERIENCE_FOLDER).glob("*.npz"):
+            first = int(path.stem) if path.stem.isdigit() else kept
+            if first != kept and not any(first < step < first + self.steps for step in saved):
+                path.unlink(missing_ok=True)
 
     def _experience_file(self, step: int) -> Path:
         return self._folder / EXPERIENCE_FOLDER / f"{step}.npz"

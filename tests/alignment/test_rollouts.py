@@ -142,6 +142,20 @@ def test_other_sizes_are_another_run(tmp_path):
     assert len({one.fingerprints["pretraining"] for one in made}) == 1
 
 
+def test_rollouts_that_no_checkpoint_needs_are_removed(tmp_path):
+    """Each stop leaves one; those of checkpoints that are gone would fill the disk."""
+    trainer = rollout_trainer(tmp_path)
+    producer, folder = trainer.batches, tmp_path / "experience"
+    folder.mkdir()
+    for name in ("0.npz", "4.npz", "8.npz", "notes.npz"):
+        (folder / name).write_bytes(b"")
+    for step in (4, 7, 12):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    producer._rollout = {"mask": np.zeros((8, 16))}
+    producer.end(types.SimpleNamespace(step=13))
+    assert {path.name for path in folder.iterdir()} == {"4.npz", "12.npz", "notes.npz"}
+
+
 def test_responses_together_are_for_the_machine_to_choose(tmp_path):
     """A run that ran out of memory goes on with fewer slots."""
     few, many = (rollout_trainer(tmp_path, rollouts=RolloutConfig(16, 8, 4, slots=slots)).batches for slots in (2, 8))
