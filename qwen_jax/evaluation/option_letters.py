@@ -27,7 +27,7 @@ class _Language:
         right: words that follow the right letter.
         negation: words between one of these and a letter that take the statement back.
         reach: largest number of characters between `choose`, between `answer`, and `right` and the letter.
-        after: what follows a stated letter.
+        before, after: what stands on the left of a stated letter, and what follows it.
         opening: what may come before a letter that the reply begins with.
         closing: what follows such a letter.
     """
@@ -38,6 +38,7 @@ class _Language:
     right: str
     negation: str
     reach: tuple[int, int, int]
+    before: str
     after: str
     opening: str
     closing: str
@@ -50,6 +51,7 @@ _ENGLISH = _Language(
     right=r"\b(?:correct|right)\b",
     negation=r"n't|not",
     reach=(20, 30, 10),
+    before=r"\b",
     after=r"\b",
     opening="",
     closing=r"[.,:]|$",
@@ -61,6 +63,7 @@ _CHINESE = _Language(
     right=r"正确|对[的，。：]|符合",
     negation=r"[不非]",
     reach=(2, 20, 4),
+    before="",
     after=r"(?:选项)?(?:[)）。.．,，、：:A-G]|$)",
     opening=r"[(（]?",
     closing=r"[)）。.．,，：:]|$",
@@ -124,7 +127,7 @@ def _stated(reply: str, language: _Language, letters: str) -> Iterator[str]:
         between = reply[word.end() : letter.start()]
         reach = language.reach[0] if word["choose"] else language.reach[1]
         linked = word["choose"] or re.search(language.link, between)
-        stated = re.compile(language.after).match(reply, letter.end())
+        stated = re.compile(f"{language.before}[{letters}]{language.after}").match(reply, letter.start())
         if len(between) <= reach and linked and stated and not re.search(language.negation, between):
             yield letter[0]
 

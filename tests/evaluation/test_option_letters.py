@@ -25,6 +25,7 @@ QUESTION = "子网分为两类。属于资源子网的设备是____。"
         ("The answer is the heart", 0),
         ("Let A=2; then D follows.", 3),
         ("Choice: A", 0),
+        ("The answer is in the USA, so B.", 1),
         ("<think>The answer is A. No.</think>\n\nB", 1),
         ("<think>The answer is A", None),
         ("I do not know.", None),
