@@ -83,12 +83,29 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def check_finished(folder: Path, steps: Sequence[Step]) -> None:
+    """Refuses to go on in a folder after the steps of another call, whose files later steps would take for theirs.
+
+    Raises:
+      ValueError: steps are left to run, and one that is none of `steps` was finished here.
+    """
+    done, words = finished(folder), [step.words for step in steps]
+    others = [one for one in done if one not in words]
+    if others and any(one not in done for one in words):
+        raise ValueError(
+            f"{folder} holds finished steps of another call, such as `python {shlex.join(others[0])}`: with another "
+            "seed, --rehearse or version of this program choose another --output, or remove the folder"
+        )
+
+
 def go(folder: Path, steps: Sequence[Step]) -> None:
     """Runs the steps that have not been run, and says how long each took.
 
     Raises:
+      ValueError: see `check_finished`.
       subprocess.CalledProcessError: a step fails.
     """
+    check_finished(folder, steps)
     done = finished(folder)
     number, headings = 0, sum(bool(step.heading) for step in steps)
     for step in steps:

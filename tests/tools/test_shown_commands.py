@@ -41,3 +41,25 @@ def test_a_killed_tool_leaves_no_step_behind(tmp_path):
     # The standard output ends when the last process that holds it does; the standard input of the step stays open.
     assert tool.stdout.read() == ""
     tool.wait()
+
+
+def test_a_folder_with_steps_of_another_call_is_refused(shown_commands, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(shown_commands, "call", lambda *words: called.append(words))
+
+    def steps(seed, count=3):
+        trained = [shown_commands.Step("", ("train", f"--seed={seed}", f"{number}")) for number in range(count)]
+        return [*trained, shown_commands.Step("", ("measure",))]
+
+    shown_commands.go(tmp_path, steps(0))
+    # Else the models would be made anew, or taken for trained, and the figures would be those of the others.
+    with pytest.raises(ValueError, match="finished steps of another call, such as `python train --seed=0 0`"):
+        shown_commands.go(tmp_path, steps(1))
+    assert len(called) == 4
+    shown_commands.go(tmp_path, steps(0, count=5))  # more of the same
+    assert called[4:] == [("train", "--seed=0", "3"), ("train", "--seed=0", "4")]
+    shown_commands.go(tmp_path, steps(0))  # less of it: nothing is left to run
+    done = tmp_path / shown_commands.DONE
+    done.write_text("".join(line for line in done.read_text().splitlines(keepends=True) if "measure" not in line))
+    shown_commands.go(tmp_path, steps(0, count=5))  # a line that a person removed
+    assert called[6:] == [("measure",)]
