@@ -28,7 +28,8 @@ LISTED = """    chat     at least {ended:.0%} of the answers end, at least {form
     reward   at least {reward:.0%} of held-out pairs ranked rightly
     PPO      the known (gold) reward of held-out answers rises by at least {gold:g}; bits per byte of the base model's
              held-out texts at most {tax:g} above those of the chat model
-    code     at least {code:.0%} fewer bits per byte of code than the base model
+    code     at least {code:.0%} fewer bits per byte of code than the base model; of the answers of its chat model at
+             least {formatted:.0%} have the form
     math     at most {math_before:.0%} of the calculations right before, at least {math:.0%} after
     pictures at least {question:.0%} of questions and {box:.0%} of boxes (IoU above 0.5), at most {gray:.0%} of the
              questions with gray pictures
