@@ -3,8 +3,8 @@
 Files as in the publisher's archive: `dev/SUBJECT_dev.csv` and `test/SUBJECT_test.csv`, no header, columns question,
 A, B, C, D, answer. Header, layout of a question and ids of " A" to " D" as in evaluate_mmlu.py of the released code,
 but that a text such as "None" stays as published (there pandas makes "nan" of it). Micro average over the questions,
-and by the publisher's four groups (categories.py of hendrycks/test). Chat models answer the question without shots
-(evaluate_chat_mmlu.py). TFDS has no MMLU.
+and over those of each of that script's four groups; the publisher's categories.py (hendrycks/test) has anatomy under
+Other, not STEM. Chat models answer the question without shots (evaluate_chat_mmlu.py). TFDS has no MMLU.
 """
 
 from collections.abc import Iterator
