@@ -68,7 +68,12 @@ def last_number(text: str) -> str | None:
 
 
 def value(number: str) -> Fraction | None:
-    """The value of a number of `numbers`, exactly; None where it is no number."""
+    """The value of a number of `numbers`, exactly; None where it is no number, or 10 to a power of four digits or more.
+
+    The exact value of an exponent with more digits may fill the memory.
+    """
+    if re.search(r"[eE][+-]?\d{4}", number):
+        return None
     try:
         above, _, below = number.replace(",", "").partition("/")
         return Fraction(above) / Fraction(below or 1)

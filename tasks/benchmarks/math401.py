@@ -30,7 +30,8 @@ def relative_error(answer: str | None, example: Example) -> float:
     found, target = extraction.value(answer or ""), extraction.value(example.target)
     if found is None or target is None:
         return LARGEST_ERROR
-    return min(LARGEST_ERROR, float(abs(found - target) / max(abs(target), 1)))
+    # Compared first: an error of 1e400 is no float.
+    return float(min(LARGEST_ERROR, abs(found - target) / max(abs(target), 1)))
 
 
 def read(folder: Path) -> Iterator[Example]:

@@ -111,3 +111,11 @@ def test_a_box_in_the_thinking_is_no_answer():
     assert extraction.mathematical(r"<think>perhaps \boxed{1}</think>The answer is \boxed{2}.") == "2"
     assert extraction.mathematical(r"<think>perhaps \boxed{1}</think>So 3 of them.") == "3"
     assert extraction.mathematical("<think>perhaps 1") is None
+
+
+def test_the_value_of_a_number_is_exact_and_bounded():
+    assert extraction.value("2.5e3") == 2500 and extraction.value("1e-3") == extraction.value("1/1000")
+    assert extraction.value("1e999") == 10**999
+    # An exponent may have so many digits that the exact value has more than fit into memory.
+    for number in ("1e1000", "1E+2345", "1e-1000", "3.5e-0001"):
+        assert extraction.value(number) is None, number

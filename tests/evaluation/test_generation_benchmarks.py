@@ -56,6 +56,14 @@ def test_gsm8k_of_a_chat_model_cuts_its_thinking():
     assert outcome("gsm8k", "<think>It may be 5.", "5", chat=True).extracted == {"number": None, "released": None}
 
 
+def test_numbers_without_end_are_wrong_and_end_nothing():
+    assert outcome("gsm8k", "So it is 1e1000", "4").score["number"] == 0
+    for name in ("math401", "arithmetic"):
+        for text in ("1e999", "-1e999", "1e1000"):
+            found = outcome(name, text, "4", chat=name == "arithmetic")
+            assert (found.score, found.figures) == ({"number": 0}, {"relative_error": 10})
+
+
 def test_rows_of_tfds_are_the_same_examples(monkeypatch):
     rows = [{"question": f"q{n}?", "answer": f"{n}+0=<<{n}+0={n}>>{n}\n#### {n}"} for n in range(20)]
     marks = [gsm8k.digest(f"q{n}?") for n in range(8)]

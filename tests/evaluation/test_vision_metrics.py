@@ -155,7 +155,8 @@ def test_edit_distance_is_a_distance(one, two, three):
 def test_boxes_are_read_as_the_released_evaluation_does():
     assert read_box("<ref>it</ref><box>(12,40),(530,999)</box><box>(1,2),(3,4)</box>") == (12, 40, 530, 999)
     assert read_box("(1, 2),(3.5, 4)") == (1, 2, 3.5, 4)
-    for text in ("", "no box", "(1,2) and (3,4)", "(a,b),(3,4)", "(1),(2,3)", "(1,2,3),(4,5)"):
+    without = ("", "no box", "(1,2) and (3,4)", "(a,b),(3,4)", "(1),(2,3)", "(1,2,3),(4,5)")
+    for text in (*without, "(nan,2),(3,4)", "(1,2),(1e999,4)"):
         assert read_box(text) is None, text
 
 

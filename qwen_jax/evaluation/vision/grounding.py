@@ -1,5 +1,6 @@
 """Boxes that a model writes, and how well they fit."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ def read_box(text: str) -> Box | None:
     """The first box `(x1,y1),(x2,y2)` of a text as it stands, without its tags; None: there is none.
 
     As the released evaluation reads it: the first pair of parentheses with a comma between counts, and where no two
-    numbers are in each, there is no box.
+    numbers are in each, there is no box. Nor is there one where a number is infinite or nan.
     """
     found = _BOX.search(text)
     if found is None:
@@ -23,7 +24,7 @@ def read_box(text: str) -> Box | None:
         (x1, y1), (x2, y2) = ([float(one) for one in corner.split(",")] for corner in found.groups())
     except ValueError:
         return None
-    return x1, y1, x2, y2
+    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None
 
 
 def to_pixels(box: Box, width: float, height: float, units: int = RELEASED_EVALUATION) -> Box:
