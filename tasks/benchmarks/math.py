@@ -56,10 +56,13 @@ def read(folder: Path) -> Iterator[Example]:
             yield example(row, f"test/{index}", header)
 
 
+STOP = ("Problem:",)
 ANSWERS = Generation(
     max_new_tokens=512,
-    stop=("Problem:",),
-    extract={"answer": lambda text, _: extraction.mathematical(extraction.cut(text, ("Problem:",)))},
+    stop=STOP,
+    extract={"answer": lambda text, _: extraction.mathematical(extraction.without_thinking(text, STOP))},
+    # A chat model writes one solution, which may begin by repeating the problem under its heading.
+    chat_extract={"answer": lambda text, _: extraction.mathematical(text)},
     judge=lambda answer, example: mathematics.same(answer, example.target),
 )
 MATH = Benchmark(

@@ -34,6 +34,7 @@ def read(folder: Path) -> Iterator[Example]:
         yield Example(id=row.text("id"), prompt=f"问题：{text}\n答案：", chat=text, target=target)
 
 
+STOP = ("问题：",)
 MATH23K = Benchmark(
     name="math23k",
     title="Math23K",
@@ -43,8 +44,10 @@ MATH23K = Benchmark(
     read=read,
     answers=Generation(
         max_new_tokens=512,
-        stop=("问题：",),
-        extract={"answer": lambda text, _: extraction.mathematical(extraction.cut(text, ("问题：",)))},
+        stop=STOP,
+        extract={"answer": lambda text, _: extraction.mathematical(extraction.without_thinking(text, STOP))},
+        # A chat model writes one solution, which may begin by repeating the problem under its heading.
+        chat_extract={"answer": lambda text, _: extraction.mathematical(text)},
         judge=lambda answer, example: mathematics.same(answer, example.target),
     ),
     table="Table 12",

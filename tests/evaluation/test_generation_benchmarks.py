@@ -64,6 +64,20 @@ def test_numbers_without_end_are_wrong_and_end_nothing():
             assert (found.score, found.figures) == ({"number": 0}, {"relative_error": 10})
 
 
+@pytest.mark.parametrize(
+    ("name", "heading", "says"),
+    [("math", "Problem:", r"The answer is \boxed{0.5}."), ("math23k", "问题：", "所以答案是0.5。")],
+)
+def test_a_chat_model_may_repeat_the_problem(name, heading, says):
+    """What separates the shots of a base prompt ends the answer of a base model, after its thinking, and no other."""
+    texts = [f"{heading} What is half of 1?\n\n{says}", f"<think>{heading} a half?</think>{says}"]
+    for text in texts:
+        assert outcome(name, text, "0.5", chat=True).score == {"answer": 1}, text
+    assert outcome(name, texts[0], "0.5").extracted == {"answer": None}
+    assert outcome(name, f"{says}\n\n{heading} What is 7?", "0.5").score == {"answer": 1}
+    assert outcome(name, texts[1], "0.5").score == {"answer": 1}
+
+
 def test_rows_of_tfds_are_the_same_examples(monkeypatch):
     rows = [{"question": f"q{n}?", "answer": f"{n}+0=<<{n}+0={n}>>{n}\n#### {n}"} for n in range(20)]
     marks = [gsm8k.digest(f"q{n}?") for n in range(8)]
