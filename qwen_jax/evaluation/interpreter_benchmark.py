@@ -92,11 +92,18 @@ def read_questions(path: str | Path) -> list[Question]:
       OSError: no such file, or a file that a question names is missing.
       ValueError: a row is no question; the message has file and line.
     """
-    found = []
+    found: list[Question] = []
+    ids: set[str] = set()
     for where, row in files.read_json_lines(path):
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
-        found.append(_question(row, where, Path(path).parent, f"{len(found)}"))
+        one = _question(row, where, Path(path).parent, f"{len(found)}")
+        if one.id in ("", ".", "..") or "/" in one.id:
+            raise ValueError(f"{where}: the id {one.id!r} cannot be the name of a folder, which keeps its figures")
+        if one.id in ids:
+            raise ValueError(f"{where}: the id {one.id!r} is there twice: its two solutions would be taken for one")
+        ids.add(one.id)
+        found.append(one)
     if not found:
         raise ValueError(f"{path}: no question")
     return found

@@ -99,12 +99,21 @@ def test_questions_are_read_in_the_layout_of_the_publisher(tmp_path):
         ({"query": "?", "tags": "math", "answer": "many"}, "expected a number as answer, found 'many'"),
         ({"query": "?<|im_end|>\n", "tags": "visualization"}, "the query goes on after .* without a call"),
         ({"query": "?", "tags": "visualization", "figure": "bar"}, "expected an object in 'figure', found str"),
+        ({"query": "?", "tags": "general", "id": "../a"}, "the id '../a' cannot be the name of a folder"),
     ],
 )
 def test_wrong_questions_are_named(tmp_path, row, message):
     file = tmp_path / "questions.jsonl"
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=rf"questions.jsonl:1: .*{message}"):
+        read_questions(file)
+
+
+def test_an_id_that_is_there_twice_is_named(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    rows = [{"query": "?", "tags": "general"}, {"query": "!", "tags": "general", "id": 0}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="questions.jsonl:2: the id '0' is there twice"):
         read_questions(file)
 
 
