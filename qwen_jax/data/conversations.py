@@ -253,7 +253,7 @@ def _message(one: object, index: int, role_key: str, text_key: str, roles: Mappi
     if name == "function_call":
         return Message("assistant", "", (_call(_json(content, f"message {index}"), index),))
     asked = one.get("tool_calls") or ([one["function_call"]] if one.get("function_call") else [])
-    if not isinstance(asked, list):
+    if not isinstance(asked, list | tuple):
         raise Unusable("calls that are no list", f"message {index}: {type(asked).__name__}")
     if asked and roles[name] != "assistant":
         raise Unusable("a call by another than the assistant", f"message {index}: {name}")

@@ -244,6 +244,11 @@ BODIES = {
         400,
         "temperature",
     ),
+    "calls that are no list": (
+        b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "tool_calls": 5}]}',
+        400,
+        "calls that are no list (message 1: int)",
+    ),
     "nested": (nested(100), 400, "nested deeper than 64"),
     "nested more": (nested(2400), 400, "nested deeper than 64"),
 }
