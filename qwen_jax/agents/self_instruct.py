@@ -204,11 +204,20 @@ class Filter:
 
     def judge(self, reply: str, tools: Sequence[Mapping]) -> Verdict:
         """Whether a reply to `prompt` with these tools is a new sample."""
-        text = reply.split(STOP)[0].strip()
+        try:
+            return self._judged(reply.split(STOP)[0].strip(), tools)
+        except RecursionError:
+            return Verdict("nested too deeply")
+
+    def _judged(self, text: str, tools: Sequence[Mapping]) -> Verdict:
         try:
             messages = json.loads(text)
         except ValueError as error:
             return Verdict("not JSON", str(error))
+        try:
+            json.dumps(messages, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # an escape such as \ud83d alone: no file can hold it, and no prompt show it
+            return Verdict("half a character", "a surrogate without its other half")
         row = {"tools": list(tools), "messages": messages}
         try:
             conversation = check(from_openai(row))

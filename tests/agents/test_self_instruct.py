@@ -84,6 +84,9 @@ def said(request="Should my children wear a coat in Oslo this week?", **changes)
         (said("Brauche ich morgen früh in Hamburg einen Regenschirm oder nicht?"), "language"),
         (said("Do I need an umbrella in Paris tomorrow afternoon?"), "near-duplicate"),
         (said("今天北京的天气怎么样，要不要带伞？"), "near-duplicate"),
+        (said("Should my children wear a coat in Oslo XX?").replace("XX", "\\ud83d\\ude00"), ACCEPTED),
+        (said("Should my children wear a coat in Oslo XX?").replace("XX", "\\ud83d"), "half a character"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_each_rule_leaves_out_what_it_names(reply, reason):
