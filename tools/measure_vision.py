@@ -10,7 +10,6 @@ words after its last colon. Answers are greedy. --output gets answers.jsonl and 
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -146,7 +145,7 @@ def write(folder: Path, questions: Sequence[dict], answers: Sequence[str]) -> di
         }
         for one, answer in zip(questions, answers, strict=True)
     ]
-    texts = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    texts = "".join(map(files.json_line, lines))
     files.write_text(folder / "answers.jsonl", texts)
     files.write_json(folder / "scores.json", {"kinds": found})
     return found

@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         "drawn": prompt_sampling.draw(pool.prompts, arguments.count, arguments.seed),
     }
     text = table(sets, pool)
-    lines = (files.json_line(one.row) for one in chosen)
-    files.write_text(arguments.output, "".join(lines))
+    files.write_text(arguments.output, "".join(files.json_line(one.row) for one in chosen))
     files.write_text(arguments.output.with_suffix(".md"), text)
     picture(sets, arguments.output.with_suffix(".png"))
     print(text, end="")

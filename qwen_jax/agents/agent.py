@@ -8,7 +8,6 @@ parsed, and a saved transcript trains on exactly what the model saw.
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ class Transcript:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if before and not before.endswith("\n"):
             raise ValueError(f"{path}: does not end with a line end: is it a file of JSON lines?")
-        files.write_text(path, before + json.dumps(self.row, ensure_ascii=False) + "\n")
+        files.write_text(path, before + files.json_line(self.row))
 
 
 class Agent:

@@ -411,7 +411,7 @@ class Generation:
                     "reply": reply,
                 }
                 self._note(record)
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+                lines.append(files.json_line(record))
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / ATTEMPTS, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
@@ -429,7 +429,7 @@ class Generation:
             }
             for record in self.samples
         )
-        files.write_text(self.folder / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        files.write_text(self.folder / SAMPLES, "".join(map(files.json_line, lines)))
         return self.folder / SAMPLES
 
     def counts(self) -> dict[str, int]:

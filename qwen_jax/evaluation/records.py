@@ -123,10 +123,7 @@ class Records:
             ValueError: the example has an answer already.
             OSError: it cannot be written whole, for example because the disk is full; the file is as before.
         """
-        try:
-            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        except UnicodeEncodeError:  # lone surrogates
-            line = json.dumps(row).encode() + b"\n"
+        line = files.json_line(row).encode()
         with self._lock:
             if row["id"] in self.rows:
                 raise ValueError(f"{self.path}: example {row['id']} has an answer already")
