@@ -21,6 +21,8 @@ CANDIDATES = 256
 _BLOCK = 512
 # Of the penalties of OpenAI's API, and of the biases of its tokens.
 LARGEST_PENALTY, LARGEST_BIAS = 2.0, 100.0
+# Of temperatures and repetition penalties: by others, float32 has no number for a logit.
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-10, 1e10
 # The most probable tokens whose log-probabilities are told.
 MOST_LIKELY = 20
 
@@ -50,8 +52,9 @@ class SamplingConfig:
     frequency_penalty: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or positive, found {self.temperature}")
+        if self.temperature != 0 and not SMALLEST_FACTOR <= self.temperature <= LARGEST_FACTOR:
+            limits = f"from {SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g}"
+            raise ValueError(f"temperature must be 0 (greedy) or {limits}, found {self.temperature}")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k must be 0 (all) or a positive integer, found {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -61,8 +64,9 @@ class SamplingConfig:
             elif self.top_p > 0:
                 hint = "1 samples from all tokens"
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}: {hint}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be positive (1: none), found {self.repetition_penalty}")
+        if not SMALLEST_FACTOR <= self.repetition_penalty <= LARGEST_FACTOR:
+            limits = f"from {SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g}"
+            raise ValueError(f"repetition_penalty must be {limits} (1: none), found {self.repetition_penalty}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be from 0 (all tokens) to 1, found {self.min_p}")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -185,7 +189,8 @@ def _least_kept(descending, total, sampling: RowSampling):
     sums = _running_sums(probabilities) if length <= CANDIDATES else jnp.cumsum(probabilities, axis=-1)
     before = sums - probabilities
     kept = among_k & ((before < top_p[:, None]) | (top_p == 1)[:, None])
-    least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1)
+    # The most probable token stays by any top-p, even by one that is 0 in float32.
+    least = jnp.minimum(jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1), descending[:, 0])
     # Probabilities are compared with the largest one, which always stays: the filters before make no difference.
     least = jnp.maximum(least, descending[:, 0] + jnp.log(sampling.min_p))
     # What is as probable as the last that stays must be in sight, so one that is less probable must be.

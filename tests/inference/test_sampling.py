@@ -174,6 +174,26 @@ def test_behavior_log_probabilities_are_of_the_distribution_of_transformers(valu
     assert (np.asarray(behavior) != np.asarray(log_probs)).all()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [(1e-10,), (1e-10, 0, 1.0, 1e10), (1.0, 0, 1e-10), (1.0, 0, 1e-45), (1.0, 5, 1e-300), (1.0, 0, 1, 1e-10, 1)],
+)
+def test_the_smallest_values_draw_the_most_probable_token(values):
+    """Not only where float32 has a number for the rule: nothing becomes infinite, and something is always kept."""
+    logits = jnp.asarray(np.random.default_rng(7).standard_normal((4, 1000)) * 100, jnp.float32)
+    seen = jnp.arange(1000)[None] % 2 == jnp.arange(4)[:, None] % 2
+    config = SamplingConfig(*values)
+    wanted = penalized_logits(logits, seen, jnp.full(4, config.repetition_penalty)).argmax(-1)
+    tokens, _, behavior = next_tokens(logits, seen, rows(*[config] * 4), jnp.arange(4))
+    assert tokens.tolist() == wanted.tolist() and behavior.tolist() == [0.0] * 4
+
+
+def test_the_largest_temperature_draws_any_token():
+    logits = jnp.asarray(np.random.default_rng(7).standard_normal((1, 1000)) * 100, jnp.float32)
+    tokens, _, behavior = next_tokens(logits, jnp.zeros((1, 1000), bool), rows(SamplingConfig(1e10)), jnp.arange(1))
+    assert 0 <= tokens[0] < 1000 and behavior[0] == pytest.approx(-np.log(1000), rel=1e-5)
+
+
 def test_a_token_without_probability_is_never_drawn():
     logits = jnp.where(jnp.arange(2000) % 7 == 3, 0.0, -jnp.inf)[None]
     assert set(draws(logits, SamplingConfig(1.0), 4000)[0] % 7) == {3}
@@ -193,6 +213,11 @@ def test_a_token_without_probability_is_never_drawn():
         ((1, 0, 1, 1, float("nan")), "min_p"),
         ((1, 0, 1, 1, 0, 2.5), "presence_penalty"),
         ((1, 0, 1, 1, 0, 0, float("nan")), "frequency_penalty"),
+        ((10**400,), r"temperature must be 0 \(greedy\) or from 1e-10 to 1e\+10"),
+        ((1e-11,), "temperature"),
+        ((1e11,), "temperature"),
+        ((1, 0, 1, 10**400), "repetition_penalty must be from 1e-10 to"),
+        ((1, 0, 1, 1e-11), "repetition_penalty"),
     ],
 )
 def test_values_out_of_range_are_refused(values, named):

@@ -244,6 +244,16 @@ BODIES = {
         400,
         "temperature",
     ),
+    "a temperature that float32 has not": (
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1' + b"0" * 400 + b"}",
+        400,
+        "temperature: must be 0",
+    ),
+    "a penalty that float32 has not": (
+        b'{"messages": [{"role": "user", "content": "x"}], "repetition_penalty": 1' + b"0" * 400 + b"}",
+        400,
+        "repetition_penalty: must be from",
+    ),
     "calls that are no list": (
         b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "tool_calls": 5}]}',
         400,
