@@ -141,6 +141,8 @@ def evaluate(
         ValueError, OSError: a benchmark, a file, the checkpoint or the output directory cannot be used; the message
             says what to change.
     """
+    if wrong_answers < 0:
+        raise ValueError(f"wrong_answers must not be negative, found {wrong_answers}")
     chosen = find_benchmarks(benchmarks)
     from qwen_jax.evaluation import evaluator
 

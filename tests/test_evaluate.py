@@ -272,6 +272,7 @@ def test_names_and_flags_that_are_wrong(run, data_dir, tmp_path, capsys):
         [*given, "--benchmarks=mlmu"], capsys
     )
     assert "limit must be at least 1, found 0" in failure([*given, "--limit=0"], capsys)
+    assert "wrong_answers must not be negative, found -1" in failure([*given, "--wrong_answers=-1"], capsys)
     assert "mesh data=1, fsdp=3, sequence=1, tensor=1 does not divide 8" in failure([*given, "--mesh=fsdp=3"], capsys)
     assert "is not a folder: name a run folder" in failure([*given, f"--checkpoint={tmp_path}/none"], capsys)
     for wrong in (["--mesh=rows=2"], ["--benchmarks="]):

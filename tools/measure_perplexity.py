@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mesh", type=mesh_argument, default=MeshConfig(), metavar="AXIS=N,…", help="several devices")
     args = parser.parse_args(argv)
     engine = load_engine(args.checkpoint, args.dtype, 1, args.mesh, args.context_length)
-    stride = args.stride or engine.context_length // 2
+    stride = engine.context_length // 2 if args.stride is None else args.stride
     paths = [str(path) for _, path in args.texts]
     texts = (read_texts(path, args.text_field, args.limit, domain) for domain, path in args.texts)
     tallies, left_out = measure(engine, itertools.chain.from_iterable(texts), stride)

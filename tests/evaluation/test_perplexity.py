@@ -133,6 +133,8 @@ def test_the_command_prints_and_writes_a_row_for_each_group(tool, run, texts, tm
     }
     assert (output / "perplexity.md").read_text().strip() == said.strip()
     assert "| en | all | 2 | 145 |" in said and "| all | all | 5 |" in said
+    with pytest.raises(ValueError, match="the stride must be from 1 to 31, one less than the context; found 0"):
+        command.main(["--checkpoint", str(run), "--texts", str(texts), "--stride=0"])
     with pytest.raises(ValueError, match=r"rows.jsonl:1: field 'language' is int, expected a string"):
         (texts / "rows.jsonl").write_text('{"text": "x", "language": 3}\n')
         command.main(["--checkpoint", str(run), "--texts", str(texts)])
