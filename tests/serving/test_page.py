@@ -124,6 +124,30 @@ def test_stop_keeps_what_was_said_and_frees_the_row(page, running, script):
     assert "assistant\nword " in script.engine.prompts[-1] and turns(page)[-1] == ["turn assistant", REPLY]
 
 
+def test_a_reply_that_is_left_for_a_new_conversation_is_no_part_of_it(page, running, script):
+    page.open(running.url + "/")
+    script.says = "word " * 200
+    steps = threading.Semaphore(5)
+    step = script.engine.step
+    script.engine.step = lambda: step() if steps.acquire(timeout=300) else []
+    try:
+        send(page, "Talk")
+        until(lambda: page.evaluate("document.querySelector('.assistant .text')?.textContent ?? ''").startswith("word"))
+        page.evaluate("document.getElementById('new').click()")
+        idle(page)
+        steps.release()
+        until(lambda: running.service.thread.open == 0)
+    finally:
+        script.engine.step = step
+        steps.release()
+    assert page.evaluate("messages") == [] == turns(page)
+    script.says = REPLY
+    send(page, "Other")
+    idle(page)
+    assert "word" not in script.engine.prompts[-1] and "Talk" not in script.engine.prompts[-1]
+    assert turns(page) == [["turn user", "Other"], ["turn assistant", REPLY]]
+
+
 def test_a_call_is_shown_and_a_person_gives_its_result(page, running, script):
     page.problems.clear()
     page.open(running.url + "/")

@@ -73,6 +73,7 @@ async function reply() {
   busy(true);
   const { box, shown } = turn("assistant");
   const said = { role: "assistant", content: "" };
+  const own = messages; // a new conversation may begin while this reply is under way
   const begun = performance.now();
   let notes = [];
   try {
@@ -99,13 +100,13 @@ async function reply() {
     else {
       add(box, "div", "note wrong", error.message);
       // Back to the person, who may change it; as a part of the conversation it would be in the way of the next one.
-      if (!said.content && messages.at(-1).role === "user") {
-        const back = takeBack(messages.pop().content);
+      if (!said.content && own.at(-1).role === "user") {
+        const back = takeBack(own.pop().content);
         at("message").value ||= back;
       }
     }
   }
-  if (said.content || said.tool_calls) messages.push(said);
+  if (said.content || said.tool_calls) own.push(said);
   drawBoxes(box, said.content);
   for (const call of said.tool_calls ?? []) ask(box, call, said.tool_calls);
   if (notes.length) add(box, "div", "note", notes.join(" · "));
