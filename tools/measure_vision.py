@@ -58,7 +58,9 @@ def read_questions(path: Path) -> list[dict]:
     found = []
     for where, row in files.read_json_lines(path):
         messages = row.get("messages") if isinstance(row, dict) else None
-        if not isinstance(row, dict) or not isinstance(messages, list) or messages[-1].get("role") != "assistant":
+        fields = {"role", "content"}
+        whole = isinstance(messages, list) and all(isinstance(one, dict) and fields <= one.keys() for one in messages)
+        if not isinstance(row, dict) or not messages or not whole or messages[-1]["role"] != "assistant":
             raise ValueError(f"{where}: expected messages, the last one of the assistant")
         asked = [
             {"role": one["role"], "content": read_parts(one["content"], f"{where}, message {index}")}

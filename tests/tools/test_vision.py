@@ -106,6 +106,23 @@ def test_a_missing_picture_is_named_before_a_model_is_loaded(tool, tmp_path):
         tool("measure_vision").read_questions(tmp_path / "questions.jsonl")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        [],
+        {},
+        {"messages": []},
+        {"messages": ["hi"]},
+        {"messages": [{"content": "a"}]},
+        {"messages": [{"role": "assistant"}]},
+    ],
+)
+def test_a_line_without_such_messages_is_named(tool, tmp_path, row):
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"questions.jsonl:1: expected messages, the last one of the assistant"):
+        tool("measure_vision").read_questions(tmp_path / "questions.jsonl")
+
+
 def test_the_prompts_are_those_of_training(tool, tmp_path):
     from qwen_jax.data import vision
     from qwen_jax.data.tokenizer import Tokenizer, write_ranks
