@@ -66,7 +66,13 @@ def completer(arguments: argparse.Namespace, options: dict) -> tuple[Completer, 
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Makes samples in a folder."""
+    """Makes samples in a folder, which no other process writes into meanwhile."""
+    with files.locked(arguments.output):
+        generate_in_folder(arguments)
+
+
+def generate_in_folder(arguments: argparse.Namespace) -> None:
+    """Makes samples, after those that the folder holds."""
     rules = Rules(similarity=arguments.similarity, languages=tuple(arguments.languages.split(",")))
     generation = Generation(
         arguments.output,

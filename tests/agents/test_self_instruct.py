@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from qwen_jax import files
 from qwen_jax.agents.self_instruct import (
     ACCEPTED,
     ATTEMPTS,
@@ -213,3 +214,21 @@ def test_only_what_people_accept_is_kept():
         keep_accepted(samples, [{"id": "z", "decision": "accept"}])
     with pytest.raises(ValueError, match="decision 'yes' is none of"):
         keep_accepted(samples, [{"id": "a", "decision": "yes"}])
+
+
+def test_two_processes_do_not_write_into_one_folder(tool, tmp_path):
+    seeds, output = tmp_path / "seeds.jsonl", tmp_path / "out"
+    seeds.write_text("".join(json.dumps(one) + "\n" for one in SEEDS))
+    flags = [
+        "generate",
+        "--seeds",
+        f"{seeds}",
+        "--server",
+        "http://127.0.0.1:1",
+        "--model",
+        "m",
+        "--output",
+        f"{output}",
+    ]
+    with files.locked(output), pytest.raises(ValueError, match="out is in use by process"):
+        tool("self_instruct").main(flags)
