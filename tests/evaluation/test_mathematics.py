@@ -105,3 +105,8 @@ def test_nothing_is_compared_where_the_text_decides(monkeypatch):
     monkeypatch.setattr(ComparisonProcesses, "same", None)
     assert mathematics.same("$1,234.00", "1234") and mathematics.same("1/2", "0.5")
     assert not mathematics.same("Tuesday", "Monday") and not mathematics.same("17", "18")
+
+
+def test_brackets_within_brackets_are_no_answer():
+    assert mathematics.same(r"\{" * 3 + "1" + r"\}" * 3, "1")
+    assert not mathematics.same(r"\{" * 240 + "1" + r"\}" * 240, "5")
