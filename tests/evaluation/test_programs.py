@@ -163,6 +163,13 @@ def test_an_answer_without_the_function_is_wrong(answer):
     assert not verdict.correct and verdict.run and verdict.reason
 
 
+def test_code_that_nests_too_deeply_to_be_written_anew_ends_nothing():
+    total = "+".join("1" * 400)
+    for line in (f"x = {total}; y = 2", f"x = {total}"):
+        found = code_answers.extract(f"```\ndef f(): return 1\n{line}\nprint(x)\n```", "f")
+        assert found.splitlines()[:2] == ["def f(): return 1", line] and "print" not in found
+
+
 def test_the_released_rule_keeps_the_body_alone():
     answer = ANSWERS["two_drafts"]
     assert code_answers.extract(answer, "total", "released") == "    return 0"
