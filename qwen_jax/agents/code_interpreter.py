@@ -37,7 +37,7 @@ def code_of(text: str) -> str:
         return found[1] if found[1] is not None else found[2]
     try:
         value = json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value["code"] if isinstance(value, dict) and isinstance(value.get("code"), str) else text
 

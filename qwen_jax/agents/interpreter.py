@@ -331,7 +331,7 @@ class Interpreter:
         line, _, self._received = self._received.partition(b"\n")
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict) or "died" in message:
             raise _Broken("died")

@@ -143,7 +143,7 @@ class Benchmark:
         done = (sandbox or default_sandbox()).run(plan, stdin=stdin, output_bytes=1 << 24)
         try:
             found = json.loads(done.stdout)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or not set(found) >= {"conversations", "scores", "errors", "malformed"}:
             reason = done.stopped or (done.stderr.strip().splitlines() or ["no scores came"])[-1]

@@ -205,7 +205,7 @@ class ProbedInterpreter(Interpreter):
             described = super().execute(_PROBE.read_text())
             try:
                 found = json.loads(described.text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 found = []
         self.figures.append(found)
         return done
@@ -344,7 +344,7 @@ def check_figure(expected: Mapping[str, Any], figure: Any) -> str:
             for word in [wanted] if isinstance(wanted, str) else wanted:
                 if word.casefold() not in text.casefold():
                     return f"{name} lacks {word!r}"
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"no description of a figure ({type(error).__name__})"
     return ""
 

@@ -20,6 +20,7 @@ from qwen_jax.agents.interpreter import Execution, Output
         ('{"code": "a = 1\nprint(a)"}', "a = 1\nprint(a)"),
         ('{"text": "print(1)"}', '{"text": "print(1)"}'),
         ("print('中文')", "print('中文')"),
+        pytest.param("[" * 100_000, "[" * 100_000, id="brackets"),
         ("", ""),
     ],
 )

@@ -150,6 +150,12 @@ def test_figures_are_compared_with_the_figure_object(probed):
         assert check_figure({"kinds": ["bar"]}, wrong)
 
 
+def test_a_figure_with_a_number_beyond_floats_is_wrong():
+    axes = dict.fromkeys(("title", "x_label", "y_label", "legend", "texts"), "")
+    axes["series"] = [{"kind": "bar", "values": [10**400]}]
+    assert check_figure({"values": [[1]]}, {"title": "", "axes": [axes]})
+
+
 @pytest.mark.parametrize("count", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_solutions_of_questions_made_by_rule_are_correct(probed, tmp_path, tool, count):
     tool("make_interpreter_questions").main(["--output", str(tmp_path), f"--count={count}", "--seed=4"])
