@@ -10,7 +10,12 @@ PERMISSIVE = frozenset(
     ("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "MIT", "MIT-0", "PSF-2.0")
     + ("Python-2.0", "Unlicense", "Zlib")
 )
-_SPDX = re.compile(r"SPDX-License-Identifier:\s*([^\n*]+)")
+_SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n*]+)")
+# A longer expression is none that a person wrote.
+_LONGEST_EXPRESSION = 1000
+_OR = re.compile(r"\s+or\s+|\s*/\s*", re.IGNORECASE)
+_INNERMOST = re.compile(r"\(([^()]*)\)")
+_NOT_ALLOWED = "no license of the list"
 # Title of the license, found at the beginning of its text alone: the text of one names others.
 _TITLES = (
     (r"gnu affero general public license version 3", "AGPL-3.0"),
@@ -78,12 +83,14 @@ def of_repository(root_files: Mapping[str, str]) -> str | None:
         if name in root_files:
             try:
                 value = field(root_files[name])
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 continue  # the file of a build tool is broken: that is no license
             if isinstance(value, str) and value.strip():
                 return value.strip()
     texts = [root_files[name] for name in sorted(root_files) if is_license_file(name)]
     found = sorted({of_text(text) or "unknown" for text in texts})
+    if len(found) > 1:  # a tag in one of them may name alternatives
+        found = [f"({one})" if _OR.search(one) else one for one in found]
     return " AND ".join(found) if found and found != ["unknown"] else None
 
 
@@ -111,18 +118,30 @@ def _package(text: str):
 
 
 def is_allowed(expression: str | None, allowed: Collection[str]) -> bool:
-    """Whether the license is in a list: one side of each OR, and both of each AND, must be.
+    """Whether the license is in a list: one side of each OR, and both of each AND, must be; AND binds more closely.
 
     Args:
-        expression: such as "MIT", "MIT OR GPL-2.0", or None: unknown.
+        expression: such as "MIT", "(MIT OR GPL-2.0) AND ISC", or None: unknown.
         allowed: SPDX names, compared without regard to case and to the endings -only and -or-later.
     """
-    if expression is None:
-        return False
     names = {_plain(name) for name in allowed}
-    alternatives = re.split(r"\s+or\s+|\s*/\s*", expression.replace("(", " ").replace(")", " "), flags=re.IGNORECASE)
+    if expression is None or len(expression) > _LONGEST_EXPRESSION or not names:
+        return False
+    one_allowed = next(iter(names))
+    # Innermost parentheses first: what stands in them is as good as a license that is in the list, or as none is.
+    inside = 1
+    while inside:
+        expression, inside = _INNERMOST.subn(
+            lambda found: f" {one_allowed if _is_flat_allowed(found[1], names) else _NOT_ALLOWED} ", expression
+        )
+    return _is_flat_allowed(expression, names)
+
+
+def _is_flat_allowed(expression: str, names: Collection[str]) -> bool:
+    """As `is_allowed`, without parentheses; `names` as `_plain` gives them."""
     return any(
-        all(_plain(name) in names for name in re.split(r"\s+and\s+", one, flags=re.IGNORECASE)) for one in alternatives
+        all(_plain(name) in names for name in re.split(r"\s+and\s+", one, flags=re.IGNORECASE))
+        for one in _OR.split(expression)
     )
 
 

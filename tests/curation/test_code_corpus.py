@@ -177,6 +177,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(folder, tar, tmp_path, tool):
         ("                 Apache License\n           Version 2.0, January 2004", "Apache-2.0"),
         ("This is free and unencumbered software released into the public domain.", "Unlicense"),
         ("# SPDX-License-Identifier: MIT OR Apache-2.0\nimport os", "MIT OR Apache-2.0"),
+        ("# SPDX-License-Identifier:\nMIT", None),
         ("All rights reserved.", None),
     ],
 )  # fmt: skip
@@ -189,10 +190,13 @@ def test_licenses_are_read_off_their_texts(text, name):
     [
         ({"LICENSE": MIT, "README.md": GPL}, "MIT"),
         ({"LICENSE-MIT": MIT, "COPYING": GPL}, "GPL-3.0 AND MIT"),
+        ({"LICENSE": "SPDX-License-Identifier: MIT OR ISC", "COPYING": GPL}, "GPL-3.0 AND (MIT OR ISC)"),
         ({"LICENSE": "All rights reserved."}, None),
         ({"Cargo.toml": '[package]\nlicense = "MIT OR Apache-2.0"', "LICENSE": GPL}, "MIT OR Apache-2.0"),
         ({"pyproject.toml": "[project]\nlicense = {text = 'BSD-3-Clause'}"}, "BSD-3-Clause"),
         ({"pyproject.toml": "[project", "LICENSE.md": MIT}, "MIT"),
+        ({"pyproject.toml": "[project]\nlicense = {text = 5}", "LICENSE.md": MIT}, "MIT"),
+        ({"package.json": "[" * 100_000, "LICENSE.md": MIT}, "MIT"),
         ({}, None),
     ],
 )
@@ -211,6 +215,12 @@ def test_the_license_of_a_repository(root, expression):
         ("MIT AND ISC", True),
         ("Apache-2.0 WITH LLVM-exception", True),
         ("MIT/Apache-2.0", True),
+        ("(MIT OR Apache-2.0) AND Unicode-DFS-2016", False),
+        ("(MIT OR GPL-3.0) AND (ISC OR GPL-3.0)", True),
+        ("GPL-3.0 AND (MIT OR Apache-2.0)", False),
+        ("((MIT) AND ((ISC)))", True),
+        ("MIT (GPL-3.0)", False),
+        pytest.param("(" * 100_000 + "MIT", False, id="nested"),
         (None, False),
     ],
 )
