@@ -36,13 +36,14 @@ _COMMENT_FLAG = re.compile(
 )
 # Side matter and dialogs that hold an article.
 _WRAPPED_ARTICLE = re.compile(
-    r"<(?:aside\b[^<>]*|div\b[^<>]*\bmodal\b[^<>]*)>(?=(?:\s*<div\b[^<>]*>){0,2}\s*<(?:article|main)\b)", re.IGNORECASE
+    r"<(?:aside|div\b(?=[^<>]*\bmodal\b))\b[^<>]*>(?=(?:\s*<div\b[^<>]*>){0,2}\s*<(?:article|main)\b)", re.IGNORECASE
 )
 # Elements that stand around a text: bylines, links to share it, menus, boxes of other pages. Those that say so by a
 # class or id are left out, if they hold little of the page.
 _SIDE = re.compile(
     r"""<((?:div|p|span|ul|ol|dl|section|aside|footer|header|nav|table|td|form|small|h\d|a|time)\b)"""
-    r"""(?=[^<>]*\s(?:class|id)\s*=\s*["']?[^"'<>]*(?<![a-z])(?:byline|dateline|kicker|(?:entry|post|article|page)[-_]?"""
+    r"""(?=[^<>]*\s(?:class|id)\s*=\s*(?:["'][^"'<>]*|[^\s"'<>]*)(?<![a-z])"""
+    r"""(?:byline|dateline|kicker|(?:entry|post|article|page)[-_]?"""
     r"""(?:meta|info|date|header-meta|utility|footer|tags|time|author|stats|share)(?![a-z])|posted-on|date-header|"""
     r"""publish[-_]?(?:date|time)|breadcrumbs?|crumbs?|shar(?:e|ing|edaddy|er)(?![a-z])|social|skip(?:links?|-link|-to)?(?![a-z])|"""
     r"""related|recommend\w*|recirc|newsletter|subscri\w*|advert\w*|ad[-_](?:slot|label|inline|wireframe|banner)|taboola|outbrain|"""
@@ -55,7 +56,7 @@ _SIDE = re.compile(
 _SIDE_SHARE = 0.3
 _SIDE_MARK = "data-qwen-jax-side"
 _TITLE_IN_HEADER = re.compile(
-    r"""<(?:div|header|section)\b[^<>]*\b(?:id|class)\s*=\s*["'][^"'<>]*header[^<>]*>"""
+    r"""<(?:div|header|section)\b(?=[^<>]*\b(?:id|class)\s*=\s*["'][^"'<>]*header)[^<>]*>"""
     r"""(?=(?:\s*<(?:div|span)\b[^<>]*>){0,2}\s*<h1\b[^<>]*>(?!\s*<a\b[^<>]*href=["']/["']))""",
     re.IGNORECASE,
 )

@@ -23,6 +23,7 @@ _CHARSET = re.compile(r"charset\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s;,\"']+))",
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _MAX_LAYERS = 4
+_BLOCK = 1 << 12
 
 
 class BrokenBody(ValueError):
@@ -115,29 +116,35 @@ def _join_chunks(body: bytes) -> bytes:
 
 
 def _gunzip(body: bytes, max_bytes: int) -> bytes:
-    parts, size = [], 0
-    while body.startswith(GZIP_MAGIC) and size <= max_bytes:
-        body, content = _inflate(zlib.decompressobj(wbits=31), body, max_bytes + 1 - size)
+    parts, size, place = [], 0, 0
+    while body.startswith(GZIP_MAGIC, place) and size <= max_bytes:
+        length, content = _inflate(zlib.decompressobj(wbits=31), memoryview(body)[place:], max_bytes + 1 - size)
         parts.append(content)
-        size += len(content)
+        size, place = size + len(content), place + length
     return b"".join(parts)
 
 
 def _undeflate(body: bytes, max_bytes: int) -> bytes:
     # The RFC means the zlib format; some servers send the bare one, and browsers take both.
     is_zlib = body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
-    return _inflate(zlib.decompressobj(wbits=15 if is_zlib else -15), body, max_bytes + 1)[1]
+    return _inflate(zlib.decompressobj(wbits=15 if is_zlib else -15), memoryview(body), max_bytes + 1)[1]
 
 
-def _inflate(inflate, body: bytes, limit: int) -> tuple[bytes, bytes]:
-    """Rest after the compressed data, and at most `limit` bytes of contents."""
+def _inflate(inflate, body: memoryview, limit: int) -> tuple[int, bytes]:
+    """Length of the compressed data, and at most `limit` bytes of contents."""
+    parts, size, place = [], 0, 0
     try:
-        content = inflate.decompress(body, limit)
+        while place < len(body) and size < limit and not inflate.eof:
+            # By blocks: what follows a member is copied, and a body may have a member every 20 bytes.
+            block = body[place : place + _BLOCK]
+            parts.append(inflate.decompress(block, limit - size))
+            size += len(parts[-1])
+            place += len(block) - len(inflate.unconsumed_tail) - len(inflate.unused_data)
     except zlib.error as error:
         raise BrokenBody(str(error)) from error
-    if not inflate.eof and len(content) < limit:
+    if not inflate.eof and size < limit:
         raise BrokenBody("cut off")
-    return inflate.unused_data, content
+    return place, b"".join(parts)
 
 
 def _unzstd(body: bytes, max_bytes: int) -> bytes:

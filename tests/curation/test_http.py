@@ -87,6 +87,11 @@ def test_no_more_than_the_limit_is_unpacked():
         assert 1000 < len(http.decode_body({"content-encoding": name}, body, 1000)) < 40_000_000
 
 
+def test_many_empty_members_take_linear_time():
+    body = gzip.compress(b"") * 200_000 + gzip.compress(PAGE)
+    assert http.decode_body({"content-encoding": "gzip"}, body, 10**6) == PAGE
+
+
 def test_odd_responses():
     continued = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 404 Not Found\r\nA: b\r\n c\r\n\r\nbody"
     assert http.split_response(continued) == (404, {"a": "b c"}, b"body")

@@ -297,6 +297,14 @@ def test_a_page_made_to_exhaust_the_parser_is_refused():
         html.extract("<div>" * 100_000)
 
 
+@pytest.mark.parametrize(
+    "attributes", ["modal ", "class='header ", " id=a", " class=share", "class='a' ", " class='no-"]
+)
+def test_a_tag_without_an_end_takes_linear_time(attributes):
+    page = f"<p>A sentence before it.</p><div {attributes * (300_000 // len(attributes))}"
+    assert isinstance(html.extract(page), str)
+
+
 CAPITALS = "THE COMMITTEE DECIDED TO KEEP THE OLD LIBRARY OPEN, ALTHOUGH MONEY WAS SHORT AND THE WINTER WAS COMING."
 
 
