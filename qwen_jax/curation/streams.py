@@ -175,6 +175,7 @@ def _gzip(file: BinaryIO) -> Iterator[Data | Gap]:
         if not data:
             return
         if not data.strip(b"\0"):  # padding, as of tapes
+            position += len(data)
             data = b""
             continue
         if not data.startswith(GZIP_MAGIC):

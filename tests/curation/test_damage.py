@@ -135,6 +135,18 @@ def test_damaged_members_cost_themselves(data, make, tmp_path_factory):
     assert tally.unread == sum(len(members[number]) for number in hit)
 
 
+def test_a_damaged_member_behind_padding_costs_itself(make, tmp_path):
+    """Members on a tape begin at multiples of its blocks, and zeros fill what is between."""
+    members = [gzip.compress(make(number)) for number in range(3)]
+    damaged = bytearray(members[1])
+    damaged[40:48] = bytes(one ^ 0x5A for one in damaged[40:48])
+    padded = [one + b"\0" * (-len(one) % (1 << 15)) for one in (members[0], bytes(damaged), members[2])]
+    found, tally = read(tmp_path / "x.warc.gz", b"".join(padded))
+    assert [(one.url, one.problem) for one in found if one.problem is None] == [("http://0", None), ("http://2", None)]
+    assert tally.outcomes["broken_record"][0] == sum(1 for one in found if one.problem) == 1
+    assert len(padded[1]) <= tally.unread <= len(padded[0]) + len(padded[1])  # with the zeros before it
+
+
 def test_what_comes_before_damage_in_one_stream_is_kept(make, tmp_path):
     records = [make(number) for number in range(2000)]
     ends = [0]
