@@ -26,7 +26,7 @@ from typing import Any
 from qwen_jax import files
 from qwen_jax.curation import contamination, report, stages, storage
 from qwen_jax.curation.ledger import Ledger
-from qwen_jax.curation.sources import Source, list_source
+from qwen_jax.curation.sources import Source, list_source, readable
 from qwen_jax.curation.tally import UNREADABLE
 from qwen_jax.workers import Workers, open_workers
 
@@ -174,7 +174,7 @@ def _describe(sources: Sequence[Source], config: stages.CurationConfig) -> dict:
         "fingerprint": digest,
         "inputs": {name: {"files": len(files), "bytes": sum(s for _, s in files)} for name, files in listing.items()},
         "files_left_out": {
-            source.name: [[os.path.relpath(path, source.base), reason] for path, reason in source.left_out]
+            source.name: [[readable(os.path.relpath(path, source.base)), reason] for path, reason in source.left_out]
             for source in sources
         },
         "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),

@@ -55,10 +55,15 @@ class Source:
 
 
 def relative(path: str, base: str) -> str:
-    """A path below the folder `base`, with slashes; the same for local files and objects of a bucket."""
+    """A path below the folder `base`, with slashes; the same for local files and objects in a bucket (`readable`)."""
     if is_remote(path):
         return path.removeprefix(base).lstrip("/")
-    return Path(path).relative_to(base).as_posix()
+    return readable(Path(path).relative_to(base).as_posix())
+
+
+def readable(name: str) -> str:
+    """The name of a local file as text: bytes that are not UTF-8 become escapes such as `\\xb0`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def list_source(name: str, patterns: Sequence[str]) -> Source:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import html.parser
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -208,6 +210,24 @@ def test_a_corpus_of_nothing_but_damage_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"1 input file could not be read .*web/a.warc.gz \(100.0%: broken_record\)"):
         pipeline.check_read(manifest, 0.01)
     pipeline.check_read(manifest, 1.0)
+
+
+def test_names_that_are_not_utf_8_are_shown_by_escapes(tmp_path):
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    for name, data in (
+        ("\u5317\u4eac.txt".encode("gbk"), b"The committee of the city has decided to keep the old library open."),
+        (b"cut\xff.warc.gz", b"\x1f\x8b\x08"),
+        (b"\xff.png", b"png"),
+    ):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(data)
+    manifest = pipeline.curate({"web": [str(tmp_path / "in")]}, tmp_path / "out")
+    found = [row["id"] for row in rows(tmp_path / "out", "dropped")]
+    assert sorted(found) == ["web/\\xb1\\xb1\\xbe\\xa9.txt#0", "web/cut\\xff.warc.gz#0"]
+    assert [one["path"] for one in manifest["damaged_files"]] == ["cut\\xff.warc.gz"]
+    assert manifest["files_left_out"] == {"web": [["\\xff.png", "unknown_suffix"]]}
+    assert files.read_json(tmp_path / "out" / "manifest.json") == json.loads(json.dumps(manifest))
 
 
 def test_bytes_read_and_left_out_are_all_bytes(run, inputs):
