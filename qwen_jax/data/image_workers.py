@@ -147,7 +147,13 @@ class _Worker:
         error = None
         for number, (start, files) in enumerate(chunks):
             side = number % _SIDES
-            self._send(side, start, files, total)
+            try:
+                self._send(side, start, files, total)
+            except BrokenPipeError as broken:
+                while asked:  # the first request without an answer ended the process, not the one that is sent
+                    error = self._receive(*asked.popleft(), total, result) or error
+                ended = self._ended(start, len(files), total)
+                raise error or ended from broken
             asked.append((side, start, len(files)))
             if len(asked) == _SIDES:
                 error = self._receive(*asked.popleft(), total, result)
@@ -159,15 +165,13 @@ class _Worker:
             raise error
 
     def _send(self, side: int, start: int, files: Sequence[bytes], total: int) -> None:
+        """Asks for the pixels of a chunk; raises BrokenPipeError where the process is gone."""
         assert self._process.stdin is not None
-        try:
-            header = _REQUEST.pack(side, len(files), start, total)
-            self._process.stdin.write(header + struct.pack(f"<{len(files)}Q", *map(len, files)))
-            for file in files:
-                self._process.stdin.write(file)
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._ended(start, len(files), total) from error
+        header = _REQUEST.pack(side, len(files), start, total)
+        self._process.stdin.write(header + struct.pack(f"<{len(files)}Q", *map(len, files)))
+        for file in files:
+            self._process.stdin.write(file)
+        self._process.stdin.flush()
 
     def _receive(self, side: int, start: int, count: int, total: int, result: np.ndarray) -> UnusableImageError | None:
         """Takes the pixels of a chunk, or gives the error of one of its pictures."""

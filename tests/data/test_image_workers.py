@@ -75,6 +75,28 @@ def test_a_worker_that_dies_is_reported_and_replaced():
         np.testing.assert_array_equal(workers.decode(images), expected)
 
 
+def test_the_request_that_ended_a_worker_is_named_and_not_the_next_one():
+    images = [jpeg(seed) for seed in range(4)]
+    with ImageWorkers(SIZE, 1) as workers:
+        workers.decode(images)
+        worker = workers._idle.get()
+        os.kill(worker._process.pid, signal.SIGSTOP)  # it has the first request, and gives no answer
+
+        def chunks():
+            yield 0, images[:2]
+            worker._process.kill()
+            worker._process.wait()
+            yield 2, images[2:]
+
+        try:
+            with pytest.raises(UnusableImageError, match=r"pictures 0 to 1 of 4 ended the process"):
+                worker.decode(chunks(), np.empty((4, SIZE, SIZE, 3), np.uint8), 4)
+            assert worker.ended
+        finally:
+            worker.close()
+            workers._idle.put(None)
+
+
 def test_workers_end_with_the_process_that_started_them():
     program = textwrap.dedent(
         """
