@@ -17,8 +17,9 @@ from qwen_jax import files
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_PIXELS = 50_000_000
-# Of what Pillow reads, if it was built with it: EPS would start Ghostscript, others are no pictures that people have.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+# Of what Pillow reads, if it was built with it: EPS would start Ghostscript, ICO decodes a PNG of another size than it
+# says before that can be looked at, others are no pictures that people have.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 _WIDE_GREYS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -74,6 +75,9 @@ def open_image(
                 return image.convert("RGB")
     except (UnusableImageError, FileNotFoundError):
         raise
+    except Image.DecompressionBombError as error:  # a limit of Pillow's, which it looks at while it opens a file
+        reason = "a picture with too many pixels"
+        raise UnusableImageError(f"{name} has too many pixels: {error}", reason) from error
     except UnidentifiedImageError:
         raise UnusableImageError(f"{name} cannot be read as an image: it has none of the known formats") from None
     except Exception as error:  # Pillow raises many kinds for damaged files

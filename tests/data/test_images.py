@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +88,21 @@ def test_what_is_no_picture_is_named(tmp_path):
         open_image(tmp_path / "none.png")
     with pytest.raises(UnusableImageError, match="has 50 x 50 pixels, more than 2,000: make it smaller"):
         open_image(whole, max_pixels=2000)
+
+
+def test_what_is_too_large_is_counted_as_that_whatever_finds_it_out():
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)  # beyond Pillow's own limit
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+    with pytest.raises(UnusableImageError, match="row 1 has too many pixels: ") as caught:
+        open_image(data, name="row 1")
+    assert caught.value.reason == "a picture with too many pixels"
+
+
+def test_an_icon_that_says_a_smaller_size_than_its_picture_is_not_decoded():
+    picture = encoded(Image.new("L", (3000, 2000)))
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 8, len(picture), 22) + picture
+    with pytest.raises(UnusableImageError):
+        open_image(icon, max_pixels=1000)
