@@ -68,6 +68,7 @@ def read_samples(path: Path) -> Iterator[Sample]:
 
     Raises:
         ValueError: the file is damaged; the message names it.
+        OSError: it is missing, or its bucket gives no answer.
     """
     if is_tfds(path):
         yield from _tfds(path)
@@ -88,7 +89,7 @@ def _tar(path: Path) -> Iterator[Sample]:
     """
     key, members, seen = None, {}, set()
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
                     continue
@@ -104,7 +105,7 @@ def _tar(path: Path) -> Iterator[Sample]:
             if members:
                 yield _sample(path, str(key), members, seen)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable tar file past sample {key}: {error}") from error
+        raise _kind(path, error)(f"{path}: not a readable tar file past sample {key}: {error}") from error
 
 
 def _sample(path: Path, key: str, members: Mapping[str, bytes], seen: set[str]) -> Sample:
@@ -140,7 +141,7 @@ def _sample(path: Path, key: str, members: Mapping[str, bytes], seen: set[str]) 
 def _parquet(path: Path) -> Iterator[Sample]:
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     images: dict[str, bytes] = {}
@@ -149,9 +150,14 @@ def _parquet(path: Path) -> Iterator[Sample]:
                     number += 1
     except FileNotFoundError:
         raise
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         detail = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a readable Parquet file past row {number}: {detail}") from error
+        raise _kind(path, error)(f"{path}: not a readable Parquet file past row {number}: {detail}") from error
+
+
+def _kind(path: Path, error: Exception) -> type[OSError] | type[ValueError]:
+    """ValueError for a damaged file; what a bucket refuses says nothing about the file."""
+    return OSError if files.is_remote(path) and isinstance(error, OSError) else ValueError
 
 
 def _without_bytes(value: Any, name: str, images: dict[str, bytes]) -> Any:

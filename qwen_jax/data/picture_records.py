@@ -47,10 +47,12 @@ class PictureRecords(Records):
         """
         for sample in read_samples(path):
             folder, names, images = str(path.parent), list(sample.images), list(sample.images.values())
+            # Not by the whole path: a data set that moves holds out the same rows.
+            place = path.name + sample.where.removeprefix(str(path))
             for where, row in self._rows(sample):
                 group = self.rows.group(row) if isinstance(row, Mapping) else ""
                 # Pictures that a file holds have short names, such as `jpg`, in each of its samples.
-                group = f"{sample.where}: {group}" if names else group
+                group = f"{place}: {group}" if names else group
                 text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
                 texts = {"text": text, "source": where, "folder": folder, "damage": sample.damage}
                 yield group, texts | {"names": names, "images": images}
@@ -82,6 +84,7 @@ class PictureRecords(Records):
 
         Raises:
             Unusable: a picture that is missing, damaged, or too large; or as the rows.
+            OSError: a bucket gives no answer.
             ValueError: as the rows.
         """
         if example["damage"]:
@@ -90,7 +93,8 @@ class PictureRecords(Records):
         if len(encoded.images) > self.max_pictures:
             raise Unusable(f"more than {self.max_pictures} pictures", f"{len(encoded.images)}")
         held = {name.decode(): image for name, image in zip(example["names"], example["images"], strict=True)}
-        folder = Path(os.fsdecode(example["folder"]))
+        text = os.fsdecode(example["folder"])
+        folder = files.as_path(text) if files.is_remote(text) else Path(text)
         found: dict[str | bytes, bytes] = {}
         for name in encoded.images:
             if name not in found:
@@ -105,7 +109,10 @@ class PictureRecords(Records):
         except UnusableImageError as error:
             raise Unusable(error.reason, str(error)) from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise Unusable("a picture that cannot be read", f"{folder / name}: {_detail(error)}") from error
+            of_bucket = files.is_remote(folder) and name not in held and isinstance(error, OSError)
+            if of_bucket and not isinstance(error, FileNotFoundError):
+                raise  # a bucket that gives no answer is no picture less
+            raise Unusable("a picture that cannot be read", f"{folder}/{name}: {_detail(error)}") from error
         return data
 
 
@@ -121,6 +128,9 @@ def picture_files(pattern: files.Pattern | Sequence[files.Pattern] | None, task:
     """Files of a task that `pattern` names; see `records.record_files`. Pictures may lie beside them.
 
     The folder of a TFDS dataset stands for the files of its training split.
+
+    Raises:
+        ValueError, FileNotFoundError: as `records.record_files`; or a TFDS dataset is in a bucket.
     """
     given = [pattern] if isinstance(pattern, str | os.PathLike | files.RemotePath) else list(pattern or [])
     found: set[Path] = set()
@@ -128,8 +138,10 @@ def picture_files(pattern: files.Pattern | Sequence[files.Pattern] | None, task:
     for one in given:
         path = files.as_path(one, f"{task}.pattern")
         of_tfds = tfds_files(path) or [path for path in map(Path, glob.glob(str(path))) if is_tfds(path)]
+        if of_tfds and files.is_remote(path):
+            raise ValueError(f"{task}.pattern: {path} is a dataset of TFDS in a bucket: copy it to a local disk")
         found.update(of_tfds)
         others += [] if of_tfds else [one]
     if others or not given:
         found.update(record_files(others, task, SUFFIXES, beside=PICTURE_SUFFIXES))
-    return sorted(found)
+    return sorted(found, key=lambda path: (files.is_remote(path), path))

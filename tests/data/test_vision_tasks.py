@@ -15,11 +15,13 @@ import tensorflow as tf
 from PIL import Image
 
 import tasks  # noqa: F401  registers them
+from qwen_jax import files
 from qwen_jax.beam import short_errors
 from qwen_jax.data import cache
 from qwen_jax.data.loader import ExampleLoader
 from qwen_jax.data.token_cache import read_examples
 from qwen_jax.data.tokenizer import Tokenizer
+from tests.object_stores import Fault, FaultProxy, environment, s3, stores  # noqa: F401
 
 PLACES = 4
 
@@ -261,6 +263,41 @@ def test_samples_of_a_shard_that_lack_something_are_counted(tmp_path, caplog):
         "a sample whose members do not stand together",
     ]
     assert f"{shard}: b: left out: a sample without text" in caplog.text
+
+
+def test_what_is_held_out_does_not_depend_on_where_a_shard_lies(tmp_path):
+    members = {}
+    for number in range(20):
+        members |= {f"{number}.png": png((number, 0, 0)), f"{number}.txt": b"x"}
+    held_out = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        shard = write_tar(tmp_path / folder / "shard.tar", members)
+        found = examples("vision_pairs", shard, "validation", validation_share=0.4)
+        held_out.append([one["images"][0] for one in found])
+    assert held_out[0] == held_out[1] and 0 < len(held_out[0]) < 20
+
+
+def test_pictures_are_read_from_a_bucket_as_from_a_disk(s3, tmp_path):  # noqa: F811
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(png((1, 0, 0)))
+    rows = [{"image": f"pictures/{name}.png", "text": name} for name in ("a", "none", "../a")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_tar(tmp_path / "shard.tar", {"1.png": png((2, 0, 0)), "1.txt": b"two"})
+    pq.write_table(pa.table({"image": [png((3, 0, 0))], "text": ["three"]}), tmp_path / "table.parquet")
+    url = files.as_path(s3.folder())
+    for path in tmp_path.rglob("*.*"):
+        files.copy_file(path, url / path.relative_to(tmp_path).as_posix())
+    settings = {"validation_share": 0.0, "unusable": "leave_out"}
+    local, remote = (examples("vision_pairs", str(folder), **settings) for folder in (tmp_path, url))
+    assert [one["left_out"] for one in remote] == [b"", *[b"a picture that cannot be read"] * 2, b"", b""]
+    for one, other in zip(remote, local, strict=True):
+        assert one["source"].decode().replace(str(url), str(tmp_path)) == other["source"].decode()
+        assert all(np.array_equal(one[name], other[name]) for name in one if name != "source")
+    with FaultProxy(s3) as proxy, environment(s3.through(proxy) | {"QWEN_JAX_STORE_RETRY_SECONDS": "2"}):
+        proxy.faults = [Fault(r"GET .*a\.png$", "403", count=10_000)]
+        with pytest.raises(OSError, match=r"pictures/a\.png: no permission"):  # and not a picture less
+            examples("vision_pairs", str(url / "rows.jsonl"), **settings)
 
 
 def test_dots_in_the_names_of_a_shard_do_not_merge_samples(tmp_path):
