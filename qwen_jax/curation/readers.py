@@ -160,9 +160,11 @@ def _parquet(local: str, path: str, text_field: str, max_bytes: int, tally: Tall
             rows, done = described.num_rows, 0
             try:
                 for batch in table.iter_batches(batch_size=256, columns=columns, row_groups=[group]):
-                    for row in batch.to_pylist():
+                    for row in _rows_of(batch):
                         number, done = number + 1, done + 1
-                        record = _row(row, f"{path}:{number}", text_field, 0)
+                        where = f"{path}:{number}"
+                        broken = Record(b"", where, problem="broken_record")
+                        record = broken if row is None else _row(row, where, text_field, 0)
                         if record.size > max_bytes:
                             record = Record(b"", record.url, problem="too_large", size=record.size)
                         tally.up_to(position + size * done // rows, record.problem or READ)
@@ -173,6 +175,16 @@ def _parquet(local: str, path: str, text_field: str, max_bytes: int, tally: Tall
                 yield Record(b"", where, problem="unreadable_file")
                 number += rows - done
             position += size
+
+
+def _rows_of(batch: pyarrow.RecordBatch) -> list[dict | None]:
+    """The rows; None in the place of one whose text is not UTF-8, which Parquet does not look at."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [row for place in range(batch.num_rows) for row in _rows_of(batch.slice(place, 1))]
 
 
 def _warc(stream: Stream, path: str, max_bytes: int, tally: Tally) -> Iterator[Record]:

@@ -234,9 +234,10 @@ def _parquet(path: Path, text_field: str, labels: Sequence[str] = ()) -> Iterato
                     row += 1
     except FileNotFoundError:
         raise
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         detail = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a readable Parquet file past row {row}: {detail}") from error
+        kind = OSError if files.is_remote(path) and isinstance(error, OSError) else ValueError  # of the bucket, perhaps
+        raise kind(f"{path}: not a readable Parquet file past row {row}: {detail}") from error
 
 
 def in_validation(text: str, share: float) -> bool:

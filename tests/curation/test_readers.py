@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from qwen_jax.curation import html, language, readers, sources
+from qwen_jax.curation.tally import Tally
+from qwen_jax.data import corpora
 
 PLAIN = b"WARC/1.0\r\nWARC-Type: resource\r\nWARC-Target-URI: http://x\r\nContent-Length: 5\r\n\r\nhello\r\n\r\n"
 
@@ -159,6 +161,19 @@ def test_parquet_text_and_html_files(tmp_path):
     assert [one.is_html for one in read(tmp_path / "x.txt", b"x")] == [False]
     assert [one.problem for one in read(tmp_path / "y.txt", b"")] == ["empty_file"]
     assert [one.problem for one in read(tmp_path / "z.txt", b"x" * 20_000)] == ["too_large"]
+
+
+def test_rows_that_are_not_utf_8_cost_themselves(tmp_path):
+    """Arrow looks at no text that it reads: Python does, and raised."""
+    offsets = pyarrow.array([0, 3, 5, 10], pyarrow.int32()).buffers()[1]
+    texts = pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"one\xff\xfethree"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
+    tally = Tally.of(str(tmp_path / "x.parquet"))
+    found = list(readers.read(str(tmp_path / "x.parquet"), text_field="text", max_bytes=100, tally=tally))
+    assert [(one.payload, one.problem) for one in found] == [("one", None), (b"", "broken_record"), ("three", None)]
+    assert {reason: records for reason, (records, _) in tally.outcomes.items()} == {"read": 2, "broken_record": 1}
+    with pytest.raises(ValueError, match=r"x\.parquet: not a readable Parquet file past row 0: .*can't decode"):
+        list(corpora.read_file(tmp_path / "x.parquet"))
 
 
 def test_sources(tmp_path):
