@@ -31,7 +31,7 @@ _EXPECTED = "|".join(
     if isinstance(value, type) and issubclass(value, (ValueError, OSError, ArithmeticError))
 )
 # TensorFlow and Beam carry the errors of generators and workers as text.
-_CARRIED = re.compile(rf"(?:^|[\s}}])(?:{_EXPECTED}): ([^\n]+)")
+_CARRIED = re.compile(rf"(?:^|[\s}}])({_EXPECTED}): ([^\n]+)")
 _STEP = re.compile(r"\s*\[while running '[^']*'\]")
 
 _PROGRESS_SECONDS = 10
@@ -86,24 +86,30 @@ def short_errors() -> Generator[None]:
     """Turns an error of a worker or of a TensorFlow generator into the original error of our code.
 
     Raises:
-      ValueError: with the message of a ValueError, OSError or ArithmeticError that the text of another error carries.
-        The original error is its cause. Other errors pass unchanged.
+      ValueError, OSError: with the message of a ValueError or ArithmeticError, or of an OSError, that the text of
+        another error carries. The original error is its cause. Other errors pass unchanged.
     """
     try:
         yield
     except Exception as error:
-        if message := carried(error):
-            raise ValueError(message) from error
+        if (short := carried(error)) is not None:
+            raise short from error
         raise
 
 
-def carried(error: BaseException) -> str | None:
-    """The one-line message of the expected error that the text of `error` carries; None if it carries none."""
+def carried(error: BaseException) -> ValueError | OSError | None:
+    """The expected error that the text of `error` carries, with its message in one line; None if it carries none."""
     text = str(error)
-    found = _CARRIED.findall(text)
-    if not found and isinstance(error, (ValueError, OSError, ArithmeticError)) and _STEP.search(text):
-        found = [text.strip().partition("\n")[0]]
-    return _STEP.sub("", found[-1]).strip() if found else None
+    if found := _CARRIED.findall(text):
+        name, message = found[-1]
+        of_system = issubclass(getattr(builtins, name), OSError)
+    elif isinstance(error, (ValueError, OSError, ArithmeticError)) and _STEP.search(text):
+        message, of_system = text.strip().partition("\n")[0], isinstance(error, OSError)
+    else:
+        return None
+    message = _STEP.sub("", message).strip()
+    # Told apart, since a full disk is no fault of the corpus.
+    return OSError(message) if of_system else ValueError(message)
 
 
 @contextlib.contextmanager
@@ -117,7 +123,7 @@ def open_pipeline(options: Sequence[str]) -> Generator[beam.Pipeline]:
       options: options of Beam, such as "--runner=FlinkRunner". Without a runner, this process runs the pipeline.
 
     Raises:
-      ValueError: see `check_options` and `short_errors`.
+      ValueError, OSError: see `check_options` and `short_errors`.
     """
     check_options(options)
     local, is_dask = is_local(options), _runner(options) == _DASK
@@ -156,7 +162,7 @@ def open_engine(options: Sequence[str]) -> Generator[Callable[[str, Callable, Se
       As `qwen_jax.workers.Workers`.
 
     Raises:
-      ValueError: see `check_options` and `short_errors`; no runner is named.
+      ValueError, OSError: see `check_options` and `short_errors`; no runner is named.
     """
     check_options(options)
     if _runner(options) is None:

@@ -29,6 +29,10 @@ _PROGRESS_SECONDS = 10
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+class LostWorkerError(ValueError):
+    """A worker process was killed. What others have written is there, and the same call goes on from it."""
+
+
 class Workers(Protocol):
     """What `open_workers` gives."""
 
@@ -44,7 +48,8 @@ class Workers(Protocol):
           done: whether the output of a piece is there.
 
         Raises:
-          ValueError: a worker was killed, or as `qwen_jax.beam.short_errors`; and what `function` raises.
+          LostWorkerError: a worker was killed.
+          ValueError, OSError: as `qwen_jax.beam.short_errors`; and what `function` raises.
           RuntimeError: the output of a piece is missing though no call failed.
         """
         ...
@@ -147,7 +152,7 @@ class _Processes:
                 future.result()
                 progress(number)
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise LostWorkerError(
                 f"{label}: a worker process was killed, as the system does where memory is short: give fewer workers, "
                 "and the same command goes on from here"
             ) from error

@@ -33,11 +33,12 @@ from qwen_jax.data.task_examples import WorkerSetup, examples_of, last_steps_of,
 from qwen_jax.data.token_cache import TokenizeShard
 from qwen_jax.data.tokenizer import RELEASED_FINGERPRINT, Tokenizer
 from qwen_jax.data.vocabulary import QwenVocabulary
-from qwen_jax.workers import Workers, open_workers
+from qwen_jax.workers import LostWorkerError, Workers, open_workers
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "description.json"
+COMPLETED = "COMPLETED"
 # A shard is sorted in the memory of one worker: 32M tokens are about 130 MB.
 TOKENS_PER_SHARD = 1 << 25
 # So are its pictures. 32M tokens alone are less.
@@ -235,6 +236,7 @@ def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: 
         _check_same(folder, found, description)
         if not missing:
             logger.info("%s: cached already in %s", task.name, folder)
+            _mark_completed(folder)
             return found
     _check_merges(vocabulary.tokenizer)
     origin = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
@@ -258,6 +260,8 @@ def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: 
             for shard in shards[split]:
                 shard.counted.unlink()
             logger.info("%s %s: tokenized, %.0f s from the start", task.name, split, time.monotonic() - started)
+    except LostWorkerError:
+        raise  # nothing is wrong with the corpus: the next call goes on from the shards that are there
     except ValueError:
         # Its cause is in the corpus: once that is corrected, the shards are those of another corpus.
         for split in missing:
@@ -268,8 +272,14 @@ def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: 
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    files.write_text(folder / "COMPLETED", "")
+    _mark_completed(folder)
     return description
+
+
+def _mark_completed(folder: Path) -> None:
+    """Writes what SeqIO takes for the sign of a cache; a run may have been killed before it did."""
+    if not (folder / COMPLETED).exists():
+        files.write_text(folder / COMPLETED, "")
 
 
 def _shards(task: seqio.Task, split: str, folder: Path, setup: WorkerSetup, origin: str) -> list[TokenizeShard]:

@@ -121,6 +121,9 @@ class Packer:
         for path in self.folder.glob(".documents-*"):
             if path != self.spill:
                 files.remove_tree(path)
+        for path in self.folder.glob("part-*-of-*"):
+            if f"-of-{self.num_shards:05d}." not in path.name:
+                files.remove_tree(path)
         left = [index for index in range(self.num_shards) if not self.finished(index)]
         logger.info("%s: packing, %d shards (%d done before)", self.label, self.num_shards, self.num_shards - len(left))
         return left

@@ -139,7 +139,7 @@ def read_json_lines(path: PathLike) -> Iterator[tuple[str, object]]:
     and a byte order mark at the start are ignored. Files named `.gz` or `.zst` are decompressed.
 
     Raises:
-      OSError: the file cannot be opened.
+      OSError: the file cannot be opened; or it is in a bucket, which may have refused an answer.
       ValueError: a line is not JSON in UTF-8, or the file is damaged. The message names file and line.
     """
     number = 0
@@ -148,7 +148,8 @@ def read_json_lines(path: PathLike) -> Iterator[tuple[str, object]]:
             try:
                 line = lines.readline()
             except (EOFError, OSError, zlib.error) as error:
-                raise ValueError(f"{path}: cannot be read past line {number}: {error}") from error
+                kind = OSError if is_remote(path) and isinstance(error, OSError) else ValueError
+                raise kind(f"{path}: cannot be read past line {number}: {error}") from error
             if not line:
                 return
             number += 1

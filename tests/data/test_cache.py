@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -178,6 +179,17 @@ def test_packing_goes_on_after_the_last_finished_shard(registry, cache_dir, tmp_
     prepare()
     assert len(written) == len(set(written)) == 3
     assert _files(folder) == _files(packing.packed_folder(cache_dir, "test_a", LENGTH, "train"))
+
+
+def test_shards_of_another_number_from_an_interrupted_run_are_removed(registry, cache_dir, tmp_path):
+    shutil.copytree(cache_dir / "test_a", tmp_path / "test_a")
+    folder = packing.packed_folder(tmp_path, "test_a", LENGTH, "train")
+    (folder / packing.MANIFEST).unlink()
+    cache.prepare("test_a", cache_dir=tmp_path, sequence_length=LENGTH, splits=("train",), num_shards=2)
+    assert sorted(path.name for path in folder.glob("*.array_record")) == [
+        f"part-0000{number}-of-00002.array_record" for number in range(2)
+    ]
+    assert len(list(folder.iterdir())) == 5  # two shards with an index each, and the manifest
 
 
 KILLED = """
@@ -364,6 +376,42 @@ def test_a_malformed_corpus_is_named_and_leaves_nothing(tmp_path, add_task):
             cache.prepare("malformed", cache_dir=tmp_path / "cache", sequence_length=LENGTH, beam_options=options)
         assert re.fullmatch(rf"{path}:2: not JSON: [^\n]*", str(error.value))
         assert not (tmp_path / "cache" / "malformed").exists()
+
+
+class _Deadly(Corpus):
+    """Kills the process that reads its last file while the file `deadly` lies beside it."""
+
+    def examples(self, path):
+        if path == self.files[-1] and path.with_name("deadly").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().examples(path)
+
+
+def test_a_killed_worker_costs_no_finished_shard(registry, tmp_path, add_task):
+    paths = [tmp_path / f"{number}.txt" for number in range(4)]
+    for path in paths:
+        path.write_text(f"document {path.name}")
+    (tmp_path / "deadly").touch()
+    add_task("deadly", DocumentSource(functools.partial(_Deadly, paths, validation_share=0.0)))
+    prepare = functools.partial(
+        cache.prepare, "deadly", cache_dir=tmp_path / "cache", sequence_length=8, splits=("train",), num_workers=2
+    )
+    with pytest.raises(workers.LostWorkerError, match="the same command goes on from here"):
+        prepare()
+    folder = tmp_path / "cache" / "deadly"
+    names = [path.stem.removeprefix(".train-") for path in folder.glob(".train-*.json")]
+    finished = {path: path.stat().st_mtime_ns for path in (folder / f"train.tfrecord-{name}" for name in names)}
+    assert len(finished) >= 2  # whoever reads the last file has given others away
+    (tmp_path / "deadly").unlink()
+    assert prepare()[0].manifest.documents == 4
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_a_run_killed_before_its_last_file_is_a_cache_for_seqio(cache_dir, registry, tmp_path):
+    shutil.copytree(cache_dir / "test_b", tmp_path / "test_b")
+    (tmp_path / "test_b" / cache.COMPLETED).unlink()
+    cache.prepare("test_b", cache_dir=tmp_path, sequence_length=LENGTH)
+    assert _files(tmp_path) == {name: data for name, data in _files(cache_dir).items() if name.startswith("test_b")}
 
 
 def test_damaged_caches_are_named(registry, cache_dir, tmp_path):
