@@ -60,10 +60,11 @@ def repad(source: Weights, vocab_size: int | None, tokenizer: Tokenizer | None, 
             f"{where} has no tokenizer, so which of its {present} vocabulary rows are padding is not known: name its "
             ".tiktoken file to change their number"
         )
-    used = min(tokenizer.vocab_size, present)
+    ids = tokenizer.vocab_size if source.config.vision is None else tokenizer.vision_vocab_size
+    used = min(ids, present)
     if vocab_size < used:
         raise ValueError(
             f"a vocabulary of {vocab_size} rows would cut ids in use: the tokenizer of {where} has {used}, so choose "
             f"at least that many (the model has {present})"
         )
-    return RepaddedWeights(source, vocab_size, tokenizer.vocab_size)
+    return RepaddedWeights(source, vocab_size, ids)

@@ -17,6 +17,7 @@ from qwen_jax.data.tokenizer import Tokenizer
 from qwen_jax.generate import generate
 from qwen_jax.models.config import ModelConfig
 from qwen_jax.sharding import MeshConfig, make_mesh
+from tests.fakes import random_vision_run
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -125,6 +126,16 @@ def test_a_vocabulary_is_padded_and_cut_past_the_ids_in_use(tmp_path, run_folder
     with pytest.raises(ValueError, match="has no tokenizer, so which of its 600 vocabulary rows are padding"):
         convert("orbax", run_folder, "qwen", tmp_path / "cut", vocab_size=599, progress=False)
     assert not (tmp_path / "cut").exists()
+
+
+def test_the_tags_of_pictures_are_ids_in_use(tmp_path):
+    run = random_vision_run(tmp_path)  # 480 rows for 464 ids and 9 tags
+    with pytest.raises(ValueError, match="a vocabulary of 472 rows would cut ids in use: the tokenizer of .* has 473"):
+        convert("orbax", run, "orbax", tmp_path / "cut", vocab_size=472, progress=False)
+    tight = convert("orbax", run, "orbax", tmp_path / "tight", vocab_size=473, progress=False)
+    again = convert("orbax", tight, "orbax", tmp_path / "again", vocab_size=475, progress=False)
+    # The last row was that of <imgpad>, which is no padding.
+    assert not flat(load_params(again)[1])["token_embedding"][473:].any()
 
 
 def test_a_model_with_no_more_rows_than_its_tokenizer_has_ids(tmp_path, config, random_params, tokenizer_file):
