@@ -250,3 +250,17 @@ def test_caching_that_was_interrupted_goes_on_in_a_bucket(cached, corpus, vocabu
     make()
     # Other paths, the same names and sizes: the same corpus.
     assert contents(url) == contents(cached["local"])
+
+
+def test_a_bucket_that_fails_costs_no_finished_shard(cached, corpus, vocabulary_file, s3):  # noqa: F811
+    url = s3.folder()
+    upload(corpus, f"{url}/texts")
+    make = functools.partial(prepare, f"{url}/texts", vocabulary_file, f"{url}/cache")
+    with FaultProxy(s3) as proxy, environment(s3.through(proxy) | LIMIT):
+        proxy.faults = [Fault(r"GET .*c\.jsonl\.zst$", "403", count=10_000)]
+        with pytest.raises(OSError, match=r"c\.jsonl\.zst: cannot be read past line 0: .*no permission"):
+            make()
+    folder = files.as_path(f"{url}/cache/local_files")
+    assert len(list(folder.glob(".train-*.json"))) == 3  # a, b and d come before deep/c
+    make()
+    assert contents(f"{url}/cache") == contents(cached["local"])
