@@ -147,8 +147,9 @@ def write_json(path: PathLike, value: object, indent: int | None = 2, sort_keys:
 
 
 def json_line(value: object) -> str:
-    """A line of JSON with its line end, which UTF-8 can hold: lone surrogates, which JSON may have, are escaped."""
-    return _escaped(json.dumps(value, ensure_ascii=False)) + "\n"
+    """A line of JSON with its line end. Lone surrogates, which JSON may have and UTF-8 may not, make it ASCII."""
+    line = json.dumps(value, ensure_ascii=False)
+    return (line if line == _escaped(line) else json.dumps(value)) + "\n"
 
 
 def _escaped(text: str) -> str:
