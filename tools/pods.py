@@ -52,7 +52,7 @@ class Stage:
       program: of tools/compile_for_tpu.py and compile_for_gpu.py.
       recipe: of gin/runs, without size; empty: the name of the stage.
       bindings: that the recipe leaves open, or that make it fit.
-      mesh: more of them, by chip, where the batch has fewer rows than there are chips.
+      by_chip: more of them, where the batch has fewer rows than there are chips, or memory is short.
       like: stage whose program this is, too: it differs in rates and data alone.
       note: of the table.
     """
@@ -63,7 +63,7 @@ class Stage:
     program: str = "train"
     recipe: str = ""
     bindings: tuple[str, ...] = (_START,)
-    mesh: dict[str, str] = dataclasses.field(default_factory=dict)
+    by_chip: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     like: str = ""
     note: str = ""
 
@@ -75,9 +75,9 @@ def _both(updates: int) -> dict[str, int]:
 _POD = {"v5p": "v5p_256", "v5e": "v5e_256", "h200": "h200_256"}
 _SLICE = {"v5p": "v5p_64", "v5e": "v5e_64", "h200": "h200_8"}
 _HOST = {"v5p": "v5p_4", "v5e": "v5e_16", "h200": "h200_8"}
-# Of PPO, whose four models are in memory: a pod of v5e, with a row for each pair of chips.
+# Of PPO, whose four models are in memory: a pod of v5e, with a row for each pair of chips and nothing kept of it.
 _FOUR_MODELS = {**_SLICE, "v5e": "v5e_256"}
-_IN_PAIRS = {"v5e": "MeshConfig.tensor=2"}
+_IN_PAIRS = {"v5e": ("MeshConfig.tensor=2", "ModelConfig.remat='full'")}
 # A rollout of 512 responses, 64 at a time, each of up to 1,024 tokens; 100 rollouts.
 _GENERATED = 100 * (512 // 64) * 1024
 STAGES = {
@@ -87,7 +87,7 @@ STAGES = {
         "Qwen-PMP",
         _both(15_625),
         _HOST,
-        mesh={"v5e": "MeshConfig.tensor=4", "h200": "MeshConfig.tensor=2"},
+        by_chip={"v5e": ("MeshConfig.tensor=4",), "h200": ("MeshConfig.tensor=2",)},
         note="1M comparisons, ours",
     ),
     "reward": Stage("Qwen-RM", _both(1_563), _HOST, like="pmp", note="100k comparisons, ours"),
@@ -101,7 +101,7 @@ STAGES = {
         "Code-Qwen-Chat",
         _both(4_000),
         _SLICE,
-        mesh={"v5p": "MeshConfig.tensor=2", "v5e": "MeshConfig.tensor=2"},
+        by_chip={"v5p": ("MeshConfig.tensor=2",), "v5e": ("MeshConfig.tensor=2",)},
         note="one stage",
     ),
     "math_sft": Stage("Math-Qwen-Chat", _both(50_000), _SLICE),
@@ -130,8 +130,7 @@ def command(stage: str, size: str, chip: str) -> list[str]:
     return [
         *found,
         f"--gin_file=gin/hardware/{one.hardware[chip]}.gin",
-        *(f"--gin.{binding}" for binding in one.bindings),
-        *([f"--gin.{one.mesh[chip]}"] if chip in one.mesh else []),
+        *(f"--gin.{binding}" for binding in (*one.bindings, *one.by_chip.get(chip, ()))),
     ]
 
 
