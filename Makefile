@@ -1,7 +1,7 @@
 # make demo    the main job, start to end, on this machine
 # make lineage    all models of Figure 1, from a crawl to chat models and a page about them
 # make test    lint and tests
-# make pods    what the whole family would take on TPU pods; compiles what is not recorded, with libtpu
+# make pods    what the whole family would take on TPUs and GPUs; compiles what is not recorded, with libtpu or the plugin for CUDA
 # make tool_use    a tiny model and the choice of tools, before and after
 # make vision    a tiny model learns to see in the three stages of Qwen-VL, measured around each
 # make specialists    a code model and a math model from one base model, before and after

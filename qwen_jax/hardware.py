@@ -49,7 +49,7 @@ class GpuDescription:
       multiprocessors: their number.
       clock_ghz: boost clock.
       l2_mib: size of the second-level cache, in MiB.
-      lanes: float32 units of a multiprocessor.
+      lanes: float32 units of a multiprocessor; by default those of H100 and H200, as below.
       shared_memory_kib: of a multiprocessor; one block can use 1 KiB less.
       cudnn: the version that programs are compiled for.
     """
@@ -63,7 +63,7 @@ class GpuDescription:
     cudnn: tuple[int, int, int] = (9, 10, 0)
 
     def target_config(self, name: str, hbm_bytes: int, hbm_gbps: float) -> str:
-        """The same as text of XLA's message `GpuTargetConfigProto`, with limits that all GPUs since Ampere share."""
+        """The same as text of XLA's message `GpuTargetConfigProto`, with the limits that A100, H100 and H200 share."""
         shared = self.shared_memory_kib * 1024
         device = {
             "threads_per_block_limit": 1024,
@@ -91,7 +91,14 @@ class GpuDescription:
         return f"gpu_device_info {{ {fields} {capability} }} {cudnn} {named}"
 
 
-GPU_PREFIX = "cuda:"
+_GPU_PREFIX = "cuda:"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +114,14 @@ class HardwareConfig:
       hbm_gbps: main-memory bandwidth, in 10^9 bytes per second.
       link_gbps: bandwidth to its neighbors in a ring over all links of the torus, one way, in 10^9 bytes per second.
       clock_ghz: turns the TPU compiler's cycles into seconds; set so that a large product's cycles give the peak.
-      topology: name in libtpu, such as "v5p:4x8x8"; of GPUs "cuda:1xMACHINESxGPUS", GPUs of one machine; None: programs
-        compile only on a machine with these devices.
+      topology: name in libtpu, such as "v5p:4x8x8"; of GPUs "cuda:1xMACHINESxGPUS", with the GPUs of one machine; None:
+        programs compile only on a machine with these devices.
       wrap: whether each dimension has wrap-around links. Without them, gathers over all chips become all-reduces.
         libtpu 0.0.42 ignores it for several slices.
       slices: number of slices, joined by the data-center network.
       dcn_gbps: a device's share of that network, in 10^9 bytes per second; only for more than one slice.
       devices_per_chip: JAX devices that make one chip.
-      gpu: for a topology of GPUs.
+      gpu: what else the compiler asks; for a topology of GPUs.
     """
 
     name: str
@@ -150,7 +157,7 @@ class HardwareConfig:
     @property
     def of_gpus(self) -> bool:
         """Whether `topology` is one of GPUs."""
-        return (self.topology or "").startswith(GPU_PREFIX)
+        return (self.topology or "").startswith(_GPU_PREFIX)
 
     def devices(self) -> list:
         """Descriptions of the devices, which the compiler accepts in place of devices.
@@ -169,13 +176,13 @@ class HardwareConfig:
     def _gpus(self, topology: str) -> list:
         from jax.experimental import topologies
 
-        shape = topology.removeprefix(GPU_PREFIX)
+        shape = topology.removeprefix(_GPU_PREFIX)
         if self.gpu is None or not re.fullmatch(r"1x[1-9]\d*x[1-9]\d*", shape):
             raise ValueError(
                 f"HardwareConfig.topology {topology!r}: expected cuda:1xMACHINESxGPUS, such as cuda:1x1x8, and a "
                 f"HardwareConfig.gpu, as gin/hardware/options/h200.gin has it"
             )
-        if importlib.util.find_spec("jax_cuda13_plugin") is None or importlib.util.find_spec("nvidia.cudnn") is None:
+        if not (_installed("jax_cuda13_plugin") and _installed("nvidia.cudnn")):
             version = importlib.metadata.version("jax")
             raise ValueError(
                 f"compiling for {self.name} needs JAX's plugin for CUDA and cuDNN, though no GPU: pip install "
@@ -183,8 +190,12 @@ class HardwareConfig:
                 f"(docs/how_to/gpu_clusters.md)"
             )
         target = self.gpu.target_config(self.name, self.hbm_bytes, self.hbm_gbps)
-        # The name has no meaning; the options say it all.
-        return topologies.get_topology_desc("gpus", "cuda", topology=shape, target_config=target).devices
+        try:
+            # The name has no meaning; the options say it all.
+            return topologies.get_topology_desc("gpus", "cuda", topology=shape, target_config=target).devices
+        except Exception as error:  # of the plugin, each of its own kind
+            message = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"JAX's plugin for CUDA describes no {topology}: {message}") from error
 
     def _tpus(self, topology: str) -> list:
         from jax.experimental import topologies

@@ -3,7 +3,7 @@
     python tools/compile_for_gpu.py --gin_file=gin/runs/sft_7b.gin --gin_file=gin/hardware/h200_8.gin \\
         --gin.INITIAL_CHECKPOINT=none
 
-It takes one to two minutes and 4 GB of memory. Needs JAX's plugin for CUDA and cuDNN, but no driver
+It takes 10 to 30 seconds of one core and 1 GB of memory. Needs JAX's plugin for CUDA and cuDNN, but no driver
 (docs/how_to/gpu_clusters.md says how to have them beside an environment for CPUs).
 
 **The program is not the one that a GPU gets, to the last instruction**: XLA tries several forms of a product on the GPU

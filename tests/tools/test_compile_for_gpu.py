@@ -80,7 +80,27 @@ def test_what_cannot_be_compiled_for_is_named(compile_for_gpu, arguments, messag
 
 
 @pytest.mark.skipif(PLUGIN, reason="JAX's plugin for CUDA is installed")
-def test_what_to_install_is_said(compile_for_gpu):
+@pytest.mark.parametrize("there", [(), ("jax_cuda13_plugin",), ("jax_cuda13_plugin", "nvidia")])
+def test_what_to_install_is_said(compile_for_gpu, tmp_path, monkeypatch, there):
+    for package in there:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
     version = jax.__version__
-    with pytest.raises(ValueError, match=f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=="):
+    try:
+        with pytest.raises(ValueError, match=f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=="):
+            compile_for_gpu(COMMAND[2:])
+    finally:
+        sys.modules.pop("nvidia", None)  # imported to look for cuDNN in it
+
+
+def test_a_plugin_that_fails_is_one_line(compile_for_gpu, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the plugin is of another version\nmore")
+
+    monkeypatch.setattr("qwen_jax.hardware._installed", lambda _: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
+    with pytest.raises(
+        ValueError, match="^JAX's plugin for CUDA describes no cuda:1x1x8: the plugin is of another ver"
+    ):
         compile_for_gpu(COMMAND[2:])
