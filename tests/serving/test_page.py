@@ -1,5 +1,6 @@
 """The chat page in a browser: a conversation, a stop, a call of a tool, an error; at two widths."""
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -100,7 +101,9 @@ def test_a_conversation(page, running, script, width):
     assert page.evaluate(fits) and page.problems == []
 
 
-def test_stop_keeps_what_was_said_and_frees_the_row(page, running, script):
+@contextlib.contextmanager
+def a_long_reply(page, running, script):
+    """Within, a reply has begun and comes no further; the block ends it. Afterwards its row is free."""
     page.open(running.url + "/")
     script.says = "word " * 200
     steps = threading.Semaphore(5)
@@ -109,14 +112,19 @@ def test_stop_keeps_what_was_said_and_frees_the_row(page, running, script):
     try:
         send(page, "Talk")
         until(lambda: page.evaluate("document.querySelector('.assistant .text')?.textContent ?? ''").startswith("word"))
-        assert page.evaluate("document.getElementById('send').hidden")
-        page.evaluate("document.getElementById('stop').click()")
+        yield
         idle(page)
         steps.release()
         until(lambda: running.service.thread.open == 0)
     finally:
         script.engine.step = step
         steps.release()
+
+
+def test_stop_keeps_what_was_said_and_frees_the_row(page, running, script):
+    with a_long_reply(page, running, script):
+        assert page.evaluate("document.getElementById('send').hidden")
+        page.evaluate("document.getElementById('stop').click()")
     assert "stopped" in page.evaluate("document.querySelector('.note').textContent")
     script.says = REPLY
     send(page, "Again")
@@ -125,21 +133,8 @@ def test_stop_keeps_what_was_said_and_frees_the_row(page, running, script):
 
 
 def test_a_reply_that_is_left_for_a_new_conversation_is_no_part_of_it(page, running, script):
-    page.open(running.url + "/")
-    script.says = "word " * 200
-    steps = threading.Semaphore(5)
-    step = script.engine.step
-    script.engine.step = lambda: step() if steps.acquire(timeout=300) else []
-    try:
-        send(page, "Talk")
-        until(lambda: page.evaluate("document.querySelector('.assistant .text')?.textContent ?? ''").startswith("word"))
+    with a_long_reply(page, running, script):
         page.evaluate("document.getElementById('new').click()")
-        idle(page)
-        steps.release()
-        until(lambda: running.service.thread.open == 0)
-    finally:
-        script.engine.step = step
-        steps.release()
     assert page.evaluate("messages") == [] == turns(page)
     script.says = REPLY
     send(page, "Other")
