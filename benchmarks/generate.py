@@ -265,7 +265,11 @@ def main(argv: list[str] | None = None) -> None:
             prompts = [random.integers(0, vocabulary, (batch, arguments.prompt)) for batch in arguments.batches]
             for dtype in arguments.dtypes:
                 given = arguments.base, folder, dtype, prompts, arguments.new, arguments.rounds, arguments.samples
-                show_turns(dtype, [take_turns(*given) for _ in range(arguments.pairs)])
+                pairs = []
+                for number in range(1, arguments.pairs + 1):
+                    pairs.append(take_turns(*given))
+                    print(f"pair {number} of {arguments.pairs} of processes has ended", file=sys.stderr)
+                show_turns(dtype, pairs)
             return
         print(
             f"{arguments.preset} on {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
