@@ -1,6 +1,7 @@
 """Tokens per second of the real train step against torch and transformers, on the same weights, in one run.
 
     python benchmarks/train_step.py                                   # 34M parameters on CPUs, float32 and bfloat16
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/train_step.py --remat minimal   # ours over two devices, one for each core
     python benchmarks/train_step.py --preset 1.8b --dtypes bfloat16 --batch 8 --length 2048 --remat minimal   # one GPU
     python benchmarks/train_step.py --preset tiny --rounds 1 --steps 1 --batch 2 --length 64     # does it run?
 
@@ -10,12 +11,14 @@ torch.compile; in bfloat16 by autocast over float32 weights as ours, and with --
 moments in bfloat16. Both update the same weights on the same batch, and the losses after each update are compared.
 
 Each side is a process of its own. On CPUs they take turns; on a GPU, which both would fill, one follows the other.
-Medians are printed. Model operations: 6 per weight and token, attention's causal products counted once.
+Medians are printed. Memory is the most that a process had resident on the host. Model operations: 6 per weight and
+token, attention's causal products counted once.
 """
 
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -116,6 +119,7 @@ def our_side(job: dict):
 
     kernel = resolve_kernel(model.config, job["length"], mesh)
     about = f"jax {jax.__version__}, attention by {kernel}, remat {job['remat']}, compiled in {seconds:.1f} s"
+    about += f", {mesh.size} device{'s' * (mesh.size > 1)}"
     return {"about": about, "device": jax.devices()[0].device_kind}, update
 
 
@@ -215,17 +219,20 @@ def report(dtype: str, sides: list[Side], config, arguments, peak: float | None)
     tokens = arguments.batch * arguments.length
     flops = model_flops_per_token(config, arguments.length).total
     print(f"\n{dtype}, {arguments.batch} x {arguments.length} tokens a step, {flops / 1e9:.3f} GFLOP per token")
-    print("| | tokens/s | lowest to highest | TFLOP/s | MFU | ratio | loss after the first and last common update |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    last = "loss after the first and last common update"
+    print(f"| | tokens/s | lowest to highest | TFLOP/s | MFU | ratio | by CPU time | peak MiB | {last} |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     rates = {side.name: tokens * side.rate() for side in sides}
     losses = {side.name: side.recorded("losses") for side in sides}
     common = min(map(len, losses.values())) - 1
     for side in sides:
         rate, lowest, highest = rates[side.name], min(side.rates()), max(side.rates())
         mfu = f"{100 * rate * flops / peak:.1f}%" if peak else ""
+        memory = statistics.median(one["peak_bytes"] or float("nan") for one in side.rounds) / 2**20
         print(
             f"| {side.name} | {rate:,.0f} | {tokens * lowest:,.0f} to {tokens * highest:,.0f} | "
             f"{rate * flops / 1e12:.3f} | {mfu} | {rates['qwen_jax'] / rate:.2f} | "
+            f"{sides[0].rate('cpu') / side.rate('cpu'):.2f} | {memory:,.0f} | "
             f"{losses[side.name][0]:.4f}, {losses[side.name][common]:.4f} |"
         )
     for name, theirs in losses.items():

@@ -126,7 +126,8 @@ def our_side(job: dict):
         current[0], metrics = step(current[0], batch)
         return float(metrics["loss"])
 
-    return {"about": f"jax {jax.__version__}, remat {job['remat']}, compiled in {seconds:.1f} s"}, update
+    about = f"jax {jax.__version__}, remat {job['remat']}, compiled in {seconds:.1f} s"
+    return {"about": f"{about}, {mesh.size} device{'s' * (mesh.size > 1)}"}, update
 
 
 def torch_model(job: dict):
