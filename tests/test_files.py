@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -71,3 +72,25 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
             pass
     with files.locked(tmp_path / "run"):
         assert json.dumps(names(tmp_path / "run")) == '[".lock"]'
+
+
+def test_who_waits_for_a_lock_gets_it_and_no_file_stays(tmp_path, caplog):
+    order = []
+
+    def second():
+        with files.locked_in_turn(tmp_path, ".a.lock"):
+            order.append("second")
+
+    with files.locked_in_turn(tmp_path, ".a.lock"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not caplog.records:
+            thread.join(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and names(tmp_path) == []
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(f"waiting for another process: {tmp_path} is in use by process {os.getpid()} on ")
+    for _ in range(2):
+        with files.locked(tmp_path):  # a file that stays is no obstacle
+            pass

@@ -13,6 +13,7 @@ in this process, in several, or on Beam; the bytes written do not depend on whic
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -26,7 +27,7 @@ from pathlib import Path
 from qwen_jax import files
 from qwen_jax.data import mixing, packing, token_cache
 from qwen_jax.data.merges import derive_merges
-from qwen_jax.data.pack_cache import IMAGES, TOKENS, Packer, Prepared, pack
+from qwen_jax.data.pack_cache import IMAGES, TOKENS, Packer, Prepared, Turn, pack
 from qwen_jax.data.packing import check_packing
 from qwen_jax.data.quick_seqio import seqio
 from qwen_jax.data.task_examples import WorkerSetup, examples_of, last_steps_of, modules_of
@@ -61,7 +62,8 @@ def prepare(
 ) -> list[Prepared]:
     """Caches and packs a task, or each task of a mixture; uses complete splits as they are.
 
-    A call after an interrupted one continues with the next shard.
+    A call after an interrupted one continues with the next shard. Where another process makes the same task in the same
+    folder, this one waits for it.
 
     Args:
         mixture_or_task: a registered name (`tasks` is imported first).
@@ -96,7 +98,8 @@ def prepare(
             folder = cache_dir.joinpath(*task.name.split(":"))
             setup = WorkerSetup.of(task, vocabulary, task_modules)
             wanted = [split for split in splits if split in task.splits]
-            description = _cache_task(task, wanted, folder, workers, setup)
+            turn = functools.partial(files.locked_in_turn, cache_dir, f".{folder.name}.lock")
+            description = _cache_task(task, wanted, folder, workers, setup, turn)
             packers = [
                 Packer(
                     task=task.name,
@@ -116,7 +119,7 @@ def prepare(
                 )
                 for split in _with_documents(task.name, wanted, description["splits"], folder)
             ]
-            for one in pack(packers, workers, check_shards=num_shards is not None):
+            for one in pack(packers, workers, turn, check_shards=num_shards is not None):
                 prepared.append(one)
                 _check_left_out(task, one.manifest)
     return prepared
@@ -215,8 +218,8 @@ def _that_can_be_made(task: seqio.Task, missing: list[str], done: Sequence[str])
     return missing
 
 
-def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: Workers, setup: WorkerSetup) -> dict:
-    """Makes SeqIO's cache of the `splits` that it lacks; returns its description."""
+def _missing(task: seqio.Task, splits: Sequence[str], folder: Path) -> tuple[dict, list[str]]:
+    """(description of SeqIO's cache as far as it is made, those of `splits` that it lacks)."""
     vocabulary = task.output_features[TOKENS].vocabulary
     assert isinstance(vocabulary, QwenVocabulary)  # see `_check_task`
     path = folder / DESCRIPTION
@@ -232,15 +235,36 @@ def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: 
             raise
         logger.warning("%s: no corpus is named, so the cache is used unchecked (%s)", task.name, error)
         description, missing = found | {"vocabulary": _identity(vocabulary)}, []
-    if found is not None:
-        _check_same(folder, found, description)
-        if not missing:
-            logger.info("%s: cached already in %s", task.name, folder)
-            _mark_completed(folder)
-            return found
-    _check_merges(vocabulary.tokenizer)
-    origin = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
-    shards = {split: _shards(task, split, folder, setup, origin) for split in missing}
+    if found is None:
+        return description | {"splits": []}, missing
+    _check_same(folder, found, description)
+    if not missing:
+        logger.info("%s: cached already in %s", task.name, folder)
+        _mark_completed(folder)
+    return description | {"splits": done}, missing
+
+
+def _cache_task(
+    task: seqio.Task, splits: Sequence[str], folder: Path, workers: Workers, setup: WorkerSetup, turn: Turn
+) -> dict:
+    """Makes SeqIO's cache of the `splits` that it lacks; returns its description."""
+    description, missing = _missing(task, splits, folder)
+    if not missing:
+        return description
+    _check_merges(setup.tokenizer.load())
+    shards = _shards(task, missing, folder, setup, description)
+    with turn():
+        # Another process may have made them while this one waited.
+        description, missing = _missing(task, splits, folder)
+        shards = {split: shards[split] for split in missing}
+        return _tokenize(task, shards, folder, workers, description) if missing else description
+
+
+def _tokenize(
+    task: seqio.Task, shards: dict[str, list[TokenizeShard]], folder: Path, workers: Workers, description: dict
+) -> dict:
+    """Makes SeqIO's cache of the splits in `shards`; returns its description with them."""
+    done, missing = description["splits"], list(shards)
     folder.mkdir(parents=True, exist_ok=True)
     for split in missing:
         token_cache.remove_unfinished(folder, split, shards[split])
@@ -256,7 +280,7 @@ def _cache_task(task: seqio.Task, splits: Sequence[str], folder: Path, workers: 
             _finish_split(task, split, folder, shards[split], may_be_empty=split == "validation" and bool(done))
             done = [*done, split]
             description = description | {"splits": done}
-            files.write_json(path, description, sort_keys=True)
+            files.write_json(folder / DESCRIPTION, description, sort_keys=True)
             for shard in shards[split]:
                 shard.counted.unlink()
             logger.info("%s %s: tokenized, %.0f s from the start", task.name, split, time.monotonic() - started)
@@ -282,24 +306,32 @@ def _mark_completed(folder: Path) -> None:
         files.write_text(folder / COMPLETED, "")
 
 
-def _shards(task: seqio.Task, split: str, folder: Path, setup: WorkerSetup, origin: str) -> list[TokenizeShard]:
-    examples = examples_of(task, split, setup)
+def _shards(
+    task: seqio.Task, splits: Sequence[str], folder: Path, setup: WorkerSetup, description: dict
+) -> dict[str, list[TokenizeShard]]:
+    """The pieces of each split."""
+    identity = {key: value for key, value in description.items() if key != "splits"}
+    origin = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     left_out = {name: _ids_not_counted(feature.vocabulary) for name, feature in task.output_features.items()}
-    return [
-        TokenizeShard(
-            task=task.name,
-            split=split,
-            index=index,
-            count=len(examples),
-            folder=folder,
-            examples=one,
-            left_out=left_out,
-            tokens=TOKENS,
-            tokenizer=setup.tokenizer,
-            origin=origin,
-        )
-        for index, one in enumerate(examples)
-    ]
+    shards = {}
+    for split in splits:
+        examples = examples_of(task, split, setup)
+        shards[split] = [
+            TokenizeShard(
+                task=task.name,
+                split=split,
+                index=index,
+                count=len(examples),
+                folder=folder,
+                examples=one,
+                left_out=left_out,
+                tokens=TOKENS,
+                tokenizer=setup.tokenizer,
+                origin=origin,
+            )
+            for index, one in enumerate(examples)
+        ]
+    return shards
 
 
 def _ids_not_counted(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:

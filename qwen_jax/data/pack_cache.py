@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ TOKENS, LOSS_WEIGHTS, SEGMENT_LENGTHS, TURN_ENDS, LEFT_OUT, IMAGES = (
 # bytes.
 _Keyed = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes, bytes]
 _PARTS = 8
+# Held while something is made in the cache of a task: by one process, for which others wait.
+Turn = Callable[[], AbstractContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,17 +253,34 @@ class Packer:
             )
 
 
-def pack(packers: Sequence[Packer], workers: Workers, *, check_shards: bool) -> list[Prepared]:
+def pack(packers: Sequence[Packer], workers: Workers, turn: Turn, *, check_shards: bool) -> list[Prepared]:
     """Packs splits of one task, and uses those that are packed already as they are.
+
+    Args:
+        turn: held while something is packed, so that no two processes do.
 
     Raises:
         ValueError: see `Packer`.
     """
-    started = time.monotonic()
+    found, new = _found(packers, check_shards)
+    if new:
+        with turn():
+            # Another process may have packed them while this one waited.
+            found, new = _found(packers, check_shards)
+            if new:
+                found |= _pack(new, workers)
+    return [found[packer.folder] for packer in packers]
+
+
+def _found(packers: Sequence[Packer], check_shards: bool) -> tuple[dict[Path, Prepared], list[Packer]]:
+    """(what is packed already, by folder; the packers of the rest)."""
     found = {packer.folder: one for packer in packers if (one := packer.found(check_shards)) is not None}
-    new = [packer for packer in packers if packer.folder not in found]
-    if not new:
-        return list(found.values())
+    return found, [packer for packer in packers if packer.folder not in found]
+
+
+def _pack(new: Sequence[Packer], workers: Workers) -> dict[Path, Prepared]:
+    """Packs splits of which nothing, or a part, is there."""
+    started = time.monotonic()
     left = {packer.folder: packer.unfinished() for packer in new}
     dealing = [number for number, packer in enumerate(new) if packer.num_shards > 1 and left[packer.folder]]
     deals = [(number, file) for number in dealing for file in range(len(new[number].cached))]
@@ -268,10 +288,11 @@ def pack(packers: Sequence[Packer], workers: Workers, *, check_shards: bool) -> 
     workers(f"{new[0].task}: dealing out", functools.partial(_deal, new), deals, functools.partial(_is_dealt, new))
     shards = [(number, index) for number, packer in enumerate(new) for index in left[packer.folder]]
     workers(f"{new[0].task}: packing", functools.partial(_write, new), shards, functools.partial(_is_written, new))
+    packed = {}
     for packer in new:
-        found[packer.folder] = packer.finish()
-        _say_packed(packer, found[packer.folder].manifest, time.monotonic() - started)
-    return [found[packer.folder] for packer in packers]
+        packed[packer.folder] = packer.finish()
+        _say_packed(packer, packed[packer.folder].manifest, time.monotonic() - started)
+    return packed
 
 
 def _deal(packers: Sequence[Packer], number: int, file: int) -> None:

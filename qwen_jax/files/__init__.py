@@ -5,7 +5,7 @@ leaves nothing but hidden temporary names, which `remove_unfinished` clears. Pat
 for `gs://…` and `s3://…`.
 """
 
-from .locks import LOCK_FILE, locked
+from .locks import LOCK_FILE, InUseError, locked, locked_in_turn
 from .objects import ObjectChangedError, in_parallel
 from .paths import PathLike, Pattern, RemotePath, as_path, as_pattern, find, is_path_type, is_remote
 from .reading import open_decompressed, open_file, read_json, read_json_lines, read_json_rows, read_range, read_ranges
@@ -25,6 +25,7 @@ from .whole import (
 )
 
 __all__ = [
+    "InUseError",
     "LOCK_FILE",
     "ObjectChangedError",
     "PathLike",
@@ -41,6 +42,7 @@ __all__ = [
     "json_line",
     "local_copy",
     "locked",
+    "locked_in_turn",
     "new_file",
     "new_folder",
     "new_stream",

@@ -11,6 +11,8 @@ import threading
 import time
 import uuid
 from collections.abc import Generator
+from pathlib import Path
+from typing import IO
 
 from . import objects
 from .paths import PathLike, RemotePath, as_path
@@ -20,6 +22,12 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 # Seconds after which a lock in a bucket is free unless its owner has renewed it, which it does three times by then.
 LEASE = 60.0
+# Between two looks at a lock that is waited for.
+TURN_SECONDS = 1.0
+
+
+class InUseError(ValueError):
+    """Another process holds the lock of a folder."""
 
 
 @contextlib.contextmanager
@@ -35,7 +43,8 @@ def locked(folder: PathLike, file: str = LOCK_FILE, lease: float | None = None) 
       lease: in a bucket, seconds that the lock outlives its owner; None: `LEASE`.
 
     Raises:
-      ValueError: another process holds it; the message names that process.
+      InUseError: another process holds it; the message names that process.
+      ValueError: in a bucket, what lies there is no lock.
     """
     folder = as_path(folder)
     if isinstance(folder, RemotePath):
@@ -43,27 +52,71 @@ def locked(folder: PathLike, file: str = LOCK_FILE, lease: float | None = None) 
             yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / file, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                lock.seek(0)
-                raise _in_use(folder, lock.read().strip()) from error
-            log.warning("%s is on a file system without locks (%s): start one job at a time in it", folder, error)
-        else:
-            lock.truncate(0)
-            lock.write(f"{_owner()}\n")
-            lock.flush()
+    with _hold(folder / file):
         yield
+
+
+@contextlib.contextmanager
+def locked_in_turn(folder: PathLike, file: str = LOCK_FILE, lease: float | None = None) -> Generator[None]:
+    """As `locked`, but waits, and says so, while another process holds the folder; no lock file stays.
+
+    Raises:
+      ValueError: in a bucket, what lies there is no lock.
+    """
+    path = as_path(folder) / file
+    with contextlib.ExitStack() as stack:
+        waits = False
+        while True:
+            try:
+                stack.enter_context(locked(folder, file, lease))
+                break
+            except InUseError as error:
+                if not waits:
+                    log.warning("waiting for another process: %s", error)
+                waits = True
+                time.sleep(TURN_SECONDS)
+        if not isinstance(path, RemotePath):  # there the lock removes its object itself
+            stack.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def _hold(path: Path) -> IO:
+    """The file at `path`, made if missing, locked until it is closed; unlocked where the file system has no locks.
+
+    Raises:
+      InUseError: another process holds it.
+    """
+    while True:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(path, "a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    file.seek(0)
+                    raise _in_use(path.parent, file.read().strip()) from error
+                log.warning(
+                    "%s is on a file system without locks (%s): start one job at a time in it", path.parent, error
+                )
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                        file.truncate(0)
+                        file.write(f"{_owner()}\n")
+                        file.flush()
+                        stack.pop_all()
+                        return file
+                continue  # its last owner removed it after it was opened here
+            stack.pop_all()
+            return file
 
 
 def _owner() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _in_use(folder: object, owner: str) -> ValueError:
-    return ValueError(f"{folder} is in use by {owner or 'another process'}: wait for it, or choose another folder")
+def _in_use(folder: object, owner: str) -> InUseError:
+    return InUseError(f"{folder} is in use by {owner or 'another process'}: wait for it, or choose another folder")
 
 
 class _Lease:

@@ -9,13 +9,14 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 
 import gin
 import numpy as np
 import pytest
 import seqio
 
-from qwen_jax import workers
+from qwen_jax import files, workers
 from qwen_jax.batch_spec import token_columns
 from qwen_jax.data import cache, packing
 from qwen_jax.data.corpora import Corpus, documents, in_validation
@@ -148,6 +149,26 @@ def test_complete_data_is_used_again(registry, cache_dir, monkeypatch, caplog):
         "test_a validation, length 32: packed already",
     ]
     assert prepared[0].manifest.documents > 0 and _files(cache_dir) == before
+
+
+def test_two_processes_make_a_cache_once(registry, cache_dir, tmp_path, caplog):
+    """The second waits, and then finds what the first has made."""
+    made = []
+    with caplog.at_level(logging.INFO, "qwen_jax"):
+        with files.locked_in_turn(tmp_path, ".test_a.lock"):
+            prepare = functools.partial(cache.prepare, "test_a", cache_dir=tmp_path, sequence_length=LENGTH)
+            thread = threading.Thread(target=lambda: made.extend(prepare()))
+            thread.start()
+            while not any("waiting for another process" in record.getMessage() for record in caplog.records):
+                assert thread.is_alive()
+                thread.join(0.01)
+            shutil.copytree(cache_dir / "test_a", tmp_path / "test_a")
+        thread.join()
+    assert [one.manifest for one in made] == [one.manifest for one in prepare()]
+    assert not any(
+        "tokenizing" in record.getMessage() or "packing," in record.getMessage() for record in caplog.records
+    )
+    assert _files(tmp_path / "test_a") == _files(cache_dir / "test_a") and not list(tmp_path.glob(".*"))
 
 
 def test_packing_goes_on_after_the_last_finished_shard(registry, cache_dir, tmp_path, monkeypatch):
