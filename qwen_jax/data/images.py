@@ -5,6 +5,7 @@ One function decides what becomes of each kind of picture (`open_image`), one wh
 
 import functools
 import io
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -110,7 +111,8 @@ def squash(image: Image.Image, size: int) -> np.ndarray:
 def decode_images(images: Sequence[bytes], size: int) -> np.ndarray:
     """Encoded image files as the model takes them, uint8 [len(images), size, size, 3]: `squash` of `open_image`.
 
-    The model subtracts the mean and divides by the deviation on the device.
+    The model subtracts the mean and divides by the deviation on the device. Pictures may have any size that
+    Pillow decodes: the task that read them has a limit of its own.
 
     Raises:
       UnusableImageError: see `open_image`; the message has the number of the picture.
@@ -129,4 +131,4 @@ def decode_into(
     Args:
       resize: `squash`, or a function that equals it.
     """
-    pixels[...] = resize(open_image(data, name=name), len(pixels))
+    pixels[...] = resize(open_image(data, name=name, max_pixels=sys.maxsize), len(pixels))

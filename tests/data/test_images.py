@@ -11,7 +11,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from qwen_jax.data.images import DEVIATION, MEAN, UnusableImageError, open_image, pixels
+from qwen_jax.data.images import DEVIATION, MEAN, UnusableImageError, decode_images, open_image, pixels
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(os.environ.get("QWEN_JAX_SHARED", ROOT.parent / "shared")) / "golden" / "qwenvl_full"
@@ -106,3 +106,10 @@ def test_an_icon_that_says_a_smaller_size_than_its_picture_is_not_decoded():
     icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 8, len(picture), 22) + picture
     with pytest.raises(UnusableImageError):
         open_image(icon, max_pixels=1000)
+
+
+def test_a_picture_that_a_task_took_by_a_larger_limit_is_decoded_in_training():
+    data = encoded(Image.new("L", (10_000, 5_001), 7), compress_level=1)
+    with pytest.raises(UnusableImageError, match="more than 50,000,000"):
+        open_image(data)
+    assert (decode_images([data], 14) == 7).all()
