@@ -69,9 +69,11 @@ def open_image(
                         "a picture with too many pixels",
                     )
                 image.load()
+                # Of PGM, Pillow brings greys of more than 8 bits to 16, and gives them as integers of 32.
+                wide = image.mode in _WIDE_GREYS or (image.mode, image.format) == ("I", "PPM")
                 if upright:
                     image = ImageOps.exif_transpose(image)
-                if image.mode in _WIDE_GREYS:
+                if wide:
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
     except (UnusableImageError, FileNotFoundError):

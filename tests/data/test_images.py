@@ -113,3 +113,9 @@ def test_a_picture_that_a_task_took_by_a_larger_limit_is_decoded_in_training():
     with pytest.raises(UnusableImageError, match="more than 50,000,000"):
         open_image(data)
     assert (decode_images([data], 14) == 7).all()
+
+
+def test_greys_of_16_bits_of_every_format_keep_their_levels():
+    """Pillow opens those of PGM in another mode than those of PNG."""
+    levels = np.array([0, 255, 256, 32768, 65535], ">u2")
+    assert [row[0] for row in colors(b"P5 5 1 65535\n" + levels.tobytes())] == [0, 0, 1, 128, 255]
