@@ -6,6 +6,7 @@ pixels takes 0.6 MB. Each is decoded once here, so that no training meets one th
 
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,8 +52,11 @@ class PictureRecords(Records):
             place = path.name + sample.where.removeprefix(str(path))
             for where, row in self._rows(sample):
                 group = self.rows.group(row) if isinstance(row, Mapping) else ""
-                # Pictures that a file holds have short names, such as `jpg`, in each of its samples.
-                group = f"{place}: {group}" if names else group
+                if group in sample.images:
+                    # Such pictures have short names, such as `jpg`, in each sample, and may be in several.
+                    group = hashlib.sha256(sample.images[group]).hexdigest()
+                elif names:
+                    group = f"{place}: {group}"
                 text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
                 texts = {"text": text, "source": where, "folder": folder, "damage": sample.damage}
                 yield group, texts | {"names": names, "images": images}

@@ -368,3 +368,15 @@ def test_the_tool_shows_pictures_and_loss(tmp_path, tool, capsys, vocabulary_fil
     shown = capsys.readouterr().out
     assert "⟪<img>⟫⟪<imgpad>×4⟫⟪</img>⟫⟪<ref>⟫it⟪</ref>⟫⟦⟪<box>⟫(1,2),(3,4)⟪</box>⟫⟪<|endoftext|>⟫⟧" in shown
     assert "pictures:               2, 1.00 per document" in shown
+
+
+def test_rows_of_a_picture_that_a_file_holds_are_held_out_together(tmp_path):
+    rows = [(png((number, 0, 0)), f"q{k}") for number in range(20) for k in range(2)]
+    table = pa.table({"image": [one for one, _ in rows], "question": [one for _, one in rows], "answer": ["a"] * 40})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    train, held_out = (
+        examples("vision_vqa", str(tmp_path / "rows.parquet"), split, validation_share=0.3)
+        for split in ("train", "validation")
+    )
+    images = [{one["images"][0] for one in split} for split in (train, held_out)]
+    assert len(train) + len(held_out) == 40 and all(images) and not images[0] & images[1]
