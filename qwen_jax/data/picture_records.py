@@ -67,7 +67,13 @@ class PictureRecords(Records):
             return
         renamed = dict(self.fields)
         row = {renamed.get(name, name): value for name, value in sample.row.items()}
-        several = {name for name in renamed.values() if _are_texts(row.get(name))}
+        # Names of pictures are no texts.
+        several = sorted(name for name in {*renamed.values()} - {"image", "images"} if _are_texts(row.get(name)))
+        if len(several) > 1:
+            raise ValueError(
+                f"{sample.where}: lists of texts in {' and '.join(several)}: rows can be made of the texts of "
+                f"one of them alone, see {self.task}.fields"
+            )
         if not several:
             yield sample.where, row
         for name in several:

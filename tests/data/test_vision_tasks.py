@@ -380,3 +380,19 @@ def test_rows_of_a_picture_that_a_file_holds_are_held_out_together(tmp_path):
     )
     images = [{one["images"][0] for one in split} for split in (train, held_out)]
     assert len(train) + len(held_out) == 40 and all(images) and not images[0] & images[1]
+
+
+def test_a_row_with_several_pictures_stays_one_row_under_other_names(tmp_path):
+    pictures = [png((number, 0, 0)) for number in range(2)]
+    pq.write_table(pa.table({"shown": [pictures], "said": ["two pictures"]}), tmp_path / "rows.parquet")
+    fields = {"shown": "images", "said": "text"}
+    (found,) = examples("vision_pairs", str(tmp_path / "rows.parquet"), validation_share=0.0, fields=fields)
+    assert found["images"].tolist() == pictures
+
+
+def test_only_one_field_makes_several_rows(tmp_path):
+    rows = [{"image": "a.png", "ask": ["q", "r"], "say": ["a", "b"]}]
+    (tmp_path / "a.png").write_bytes(png())
+    fields = {"ask": "question", "say": "answer"}
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: lists of texts in answer and question: .* one of them"):
+        examples("vision_vqa", write_rows(tmp_path, rows), validation_share=0.0, fields=fields)
