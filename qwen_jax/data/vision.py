@@ -390,7 +390,8 @@ def _first_picture(parts: list[Part], row: Mapping) -> str:
 
 
 def _whole(row: object) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False)
+    # Parquet has dates and other values that JSON has not.
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _field(row: object, name: str):

@@ -1,5 +1,6 @@
 """Tasks with pictures: files to examples of tokens and encoded images, cached by SeqIO."""
 
+import datetime
 import io
 import json
 import logging
@@ -396,3 +397,11 @@ def test_only_one_field_makes_several_rows(tmp_path):
     fields = {"ask": "question", "say": "answer"}
     with pytest.raises(ValueError, match=r"rows.jsonl:1: lists of texts in answer and question: .* one of them"):
         examples("vision_vqa", write_rows(tmp_path, rows), validation_share=0.0, fields=fields)
+
+
+def test_other_columns_of_parquet_may_be_anything(tmp_path):
+    """A row without a picture is held out by all of its fields."""
+    day = datetime.date(2023, 9, 28)
+    pq.write_table(pa.table({"text": ["one", "two"], "date": [day] * 2}), tmp_path / "rows.parquet")
+    found = examples("vision_text", str(tmp_path / "rows.parquet"), validation_share=0.0)
+    assert [one["left_out"] for one in found] == [b"", b""]
