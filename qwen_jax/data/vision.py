@@ -348,8 +348,14 @@ def _pictures(row: Mapping) -> list[Picture]:
 
 
 def _names(row: Mapping) -> list[str]:
-    given = _field(row, "images" if isinstance(row, Mapping) and "images" in row else "image")
+    # Parquet has both columns where some rows have several pictures.
+    several = isinstance(row, Mapping) and "images" in row and (row["images"] is not None or "image" not in row)
+    given = _field(row, "images" if several else "image")
     names = [given] if isinstance(given, str) else given
+    if names == []:
+        raise Unusable("a row without a picture")
+    if isinstance(names, list) and None in names:
+        raise Unusable("a field that is null", "images")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"expected the path of a picture, or a list of them, in 'image', found {given!r}")
     return names
@@ -398,6 +404,8 @@ def _field(row: object, name: str):
     if not isinstance(row, Mapping) or name not in row:
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"expected a field {name!r}, found {found or 'no field'}")
+    if row[name] is None:
+        raise Unusable("a field that is null", name)
     return row[name]
 
 

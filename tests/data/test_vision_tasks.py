@@ -405,3 +405,11 @@ def test_other_columns_of_parquet_may_be_anything(tmp_path):
     pq.write_table(pa.table({"text": ["one", "two"], "date": [day] * 2}), tmp_path / "rows.parquet")
     found = examples("vision_text", str(tmp_path / "rows.parquet"), validation_share=0.0)
     assert [one["left_out"] for one in found] == [b"", b""]
+
+
+def test_a_field_that_is_null_is_left_out_as_other_rows(tmp_path):
+    """Parquet has nulls where a download failed, or a picture has no caption."""
+    table = pa.table({"image": [png(), None, png()], "text": ["one", "two", None]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    found = examples("vision_pairs", str(tmp_path / "rows.parquet"), validation_share=0.0, unusable="leave_out")
+    assert [one["left_out"].decode() for one in found] == ["", "a field that is null", "a field that is null"]
