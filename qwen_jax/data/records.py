@@ -115,8 +115,11 @@ class Records(Corpus):
             raise ValueError(f"{where}: {error}") from error
 
     def encode_row(self, example: Mapping[str, Any], tokenizer: Tokenizer) -> Encoded:
-        """The example of a row; raises as `Rows.encode`."""
-        return self.rows.encode(json.loads(example["text"].decode("utf-8", "surrogatepass")), tokenizer)
+        """The example of a row; raises as `Rows.encode`, and ValueError where the row is no object."""
+        row = json.loads(example["text"].decode("utf-8", "surrogatepass"))
+        if not isinstance(row, Mapping):
+            raise ValueError(f"expected an object, found {type(row).__name__}")
+        return self.rows.encode(row, tokenizer)
 
 
 def _say_left_out(error: Unusable, where: str, named: collections.Counter[str]) -> None:

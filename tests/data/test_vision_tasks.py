@@ -413,3 +413,10 @@ def test_a_field_that_is_null_is_left_out_as_other_rows(tmp_path):
     pq.write_table(table, tmp_path / "rows.parquet")
     found = examples("vision_pairs", str(tmp_path / "rows.parquet"), validation_share=0.0, unusable="leave_out")
     assert [one["left_out"].decode() for one in found] == ["", "a field that is null", "a field that is null"]
+
+
+@pytest.mark.parametrize(("task", "layout"), [("referring", "refcoco"), ("chat", "llava"), ("chat", "messages")])
+def test_a_line_that_is_no_object_is_named(tmp_path, task, layout):
+    (tmp_path / "rows.jsonl").write_text('["a.png", "a caption"]\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: expected an object.*, found list"):
+        examples(f"vision_{task}", str(tmp_path / "rows.jsonl"), validation_share=0.0, layout=layout)
