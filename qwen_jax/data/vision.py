@@ -33,6 +33,7 @@ from qwen_jax.data.tokenizer import Tokenizer
 
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _LETTER = re.compile(r"[^\W\d_]")
+_LARGEST = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _from_grit(row: Mapping) -> tuple[list[Part], list[Part]]:
     caption, given = _text(row, "caption"), _field(row, "ref_exps")
     boxes: dict[tuple[int, int], list[Region]] = {}
     for number, one in enumerate(given if isinstance(given, list) else [given]):
-        if not isinstance(one, list) or len(one) < 6 or not all(isinstance(value, int | float) for value in one):
+        if not isinstance(one, list) or len(one) < 6 or not _are_numbers(one[:6]):
             raise ValueError(f"expected [start, end, x1, y1, x2, y2, confidence] in 'ref_exps', found {one!r}")
         span = int(one[0]), int(one[1])
         if not 0 <= span[0] < span[1] <= len(caption):
@@ -181,12 +182,17 @@ def _from_refcoco_region(row: Mapping) -> tuple[list[Part], list[Part]]:
 def _from_coco(row: Mapping) -> list[int]:
     """`bbox` is x, y, width and height in pixels."""
     box, sides = _field(row, "bbox"), [_field(row, name) for name in ("width", "height")]
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(one, int | float) for one in box):
+    if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
         raise ValueError(f"expected x, y, width and height in 'bbox', found {box!r}")
     if not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"expected pixels in 'width' and 'height', found {sides}")
     x, y, width, height = box
     return content.thousandths([x, y, x + width, y + height], *sides)
+
+
+def _are_numbers(values: list) -> bool:
+    """Whether all are numbers, none of them infinite, nan, or larger than any picture."""
+    return all(isinstance(one, int | float) and abs(one) < _LARGEST for one in values)
 
 
 def _from_lines(row: Mapping) -> tuple[list[Part], list[Part]]:

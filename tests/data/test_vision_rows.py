@@ -409,3 +409,12 @@ def test_labels_are_those_of_the_released_list_format():
         (labelled,) = content.with_labels([parse_parts(ours, "")])
         assert content.written(labelled) == case["text"]
     assert len(cases) == 4
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_box_that_is_no_place_is_an_error_of_its_row(tokenizer, number):
+    """JSON as Python reads it has such numbers."""
+    with pytest.raises(ValueError, match="expected .*(inf|nan)"):
+        VisionRows("grounding", PLACES, "grit").encode(GRIT | {"ref_exps": [[0, 5, number, 0, 1, 1, 1]]}, tokenizer)
+    with pytest.raises(ValueError, match="expected .*(inf|nan)"):
+        VisionRows("referring", PLACES, "refcoco").encode(COCO | {"bbox": [number, 0, 1, 1]}, tokenizer)
