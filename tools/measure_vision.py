@@ -12,7 +12,7 @@ words after its last colon. Answers are greedy. --output gets answers.jsonl and 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from picture_words import GRID
@@ -30,7 +30,7 @@ with quick_imports():
     from qwen_jax.compilation_cache import programs_kept
     from qwen_jax.data import chatml, content
     from qwen_jax.data.conversations import read_parts
-    from qwen_jax.data.images import decode_images
+    from qwen_jax.data.images import open_image, squash
     from qwen_jax.evaluation.vision.grounding import iou, read_box
     from qwen_jax.generate import load_engine
     from qwen_jax.inference import Engine, Request
@@ -104,23 +104,28 @@ def prompt(tokenizer, kind: str, asked: Sequence[dict], num_queries: int, plain:
 def ask(
     engine: Engine, questions: Sequence[dict], *, plain: bool = False, blank: bool = False, max_new_tokens: int = 64
 ) -> list[str]:
-    """Greedy answers, in the order of the questions.
+    """Greedy answers, in the order of the questions, whose pictures are read when it is their turn.
 
     Args:
       plain: see `prompt`.
       blank: gray pictures instead of those of the questions, which shows what is known without looking.
+
+    Raises:
+      ValueError, OSError: the model has no image encoder, or a picture cannot be read; the message has its path.
     """
     tokenizer, vision = engine.tokenizer, engine.model.config.vision
     if vision is None:
         raise ValueError("the checkpoint has no image encoder: name one of a Qwen-VL")
-    requests = []
-    for one in questions:
-        pictures = decode_images([path.read_bytes() for path in one["images"]], vision.image_size)
-        pictures = np.full_like(pictures, 128) if blank else pictures
-        ids = prompt(tokenizer, one["kind"], one["asked"], vision.num_queries, plain)
-        requests.append(Request(ids, max_new_tokens, stop_ids=chatml.stop_ids(tokenizer), images=list(pictures)))
-    answers = [""] * len(requests)
-    for result in tqdm(engine.generate(requests), total=len(requests), unit="answer"):
+
+    def requests() -> Iterator[Request]:
+        for one in questions:
+            pictures = [squash(open_image(path), vision.image_size) for path in one["images"]]
+            pictures = [np.full_like(picture, 128) for picture in pictures] if blank else pictures
+            ids = prompt(tokenizer, one["kind"], one["asked"], vision.num_queries, plain)
+            yield Request(ids, max_new_tokens, stop_ids=chatml.stop_ids(tokenizer), images=pictures)
+
+    answers = [""] * len(questions)
+    for result in tqdm(engine.generate(requests()), total=len(questions), unit="answer"):
         answers[result.index] = (result.text or "").strip().split("\n")[0]
     return answers
 

@@ -1,12 +1,15 @@
 """tools/vision.py asserts its claims, and tools/measure_vision.py counts what is right."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from qwen_jax import files
+from qwen_jax.data.tokenizer import Tokenizer, write_ranks
+from qwen_jax.models.vision.config import VisionConfig
 
 COLUMNS = ("caption", "cells", "question", "box", "name", "reading", "comparison")
 
@@ -125,7 +128,6 @@ def test_a_line_without_such_messages_is_named(tool, tmp_path, row):
 
 def test_the_prompts_are_those_of_training(tool, tmp_path):
     from qwen_jax.data import vision
-    from qwen_jax.data.tokenizer import Tokenizer, write_ranks
 
     make, measure = tool("make_pictures"), tool("measure_vision")
     make.main(["--output", f"{tmp_path}", *"--pairs=1 --tasks=1 --dialogues=1 --texts=1 --held_out=3".split()])
@@ -142,3 +144,33 @@ def test_the_prompts_are_those_of_training(tool, tmp_path):
             trained = pairs.encode({"image": "a.png", "text": one["reference"]}, tokenizer)
             first = int(np.flatnonzero(trained.loss_weights)[0])
             assert measure.prompt(tokenizer, "describe", one["asked"], 4, True) == trained.tokens[:first].tolist()
+
+
+def test_pictures_are_read_when_it_is_their_turn_and_a_damaged_one_is_named(tool, tmp_path):
+    measure = tool("measure_vision")
+    write_ranks({bytes([byte]): byte for byte in range(256)}, tmp_path / "bytes.tiktoken")
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    pictures = [{"type": "image", "image": f"{name}.png"} for name in "abc"]
+    rows = [
+        {"messages": [{"role": "user", "content": [one]}, {"role": "assistant", "content": "x"}]} for one in pictures
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vision = VisionConfig(image_size=28, patch_size=14, num_queries=4)
+
+    class Engine:
+        tokenizer = Tokenizer(tmp_path / "bytes.tiktoken")
+        model = types.SimpleNamespace(config=types.SimpleNamespace(vision=vision))
+        asked = 0
+
+        def generate(self, requests):
+            for index, request in enumerate(requests):
+                self.asked += 1
+                assert request.images[0].shape == (28, 28, 3)
+                yield types.SimpleNamespace(index=index, text="x")
+
+    engine = Engine()
+    with pytest.raises(ValueError, match=r"c\.png cannot be read as an image"):
+        measure.ask(engine, measure.read_questions(tmp_path / "questions.jsonl"))
+    assert engine.asked == 2
