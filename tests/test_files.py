@@ -94,3 +94,10 @@ def test_who_waits_for_a_lock_gets_it_and_no_file_stays(tmp_path, caplog):
     for _ in range(2):
         with files.locked(tmp_path):  # a file that stays is no obstacle
             pass
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_json_that_nests_too_deeply_is_named(tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=rf"{name}.*: not JSON: "):
+        list(files.read_json_rows(tmp_path / name))

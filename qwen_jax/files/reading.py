@@ -128,8 +128,17 @@ class RemoteFile(io.RawIOBase):
 
 
 def read_json(path: PathLike):
-    """The value of a JSON file in UTF-8; a byte order mark is ignored."""
-    return json.loads(as_path(path).read_text(encoding="utf-8-sig"))
+    """The value of a JSON file in UTF-8; a byte order mark is ignored.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not JSON, or nests too deeply.
+    """
+    text = as_path(path).read_text(encoding="utf-8-sig")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not JSON: it nests too deeply") from error
 
 
 def read_json_lines(path: PathLike) -> Iterator[tuple[str, object]]:
