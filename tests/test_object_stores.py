@@ -2,11 +2,14 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
+import zipfile
 
 import pytest
+from PIL import Image
 
 from qwen_jax import files
 from tests.object_stores import ROOT, Fault, FaultProxy, environment, gcs, s3, stores  # noqa: F401
@@ -66,6 +69,11 @@ def test_a_path_of_a_bucket_reads_as_one_on_disk():
     assert not path.is_relative_to(files.as_path("s3://bucket")) and files.as_path(path) is path
     with pytest.raises(TypeError):
         open(path)  # never a local file `gs:`
+    for use in (open, pathlib.Path, zipfile.ZipFile, os.listdir, Image.new("L", (1, 1)).save):
+        with pytest.raises(
+            ValueError, match="gs://bucket/runs/a.tar.gz is in a bucket, and here files of a local disk are meant"
+        ):
+            use(path)
     with pytest.raises(ValueError, match="two slashes"):
         path / "a//b"
 
@@ -179,6 +187,7 @@ def test_the_object_that_completes_a_folder_comes_last(store):
 
 HOLDER = """
 import sys
+import zipfile
 from qwen_jax import files
 with files.locked(files.as_path(sys.argv[1]), lease=float(sys.argv[2])):
     print("held", flush=True)

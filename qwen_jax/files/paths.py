@@ -19,12 +19,16 @@ _WILDCARDS = "*?["
 _MAGIC = re.compile(r"[*?[]")
 
 
+class NotLocalError(ValueError, TypeError):
+    """A path in a bucket where only a local one will do. A TypeError, too, as of any object that is no path."""
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class RemotePath:
     """An object of a bucket, or a folder of objects, with the interface of `pathlib.Path`; `str` gives the URL.
 
-    A folder is there while an object is in it: `mkdir` does nothing. There are no renames, and no `__fspath__`, so that
-    no function of the standard library takes the URL for a local name.
+    A folder is there while an object is in it: `mkdir` does nothing. There are no renames, and `__fspath__` raises, so
+    that no function of the standard library takes the URL for a local name.
 
     Attributes:
       scheme: "gs" or "s3".
@@ -41,6 +45,12 @@ class RemotePath:
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
+
+    def __fspath__(self) -> str:
+        """Raises the error of a path for which only local files are meant."""
+        raise NotLocalError(
+            f"{self} is in a bucket, and here files of a local disk are meant: give a local path, or copy it"
+        )
 
     @property
     def _pure(self) -> PurePosixPath:
