@@ -293,7 +293,14 @@ def main(argv: list[str] | None = None) -> None:
     counts = (arguments.count, arguments.questions, arguments.one_tool, arguments.texts, arguments.held_out)
     if min(counts) < 1 or not 0 <= arguments.without <= 1:
         raise ValueError(
-            "--count, --questions, --one_tool and --held_out must be at least 1, and --without a share from 0 to 1"
+            "--count, --questions, --one_tool, --texts and --held_out must be at least 1, and --without a share from 0 "
+            "to 1"
+        )
+    most = len(ENGLISH.seconds) - MOST_TOOLS
+    if arguments.questions > most:
+        raise ValueError(
+            f"--questions must be from 1 to {most}: no two subjects of a line share their second word, of which "
+            f"there are {len(ENGLISH.seconds)}"
         )
     seed, style, every = arguments.seed, arguments.style, (1, MOST_TOOLS)
     kinds = random.Random(seed)

@@ -169,3 +169,11 @@ def test_training_rows_can_be_trained_on_and_depend_on_the_seed_alone(made, tmp_
     maker.main(["--output", str(tmp_path / "other"), *flags, "--seed=1"])
     assert (tmp_path / "same/train.jsonl").read_bytes() == (folder / "train.jsonl").read_bytes()
     assert (tmp_path / "other/train.jsonl").read_bytes() != (folder / "train.jsonl").read_bytes()
+
+
+def test_more_questions_than_there_are_subjects_are_refused(tool, tmp_path):
+    """No two subjects of an example share their second word."""
+    flags = ["--output", str(tmp_path), "--count=5", "--texts=1", "--one_tool=1", "--held_out=1", "--without=1"]
+    tool("make_tool_use").main([*flags, "--questions=15"])
+    with pytest.raises(ValueError, match="--questions must be from 1 to 15"):
+        tool("make_tool_use").main([*flags, "--questions=16"])
