@@ -124,14 +124,16 @@ def read_pool(paths: Iterable[str | Path]) -> list[dict]:
             try:
                 if not isinstance(row, Mapping):
                     raise ValueError(f"expected an object, found {type(row).__name__}")
-                if not check(from_openai(row)).tools:
+                tools = check(from_openai(row)).tools
+                if not tools:
                     raise ValueError("a seed needs tools")
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             name = str(row.get("id") or f"{Path(path).name}:{where.rpartition(':')[2]}")
             if name in found:
                 raise ValueError(f"{where}: the id {name} is there twice")
-            found[name] = {**row, "id": name}
+            # Some files have them as text, or as `functions`.
+            found[name] = {**row, "id": name, "tools": list(tools)}
     return list(found.values())
 
 

@@ -232,3 +232,16 @@ def test_two_processes_do_not_write_into_one_folder(tool, tmp_path):
     ]
     with files.locked(output), pytest.raises(ValueError, match="out is in use by process"):
         tool("self_instruct").main(flags)
+
+
+def test_seeds_in_the_older_layout_are_read(tmp_path):
+    """As OpenAI's `functions`, or with the tools as text, both of which training reads."""
+    (seed, *_) = SEEDS
+    rows = [
+        {"id": "old", "functions": seed["tools"], "messages": seed["messages"]},
+        {"id": "text", "tools": json.dumps(seed["tools"]), "messages": messages("今天北京的天气怎么样？")},
+    ]
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generation = Generation(tmp_path / "out", read_pool([tmp_path / "seeds.jsonl"]), rules=RULES)
+    generation.extend(Writer(), 1, model="writer", sampling={}, at_once=2)
+    assert generation.samples[0]["row"]["tools"] == [WEATHER]
