@@ -21,6 +21,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import referencing
+import referencing.exceptions
 
 from qwen_jax import files
 from qwen_jax.agents.completion import Completer
@@ -245,7 +246,10 @@ class Filter:
                 arguments = json.loads(call.arguments)
             except ValueError as error:
                 return "arguments are not JSON", f"{call.name}: {error}"
-            wrong = next(validators[call.name].iter_errors(arguments), None)
+            try:
+                wrong = next(validators[call.name].iter_errors(arguments), None)
+            except referencing.exceptions.Unresolvable as error:
+                return "a schema that cannot be applied", f"{call.name}: {error}"[:300]
             if wrong is not None:
                 return "arguments break the schema", f"{call.name}: {wrong.message}"[:300]
         return None

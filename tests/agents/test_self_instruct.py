@@ -245,3 +245,8 @@ def test_seeds_in_the_older_layout_are_read(tmp_path):
     generation = Generation(tmp_path / "out", read_pool([tmp_path / "seeds.jsonl"]), rules=RULES)
     generation.extend(Writer(), 1, model="writer", sampling={}, at_once=2)
     assert generation.samples[0]["row"]["tools"] == [WEATHER]
+
+
+def test_a_reference_that_leads_nowhere_ends_no_run():
+    nowhere = {**WEATHER, "parameters": {"$ref": "http://127.0.0.1:1/schema"}}
+    assert Filter(RULES, SEEDS).judge(said(), [nowhere]).reason == "a schema that cannot be applied"
