@@ -73,6 +73,9 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def generate_in_folder(arguments: argparse.Namespace) -> None:
     """Makes samples, after those that the folder holds."""
+    for name in ("count", "at_once"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}: it must be at least 1")
     rules = Rules(similarity=arguments.similarity, languages=tuple(arguments.languages.split(",")))
     generation = Generation(
         arguments.output,

@@ -356,6 +356,8 @@ class Generation:
         known: dict[str, Mapping] = {tool_name(tool): tool for row in seeds for tool in row["tools"]}
         known |= {tool_name(tool): tool for tool in tools}
         for tool in known.values():
+            if not tool_name(tool):
+                raise ValueError(f"a tool without a name: {str(tool)[:200]}")
             _validator(tool)
         self._tools = [tool for tool in known.values() if self.filter.usable(tool)]
         if not self._tools:

@@ -250,3 +250,17 @@ def test_seeds_in_the_older_layout_are_read(tmp_path):
 def test_a_reference_that_leads_nowhere_ends_no_run():
     nowhere = {**WEATHER, "parameters": {"$ref": "http://127.0.0.1:1/schema"}}
     assert Filter(RULES, SEEDS).judge(said(), [nowhere]).reason == "a schema that cannot be applied"
+
+
+def test_a_tool_without_a_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a tool without a name: {'description': 'Plays a song.'}"):
+        Generation(tmp_path, SEEDS, rules=RULES, tools=[{"description": "Plays a song."}])
+
+
+@pytest.mark.parametrize(("flag", "value"), [("count", 0), ("at_once", 0)])
+def test_numbers_below_one_are_refused(tool, tmp_path, flag, value):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps(one) + "\n" for one in SEEDS))
+    flags = ["generate", "--seeds", f"{seeds}", "--server", "http://127.0.0.1:1", "--model", "m"]
+    with pytest.raises(ValueError, match=f"--{flag} is 0: it must be at least 1"):
+        tool("self_instruct").main([*flags, "--output", f"{tmp_path / 'out'}", f"--{flag}={value}"])
