@@ -6,7 +6,7 @@ python tools/self_instruct.py page runs/new/samples.jsonl --output runs/new/page
 python tools/self_instruct.py accept runs/new/samples.jsonl --decisions decisions_*.jsonl --output accepted.jsonl
 
 `generate` goes on where it was stopped. `accepted.jsonl` is what the SeqIO task `self_instruct` reads, and may be given
-as --seeds of the next round, which a model trained on it writes.
+as --seeds of the next round, which a model trained on it writes, with another --seed: ids of samples begin with it.
 """
 
 import argparse

@@ -345,11 +345,17 @@ class Generation:
           seed: of the choice of examples and tools, and of the sampling.
 
         Raises:
-          OSError, ValueError: a file cannot be read, or there are too few seeds.
+          OSError, ValueError: a file cannot be read, there are too few seeds, or one has the id of a sample.
         """
         needed = rules.examples - rules.generated
         if len(seeds) < needed:
             raise ValueError(f"{len(seeds)} seed conversation(s): a prompt shows {needed} of them; give more")
+        taken = re.compile(rf"{seed}-\d+")
+        if same := [row["id"] for row in seeds if taken.fullmatch(row["id"])]:
+            raise ValueError(
+                f"seed {same[0]} has an id of this generation's samples: give another --seed than {seed}, so that "
+                "records tell which of both a prompt showed"
+            )
         self.folder, self.rules, self.seed = Path(folder), rules, seed
         self.filter = Filter(rules, seeds, evaluation)
         self._seeds = [dict(row) for row in seeds]
@@ -455,9 +461,14 @@ def keep_accepted(samples: Iterable[Mapping], decisions: Iterable[Mapping]) -> t
       decisions: rows with `id` and `decision` ("accept", "reject" or "unsure"), as the review page writes them.
 
     Raises:
-      ValueError: a decision for a sample that is not there, or an unknown one.
+      ValueError: a sample without an id of its own, a decision for one that is not there, or an unknown decision.
     """
-    rows = {str(row["id"]): row for row in samples}
+    rows: dict[str, Mapping] = {}
+    for number, row in enumerate(samples):
+        name = str(row.get("id") or "")
+        if not name or name in rows:
+            raise ValueError(f"sample {number} has no id" if not name else f"the id {name} is there twice")
+        rows[name] = row
     given: dict[str, set[str]] = collections.defaultdict(set)
     for one in decisions:
         name, decision = str(one.get("id")), one.get("decision")

@@ -264,3 +264,19 @@ def test_numbers_below_one_are_refused(tool, tmp_path, flag, value):
     flags = ["generate", "--seeds", f"{seeds}", "--server", "http://127.0.0.1:1", "--model", "m"]
     with pytest.raises(ValueError, match=f"--{flag} is 0: it must be at least 1"):
         tool("self_instruct").main([*flags, "--output", f"{tmp_path / 'out'}", f"--{flag}={value}"])
+
+
+def test_samples_have_other_ids_than_seeds_of_an_earlier_round(tmp_path):
+    """A row says by ids which seeds its prompt showed."""
+    Generation(tmp_path / "one", SEEDS, rules=RULES).extend(Writer(), 2, model="w", sampling={}, at_once=2)
+    pool = [*SEEDS, *read_pool([tmp_path / "one" / SAMPLES])]
+    with pytest.raises(ValueError, match="seed 0-0 has an id of this generation's samples: give another --seed than 0"):
+        Generation(tmp_path / "two", pool, rules=RULES)
+    Generation(tmp_path / "two", pool, rules=RULES, seed=1)
+
+
+def test_a_row_without_an_id_is_no_sample_to_accept():
+    with pytest.raises(ValueError, match="sample 1 has no id"):
+        keep_accepted([{"id": "a"}, {"messages": []}], [])
+    with pytest.raises(ValueError, match="the id a is there twice"):
+        keep_accepted([{"id": "a"}, {"id": "a"}], [])
