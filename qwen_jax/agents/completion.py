@@ -75,11 +75,12 @@ def server_completer(
     Raises:
       ModuleNotFoundError: the package openai is not installed.
 
-    The completer raises openai.OpenAIError where the server refuses, or is not there after a few tries.
+    The completer raises OSError where the server refuses, or is not there after a few tries; the message has its
+    address.
     """
     import openai
 
-    base = url.rstrip("/")
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
     options: dict[str, Any] = {
         "model": model,
         "max_tokens": max_new_tokens,
@@ -87,7 +88,7 @@ def server_completer(
         "top_p": top_p,
         "stop": list(stop) or None,
     }
-    client: Any = openai.OpenAI(base_url=base if base.endswith("/v1") else f"{base}/v1", api_key=api_key, max_retries=0)
+    client: Any = openai.OpenAI(base_url=base, api_key=api_key, max_retries=0)
 
     def one(prompt: str, seed: int) -> str:
         for attempt in itertools.count(1):
@@ -97,10 +98,12 @@ def server_completer(
                     said = client.chat.completions.create(messages=messages, seed=seed, **options)
                     return said.choices[0].message.content or ""
                 return client.completions.create(prompt=prompt, seed=seed, **options).choices[0].text
-            except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError):
+            except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError) as error:
                 if attempt == _TRIES:
-                    raise
+                    raise OSError(f"{base}: {error}") from error
                 time.sleep(2**attempt)
+            except openai.OpenAIError as error:
+                raise OSError(f"{base}: {error}") from error
         raise AssertionError  # the loop has no end
 
     def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:

@@ -48,7 +48,9 @@ class Busy(http.server.BaseHTTPRequestHandler):
         else:
             choice["text"] = f"{asked['prompt']} {asked['seed']}"
         answer = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
-        body = json.dumps(answer if status == 200 else {"error": {"message": "later"}}).encode()
+        status, code = status if isinstance(status, tuple) else (status, None)
+        error = {"error": {"message": "later", "code": code}}
+        body = json.dumps(answer if status == 200 else error).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
@@ -70,12 +72,14 @@ def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(monkeypatch):
         assert complete(["a", "b", "c"], [1, 2, 3]) == ["a 1", "b 2", "c 3"] and len(waited) == 2
         assert server_completer(f"http://127.0.0.1:{server.server_port}/v1", "m", chat=True)(["a"], [1]) == ["chat a"]
         Busy.statuses = [400]
-        with pytest.raises(openai.BadRequestError):
+        with pytest.raises(OSError, match=rf"^http://127.0.0.1:{server.server_port}/v1: .*400.*later") as refused:
             complete(["a"], [1])
+        assert isinstance(refused.value.__cause__, openai.BadRequestError)
         assert len(waited) == 2
         Busy.statuses = [429] * 9
-        with pytest.raises(openai.RateLimitError):
+        with pytest.raises(OSError, match="429") as refused:
             complete(["a"], [1])
+        assert isinstance(refused.value.__cause__, openai.RateLimitError)
     finally:
         server.shutdown()
         server.server_close()
