@@ -11,9 +11,12 @@ from qwen_jax.data import chatml
 if TYPE_CHECKING:
     from qwen_jax.inference import Engine
 
-# (prompts, seeds of their sampling) to one reply for each, without what ended it.
-Completer = Callable[[Sequence[str], Sequence[int]], Sequence[str]]
+# (prompts, seeds of their sampling) to one reply for each, without what ended it; None where the prompt and the longest
+# reply do not fit into the context of the model.
+Completer = Callable[[Sequence[str], Sequence[int]], Sequence[str | None]]
 _TRIES = 5
+# Word of OpenAI's protocol for a prompt that does not fit.
+_TOO_LONG = "context_length_exceeded"
 
 
 def engine_completer(
@@ -42,13 +45,18 @@ def engine_completer(
 
     ends = (tokenizer.endoftext_id, tokenizer.im_end_id)
 
-    def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
+        encoded = [(encode(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        room = engine.context_length - max_new_tokens
+        fitting = [place for place, (ids, _) in enumerate(encoded) if len(ids) <= room]
         requests = [
-            Request(encode(prompt), max_new_tokens, sampling, ends, tuple(stop), seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            Request(ids, max_new_tokens, sampling, ends, tuple(stop), seed)
+            for ids, seed in (encoded[place] for place in fitting)
         ]
-        replies = {result.index: result.text or "" for result in engine.generate(requests)}
-        return [replies[index] for index in range(len(prompts))]
+        replies: list[str | None] = [None] * len(encoded)
+        for result in engine.generate(requests):
+            replies[fitting[result.index]] = result.text or ""
+        return replies
 
     return complete
 
@@ -90,7 +98,7 @@ def server_completer(
     }
     client: Any = openai.OpenAI(base_url=base, api_key=api_key, max_retries=0)
 
-    def one(prompt: str, seed: int) -> str:
+    def one(prompt: str, seed: int) -> str | None:
         for attempt in itertools.count(1):
             try:
                 if chat:
@@ -103,10 +111,12 @@ def server_completer(
                     raise OSError(f"{base}: {error}") from error
                 time.sleep(2**attempt)
             except openai.OpenAIError as error:
+                if getattr(error, "code", None) == _TOO_LONG:
+                    return None
                 raise OSError(f"{base}: {error}") from error
         raise AssertionError  # the loop has no end
 
-    def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    def complete(prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             return list(pool.map(one, prompts, seeds))
 

@@ -33,6 +33,8 @@ from qwen_jax.data.conversations import Conversation, Unusable, check, from_open
 ATTEMPTS = "attempts.jsonl"
 SAMPLES = "samples.jsonl"
 ACCEPTED = "accepted"
+# Verdict where the model got no prompt, and the number of such attempts after which no other is made.
+_TOO_LONG, _HOPELESS = "prompt too long", 16
 # In a prompt of `qwen_jax.data.react`: the names of all tools, and each tool with its description.
 _NAMES = re.compile(r"should be one of \[([^\]]+)\]")
 _DESCRIBED = re.compile(r"^([^\s:]+): Call this tool .*? useful for\? (.*?) Parameters: ", re.MULTILINE | re.DOTALL)
@@ -404,15 +406,23 @@ class Generation:
           complete: the model; it gets prompts and the seeds of their sampling.
           model, sampling: kept with each attempt.
           at_once: prompts of one batch. Samples of a batch do not see each other as examples.
+
+        Raises:
+          ValueError: no prompt fits into the context of the model.
+          OSError: an attempt cannot be written, or the model is not there.
         """
-        end = len(self.attempts) + 10 * count
+        start, end, fits = len(self.attempts), len(self.attempts) + 10 * count, False
         while len(self.samples) < count and len(self.attempts) < end:
             drawn = {index: self.draw(index) for index in range(len(self.attempts), len(self.attempts) + at_once)}
             numbers = [(self.seed * 1_000_003 + index) % (1 << 32) for index in drawn]
-            replies = complete([prompt(*one) for one in drawn.values()], numbers)
+            prompts = [prompt(*one) for one in drawn.values()]
+            made = zip(drawn.items(), prompts, numbers, complete(prompts, numbers), strict=True)
             lines = []
-            for (index, (examples, tools)), number, reply in zip(drawn.items(), numbers, replies, strict=True):
-                verdict = self.filter.judge(reply, tools)
+            for (index, (examples, tools)), text, number, reply in made:
+                if reply is None:
+                    verdict = Verdict(_TOO_LONG, f"{len(text):,} characters")
+                else:
+                    verdict, fits = self.filter.judge(reply, tools), True
                 record = {
                     "id": f"{self.seed}-{index}",
                     "verdict": verdict.reason,
@@ -431,6 +441,11 @@ class Generation:
                 file.write("".join(lines))
                 file.flush()
                 os.fsync(file.fileno())
+            if not fits and len(self.attempts) - start >= _HOPELESS:
+                raise ValueError(
+                    f"none of {len(self.attempts) - start} prompts fits into the context of the model, with room for a "
+                    "reply: take a model with a longer one, shorter seeds and tools, or lower --max_new_tokens"
+                )
         self.write_samples()
 
     def write_samples(self) -> Path:

@@ -218,7 +218,7 @@ def ask(benchmark: Benchmark, mode: str, complete: Completer, *, template: str |
       template: of the prompts, with `<<all_tools>>`, in run mode also `<<prompt>>`; default: `TEMPLATES`.
 
     Raises:
-      ValueError: the template lacks a mark.
+      ValueError: the template lacks a mark, or a prompt does not fit into the context of the model.
     """
     text = TEMPLATES[mode] if template is None else template
     for mark in ("<<all_tools>>", *["<<prompt>>"] * (mode == "run")):
@@ -239,6 +239,11 @@ def ask(benchmark: Benchmark, mode: str, complete: Completer, *, template: str |
             else:
                 prompts.append(histories[index] + benchmark.message.replace("<<task>>", task))
         for index, prompt, reply in zip(going, prompts, complete(prompts, [0] * len(prompts)), strict=True):
+            if reply is None:
+                raise ValueError(
+                    f"mode {mode}, task {conversations[index][step]!r}: the prompt and the longest reply do not fit "
+                    "into the context of the model: take one with a longer context, or lower --max_new_tokens"
+                )
             replies[index].append(reply)
             histories[index] = f"{prompt}{reply}\n"
     return [reply for one in replies for reply in one]

@@ -17,6 +17,8 @@ from qwen_jax.inference import Result
 class Backwards:
     """An engine that says what it was asked, and finishes the last request first."""
 
+    context_length = 1024
+
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
@@ -34,6 +36,13 @@ def test_the_engine_gives_one_reply_a_prompt_in_order(tmp_path):
     assert complete(prompts, [1, 2, 3]) == ["one 1", "two 2", "three <|im_end|> 3"]
     chat = engine_completer(engine, chat=True)(["<|im_end|>"], [4])[0]
     assert chat.endswith("<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n 4")
+
+
+def test_a_prompt_that_does_not_fit_costs_no_other_reply(tmp_path):
+    write_ranks({bytes([byte]): byte for byte in range(256)}, tmp_path / "bytes.tiktoken")
+    engine = Backwards(Tokenizer(tmp_path / "bytes.tiktoken"))
+    complete = engine_completer(engine, max_new_tokens=6)
+    assert complete(["a" * 1018, "b" * 1019, "c"], [1, 2, 3]) == [f"{'a' * 1018} 1", None, "c 3"]
 
 
 class Busy(http.server.BaseHTTPRequestHandler):
@@ -80,6 +89,11 @@ def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(monkeypatch):
         with pytest.raises(OSError, match="429") as refused:
             complete(["a"], [1])
         assert isinstance(refused.value.__cause__, openai.RateLimitError)
+        Busy.statuses = [(400, "context_length_exceeded"), 200]
+        assert server_completer(f"http://127.0.0.1:{server.server_port}", "m", at_once=1)(["a", "b"], [1, 2]) == [
+            None,
+            "b 2",
+        ]
     finally:
         server.shutdown()
         server.server_close()

@@ -280,3 +280,24 @@ def test_a_row_without_an_id_is_no_sample_to_accept():
         keep_accepted([{"id": "a"}, {"messages": []}], [])
     with pytest.raises(ValueError, match="the id a is there twice"):
         keep_accepted([{"id": "a"}, {"id": "a"}], [])
+
+
+def test_a_prompt_that_does_not_fit_is_an_attempt_as_others(tmp_path):
+    """Or each start would end at the same one."""
+    writer = Writer()
+
+    def complete(prompts, seeds):
+        return [None if number % 2 else reply for number, reply in enumerate(writer(prompts, seeds))]
+
+    generation = Generation(tmp_path, SEEDS, rules=RULES)
+    generation.extend(complete, 2, model="writer", sampling={}, at_once=4)
+    assert len(generation.samples) == 2
+    long = [one for one in generation.attempts if one["verdict"] == "prompt too long"]
+    assert len(long) == len(generation.attempts) // 2
+    assert all(one["reply"] is None and one["detail"].endswith(" characters") for one in long)
+    assert Generation(tmp_path, SEEDS, rules=RULES).attempts == generation.attempts
+    hopeless = Generation(tmp_path / "hopeless", SEEDS, rules=RULES)
+    for tried in (16, 32):  # the second start goes on after the first
+        with pytest.raises(ValueError, match="none of 16 prompts fits into the context of the model"):
+            hopeless.extend(lambda prompts, _: [None] * len(prompts), 9, model="writer", sampling={}, at_once=4)
+        assert len(hopeless.attempts) == tried
