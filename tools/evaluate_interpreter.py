@@ -11,7 +11,9 @@ a judge that sees.
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -29,6 +31,7 @@ from qwen_jax.evaluation.interpreter_benchmark import (
     REPORT,
     TIMEOUT_S,
     ProbedInterpreter,
+    Solution,
     react_solver,
     read_questions,
     scores,
@@ -52,6 +55,17 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def row(solution: Solution) -> dict:
+    """The line of a solution."""
+    return {
+        "id": solution.question,
+        "completion": solution.completion,
+        "answer": solution.answer,
+        "statuses": [done.status for done in solution.executions],
+        "figures": solution.figures,
+    }
+
+
 @programs_kept()
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
@@ -70,24 +84,19 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_questions(arguments.questions)[: arguments.limit]
     engine = load_engine(arguments.checkpoint, arguments.dtype, slots=1)
     solver = react_solver(of_engine(engine, max_new_tokens=arguments.max_new_tokens), arguments.style)
-    solutions = []
-    with ProbedInterpreter(Limits(timeout_s=arguments.timeout_s)) as interpreter:
-        for question in tqdm(questions, unit="question"):
-            folder = arguments.output / "figures" / question.id
-            solutions.append(solve(question, solver, interpreter, folder))
-    rows = (
-        {
-            "id": one.question,
-            "completion": one.completion,
-            "answer": one.answer,
-            "statuses": [done.status for done in one.executions],
-            "figures": one.figures,
-        }
-        for one in solutions
-    )
-    lines = "".join(map(files.json_line, rows))
-    files.write_text(arguments.output / "solutions.jsonl", lines)
-    found = scores(questions, solutions)
+
+    def solutions(file: TextIO) -> Iterator[Solution]:
+        with ProbedInterpreter(Limits(timeout_s=arguments.timeout_s)) as interpreter:
+            for question in tqdm(questions, unit="question"):
+                one = solve(question, solver, interpreter, arguments.output / "figures" / question.id)
+                file.write(files.json_line(row(one)))
+                yield one
+
+    with (
+        files.new_file(arguments.output / "solutions.jsonl") as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        found = scores(questions, solutions(file))
     files.write_json(arguments.output / "scores.json", found)
     print(table(found))
     print(f"wrote {arguments.output / 'solutions.jsonl'} and scores.json beside it")

@@ -1,6 +1,9 @@
 """The code interpreter benchmark: rules of both tables on solutions made by hand, figures and code in the kernel."""
 
+import contextlib
+import dataclasses
 import json
+import weakref
 
 import pytest
 
@@ -241,3 +244,24 @@ def test_a_question_may_begin_with_a_call(probed, tmp_path):
     done = solve(question, react_solver(complete), probed)
     assert seen[0].endswith("Observation: a 3, b 4\nThought:") and "<|im" not in seen[0]
     assert len(done.executions) == 1 and executable(question, done) and correct(question, done)
+
+
+def test_the_command_keeps_no_solution_that_is_written(tool, tmp_path, monkeypatch, capsys):
+    """A solution has megabytes of figures."""
+    command, seen = tool("evaluate_interpreter"), []
+
+    def solved(question, *_):
+        assert not any(one() for one in seen[:-1])  # the last one may still be counted
+        done = dataclasses.replace(solution(printed(question.id), answer=question.id), question=question.id)
+        seen.append(weakref.ref(done))
+        return done
+
+    rows = [{"query": "?", "tags": "math", "answer": 1, "id": f"{number}"} for number in range(5)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("load_engine", "of_engine", "react_solver", "ProbedInterpreter"):
+        monkeypatch.setattr(command, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(command, "solve", solved)
+    command.main([f"--checkpoint={tmp_path}", f"--questions={tmp_path / 'questions.jsonl'}", f"--output={tmp_path}"])
+    assert len(seen) == 5 and "correct | 20.0 (of 5)" in capsys.readouterr().out
+    written = [json.loads(line) for line in (tmp_path / "solutions.jsonl").open()]
+    assert [row["answer"] for row in written] == ["0", "1", "2", "3", "4"]
