@@ -52,6 +52,8 @@ REPORT = {
 }
 _PROBE = Path(__file__).with_name("figure_probe.py")
 _ENDED = "<|im_end|>"
+# Characters of what `figure_probe.py` says of all figures: of each series up to 2,000 points.
+_DESCRIPTION = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,11 +204,14 @@ class ProbedInterpreter(Interpreter):
         found: Any = []
         if any(output.image for output in done.outputs) and not done.state_lost:
             # Without an image nothing was drawn, and matplotlib need not be there.
-            described = super().execute(_PROBE.read_text())
+            limits = self.limits
+            self.limits = dataclasses.replace(limits, text=max(limits.text, _DESCRIPTION))
             try:
-                found = json.loads(described.text)
+                found = json.loads(super().execute(_PROBE.read_text()).text)
             except (ValueError, RecursionError):
                 found = []
+            finally:
+                self.limits = limits
         self.figures.append(found)
         return done
 

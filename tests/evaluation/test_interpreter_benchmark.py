@@ -265,3 +265,12 @@ def test_the_command_keeps_no_solution_that_is_written(tool, tmp_path, monkeypat
     assert len(seen) == 5 and "correct | 20.0 (of 5)" in capsys.readouterr().out
     written = [json.loads(line) for line in (tmp_path / "solutions.jsonl").open()]
     assert [row["answer"] for row in written] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_figure_of_many_points_is_described_whole(probed):
+    """Its description is longer than what is kept of the text of a snippet."""
+    probed.start()
+    draw = "import numpy as np\nimport matplotlib.pyplot as plt\nx = np.linspace(0, 9, 1000)\n"
+    done = probed.execute(f"{draw}for n in range(1, 5):\n    plt.plot(x, np.sin(n * x) / 3)\nplt.show()")
+    assert done.ok and check_figure({"kinds": ["line"], "axes": 1}, probed.figures[0][0]) == ""
+    assert probed.limits == Limits(timeout_s=60)
