@@ -171,6 +171,8 @@ class Interpreter:
             if self._run is None:
                 self._start()
             limits = {name: getattr(self.limits, name) for name in ("text", "images", "image_bytes")}
+            # Half of a character, as JSON may have it, cannot be sent to a kernel.
+            code = code.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             until = time.monotonic() + timeout_s
             result = _Collected(self.limits)
             try:

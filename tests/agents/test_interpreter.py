@@ -189,3 +189,12 @@ def test_an_interrupt_at_any_moment_costs_no_state(interpreter):
         done = interpreter.execute("while True: pass", timeout_s=1e-4 + tenths * 1e-3)
         assert (done.status, done.state_lost) == ("timeout", False)
     assert interpreter.execute("kept").text == "'kept'\n"
+
+
+def test_half_a_character_costs_no_state(interpreter):
+    """JSON with an escape alone, as models write it."""
+    interpreter.execute("kept = 'kept'")
+    done = interpreter.execute("len('\ud83d')")
+    assert not done.state_lost and done.text == "1\n"
+    assert interpreter.execute("kept").text == "'kept'\n"
+    assert interpreter.execute("print(chr(0xd83d))").state_lost is False
