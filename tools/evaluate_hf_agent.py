@@ -86,12 +86,13 @@ def main(argv: list[str] | None = None) -> None:
 
                 stack.enter_context(programs_kept())
             replies = hf_agent.ask(benchmark, arguments.mode, completer(arguments), template=template)
-    found = benchmark.score(arguments.mode, replies)
     tasks = [task for conversation in benchmark.conversations(arguments.mode) for task in conversation]
-    rows = [{"task": task, "reply": reply} for task, reply in zip(tasks, replies, strict=True)]
     folder = arguments.output / arguments.mode
-    lines = "".join(map(files.json_line, rows))
-    files.write_text(folder / "replies.jsonl", lines)
+    if len(replies) == len(tasks):  # else the next call says what is wrong
+        # First: replies took a model long, and scoring runs them.
+        rows = [{"task": task, "reply": reply} for task, reply in zip(tasks, replies, strict=True)]
+        files.write_text(folder / "replies.jsonl", "".join(map(files.json_line, rows)))
+    found = benchmark.score(arguments.mode, replies)
     files.write_json(folder / "scores.json", found)
     print(f"| mode {arguments.mode}, {len(replies)} tasks | % |\n|---|--:|")
     for name, value in found["scores"].items():

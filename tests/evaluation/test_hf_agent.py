@@ -202,3 +202,14 @@ def test_the_real_benchmark(real):
     assert scores(named + "image_generator(text_input.strip())\n```") == [0.25, 0.25, 0.0]
     chats = real.score("chat", ["I will not.\n"] * 47)
     assert chats["malformed"] == 47 and chats["scores"]["code score"] == pytest.approx(30.0)
+
+
+def test_replies_are_kept_where_they_cannot_be_scored(toy, tool, tmp_path, monkeypatch):
+    command, wheel = tool("evaluate_hf_agent"), make_wheel(tmp_path / "toy.whl")
+    monkeypatch.setattr(
+        command, "completer", lambda _: lambda prompts, _: ["Answer: import os\nos._exit(0)"] * len(prompts)
+    )
+    with pytest.raises(ValueError, match="do not run"):
+        command.main([f"--wheel={wheel}", "--server=-", "--model=m", f"--output={tmp_path / 'out'}"])
+    rows = [json.loads(line) for line in (tmp_path / "out/run/replies.jsonl").open()]
+    assert [row["task"] for row in rows] == ["half of `8`", "`4`"] and all("os._exit" in row["reply"] for row in rows)
