@@ -234,6 +234,8 @@ Reader = Callable[[object, str], Content]
 def _conversation(
     row: Mapping, field: str, role_key: str, text_key: str, roles: Mapping[str, str], read: Reader | None
 ) -> Conversation:
+    if isinstance(row, Mapping) and field in row and row[field] is None:
+        raise Unusable("empty conversation", f"{field} is null")
     if not isinstance(row, Mapping) or not isinstance(row.get(field), list):
         found = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"expected an object with a list {field!r}, found {found or 'no field'}")

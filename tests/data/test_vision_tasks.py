@@ -420,3 +420,10 @@ def test_a_line_that_is_no_object_is_named(tmp_path, task, layout):
     (tmp_path / "rows.jsonl").write_text('["a.png", "a caption"]\n')
     with pytest.raises(ValueError, match=r"rows.jsonl:1: expected an object.*, found list"):
         examples(f"vision_{task}", str(tmp_path / "rows.jsonl"), validation_share=0.0, layout=layout)
+
+
+def test_a_dialogue_that_is_null_is_left_out(tmp_path):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pq.write_table(pa.table({"messages": [said, None]}), tmp_path / "rows.parquet")
+    found = examples("vision_chat", str(tmp_path / "rows.parquet"), validation_share=0.0, unusable="leave_out")
+    assert [one["left_out"].decode() for one in found] == ["", "empty conversation"]
