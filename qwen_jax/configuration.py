@@ -295,11 +295,15 @@ def _shown(key: gin_internals.Key) -> str:
 
 def _bind(name: str, value: str) -> gin_internals.Key:
     key = _parse(lambda: gin_internals.key_of(*gin_internals.split_name(name)), f"--gin.{name}")
+    annotations = _annotations(key)
     try:
         parsed = gin_internals.parse_value(value)
-        as_written = not _is_path(value, parsed, _annotations(key))
+        as_written = not _is_path(value, parsed, annotations)
     except Exception:  # gin has no one class for a value that does not parse
-        as_written = False
+        parsed, as_written = value, False
+    if isinstance(parsed, str) and annotations and all(map(_is_flag, annotations)):
+        # A text would count as true, false included.
+        raise ConfigurationError(f"--gin.{name} must be True or False, found {value!r}")
     text = value if as_written else repr(value)
     _parse(lambda: gin.parse_config(f"{name} = {text}"), f"--gin.{name}")
     return key
@@ -313,6 +317,10 @@ def _is_path(text: str, parsed: Any, annotations: list) -> bool:
         return not all(types.NoneType in get_args(one) for one in annotations)
     several = isinstance(parsed, list | tuple | dict) and any(map(_takes_several, annotations))
     return not several
+
+
+def _is_flag(annotation: Any) -> bool:
+    return annotation is bool or set(get_args(annotation)) == {bool, types.NoneType}
 
 
 def _takes_several(annotation: Any) -> bool:

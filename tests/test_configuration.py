@@ -9,11 +9,13 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-import qwen_jax.train  # noqa: F401  registers what the run files configure
+import qwen_jax.rlhf
+import qwen_jax.train
 from qwen_jax.configuration import ConfigurationError, by_parameters, files_read, load_gin, parse_args
 from qwen_jax.models.build import parameter_count
 
 gin.configurable(qwen_jax.train.train)
+gin.configurable(qwen_jax.rlhf.rlhf)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["gin/runs/pretrain_tiny.gin"]
 BASE = ["gin/runs/pretrain.gin"]
@@ -63,6 +65,9 @@ def test_the_reports_hyperparameters_come_with_the_size(size, steps, rate):
         (TINY, ["OUTPUT_DIR=x", "OptimizerConfig.beta3=0.5"], "beta3.*Did you mean beta2"),
         (TINY, ["OUTPUT_DIR=x", "ModelConfig.remate=full"], "remate.*Did you mean remat"),
         (TINY, ["OUTPUT_DIR=x", "TRAIN_STEPS"], "expected --gin.NAME=VALUE"),
+        (TINY, ["OUTPUT_DIR=x", "ModelConfig.use_logn=false"], "use_logn must be True or False, found 'false'"),
+        (TINY, ["OUTPUT_DIR=x", "SKIP_NONFINITE='no'"], "SKIP_NONFINITE must be True or False, found"),
+        (["gin/runs/ppo_tiny.gin"], ["OUTPUT_DIR=x", "REWARD_SCALE=false"], "REWARD_SCALE must be True or False"),
         (["gin/models/tinny.gin"], [], "tinny.gin: no such file.*Did you mean gin/models/tiny.gin"),
         ([], ["OUTPUT_DIR=x"], "was a --gin_file forgotten"),
     ],
