@@ -194,7 +194,7 @@ def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         names.append(name)
         keys.add(_bind(name, value))
     reader.refuse_conflicts(keys)
-    _check_macros(names)
+    _check_macros(names, reader)
 
 
 def files_read(files: Sequence[str]) -> list[Path]:
@@ -221,6 +221,7 @@ class _FileReader:
         self.included: dict[Path, set[Path]] = {}
         self._settings: dict[gin_internals.Key, list[tuple[Path, int, str]]] = {}
         self._open: list[Path] = []
+        self._referred_to: set[str] = set()
 
     def read(self, path: Path) -> None:
         """Reads a file and its includes into gin's configuration."""
@@ -260,6 +261,7 @@ class _FileReader:
             if isinstance(one, gin_internals.Binding):
                 key = gin_internals.key_of(one.scope, one.selector, one.parameter)
                 self._settings.setdefault(key, []).append((path, one.line, one.value))
+                self._referred_to.update(re.findall(r"%([\w./]+)", one.value))
 
     def refuse_conflicts(self, overridden: Iterable[gin_internals.Key]) -> None:
         """Refuses names that two files set differently, of which neither includes the other.
@@ -283,6 +285,26 @@ class _FileReader:
                         f"{other}, and neither file includes the other: remove one, include one in the other, or "
                         f"choose with --gin.{_shown(key)}=VALUE"
                     )
+
+    def refuse_idle(self, used: set[str]) -> None:
+        """Refuses macros that files set and nothing uses, as a misspelled name is.
+
+        A macro may have been in use until another file or a flag set what used it. Those that the repository's files
+        set are for the files that have a use for them.
+
+        Args:
+          used: macros in use.
+
+        Raises:
+          ConfigurationError: the message has the name and the file.
+        """
+        for (name, selector, _), places in self._settings.items():
+            ours = any(path.resolve().is_relative_to(ROOT / "gin") for path, *_ in places)
+            if selector == gin_internals.MACRO and name not in used | self._referred_to and not ours:
+                path, line, _ = places[-1]
+                raise ConfigurationError(
+                    f"{path}, line {line}, sets {name}, which nothing uses.{_suggestion(name, used)}"
+                )
 
 
 def _shown(key: gin_internals.Key) -> str:
@@ -364,8 +386,8 @@ def _suggestion(wrong: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _check_macros(from_flags: Sequence[str]) -> None:
-    """Refuses macros that are used and not set, and flags for macros that nothing uses."""
+def _check_macros(from_flags: Sequence[str], reader: _FileReader) -> None:
+    """Refuses macros that are used and not set, and that are set, by flags or files, and nothing uses."""
     bound = gin_internals.bindings()
     macros = {
         scope: values.get("value") for (scope, selector), values in bound.items() if selector == gin_internals.MACRO
@@ -377,6 +399,8 @@ def _check_macros(from_flags: Sequence[str]) -> None:
                 f"--gin.{name}: nothing in the gin files uses {name}.{_suggestion(name, used)} "
                 f"Macros in use: {', '.join(sorted(used)) or 'none; was a --gin_file forgotten?'}"
             )
+    if used:  # without a recipe, nothing uses what the other files set for one
+        reader.refuse_idle(used)
     unset = sorted(name for name in used if name not in macros or gin_internals.is_required(macros[name]))
     if len(unset) == 1:
         raise ConfigurationError(f"{unset[0]} is not set: add --gin.{unset[0]}=VALUE, or the gin file that sets it")

@@ -86,6 +86,25 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
         load_gin([bad])
 
 
+def test_a_setting_of_a_file_that_nothing_uses_is_refused(tmp_path):
+    mine = write(tmp_path, "mine.gin", "include 'gin/runs/pretrain_tiny.gin'\n\nTRAIN_STEP = 5\n")
+    with pytest.raises(ConfigurationError, match=r"mine.gin, line 3, sets TRAIN_STEP, .*Did you mean TRAIN_STEPS\?"):
+        load_gin([mine], ["OUTPUT_DIR=x"])
+    # Beside the recipe.
+    beside = write(tmp_path, "beside.gin", "LORA_RANKS = 4\n")
+    with pytest.raises(ConfigurationError, match="beside.gin, line 1, sets LORA_RANKS"):
+        load_gin([*TINY, "gin/runs/lora.gin", beside], ["OUTPUT_DIR=x"])
+    # What uses a macro may be set by a flag, and what the repository sets be of no use to a file.
+    own = write(
+        tmp_path,
+        "own.gin",
+        "include 'gin/runs/pretrain_tiny.gin'\nTRAIN_STEPS = 5\nMY_SEED = 3\nTrainerConfig.seed = %MY_SEED\n",
+    )
+    load_gin([own, "gin/hardware/h200.gin"], ["OUTPUT_DIR=x", "TrainerConfig.train_steps=7", "TrainerConfig.seed=4"])
+    made = gin.get_configurable("TrainerConfig")()
+    assert (made.train_steps, made.seed) == (7, 4)
+
+
 def test_help_tells_of_gin(capsys):
     with pytest.raises(SystemExit):
         parse_args(argparse.ArgumentParser(), ["--help"])
