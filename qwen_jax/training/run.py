@@ -95,7 +95,8 @@ def _held(folder: Path) -> Generator[None]:
         with files.locked(folder):
             yield
     finally:
-        if new and [path.name for path in folder.iterdir()] == [files.LOCK_FILE]:
+        # Not made: what kept it from that is the error to show.
+        if new and folder.is_dir() and [path.name for path in folder.iterdir()] == [files.LOCK_FILE]:
             shutil.rmtree(folder)
 
 

@@ -41,6 +41,12 @@ def test_a_start_that_made_nothing_leaves_no_folder(tmp_path):
     assert (tmp_path / "mine").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_the_cause(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(FileExistsError, match="link"), open_run(tmp_path / "link", same):
+        pass
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "foreign").mkdir()
