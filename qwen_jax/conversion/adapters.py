@@ -45,6 +45,9 @@ SCORE = QWEN2_REWARD.tensors[-1]
 WHOLE = ("token_embedding", "output", "score")
 # peft's default of both, for a file that leaves them out.
 DEFAULT_RANK = DEFAULT_ALPHA = 8
+# Values of init_lora_weights with which peft takes the first adapter out of the kernels, in training and at each
+# loading: base and adapter alone are then another model. An adapter that it converted on saving says True instead.
+ALTERING_STARTS = re.compile(r"(pissa|corda|olora|loftq).*", re.IGNORECASE)
 # Fields of adapter_config.json with values that ask for something else than the product of two matrices.
 PLAIN = {
     "bias": "none",
@@ -108,6 +111,11 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
                 f"{path}: {field} is {value!r}, which is not computed here (supported: {plain!r}): merge it with "
                 f"peft's merge_and_unload, and read the result"
             )
+    if ALTERING_STARTS.fullmatch(str(start := content.get("init_lora_weights"))):
+        raise ValueError(
+            f"{path}: init_lora_weights is {start!r}, with which peft changes the kernels of the base, too: merge it "
+            f"with peft's merge_and_unload, and read the result"
+        )
     task = content.get("task_type") or "CAUSAL_LM"
     if task not in TASKS:
         raise ValueError(f"{path}: task_type is {task!r}, expected {' or '.join(TASKS)}")

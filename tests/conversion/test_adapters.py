@@ -258,6 +258,7 @@ def test_adapters_that_peft_wrote_are_read(golden, tmp_path):
         ({"use_dora": True}, "use_dora is True, which is not computed here"),
         ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern is \{'q_proj': 2\}, which is not computed here"),
         ({"bias": "all"}, "bias is 'all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', .* changes the kernels"),
         ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS', expected CAUSAL_LM or SEQ_CLS"),
         ({"r": 0}, "LoraConfig.rank must be a positive integer, found 0"),
         ({"r": 2}, r"lora_B.weight is \[32, 4\], expected \[32, 2\] for rank 2"),
@@ -268,6 +269,29 @@ def test_adapters_of_other_kinds_are_refused_by_name(golden, changes, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         load_pretrained(golden / "adapter")
+
+
+@pytest.mark.parametrize(("start", "plain"), [("gaussian", True), ("orthogonal", True), ("olora", False)])
+def test_adapters_are_read_as_peft_computes_them_or_refused(golden, tmp_path, start, plain):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    base = transformers.AutoModelForCausalLM.from_pretrained(golden / "base", dtype=torch.float32)
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=start)
+    model = peft.get_peft_model(base, settings)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight += 0.1 * torch.randn(weight.shape)
+        expected = model(torch.tensor(TOKENS)).logits.numpy()
+    model.save_pretrained(tmp_path / "adapter")
+    if plain:
+        found = logits(tmp_path / "adapter")
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    else:
+        with pytest.raises(ValueError, match=f"init_lora_weights is {start!r}"):
+            load_pretrained(tmp_path / "adapter")
 
 
 def renamed(name):
