@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from qwen_jax import command_line, files
+from qwen_jax.conversion.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from qwen_jax.conversion.check import compare_logits
 from qwen_jax.conversion.checksums import ChecksumError
 from qwen_jax.conversion.converter import convert
@@ -56,10 +57,10 @@ def loading(name: str, folder: Path) -> str:
     if name == "gguf":
         lines = ["from llama_cpp import Llama", f'model = Llama("{folder}", n_ctx=0)']
     if name == "peft":
-        lines = [
-            "from peft import AutoPeftModelForCausalLM",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")',
-        ]
+        scores = files.read_json(folder / ADAPTER_CONFIG)["task_type"] == "SEQ_CLS"
+        loader = f"AutoPeftModelFor{'SequenceClassification' if scores else 'CausalLM'}"
+        labels = ", num_labels=1" * scores
+        lines = [f"from peft import {loader}", f'model = {loader}.from_pretrained("{folder}"{labels})']
     if name in LOADERS:
         lines = [
             f"from transformers import {LOADERS[name]}, AutoTokenizer",

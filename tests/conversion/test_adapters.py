@@ -346,7 +346,7 @@ def squared_score(model, params, batch, rng, extra=None):
     return jnp.square(scores - 1).sum(), {"weight": jnp.float32(scores.size)}
 
 
-def test_peft_loads_our_adapters(run, base, theirs, config, tmp_path):
+def test_peft_loads_our_adapters(run, base, theirs, config, tmp_path, tool):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -380,6 +380,13 @@ def test_peft_loads_our_adapters(run, base, theirs, config, tmp_path):
         found = peft.PeftModel.from_pretrained(scorer, folder)(tokens).logits.numpy()[:, 0]
     model, params = load_pretrained(tmp_path / "reward")
     scores = np.asarray(outputs(model, params, jnp.asarray(TOKENS), method="scalars"))[:, -1]
+    np.testing.assert_allclose(found, scores, atol=1e-5)
+    # By the lines that the tool prints.
+    _, *lines = tool("convert_checkpoint").loading("peft", folder).splitlines()
+    names: dict = {}
+    exec("\n".join(line.strip() for line in lines), names)
+    with torch.no_grad():
+        found = [names["model"](row[None]).logits.item() for row in tokens]
     np.testing.assert_allclose(found, scores, atol=1e-5)
 
 
