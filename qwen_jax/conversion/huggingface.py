@@ -100,7 +100,7 @@ def read_config(folder: Path, table: Format) -> ModelConfig:
     if table.rope_parameters:
         values["rope_theta"] = _read_rope(path, content)
     _refuse_unsupported(path, content, table)
-    if values.get("head_dim") is None:
+    if values.get("head_dim") is None and values["num_heads"] > 0:
         values["head_dim"] = values["hidden_size"] // values["num_heads"]
     values["head"] = table.head
     if content.get("visual") is not None and table.name == "qwen":
@@ -135,7 +135,11 @@ _FIELD_TYPES = {field.name: field.type for field in dataclasses.fields(ModelConf
 
 
 def _read_rope(path: Path, content: dict) -> float:
-    rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
+    rope = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(found := content.get(name) or {}, dict):
+            raise ValueError(f"{path}: {name} is {found!r}, expected an object")
+        rope |= found
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(

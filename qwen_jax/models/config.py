@@ -1,6 +1,7 @@
 """The sizes and switches of one model."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -131,6 +132,8 @@ class ModelConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ModelConfig.{field} must be a positive integer, found {value!r}")
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if not isinstance(kv_heads, int) or kv_heads < 1:
+            raise ValueError(f"ModelConfig.num_kv_heads must be a positive integer, found {kv_heads!r}")
         object.__setattr__(self, "num_kv_heads", kv_heads)
         if self.num_heads % kv_heads:
             raise ValueError(
@@ -149,6 +152,7 @@ class ModelConfig:
                 f"ModelConfig.hidden_size must be a multiple of {RESAMPLER_HEAD_DIM}, the head dimension of the "
                 f"resampler, where ModelConfig.vision is set; found {self.hidden_size}"
             )
+        self._check_numbers()
         self._check_context_extension()
         for field, allowed in (
             ("head", HEADS),
@@ -159,6 +163,17 @@ class ModelConfig:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"ModelConfig.{field} must be one of {', '.join(allowed)}; found {value!r}")
+
+    def _check_numbers(self):
+        for field in ("rope_theta", "norm_epsilon", "init_std", "embedding_dropout", "attention_dropout"):
+            value, share = getattr(self, field), field.endswith("dropout")
+            right = isinstance(value, int | float) and (0 <= value < 1 if share else 0 < value < math.inf)
+            if not right:
+                expected = "in [0, 1)" if share else "a positive number"
+                raise ValueError(f"ModelConfig.{field} must be {expected}, found {value!r}")
+        for field in ("qkv_bias", "tie_embeddings", "use_dynamic_ntk", "use_logn"):
+            if not isinstance(getattr(self, field), bool):  # "false" would be true
+                raise ValueError(f"ModelConfig.{field} must be True or False, found {getattr(self, field)!r}")
 
     def _check_context_extension(self):
         if self.use_logn and self.context_length < 2:

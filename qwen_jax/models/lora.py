@@ -39,7 +39,9 @@ class LoraConfig:
             raise ValueError(f"LoraConfig.alpha must be a positive number, found {self.alpha!r}")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"LoraConfig.dropout must be in [0, 1), found {self.dropout!r}")
-        named = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        named = (self.targets,) if isinstance(self.targets, str) else self.targets
+        if not isinstance(named, list | tuple):
+            raise ValueError(f"LoraConfig.targets must be a list of {', '.join(PROJECTIONS)}; found {named!r}")
         if wrong := [name for name in named if name not in PROJECTIONS]:
             raise ValueError(
                 f"LoraConfig.targets must be of {', '.join(PROJECTIONS)}; found {wrong[0]!r}. Embedding and output of "

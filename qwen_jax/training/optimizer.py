@@ -66,6 +66,8 @@ class OptimizerConfig:
                 raise ValueError(f"OptimizerConfig.{field} must be below 1, found {getattr(self, field)!r}")
         if self.clip_norm is not None:
             check_numbers(self, positive=("clip_norm",))
+        if not isinstance(self.groups, list | tuple):
+            raise ValueError(f"OptimizerConfig.groups must be a list of ParameterGroups, found {self.groups!r}")
         object.__setattr__(self, "groups", tuple(self.groups))  # gin gives a list
         if wrong := next((group for group in self.groups if not isinstance(group, ParameterGroup)), None):
             raise ValueError(f"OptimizerConfig.groups must hold ParameterGroups, found {wrong!r}")

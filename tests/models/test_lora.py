@@ -167,6 +167,7 @@ def test_every_axis_of_an_adapter_has_a_name_and_meshes_agree(axes):
             "found 'lm_head'. Embedding and output of the vocabulary are trained whole",
         ),
         ({"rank": 4, "targets": ()}, "LoraConfig.targets is empty"),
+        ({"rank": 4, "targets": None}, "LoraConfig.targets must be a list of query, .*; found None"),
     ],
 )
 def test_wrong_values_are_named(values, message):

@@ -182,11 +182,18 @@ def test_initial_weights_have_the_released_spread():
     ("changes", "named"),
     [
         ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be a positive integer, found 0"),
         ({"head_dim": 13}, "head_dim"),
         ({"dtype": "float16"}, "dtype"),
         ({"remat": "some"}, "remat"),
         ({"attention_kernel": "flash"}, "attention_kernel"),
         ({"num_layers": 0}, "num_layers"),
+        ({"rope_theta": -1.0}, "rope_theta must be a positive number, found -1.0"),
+        ({"norm_epsilon": float("nan")}, "norm_epsilon must be a positive number"),
+        ({"init_std": "small"}, "init_std must be a positive number, found 'small'"),
+        ({"attention_dropout": 1.5}, r"attention_dropout must be in \[0, 1\), found 1.5"),
+        ({"embedding_dropout": -0.1}, r"embedding_dropout must be in \[0, 1\), found -0.1"),
+        ({"tie_embeddings": "false"}, "tie_embeddings must be True or False, found 'false'"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(changes, named):

@@ -230,6 +230,9 @@ def test_the_released_tensors_hold_the_same_numbers():
         (dict(width=30), "width 30 must be a multiple of num_heads 4"),
         (dict(num_queries=5), "num_queries must be a square number, found 5"),
         (dict(place_start=-1.0), "place_start must be a number of at least 0, found -1.0"),
+        (dict(place_start="no"), "place_start must be a number of at least 0, found 'no'"),
+        (dict(norm_epsilon=-1e-6), "norm_epsilon must be a number of at least 0, found -1e-06"),
+        (dict(image_start_id=None), "image_start_id must be the id of a token, found None"),
         (dict(num_layers=0), "num_layers must be a positive integer, found 0"),
     ],
 )

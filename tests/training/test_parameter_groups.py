@@ -192,6 +192,9 @@ def test_settings_of_groups_that_make_no_sense_are_refused():
         make_optimizer(OptimizerConfig(1.0, groups=(late,)), 10)
     with pytest.raises(ValueError, match="OptimizerConfig.groups must hold ParameterGroups, found 'rest'"):
         OptimizerConfig(1.0, groups=["rest"])
+    for wrong in (None, REST):
+        with pytest.raises(ValueError, match="OptimizerConfig.groups must be a list of ParameterGroups, found"):
+            OptimizerConfig(1.0, groups=wrong)
 
 
 def test_a_split_tree_merges_to_what_it_was():

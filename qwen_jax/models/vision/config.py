@@ -59,8 +59,12 @@ class VisionConfig:
             )
         if self.width % self.num_heads:
             raise ValueError(f"VisionConfig.width {self.width} must be a multiple of num_heads {self.num_heads}")
-        if not 0 <= self.place_start < math.inf:
-            raise ValueError(f"VisionConfig.place_start must be a number of at least 0, found {self.place_start!r}")
+        for name in ("place_start", "norm_epsilon"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"VisionConfig.{name} must be a number of at least 0, found {value!r}")
+        if not isinstance(self.image_start_id, int) or self.image_start_id < 0:
+            raise ValueError(f"VisionConfig.image_start_id must be the id of a token, found {self.image_start_id!r}")
         if math.isqrt(self.num_queries) ** 2 != self.num_queries:
             raise ValueError(f"VisionConfig.num_queries must be a square number, found {self.num_queries}")
 
