@@ -108,7 +108,7 @@ class RolloutConfig:
         if self.rows % batch_size:
             raise ValueError(
                 f"a rollout of {self.prompts} prompts x {self.responses_per_prompt} responses does not divide into "
-                f"minibatches of BATCH_SIZE {batch_size}: make PROMPTS_PER_ROLLOUT x RESPONSES_PER_PROMPT a multiple "
+                f"minibatches of BATCH_SIZE {batch_size}: make ROLLOUT_PROMPTS x RESPONSES_PER_PROMPT a multiple "
                 f"of it"
             )
         return self.epochs * self.rows // batch_size

@@ -82,7 +82,7 @@ def learning_rate_schedule(config: OptimizerConfig | ScheduleConfig, train_steps
     if config.warmup_steps >= train_steps:
         raise ValueError(
             f"{type(config).__name__}.warmup_steps ({config.warmup_steps}) must be less than the number of steps "
-            f"({train_steps}): lower WARMUP_STEPS or raise TRAIN_STEPS"
+            f"({train_steps}): lower WARMUP_STEPS, or raise TRAIN_STEPS or EPOCHS"
         )
     peak = config.peak_learning_rate
     if config.schedule == "cosine":
@@ -136,7 +136,7 @@ def _group_schedule(group: ParameterGroup, train_steps: int) -> optax.Schedule:
     if group.start_step >= train_steps:
         raise ValueError(
             f"group {group.name!r} starts at step {group.start_step}, after the last of {train_steps} steps: lower "
-            f"ParameterGroup.start_step or raise TRAIN_STEPS"
+            f"ParameterGroup.start_step, or raise TRAIN_STEPS or EPOCHS"
         )
     assert group.schedule is not None  # callers leave frozen groups out
     return learning_rate_schedule(group.schedule, train_steps - group.start_step)
