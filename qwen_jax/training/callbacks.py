@@ -1,7 +1,6 @@
 """Callbacks around the steps of a run: evaluation, checkpoints, traces; `reporting.py` has the rows of metrics."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -9,6 +8,7 @@ import jax
 from qwen_jax.distributed import hosts
 from qwen_jax.training.batches import Examples, global_batch
 from qwen_jax.training.objective import Objective
+from qwen_jax.training.run import Run
 from qwen_jax.training.step import batch_shapes, compile_eval_step
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ class Saving(Callback):
 
 
 class Trace(Callback):
-    """An XProf trace of the steps `first` to `last`, both included, into `folder/trace/process_N`."""
+    """An XProf trace of the steps `first` to `last`, both included, into `trace/process_N` of the run's folder."""
 
-    def __init__(self, steps: tuple[int, int], folder: Path, process: int):
+    def __init__(self, steps: tuple[int, int], run: Run, process: int):
         """Chooses the steps and the process of the job that traces them.
 
         Raises:
@@ -150,11 +150,12 @@ class Trace(Callback):
                 f"TrainerConfig.trace_process {process} is none of this job's {hosts.process_count()} process(es)"
             )
         self._steps, self._here, self._open = steps, hosts.process_index() == process, False
-        self.folder = folder / TRACE_FOLDER / f"process_{process}"
+        # Where it is written, and where it is found: a run in a bucket uploads it.
+        self._local, self.folder = (one / TRACE_FOLDER / f"process_{process}" for one in (run.local, run.folder))
 
     def before_step(self, trainer):
         if self._here and trainer.step + 1 == self._steps[0]:
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(self._local)
             self._open = True
 
     def after_step(self, trainer, metrics):

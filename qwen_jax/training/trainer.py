@@ -39,7 +39,7 @@ def standard_callbacks(
     """
     callbacks: list[Callback] = [Reporter(optimizer.skip.most_in_a_row)]
     if config.trace_steps is not None:
-        callbacks.append(Trace(config.trace_steps, run.local, config.trace_process))
+        callbacks.append(Trace(config.trace_steps, run, config.trace_process))
     if eval_set is not None and config.eval_batches:
         callbacks.append(Evaluation(eval_set, config.eval_every, config.eval_batches))
     return [*callbacks, Saving(config.checkpoint_every)]

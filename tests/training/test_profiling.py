@@ -9,15 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax import files
 from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
 from qwen_jax.compilation_cache import CompilationCache
+from qwen_jax.distributed.watchdog import Activity
 from qwen_jax.models.transformer import Qwen
 from qwen_jax.sharding import MeshConfig, make_mesh
+from qwen_jax.training.callbacks import Trace
 from qwen_jax.training.goodput import Goodput, process_start_time, written_shares
 from qwen_jax.training.objectives import next_token_prediction
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.profiling import OutOfMemory, explain_out_of_memory, largest_arrays
 from qwen_jax.training.reporting import host_statistics
+from qwen_jax.training.run import Run
+from qwen_jax.training.spool import Spool
+from qwen_jax.training.trainer import standard_callbacks
 from qwen_jax.training.trainer_config import TrainerConfig
 from tests.fakes import FakeExamples, prepared_trainer, small_model
 
@@ -161,6 +167,14 @@ def test_chosen_steps_are_traced(tmp_path):
     for wrong in ((0, 3), (3, 2), 7, (1, 2, 3)):
         with pytest.raises(ValueError, match="TrainerConfig.trace_steps must be"):
             TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, trace_steps=wrong)
+
+
+def test_a_trace_of_a_run_in_a_bucket_is_named_as_it_is_uploaded(tmp_path):
+    bucket = files.as_path("gs://bucket/runs/7b")
+    run = Run(bucket, Activity(), Goodput(tmp_path), Spool(tmp_path, bucket))
+    config = TrainerConfig(train_steps=5, batch_size=8, sequence_length=16, trace_steps=(2, 3))
+    _, trace, _ = standard_callbacks(run, config, OptimizerConfig(1e-3), None)
+    assert isinstance(trace, Trace) and str(trace.folder) == "gs://bucket/runs/7b/trace/process_0"
 
 
 def test_the_second_start_finds_its_programs(tmp_path, caplog):
