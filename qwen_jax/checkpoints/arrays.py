@@ -12,7 +12,7 @@ import logging
 import math
 import tempfile
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 
 import flax.linen as nn
@@ -292,7 +292,7 @@ class StoredParams:
             raise CheckpointError(f"checkpoint {self.folder} cannot be read: {path}: {one_line(error)}") from error
 
 
-def _prefix(names: Sequence[str]) -> str:
+def _prefix(names: Iterable[str]) -> str:
     """What stands before the paths of the model that a run folder stands for, given those of its trained parameters."""
     return f"{POLICY}/" if any(name.startswith(f"{POLICY}/") for name in names) else ""
 
@@ -351,23 +351,22 @@ def _restored(named: Path, folder: Path, abstract):
 def _loaded(folder: Path, abstract):
     import orbax.checkpoint.experimental.v1 as ocp
 
-    if _prefix(_stored_names(folder / "params", ts.Context())):
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            return ocp.load_checkpointables(str(folder), {"params": {POLICY: abstract}})["params"][POLICY]
-    if not (folder / "frozen").is_dir():
-        return ocp.load_checkpointables(str(folder), {"params": abstract})["params"]
-    flat = flatten_dict(abstract, sep="/")
-    frozen = set(_stored_names(folder / "frozen", ts.Context()))
+    store, context = ts.Context(), ocp.Context()
+    trained, frozen = (set(_stored_names(folder / tree, store)) for tree in PARAMETER_TREES)
+    prefix = _prefix(trained)
+    context.pytree.loading.partial_load = bool(prefix)  # of several models, one
+    flat = {f"{prefix}{path}": leaf for path, leaf in flatten_dict(abstract, sep="/").items()}
+    if lost := sorted(flat.keys() - trained - frozen):  # a partial load would give it back as it was asked for
+        raise ValueError(f"it has no parameter {lost[0]}")
     trees = {
         "params": {path: leaf for path, leaf in flat.items() if path not in frozen},
         "frozen": {path: leaf for path, leaf in flat.items() if path in frozen},
     }
     trees = {name: unflatten_dict(tree, sep="/") for name, tree in trees.items() if tree}
-    loaded = ocp.load_checkpointables(str(folder), trees)
+    with context:
+        loaded = ocp.load_checkpointables(str(folder), trees)
     found = {path: leaf for tree in loaded.values() for path, leaf in flatten_dict(tree, sep="/").items()}
-    return unflatten_dict({path: found[path] for path in flat}, sep="/")
+    return unflatten_dict({path.removeprefix(prefix): found[path] for path in flat}, sep="/")
 
 
 def load_params(path: files.PathLike, step: int | None = None) -> tuple[ModelConfig, dict]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.checkpoints import manager
-from qwen_jax.checkpoints.arrays import StoredParams
+from qwen_jax.checkpoints.arrays import StoredParams, restore_params
 from qwen_jax.checkpoints.manager import Checkpoints, OldFormatError
 from qwen_jax.checkpoints.rewind import rewind
 from qwen_jax.checkpoints.run_folder import CheckpointError, write_run_files
@@ -59,6 +59,23 @@ def test_named_trees_and_positions_come_back_on_any_mesh(saved, devices):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
     assert found["params"]["policy"]["kernel"].addressable_shards[0].data.shape == (8 // devices, 2)
+
+
+def test_a_policy_of_which_a_part_was_frozen_is_read_whole(tmp_path):
+    policy = {"layers": {"kernel": jnp.arange(16.0).reshape(8, 2)}, "bias": jnp.arange(3.0)}
+    saved = trees() | {
+        "params": {"policy": {"layers": policy["layers"]}, "value": {"bias": jnp.ones(3)}},
+        "frozen": {"policy": {"bias": policy["bias"]}, "reference": policy},
+    }
+    write_run_files(tmp_path, small_model(), None)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, saved, METADATA)
+    checkpoints.close()
+    abstract = placed(make_mesh(MeshConfig(), jax.devices()[:1]), policy)
+    for found in (restore_params(tmp_path, abstract), StoredParams(tmp_path).restore(abstract)):
+        jax.tree.map(np.testing.assert_array_equal, found, policy)
+    with pytest.raises(CheckpointError, match="cannot be read: it has no parameter policy/other"):
+        restore_params(tmp_path, abstract | {"other": abstract["bias"]})
 
 
 def test_each_stream_is_rewound_by_itself(saved):
