@@ -62,12 +62,17 @@ def dump_stacks(folder: Path | None, process: int) -> str:
     """Writes the stacks of all threads to standard error and into the run's folder; returns the place."""
     sys.stderr.flush()
     faulthandler.dump_traceback(_STANDARD_ERROR, all_threads=True)
-    if folder is None or not folder.is_dir():
+    if folder is None:
         return "standard error"
     path = folder / f"stacks_{process}.txt"
-    with files.new_file(path) as temporary, open(temporary, "w") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.flush()
+    try:
+        if not folder.is_dir():
+            return "standard error"
+        with files.new_file(path) as temporary, open(temporary, "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.flush()
+    except OSError as error:  # a full disk, or the network that the process hangs for: it must end all the same
+        return f"standard error ({path} could not be written: {one_line(error)})"
     return str(path)
 
 
@@ -195,7 +200,8 @@ class Watchdog:
         )
         if self._processes > 1:
             said = {"error": f"{self._name(self._process)}: {text}", "code": hosts.TRY_AGAIN, "hang": True}
-            hosts.put(f"ended/{self._process}", said)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store may be what hangs
+                hosts.put(f"ended/{self._process}", said)
             # The verdict that comes back says which process the others wait for.
             self._closed.wait(4 * self._config.poll_seconds)
         exit_process(text if self._processes == 1 else f"{self._name(self._process)}: {text}", hosts.TRY_AGAIN)
