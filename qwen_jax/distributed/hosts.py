@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=900.0,
         metavar="SECONDS",
         help="without a finished step or other progress for so long, a process writes the stacks of its threads and "
-        "ends; 0 sets no limit (default: %(default)s)",
+        "ends; four times as long for reading and writing the state; 0 sets no limit (default: %(default)s)",
     )
     group.add_argument(
         "--join_timeout",

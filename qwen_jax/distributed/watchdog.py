@@ -43,19 +43,29 @@ class Activity:
       step: updates made.
       together: whether it ends only when all processes have reached it.
       limited: False for an activity that may take hours, such as caching a corpus.
+      patience: how many times the limit it may take.
     """
 
     what: str = "starting"
     step: int = 0
     together: bool = False
     limited: bool = False
+    patience: float = 1.0
     since: float = dataclasses.field(default_factory=time.monotonic)
 
-    def now(self, what: str, step: int | None = None, *, together: bool = False, limited: bool = True) -> None:
+    def now(
+        self,
+        what: str,
+        step: int | None = None,
+        *,
+        together: bool = False,
+        limited: bool = True,
+        patience: float = 1.0,
+    ) -> None:
         """Records the begin of a new activity."""
-        self.what, self.together, self.limited = what, together, limited
+        self.since = time.monotonic()  # first: the limit of this activity does not hold for the time of the one before
+        self.what, self.together, self.limited, self.patience = what, together, limited, patience
         self.step = self.step if step is None else step
-        self.since = time.monotonic()
 
 
 def dump_stacks(folder: Path | None, process: int) -> str:
@@ -186,9 +196,11 @@ class Watchdog:
             if self._limit:
                 # Fires only if this loop no longer runs: some thread keeps the interpreter to itself.
                 faulthandler.dump_traceback_later(self._limit + _GRACE_SECONDS, exit=True, file=_STANDARD_ERROR)
+            limit = self._limit * self.activity.patience if self.activity.limited else 0
             now = time.monotonic()
-            if self._limit and self.activity.limited and now - self.activity.since > self._limit:
-                self._hung(now - self.activity.since)
+            seconds = now - self.activity.since  # read last, and set first by the next activity
+            if limit and seconds > limit:
+                self._hung(seconds)
             if self._processes > 1 and now - self._contact > self._config.heartbeat_timeout + 2 * interval:
                 exit_process(f"{self._name(0)} has not answered for {now - self._contact:.0f} s", hosts.TRY_AGAIN)
 

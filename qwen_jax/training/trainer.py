@@ -28,6 +28,10 @@ from qwen_jax.training.run import Run
 from qwen_jax.training.state import TrainState, abstract_state, initial_state, state_from, trees_of
 from qwen_jax.training.trainer_config import TrainerConfig
 
+# How many times --hang_timeout the state may take to be read or written: its size and the storage decide that, and a
+# last save that is cut off would be so at each start.
+_STORAGE_PATIENCE = 4.0
+
 
 def standard_callbacks(
     run: Run, config: TrainerConfig, optimizer: OptimizerConfig, eval_set: Examples | None
@@ -117,7 +121,7 @@ class Trainer:
         self.checkpoints = open_checkpoints(
             folder, self.config.keep_checkpoints, self.config.keep_every, self.run_folder.spool
         )
-        self.run_folder.activity.now("restoring the state")
+        self.run_folder.activity.now("restoring the state", patience=_STORAGE_PATIENCE)
         # The program that makes the first state is kept like those of the steps.
         with explain_out_of_memory("restoring the state", folder, self.abstract), self._cache.compiling():
             self.state = self._restored() or self._new_state()
@@ -188,7 +192,8 @@ class Trainer:
 
     def save(self) -> None:
         """Starts to save a checkpoint of the state; does nothing where this step was the last to be saved."""
-        self.run_folder.activity.now("saving a checkpoint", self.step, together=True)
+        activity = self.run_folder.activity
+        activity.now("saving a checkpoint", self.step, together=True, patience=_STORAGE_PATIENCE)
         skipped = {stream: self.run_folder.skipped_examples(stream) for stream in self.positions}
         metadata = {
             "positions": self.positions,
