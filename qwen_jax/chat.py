@@ -239,8 +239,8 @@ class Chat:
         files.write_json(path, content)
 
 
-def defaults(checkpoint: files.PathLike) -> dict[str, Any]:
-    """The generation settings, numbers by name, of a folder's generation_config.json; missing ones are as released.
+def stated(checkpoint: files.PathLike) -> dict[str, Any]:
+    """The generation settings, numbers by name, that a folder's generation_config.json has; none without the file.
 
     Raises:
       ValueError: a setting in the file is no number.
@@ -253,7 +253,12 @@ def defaults(checkpoint: files.PathLike) -> dict[str, Any]:
     if found.get("do_sample") is False:
         # Filters mean nothing without sampling, and such files have top_p 0.
         settings |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    return {**RELEASED, **settings}
+    return settings
+
+
+def defaults(checkpoint: files.PathLike) -> dict[str, Any]:
+    """The settings of a chat: those that a folder states, see `stated`, and the others as released."""
+    return {**RELEASED, **stated(checkpoint)}
 
 
 def command(chat: Chat, line: str) -> str | None:

@@ -13,10 +13,10 @@ import ipaddress
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax import files
-from qwen_jax.chat import defaults
+from qwen_jax.chat import stated
 from qwen_jax.command_line import path_argument, quick_imports, run
 from qwen_jax.data.react import DEFAULT_STYLE, TRAINED_STYLES
 
@@ -25,7 +25,6 @@ with quick_imports():
     import numpy as np
 
     from qwen_jax.compilation_cache import programs_kept
-    from qwen_jax.conversion.huggingface import GENERATION_FILE
     from qwen_jax.generate import load_engine
     from qwen_jax.inference import Engine, Request, SamplingConfig
 
@@ -38,11 +37,9 @@ _LARGEST_BODY, _LARGEST_WITH_PICTURES = 4 << 20, 32 << 20
 
 
 def sampling_of(checkpoint: files.PathLike) -> SamplingConfig:
-    """Sampling where a request says nothing: of the folder's generation_config.json, else OpenAI's defaults."""
-    if not (files.as_path(checkpoint) / GENERATION_FILE).is_file():
-        return SamplingConfig(temperature=1.0)
-    settings = defaults(checkpoint)
-    del settings["max_new_tokens"]
+    """Sampling of requests that say nothing: as the folder's generation_config.json states, else OpenAI's defaults."""
+    settings: dict[str, Any] = {"temperature": 1.0, **stated(checkpoint)}
+    settings.pop("max_new_tokens", None)
     return SamplingConfig(**settings)
 
 

@@ -90,4 +90,7 @@ def test_sampling_is_that_of_the_folder_or_of_openai(run_folder, tmp_path):
     assert (sampling_of(run_folder).temperature, sampling_of(run_folder).top_p) == (1.0, 1.0)
     (tmp_path / "generation_config.json").write_text('{"top_p": 0.5, "do_sample": true, "max_new_tokens": 9}')
     found = sampling_of(tmp_path)
-    assert (found.top_p, found.repetition_penalty) == (0.5, 1.1)
+    assert (found.top_p, found.repetition_penalty) == (0.5, 1.0)
+    # Folders that we export state ids alone: they answer as the run that they were made of, and as other servers do.
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2], "pad_token_id": 2}')
+    assert sampling_of(tmp_path) == sampling_of(run_folder)
