@@ -289,6 +289,8 @@ def command(chat: Chat, line: str) -> str | None:
             return f"the system message is: {chat.system}"
         chat.system = valid_text(argument)
         return "the system message is set"
+    if name == "/tags":
+        raise ValueError("/tags needs a message: /tags What is in <box>(10,20),(500,600)</box>?")
     if name == "/save":
         if not argument:
             raise ValueError("/save needs a file: /save conversation.json")

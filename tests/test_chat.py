@@ -121,7 +121,8 @@ def test_commands(engine, tmp_path):
     command(chat, "/reset")
     assert chat.messages == [] and chat.system == "Be brief."
     assert "/save FILE" in command(chat, "/help") and command(chat, "/exit") is None
-    for line, message in (("/nothing", "there is no command /nothing"), ("/save", "needs a file")):
+    wrong = {"/nothing": "there is no command /nothing", "/save": "needs a file", "/tags": "/tags needs a message"}
+    for line, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             command(chat, line)
     with pytest.raises(OSError, match="No such file"):
