@@ -35,7 +35,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except Exception as error:
-        expected = isinstance(error, (ValueError, OSError, ArithmeticError)) or _UNSET in str(error)
+        expected = isinstance(error, _expected()) or _UNSET in str(error)
         expected = expected or missing_extra(error) is not None
         if os.environ.get("QWEN_JAX_TRACEBACK") == "1" or not expected:
             if not _in_a_job():
@@ -94,6 +94,12 @@ def pattern_argument(text: str) -> str:
         return files.as_pattern(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors whose message says what to change."""
+    sandbox = sys.modules.get("qwen_jax.sandbox")  # commands that run no programs do not load it for this
+    return (ValueError, OSError, ArithmeticError, *([] if sandbox is None else [sandbox.SandboxUnavailableError]))
 
 
 def _in_a_job() -> bool:

@@ -1,0 +1,29 @@
+"""The parts that all commands share: which errors are one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qwen_jax import command_line
+from qwen_jax.sandbox import SandboxUnavailableError
+
+
+def test_a_system_that_cannot_isolate_programs_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(command_line.logging, "basicConfig", lambda **options: None)
+
+    def main():
+        raise SandboxUnavailableError("this system cannot isolate programs: allow user namespaces")
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: this system cannot isolate programs: allow user namespaces\n"
+
+
+def test_a_command_that_runs_no_programs_does_not_load_the_sandbox(root, plain_environment):
+    loaded = "import sys, qwen_jax.command_line; print('qwen_jax.sandbox' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], cwd=root, env=plain_environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
