@@ -1,6 +1,7 @@
 """Commands that a tool runs one after the other, each printed as one would type it, and each finished one once only."""
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -139,10 +140,10 @@ def tell(
     Args:
       argv: words after the program's name; None: of this process.
       description: of the help.
-      output: folder for everything, unless `--output` is given.
-      steps: of the arguments `output`, `rehearse` and `number`.
+      output: folder for everything, unless `--output` is given. Relative paths begin where the tool is started.
+      steps: of the arguments `output`, in the repository as a path from there, `rehearse` and `number`.
       closing: of the same and the seconds that it took; writes the results, returns whether all claims hold.
-      number: name, default and help of the one flag of the tool's own, an integer.
+      number: name, default, which is the least, and help of the one flag of the tool's own, an integer.
 
     Returns:
       The exit code: 1 if a claim does not hold, unless it was a rehearsal.
@@ -155,10 +156,16 @@ def tell(
     rehearsal = "every step with a toy and little data; the claims are not expected"
     parser.add_argument("--rehearse", action="store_true", help=rehearsal)
     arguments = parser.parse_args(argv)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with files.locked(arguments.output):
-        go(arguments.output, steps(arguments))
-        holds = closing(arguments, time.monotonic() - began)
+    if (given := getattr(arguments, name)) < default:
+        parser.error(f"argument --{name}: must be at least {default}, found {given}")
+    if isinstance(arguments.output, Path):
+        whole = Path(os.path.abspath(arguments.output))
+        arguments.output = whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole
+    with contextlib.chdir(ROOT):  # where the steps run
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with files.locked(arguments.output):
+            go(arguments.output, steps(arguments))
+            holds = closing(arguments, time.monotonic() - began)
     return 0 if holds or arguments.rehearse else 1
 
 

@@ -63,3 +63,34 @@ def test_a_folder_with_steps_of_another_call_is_refused(shown_commands, tmp_path
     done.write_text("".join(line for line in done.read_text().splitlines(keepends=True) if "measure" not in line))
     shown_commands.go(tmp_path, steps(0, count=5))  # a line that a person removed
     assert called[6:] == [("measure",)]
+
+
+def test_a_relative_output_is_one_folder_for_the_tool_and_its_steps_wherever_it_is_started(tmp_path):
+    """Steps run in the repository; the tool keeps its account and looks for results where they wrote."""
+    (tmp_path / "elsewhere").mkdir()
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import shown_commands
+from shown_commands import Step, tell
+
+def steps(given):
+    return [Step("made", ("-c", f"from pathlib import Path; Path({str(given.output / 'made')!r}).touch()"))]
+
+sys.exit(tell(["--output=out"], "", "runs/x", steps, lambda given, seconds: (given.output / "made").exists()))
+"""
+    command = [sys.executable, "-c", program, str(ROOT / "tools")]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "done before" in done.stdout
+    assert {path.name for path in (tmp_path / "elsewhere/out").iterdir()} == {".lock", "made", "steps.jsonl"}
+    assert not (ROOT / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1"])
+def test_too_few_seeds_are_refused_before_anything_is_made(tool, tmp_path, wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tool("specialists").main([f"--output={tmp_path / 'out'}", f"--seeds={wrong}"])
+    assert ended.value.code == 2 and f"must be at least 1, found {wrong}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
