@@ -4,6 +4,7 @@ Vocabulary, data, training with a stop and a resume, loss curve, completion, con
 command, printed before it runs, that works the same on its own. Everything lies in runs/demo, which is made anew.
 """
 
+import argparse
 import json
 import shutil
 import signal
@@ -57,14 +58,16 @@ def train_and_stop() -> None:
         raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs all steps and says what lies where."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     began = time.monotonic()
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
     (ROOT / FOLDER).mkdir(parents=True)
     title("1. a vocabulary of 4,096 tokens, from this machine's Python library and documentation")
     call("tools/build_tokenizer.py", "--size=4096", f"--output={VOCABULARY}")
-    title("2. the same text as a SeqIO task, tokenized by Beam and packed into examples of 256 tokens")
+    title("2. the same text as a SeqIO task, tokenized and packed into examples of 256 tokens")
     call(
         "tools/cache_task.py",
         "python_corpus",
