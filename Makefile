@@ -80,5 +80,6 @@ lock:
 	uv pip compile --universal --python-version 3.11 $(addprefix --extra ,vocabulary data t5 curation dask evaluation serve agents images gguf gcs s3 test) \
 		--no-emit-package torch --no-annotate --no-header pyproject.toml -o requirements.txt
 
+# runs/ stays: trained models lie there.
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache
