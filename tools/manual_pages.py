@@ -12,6 +12,7 @@ text to test on.
 import argparse
 import gzip
 import re
+import zlib
 from collections import Counter
 
 import task_arguments  # noqa: F401  makes the repository importable
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         language = "en" if len(parts) == 1 else parts[0].partition(".")[0]
         try:
             text = plain_text(gzip.decompress(path.read_bytes()).decode("utf-8"))
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError):
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
             unreadable += 1
             continue
         folder = arguments.output / language
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         raise FileNotFoundError(f"no such manual pages below {arguments.pages}: expected …/man/LANGUAGE/man1/NAME.1.gz")
     print(", ".join(f"{language} {count}" for language, count in sorted(written.items())))
     if unreadable:
-        print(f"left out: {unreadable} pages that are not UTF-8 or not gzip")
+        print(f"left out: {unreadable} pages that are not UTF-8, not gzip or damaged")
 
 
 if __name__ == "__main__":

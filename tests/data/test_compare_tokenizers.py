@@ -121,8 +121,10 @@ def test_manual_pages_become_text(tool, tmp_path, capsys):
         path.parent.mkdir(parents=True)
         path.write_bytes(gzip.compress(ROFF.encode()))
     (tmp_path / "pages/usr/share/man/man1/broken.1.gz").write_bytes(gzip.compress(b"\xff\xfe"))
+    damaged = gzip.compress(b"")[:10] + b"\xff" * 20
+    (tmp_path / "pages/usr/share/man/man1/damaged.1.gz").write_bytes(damaged)
     tool("manual_pages").main([str(tmp_path / "pages"), str(tmp_path / "out"), "--sections", "1"])
-    assert re.search(r"^de 1, en 1\nleft out: 1 pages", capsys.readouterr().out)
+    assert re.search(r"^de 1, en 1\nleft out: 2 pages", capsys.readouterr().out)
     text = (tmp_path / "out" / "de" / "ls.1.txt").read_text(encoding="utf-8")
     assert text == "ÜBERSICHT\nls\n[OPTION]...\n-a, --all\nEintrge mit “.” nicht ignorieren; C:\\DOS © groß\n"
     with pytest.raises(FileNotFoundError, match="no such manual pages"):
