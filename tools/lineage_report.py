@@ -224,14 +224,15 @@ def pictures(folder: Path) -> str:
     return f'<div class="grid small">{"".join(cards[:_SHOWN_PICTURES])}</div>'
 
 
+def trained(words: Sequence[str]) -> str | None:
+    """The model that a step trains, by the folder of its run; None: it trains none."""
+    named = [Path(word.partition("=")[2]).name for word in words if word.startswith("--gin.OUTPUT_DIR=")]
+    return next((name for name in named if name in MODELS), None)
+
+
 def seconds_by_model(folder: Path) -> dict[str, float]:
     """Seconds of the training of each model."""
-    found = {}
-    for words, seconds in finished(folder).items():
-        for name in MODELS:
-            if f"--gin.OUTPUT_DIR={folder / name}" in words:
-                found[name] = seconds
-    return found
+    return {name: seconds for words, seconds in finished(folder).items() if (name := trained(words)) is not None}
 
 
 def costs(folder: Path, runs: Mapping[str, Run], seconds: Mapping[str, float]) -> str:
@@ -242,9 +243,8 @@ def costs(folder: Path, runs: Mapping[str, Run], seconds: Mapping[str, float]) -
             (MODELS[name].title, took, f"{clock(took)}, {runs[name].steps:,} updates, {runs[name].tokens:,} tokens")
         )
     others: dict[str, list[float]] = {}
-    trained = {f"--gin.OUTPUT_DIR={folder / name}" for name in MODELS}
     for words, took in finished(folder).items():
-        if not trained & set(words):
+        if trained(words) is None:
             tool = words[1] if words[0] == "-m" else Path(words[0]).name
             others.setdefault(tool, []).append(took)
     rows += [(tool, sum(took), f"{clock(sum(took))}, {len(took)}×") for tool, took in others.items()]

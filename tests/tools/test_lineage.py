@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import gin
 import pytest
@@ -193,6 +194,15 @@ def test_the_page_loads_nothing_and_shows_texts_as_texts(written, claims):
     assert page.count('class="card"') == 11 and page.count('class="drawn"') >= 2
     assert "12:12" in page  # 12 steps of 61 seconds
     assert ">95%<" in page
+
+
+def test_the_page_knows_the_time_of_each_model_however_its_folder_is_named(written, tool, claims, monkeypatch):
+    folder, report = written[0], tool("lineage_report")
+    monkeypatch.chdir(folder.parent)
+    found = report.seconds_by_model(Path(folder.name))
+    assert found == dict.fromkeys(claims.MODELS, 61.0)
+    runs = {name: report.Run(folder / name) for name in claims.MODELS}
+    assert "qwen_jax.train" not in report.costs(Path(folder.name), runs, found)  # none counts as another tool, too
 
 
 def test_the_page_fits_wide_and_narrow_screens(written, tmp_path):
