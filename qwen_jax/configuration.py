@@ -7,6 +7,7 @@ import argparse
 import contextvars
 import dataclasses
 import difflib
+import inspect
 import re
 import sys
 import types
@@ -23,6 +24,7 @@ from qwen_jax.alignment.ppo import PPOConfig
 from qwen_jax.alignment.preferences import pairwise_preference
 from qwen_jax.alignment.rewards import exact_answer, match_count, matches_format, near_length
 from qwen_jax.alignment.rollouts import RolloutConfig
+from qwen_jax.command_line import quiet
 from qwen_jax.data import task_configuration
 from qwen_jax.files import PathLike, as_path, is_path_type
 from qwen_jax.hardware import GpuDescription, HardwareConfig
@@ -197,6 +199,25 @@ def load_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     _check_macros(names, reader)
 
 
+def check_recipe(name: str, function: Callable) -> None:
+    """Looks whether gin sets what the function of a command needs.
+
+    Args:
+      name: of the function in gin files.
+
+    Raises:
+      ConfigurationError: it does not, as where the files are of a model and of hardware alone.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    bound = gin.get_bindings(name, resolve_references=False)
+    unset = [one.name for one in parameters if one.default is one.empty and one.name not in bound]
+    if unset:
+        raise ConfigurationError(
+            f"the gin files set no {', '.join(unset[:-1])}{' and ' * (len(unset) > 1)}{unset[-1]} of {name}: name a "
+            f"recipe of gin/runs for python -m qwen_jax.{name} with --gin_file"
+        )
+
+
 def files_read(files: Sequence[str]) -> list[Path]:
     """The gin files that `load_gin(files)` reads, each after those that it includes; absent files are left out."""
     reader = _FileReader()
@@ -369,16 +390,22 @@ def _parse(parse: Callable[[], Any], where: str) -> Any:
         return parse()
     except (ValueError, SyntaxError, OSError, AttributeError, ImportError) as error:
         message, *rest = str(error).splitlines()
+        if message.startswith("No configurable") and _imported_tasks():
+            return _parse(parse, where)
         if line := re.search(r"line (\d+)$", "\n".join(rest), re.MULTILINE):
             where += f", line {line[1]}"
         wrong, known = "", ()
-        if message.startswith("No configurable") and task_configuration.import_tasks():
-            return _parse(parse, where)
         if found := re.match(r"No configurable matching '(.+?)'", message):
             wrong, known = found[1], gin_internals.configurable_names()
         elif found := re.match(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
             wrong, known = found[2], gin_internals.parameters(found[1])
-        raise ConfigurationError(f"{where}: {message}{_suggestion(wrong, known)}") from error
+        hint = " It is a recipe of python -m qwen_jax.rlhf" if wrong == "rlhf" else _suggestion(wrong, known)
+        raise ConfigurationError(f"{where}: {message}{hint}") from error
+
+
+def _imported_tasks() -> bool:
+    with quiet():
+        return task_configuration.import_tasks()
 
 
 def _suggestion(wrong: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from qwen_jax.alignment.rewards import RewardFunction
 from qwen_jax.alignment.rollouts import PRETRAINING, PROMPTS, RolloutConfig, Rollouts
 from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps
 from qwen_jax.command_line import run
-from qwen_jax.configuration import parse_args
+from qwen_jax.configuration import check_recipe, parse_args
 from qwen_jax.conversion import load_tokenizer
 from qwen_jax.conversion.initial_weights import InitialWeights
 from qwen_jax.conversion.load import read_model_config
@@ -267,6 +267,7 @@ def main(argv=None) -> None:
     args = parse_args(parser, argv)
     if not args.gin_file:
         parser.error("name at least one --gin_file; see the example in --help")
+    check_recipe("rlhf", rlhf)
     keep_freed_memory()
     with join_job(hosts.job_config(args), gin.config_str()) as watchdog:
         result = configured(watchdog=watchdog, began=process_start_time())

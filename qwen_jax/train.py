@@ -22,7 +22,7 @@ from qwen_jax.batch_spec import Column, image_column, token_columns
 from qwen_jax.checkpoints.run_folder import check_same_model, saved_steps, write_run_files
 from qwen_jax.command_line import quiet, run
 from qwen_jax.compilation_cache import CompilationCache, shared_cache
-from qwen_jax.configuration import parse_args
+from qwen_jax.configuration import check_recipe, parse_args
 from qwen_jax.conversion.initial_weights import InitialWeights, JoinedWeights
 from qwen_jax.conversion.load import find_tokenizer
 from qwen_jax.data import task_configuration
@@ -402,6 +402,7 @@ def main(argv=None) -> None:
     args = parse_args(parser, argv)
     if not args.gin_file:
         parser.error("name at least one --gin_file; see the example in --help")
+    check_recipe("train", train)
     keep_freed_memory()
     with join_job(hosts.job_config(args), gin.config_str()) as watchdog:
         result = configured(watchdog=watchdog, began=process_start_time())

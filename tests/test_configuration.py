@@ -2,6 +2,9 @@
 
 import argparse
 import itertools
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gin
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 import qwen_jax.rlhf
 import qwen_jax.train
-from qwen_jax.configuration import ConfigurationError, by_parameters, files_read, load_gin, parse_args
+from qwen_jax.configuration import ConfigurationError, by_parameters, check_recipe, files_read, load_gin, parse_args
 from qwen_jax.models.build import parameter_count
 
 gin.configurable(qwen_jax.train.train)
@@ -75,6 +78,26 @@ def test_the_reports_hyperparameters_come_with_the_size(size, steps, rate):
 def test_mistakes_are_named(files, bindings, message):
     with pytest.raises(ConfigurationError, match=message):
         load_gin(files, bindings)
+
+
+def test_files_without_a_recipe_are_named_as_such():
+    load_gin(["gin/models/tiny.gin", "gin/hardware/cpu.gin"])
+    with pytest.raises(ConfigurationError, match=r"set no model, .* and cache_dir of train: name a recipe of gin/runs"):
+        check_recipe("train", qwen_jax.train.train)
+    load_gin(TINY, ["OUTPUT_DIR=x"])
+    check_recipe("train", qwen_jax.train.train)
+
+
+def test_a_recipe_of_the_other_command_names_it(plain_environment):
+    """In a process of its own: here, the other command may be imported already."""
+    given = ["--gin_file=gin/runs/ppo_tiny.gin", "--gin.OUTPUT_DIR=x"]
+    command = [sys.executable, "-m", "qwen_jax.train", *given]
+    done = subprocess.run(command, cwd=ROOT, env=plain_environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: \S*rlhf.gin, line \d+: No configurable matching 'rlhf'. It is a recipe of python -m qwen_jax.rlhf\n",
+        done.stderr,
+    )
 
 
 def test_a_broken_file_is_named_with_its_line(tmp_path):
