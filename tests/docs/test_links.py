@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 
 import pytest
 
@@ -44,3 +45,40 @@ def test_the_index_lists_every_page(root):
     index = (root / "docs" / "README.md").read_text(encoding="utf-8")
     pages = [path for path in (root / "docs").rglob("*.md") if path.name != "README.md"]
     assert not [path.name for path in pages if f"]({path.relative_to(root / 'docs')})" not in index]
+
+
+def anchors(text: str) -> set[str]:
+    """Names of the sections of a page, as GitHub makes them, and those of its own."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one).strip().lower().replace(" ", "-") for one in headings} | set(
+        re.findall(r'<a id="([^"]+)"', text)
+    )
+
+
+def test_links_to_sections_lead_to_sections(tracked, root):
+    pages = [path for path in tracked if path.suffix == ".md" and path.exists()]
+    broken = [
+        f"{page.relative_to(root)}: {link}#{section}"
+        for page in pages
+        for link, section in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        if section not in anchors((page.parent / link if link else page).read_text(encoding="utf-8"))
+    ]
+    assert not broken
+
+
+def test_tests_that_pages_name_exist(tracked, root):
+    broken = [
+        f"{page.relative_to(root)}: {name}"
+        for page in tracked
+        if page.suffix == ".md" and page.exists()
+        for name in re.findall(r"`(tests/[\w/]+\.\w+)`", page.read_text(encoding="utf-8"))
+        if not (root / name).exists()
+    ]
+    assert not broken
+
+
+def test_the_readme_lists_every_extra(root):
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    listed = re.findall(r"^\| (`[^|]+) \|", (root / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(extras) <= {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}
