@@ -33,9 +33,9 @@ def test_commands_of_the_page(tmp_path, tool, monkeypatch, capsys):
     listed, scores, perplexity = shown
     assert "mmlu/: dev/SUBJECT_dev.csv and test/SUBJECT_test.csv" in listed
     assert "| Qwen-7B (report) | 58.2 |" in scores and "3 of 14,042" in scores
-    results = json.loads((tmp_path / "runs/scores/results.json").read_text())["benchmarks"]["mmlu"]
+    results = json.loads((tmp_path / "runs/demo/scores/results.json").read_text())["benchmarks"]["mmlu"]
     assert results["examples"] == 3 and results["prompts_cut"] == 0
-    answers = [json.loads(line) for line in (tmp_path / "runs/scores/mmlu/answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (tmp_path / "runs/demo/scores/mmlu/answers.jsonl").read_text().splitlines()]
     assert {(one["id"], one["target"]) for one in answers} == {("anatomy/0", 0), ("anatomy/1", 2), ("anatomy/2", 0)}
     assert "| en | books | 1 | 58 |" in perplexity and "| c | code | 1 | 24 |" in perplexity
     assert (tmp_path / "runs/perplexity/perplexity.md").read_text().strip() == perplexity.strip()

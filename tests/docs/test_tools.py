@@ -56,7 +56,7 @@ def test_commands_of_the_page(tmp_path):
     (saved,) = [json.loads(line) for line in (tmp_path / "traces.jsonl").read_text().splitlines()]
     assert [tool["name"] for tool in saved["tools"]] == ["copper_price"] and saved["ended"] == "answered"
     assert "tokens with loss" in inspected and program.endswith("end 'failed'\n")
-    scores = files.read_json(tmp_path / "runs/scores/tool_use_none/scores.json")
+    scores = files.read_json(tmp_path / "runs/tool_use/scores/tool_use_none/scores.json")
     assert scores["metrics"]["mean/false_positive"] == 0 and scores["examples"] >= 1
 
 

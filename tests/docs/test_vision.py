@@ -68,7 +68,7 @@ def test_commands_of_the_page(tmp_path):
     assert (runs / "vision.png").read_bytes().startswith(b"\x89PNG")
     assert len((runs / "steps.jsonl").read_text().splitlines()) == 15
     assert read_config(runs / "base").vision is None and read_config(runs / "stage1").vision is not None
-    kinds = files.read_json(tmp_path / "runs/own/measured/scores.json")["kinds"]
+    kinds = files.read_json(tmp_path / "runs/pictures/measured/scores.json")["kinds"]
     assert len(kinds) == 9 and {one["count"] for one in kinds.values()} == {1}
 
 
