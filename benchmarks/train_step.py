@@ -66,7 +66,7 @@ def our_side(job: dict):
 
     from qwen_jax.batch_spec import token_columns
     from qwen_jax.conversion import load_pretrained
-    from qwen_jax.host_memory import keep_freed_memory
+    from qwen_jax.host_memory import keep_freed_memory, return_freed_memory
     from qwen_jax.models.kernels import resolve_kernel
     from qwen_jax.models.transformer import Qwen
     from qwen_jax.sharding import MeshConfig, make_mesh
@@ -112,6 +112,8 @@ def our_side(job: dict):
     batch = {"tokens": tokens, "loss_weights": jnp.ones(tokens.shape, jnp.float32)}
     current = [jax.device_put(state, step.input_shardings[0][0])]
     batch = jax.device_put(batch, step.input_shardings[0][1])
+    del state, params, moments
+    return_freed_memory()  # as the trainer does before its first step
 
     def update() -> float:
         current[0], metrics = step(current[0], batch)

@@ -3,9 +3,20 @@
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
+import re
 
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def has_huge_pages() -> bool:
+    """Whether this process was started with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, for malloc with pages of 2 MiB.
+
+    Linux gives them where /sys/kernel/mm/transparent_hugepage/enabled is `madvise` or `always`. glibc reads the
+    variable when a process starts; nothing turns them on later.
+    """
+    return re.search(r"(^|:)glibc\.malloc\.hugetlb=[12](:|$)", os.environ.get("GLIBC_TUNABLES", "")) is not None
 
 
 def keep_freed_memory() -> bool:
@@ -17,10 +28,14 @@ def keep_freed_memory() -> bool:
     threads, each of which would make a heap of its own. It was so in all of 4 runs of training; of small programs about
     half kept their faults (findings/jax_cpu_programs_fault_in_their_memory_again.sh).
 
+    The heap gets holes in which the largest buffer of a program does not fit, so that a step may take twice its memory.
+    With huge pages there are few faults, and nothing is kept: the same speed with a half to three quarters of the
+    memory (benchmarks/RESULTS.md).
+
     Returns:
-      Whether the C library took the settings; False too where JAX has an accelerator to run on.
+      Whether the C library took the settings; False too where JAX has an accelerator to run on, or malloc huge pages.
     """
-    if importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"):
+    if has_huge_pages() or importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

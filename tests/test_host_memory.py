@@ -36,6 +36,23 @@ def test_one_heap_that_does_not_shrink(settings, monkeypatch):
     assert settings == {-1: 2**31 - 1, -2: 2**28, -4: 0, -8: 1}
 
 
+@pytest.mark.parametrize(
+    ("tunables", "kept"),
+    [
+        ("glibc.malloc.hugetlb=1", False),
+        ("glibc.malloc.check=1:glibc.malloc.hugetlb=2", False),
+        ("glibc.malloc.hugetlb=0", True),
+        ("glibc.malloc.hugetlb=10", True),
+        ("", True),
+    ],
+)
+def test_with_huge_pages_nothing_is_kept(settings, monkeypatch, tunables, kept):
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    assert keep_freed_memory() is kept and bool(settings) is kept
+
+
 def test_accelerators_keep_the_defaults(settings, monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ["a plugin"])
     assert not keep_freed_memory() and not settings
