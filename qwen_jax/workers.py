@@ -22,6 +22,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol
 
+from qwen_jax import files
+
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 10
@@ -89,7 +91,9 @@ def _checked(run, label: str, function: Callable, pieces: Sequence[tuple], done:
     if not pieces:
         return
     run(label, function, pieces, done)
-    lost = [piece for piece in pieces if not done(piece)]
+    # Several are looked at together: an answer of a bucket takes its time.
+    found = files.in_parallel(done, list(pieces))
+    lost = [piece for piece, is_done in zip(pieces, found, strict=True) if not is_done]
     if lost:
         raise RuntimeError(f"{label}: the output of {len(lost)} of {len(pieces)} pieces is missing, first {lost[0]}")
 

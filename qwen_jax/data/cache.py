@@ -269,8 +269,10 @@ def _tokenize(
     for split in missing:
         token_cache.remove_unfinished(folder, split, shards[split])
     started = time.monotonic()
-    left = [shard for split in missing for shard in shards[split] if not shard.is_done()]
-    total = sum(map(len, shards.values()))
+    all_shards = [shard for split in missing for shard in shards[split]]
+    done_before = files.in_parallel(TokenizeShard.is_done, all_shards)
+    left = [shard for shard, is_done in zip(all_shards, done_before, strict=True) if not is_done]
+    total = len(all_shards)
     names = " and ".join(missing)
     logger.info("%s: tokenizing %s, %d shards (%d done before)", task.name, names, total, total - len(left))
     try:
@@ -281,8 +283,7 @@ def _tokenize(
             done = [*done, split]
             description = description | {"splits": done}
             files.write_json(folder / DESCRIPTION, description, sort_keys=True)
-            for shard in shards[split]:
-                shard.counted.unlink()
+            files.in_parallel(lambda shard: shard.counted.unlink(), shards[split])
             logger.info("%s %s: tokenized, %.0f s from the start", task.name, split, time.monotonic() - started)
     except LostWorkerError:
         raise  # nothing is wrong with the corpus: the next call goes on from the shards that are there

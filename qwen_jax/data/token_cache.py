@@ -138,7 +138,8 @@ def _write(shards: Sequence[TokenizeShard], number: int) -> None:
 
 def remove_unfinished(folder: Path, split: str, shards: list[TokenizeShard]) -> None:
     """Removes what an interrupted run left, but for the finished ones of `shards`."""
-    kept = {path for shard in shards if shard.is_done() for path in (shard.path, shard.counted)}
+    done = zip(shards, files.in_parallel(TokenizeShard.is_done, list(shards)), strict=True)
+    kept = {path for shard, is_done in done if is_done for path in (shard.path, shard.counted)}
     for pattern in (f"{split}.tfrecord-*-of-*", f".{split}-*-of-*.json", f".{split}.tfrecord-*.tmp"):
         for path in folder.glob(pattern):
             if path not in kept:
@@ -147,7 +148,7 @@ def remove_unfinished(folder: Path, split: str, shards: list[TokenizeShard]) -> 
 
 def totals_of(shards: list[TokenizeShard]) -> tuple[dict, dict]:
     """(statistics, features) of all shards, as SeqIO's files have them; `text_chars` is where its mixing rates look."""
-    counted = [files.read_json(shard.counted) for shard in shards]
+    counted = files.in_parallel(lambda shard: files.read_json(shard.counted), shards)
     stats: dict[str, int] = {"examples": sum(one["examples"] for one in counted)}
     for name in sorted({name for one in counted for name in one["tokens"]}):
         stats[f"{name}_tokens"] = sum(one["tokens"].get(name, 0) for one in counted)
