@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, and a lock names who holds it."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -85,6 +86,7 @@ def test_who_waits_for_a_lock_gets_it_and_no_file_stays(tmp_path, caplog):
         thread = threading.Thread(target=second)
         thread.start()
         while not caplog.records:
+            assert thread.is_alive()
             thread.join(0.01)
         order.append("first")
     thread.join()
@@ -93,6 +95,23 @@ def test_who_waits_for_a_lock_gets_it_and_no_file_stays(tmp_path, caplog):
     assert said.startswith(f"waiting for another process: {tmp_path} is in use by process {os.getpid()} on ")
     for _ in range(2):
         with files.locked(tmp_path):  # a file that stays is no obstacle
+            pass
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """Whoever waited for it has opened the file of the last owner; another process would make, and lock, a new one."""
+    flock, calls = fcntl.flock, []
+
+    def remove_first(file, how):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(how)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with files.locked(tmp_path):
+        assert names(tmp_path) == [".lock"] and len(calls) == 2
+        with pytest.raises(files.InUseError), files.locked(tmp_path):
             pass
 
 

@@ -187,7 +187,6 @@ def test_the_object_that_completes_a_folder_comes_last(store):
 
 HOLDER = """
 import sys
-import zipfile
 from qwen_jax import files
 with files.locked(files.as_path(sys.argv[1]), lease=float(sys.argv[2])):
     print("held", flush=True)

@@ -87,28 +87,29 @@ def _hold(path: Path) -> IO:
       InUseError: another process holds it.
     """
     while True:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(path, "a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                with file:
                     file.seek(0)
                     raise _in_use(path.parent, file.read().strip()) from error
-                log.warning(
-                    "%s is on a file system without locks (%s): start one job at a time in it", path.parent, error
-                )
-            else:
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                        file.truncate(0)
-                        file.write(f"{_owner()}\n")
-                        file.flush()
-                        stack.pop_all()
-                        return file
-                continue  # its last owner removed it after it was opened here
-            stack.pop_all()
+            log.warning("%s is on a file system without locks (%s): start one job at a time in it", path.parent, error)
             return file
+        if _lies_at(file, path):
+            file.truncate(0)
+            file.write(f"{_owner()}\n")
+            file.flush()
+            return file
+        file.close()  # its last owner removed it after it was opened here
+
+
+def _lies_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _owner() -> str:
