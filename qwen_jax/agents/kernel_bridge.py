@@ -33,7 +33,8 @@ FOLDER = "/box/tmp/kernel"
 CONNECTION: dict[str, Any] = {"transport": "ipc", "ip": f"{FOLDER}/socket", "signature_scheme": "hmac-sha256"}
 PORTS: dict[str, Any] = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
 _CHUNK = 1 << 16
-_AGAIN_S = 0.3  # an interrupt is repeated so often, as the kernel takes none before it has begun
+# An interrupt is repeated so often, as the kernel takes none before it has begun; so is the first request.
+_AGAIN_S = 0.3
 # At most so long the end of a snippet, and each result before it, waits for what child processes have written.
 _SETTLE_S, _FLUSH_S = 1.0, 0.1
 _FLOOD = 64  # a snippet that prints this many times what is kept is interrupted
@@ -201,7 +202,12 @@ class Bridge:
         while True:
             snippet = self.snippet
             interrupted = snippet is not None and snippet.interrupted_at is not None
-            ready = {source for source, _ in poller.poll(int(1000 * _AGAIN_S) if interrupted else None)}
+            waits = interrupted or not self.subscribed
+            ready = {source for source, _ in poller.poll(int(1000 * _AGAIN_S) if waits else None)}
+            if not self.subscribed and not ready:
+                # ipykernel says when it has the subscription, unless it sends something at that moment: its stream
+                # then misses the event. Whatever it does for this request is told to subscribers.
+                self.session.send(self.shell, "kernel_info_request")
             if interrupted and time.monotonic() - snippet.interrupted_at > _AGAIN_S:
                 self.interrupt(snippet)
             if 0 in ready and not self.read_commands():
@@ -256,7 +262,7 @@ class Bridge:
         if message is None:
             return False
         kind, content = str(message.get("msg_type")), message.get("content")
-        if kind == "iopub_welcome" and not self.subscribed:
+        if socket is self.iopub and not self.subscribed:
             self.subscribed = True
             say({"ready": True})
         if not isinstance(content, dict):

@@ -6,7 +6,9 @@ import threading
 import pytest
 from PIL import Image
 
+from qwen_jax.agents import interpreter as interpreter_module
 from qwen_jax.agents.interpreter import Interpreter, Limits
+from qwen_jax.sandbox import SandboxUnavailableError
 
 FIGURE = "import matplotlib.pyplot as plt\nplt.plot([1, 4, 9])\n"
 
@@ -198,3 +200,19 @@ def test_half_a_character_costs_no_state(interpreter):
     assert not done.state_lost and done.text == "1\n"
     assert interpreter.execute("kept").text == "'kept'\n"
     assert interpreter.execute("print(chr(0xd83d))").state_lost is False
+
+
+def test_a_kernel_that_does_not_greet_starts(monkeypatch):
+    """ipykernel's greeting is lost where it comes to a subscriber while something else is sent."""
+    bridge = interpreter_module._bridge()
+    silent = bridge.replace("\nmain()\n", "\nsetattr(IOPubThread, '_send_welcome_message', print)\nmain()\n")
+    assert silent != bridge
+    monkeypatch.setattr(interpreter_module, "_bridge", lambda: silent)
+    with Interpreter() as one:
+        try:
+            one.start()
+        except SandboxUnavailableError as error:
+            if "does not start" in str(error):
+                raise
+            pytest.skip(str(error))
+        assert [one.execute(f"print({number})").text for number in range(3)] == ["0\n", "1\n", "2\n"]
