@@ -169,7 +169,7 @@ def open_engine(options: Sequence[str]) -> Generator[Callable[[str, Callable, Se
         raise ValueError(f"Beam: {options[0]} is for a runner, and none is named: give --beam.runner=NAME, too")
     with _with_cluster(options) as options:
 
-        def run(label: str, function: Callable, pieces: Sequence[tuple], done: Callable[[tuple], bool]) -> None:
+        def run(label: str, function: Callable, pieces: Sequence[tuple], done: Callable) -> None:
             with _progress(label, pieces, done), open_pipeline(options) as pipeline:
                 # What every runner can do: no side inputs, no state, one branch.
                 call = functools.partial(_call, function)
@@ -197,14 +197,14 @@ def _with_cluster(options: Sequence[str]) -> Generator[list[str]]:
 
 
 @contextlib.contextmanager
-def _progress(label: str, pieces: Sequence[tuple], done: Callable[[tuple], bool]) -> Generator[None]:
+def _progress(label: str, pieces: Sequence[tuple], done: Callable[[Sequence[tuple]], list[bool]]) -> Generator[None]:
     """Logs how many pieces are done, by their output: the log of distant workers is elsewhere."""
     stop = threading.Event()
 
     def watch() -> None:
         left = list(pieces)
         while not stop.wait(_PROGRESS_SECONDS):
-            left = [piece for piece in left if not done(piece)]
+            left = [piece for piece, is_done in zip(left, done(left), strict=True) if not is_done]
             logger.info("%s: %d of %d pieces are done", label, len(pieces) - len(left), len(pieces))
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -22,8 +22,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol
 
-from qwen_jax import files
-
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 10
@@ -39,7 +37,11 @@ class Workers(Protocol):
     """What `open_workers` gives."""
 
     def __call__(
-        self, label: str, function: Callable[..., object], pieces: Sequence[tuple], done: Callable[[tuple], bool]
+        self,
+        label: str,
+        function: Callable[..., object],
+        pieces: Sequence[tuple],
+        done: Callable[[Sequence[tuple]], list[bool]],
     ) -> None:
         """Calls `function(*piece)` for each piece; returns when all are done.
 
@@ -47,7 +49,8 @@ class Workers(Protocol):
           label: name of the stage, for progress and errors.
           function: can be pickled, unless it is called in this process; its result is ignored.
           pieces: the calls, those that take longest first.
-          done: whether the output of a piece is there.
+          done: of some pieces, whether the output of each is there. All are asked about together, since an answer of
+            a bucket takes its time.
 
         Raises:
           LostWorkerError: a worker was killed.
@@ -87,13 +90,11 @@ def open_workers(
         yield functools.partial(_checked, _here)
 
 
-def _checked(run, label: str, function: Callable, pieces: Sequence[tuple], done: Callable[[tuple], bool]) -> None:
+def _checked(run, label: str, function: Callable, pieces: Sequence[tuple], done: Callable) -> None:
     if not pieces:
         return
     run(label, function, pieces, done)
-    # Several are looked at together: an answer of a bucket takes its time.
-    found = files.in_parallel(done, list(pieces))
-    lost = [piece for piece, is_done in zip(pieces, found, strict=True) if not is_done]
+    lost = [piece for piece, is_done in zip(pieces, done(pieces), strict=True) if not is_done]
     if lost:
         raise RuntimeError(f"{label}: the output of {len(lost)} of {len(pieces)} pieces is missing, first {lost[0]}")
 

@@ -146,6 +146,49 @@ def test_reading_goes_through_all_of_an_object_and_its_ranges(folder, monkeypatc
     assert not local.exists()
 
 
+def requests(proxy):
+    """Methods of the requests so far, which are forgotten."""
+    found = [one.partition(" ")[0] for one in proxy.seen]
+    proxy.seen.clear()
+    return found
+
+
+def test_a_small_object_is_read_by_one_request(store):
+    folder = files.as_path(store.folder())
+    for size in (10, 0):
+        (folder / str(size)).write_bytes(b"1" * size)
+    with FaultProxy(store) as proxy, through(store, proxy):
+        with files.open_file(folder / "10") as file:
+            assert file.seek(0, os.SEEK_END) == 10 and file.seek(0) == 0 and file.read() == b"1" * 10
+        assert requests(proxy) == ["GET"]
+        with files.open_file(folder / "0") as file:
+            assert file.read() == b""
+        # An answer that breaks off is asked for again, and not before it is read.
+        proxy.faults.append(Fault("GET .*/10$", "cut_download"))
+        with files.open_file(folder / "10") as file:
+            assert file.read() == b"1" * 10
+        assert [fault.met for fault in proxy.faults] == [1]
+
+
+def test_many_files_are_looked_for_by_one_request(store, tmp_path):
+    folder = files.as_path(store.folder())
+    given = ("a", "b/c", "d/e", "none", "b")
+    for where in (folder, tmp_path):
+        for name in ("a", "b/c", "d/e", "of_others"):
+            files.write_text(where / name, name)
+        assert files.are_files([where / name for name in given]) == [True, True, True, False, False]
+        assert files.sizes_in(where) == {"a": 1, "of_others": 9} and files.sizes_in(where / "none") == {}
+        files.remove_files([where / name for name in ("a", "b/c", "none")])
+        assert files.are_files([where / name for name in given]) == [False, False, True, False, False]
+        assert files.are_files([]) == []
+    with FaultProxy(store) as proxy, through(store, proxy):
+        assert files.are_files([folder / "d/e", folder / "a"]) == [True, False] and requests(proxy) == ["GET"]
+        assert files.sizes_of(folder / "d/e") == {folder / "d/e": 3} == files.sizes_of(folder / "d/*")
+        assert files.sizes_below(folder) == {folder / "d/e": 3, folder / "of_others": 9}
+    other = files.as_path(f"{store.scheme}://another-bucket/a")
+    assert files.are_files([folder / "d/e", other]) == [True, False]
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_lines_of_json_are_read_decompressed(stores, tmp_path, suffix):  # noqa: F811
     import gzip

@@ -39,8 +39,12 @@ def hold(fifo: Path) -> None:
         time.sleep(3600)
 
 
-def never(*_) -> bool:
-    return False
+def never(pieces) -> list[bool]:
+    return [False for _ in pieces]
+
+
+def are_there(pieces) -> list[bool]:
+    return files.are_files([path for path, _ in pieces])
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +55,15 @@ def two():
 
 @pytest.mark.parametrize("how", ["here", "processes", "beam"])
 def test_all_pieces_are_done_by_the_workers_that_were_asked_for(how, tmp_path, two):
-    def done(piece):
-        return (tmp_path / f"{piece[0]}.txt").exists()
+    def done(pieces):
+        return files.are_files([tmp_path / f"{number}.txt" for number, _ in pieces])
 
     def run(workers):
         pieces = [(number, "piece") for number in range(5)]
         workers("writing", functools.partial(write, tmp_path), pieces, done)
         workers("nothing", fail, [], never)
         # A stage of the same name does what it is told, not what the first one was.
-        workers("writing", files.write_text, [(tmp_path / "a.txt", "a")], lambda piece: piece[0].exists())
+        workers("writing", files.write_text, [(tmp_path / "a.txt", "a")], are_there)
 
     if how == "processes":
         run(two)
@@ -74,11 +78,11 @@ def test_all_pieces_are_done_by_the_workers_that_were_asked_for(how, tmp_path, t
 
 def test_workers_have_the_environment_of_their_own_launch(tmp_path, two, monkeypatch):
     """Not that of the first workers of this process, from whose server they are forked."""
-    two("writing", files.write_text, [(tmp_path / "a", "a")], lambda piece: piece[0].exists())
+    two("writing", files.write_text, [(tmp_path / "a", "a")], are_there)
     monkeypatch.setenv("SET_LATER", "here")
     with open_workers(2) as workers:
         path = tmp_path / "b"
-        workers("writing", write_setting, [(path, "SET_LATER")], lambda piece: piece[0].exists())
+        workers("writing", write_setting, [(path, "SET_LATER")], are_there)
     assert path.read_text() == "here"
 
 

@@ -70,10 +70,11 @@ def curate(
     """
     output = files.as_path(output, "output")
     output = output if files.is_remote(output) else Path(os.path.abspath(output))
+    storage.forget_objects()
     sources = [list_source(name, patterns) for name, patterns in inputs.items()]
     _check(config, sources)
     description = _describe(sources, config)
-    if (output / MANIFEST).exists():
+    if (output / MANIFEST).is_file():
         manifest = files.read_json(output / MANIFEST)
         _check_same(output, manifest, description)
         logger.info("%s is complete already", output)
@@ -116,7 +117,7 @@ def check_read(manifest: dict, max_unread_share: float) -> None:
 
 def _check_output(output: Path, work: Path, description: dict) -> None:
     """Raises unless `output` is new or holds an interrupted run of the same description: nothing else is touched."""
-    if (work / _PLAN).exists():
+    if (work / _PLAN).is_file():
         _check_same(output, files.read_json(work / _PLAN), description)
         logger.info("%s: going on with an interrupted run", output)
         return
@@ -129,7 +130,7 @@ def _check_output(output: Path, work: Path, description: dict) -> None:
 def _prepare(work: stages.Work, description: dict) -> None:
     # Benchmarks that cannot be read must not leave a plan, which would bind the folder to them.
     benchmarks = work.folder / "benchmarks.npy"
-    if not (work.folder / _PLAN).exists() or not benchmarks.exists():
+    if not (work.folder / _PLAN).is_file() or not benchmarks.is_file():
         index = contamination.index(work.config.contamination)
         files.write_json(work.folder / _PLAN, description, sort_keys=True)
         storage.save_array(benchmarks, index)
@@ -227,18 +228,20 @@ def _units(sources: Sequence[Source], unit_bytes: int | None) -> tuple[stages.Un
 
 
 def _run_stages(work: stages.Work, run: "_Runner") -> None:
-    config, folder, numbers = work.config, work.folder, range(len(work.units))
+    config, numbers = work.config, range(len(work.units))
     # The largest first, so that no worker begins with one when the others are done.
-    by_size = sorted(((number,) for number in numbers), key=lambda piece: -sum(work.units[piece[0]].sizes))
-    run("extract", stages.extract, by_size, lambda number: work.extracted(number) / stages.LEDGER)
+    by_size = sorted(numbers, key=lambda number: -sum(work.units[number].sizes))
+    units = [(number,) for number in by_size]
+    run("extract", stages.extract, units, lambda number: work.extracted(number) / stages.LEDGER)
     total = sum(work.for_each_unit(lambda number: len(work.array(number, "lengths"))))
     parts = max(1, -(-total // config.documents_per_part))
+    units = [(number, parts) for number in by_size]
     if config.exact:
         run(
             "exact duplicates",
             stages.exact,
             [(part, parts) for part in range(parts)],
-            lambda part, _: folder / "exact" / f"{part:06d}.npy",
+            lambda part, _: work.exact(part),
         )
     if config.fuzzy is not None:
         pieces = [(band, part, parts) for band in range(config.fuzzy.bands) for part in range(parts)]
@@ -246,17 +249,17 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
             "candidates of near-duplicates",
             stages.candidates,
             pieces,
-            lambda band, part, _: folder / "candidates" / f"{band:03d}-{part:06d}.npy",
+            lambda band, part, _: work.candidates(band, part),
         )
         run(
             "near-duplicates",
             stages.edges,
-            by_size,
-            lambda number: folder / "edges" / f"{number:06d}.npy",
+            units,
+            lambda number, _: work.edges(number),
         )
-        if not (folder / "clusters.json").exists():
+        if not work.clusters.is_file():
             stages.clusters(work)
-    run("select", stages.select, by_size, lambda number: work.selected(number) / stages.LEDGER)
+    run("select", stages.select, units, lambda number, _: work.selected(number) / stages.LEDGER)
 
 
 class _Runner:
@@ -270,11 +273,14 @@ class _Runner:
         # A piece is a file of one of these folders, or a folder there.
         for folder in {folder for piece in pieces for folder in list(made(*piece).parents)[:2]}:
             files.remove_unfinished(folder)
-        exist = files.in_parallel(lambda piece: made(*piece).is_file(), list(pieces))
-        missing = [piece for piece, there in zip(pieces, exist, strict=True) if not there]
+
+        def done(pieces: Sequence[tuple]) -> list[bool]:
+            return files.are_files([made(*piece) for piece in pieces])
+
+        missing = [piece for piece, there in zip(pieces, done(pieces), strict=True) if not there]
         logger.info("%s: %d of %d pieces to do", label, len(missing), len(pieces))
         started = time.monotonic()
-        self._workers(label, functools.partial(function, self._work), missing, lambda piece: made(*piece).is_file())
+        self._workers(label, functools.partial(function, self._work), missing, done)
         if missing:
             logger.info("%s: done in %.1f s", label, time.monotonic() - started)
 
@@ -289,7 +295,7 @@ def _finish(work: stages.Work, output: Path, description: dict) -> dict:
     ledger.check()
     placed = _place_files(work, output, *ledgers)
     counted = ledger.to_json()
-    clusters = files.read_json(work.folder / "clusters.json") if work.config.fuzzy is not None else None
+    clusters = files.read_json(work.clusters) if work.config.fuzzy is not None else None
     manifest = description | {
         "stages": counted["stages"],
         "counters": counted["counters"],

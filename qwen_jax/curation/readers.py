@@ -5,7 +5,9 @@ is read as a stream, and no record larger than a limit is ever held in memory. E
 `Tally`, as read or as left out.
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -61,14 +63,17 @@ def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = No
     tally = tally if tally is not None else Tally(0)
     kind = sources.file_format(path)
     try:
-        if files.as_path(path).stat().st_size == 0:
-            tally.finish("empty_file", 1)
-            yield Record(b"", path, problem="empty_file")
-        elif kind == sources.PARQUET:
-            with files.local_copy(path) as local:
-                yield from _parquet(str(local), path, text_field, max_bytes, tally)
-        else:
-            with files.open_file(path) as file:
+        with files.local_copy(path) if kind == sources.PARQUET else contextlib.nullcontext(path) as local:
+            with files.open_file(local) as file:
+                if not file.seek(0, os.SEEK_END):
+                    tally.finish("empty_file", 1)
+                    yield Record(b"", path, problem="empty_file")
+                    return
+                file.seek(0)
+                if kind == sources.PARQUET:
+                    yield from _parquet(str(local), path, text_field, max_bytes, tally)
+                    tally.finish(READ)
+                    return
                 stream = Stream(file, path)
                 if kind == sources.WARC:
                     yield from _warc(stream, path, max_bytes, tally)

@@ -75,7 +75,7 @@ class NgramPerplexity:
         Raises:
             ValueError: the file is no such model.
         """
-        counts, followers, order, bits = _load_ngram(str(files.as_path(self.path)))
+        counts, followers, order, bits = _load_ngram(*_state(self.path))
         points = _points(text)
         if not len(points):
             return float("inf")
@@ -147,8 +147,16 @@ def train_ngram(texts: Iterable[str], path: str | os.PathLike, *, order: int = 5
     return read
 
 
+def _state(path: files.PathLike) -> tuple[str, int, int]:
+    """A local file, its size and its time: the keys of the caches of models, so that one that changed is read again."""
+    path = os.fspath(files.as_path(path))
+    status = os.stat(path)
+    return path, status.st_size, status.st_mtime_ns
+
+
 @functools.lru_cache(maxsize=4)
-def _load_ngram(path: str):
+def _load_ngram(path: str, size: int, modified_ns: int):
+    del size, modified_ns  # keys alone
     settings, arrays = _load(path, _NGRAM_FORMAT)
     counts, followers = (arrays[name].astype(np.float32) for name in ("counts", "followers"))
     return counts, followers, settings["order"], settings["bits"]
@@ -166,7 +174,7 @@ class LinearClassifier:
         Raises:
             ValueError: the file is no such model.
         """
-        settings, arrays = _load_linear(str(files.as_path(self.path)))
+        settings, arrays = _load_linear(*_state(self.path))
         slots, values = features(text, settings["bits"])
         logit = float(values @ arrays["weights"][slots] + arrays["bias"][0])
         return float(1 / (1 + np.exp(-np.clip(logit, -60, 60))))
@@ -197,7 +205,8 @@ def save_linear(
 
 
 @functools.lru_cache(maxsize=8)
-def _load_linear(path: str):
+def _load_linear(path: str, size: int, modified_ns: int):
+    del size, modified_ns  # keys alone
     return _load(path, _LINEAR_FORMAT)
 
 

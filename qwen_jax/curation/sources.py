@@ -134,22 +134,10 @@ def _local_files(pattern: str) -> tuple[str | None, dict[str, int]]:
 def _remote_files(pattern: str) -> tuple[str | None, dict[str, int]]:
     """As `_local_files`, in a bucket."""
     path = as_path(pattern)
-    if path.is_file():
-        return None, {str(path): path.stat().st_size}
-    is_folder = path.is_dir()
-    paths = sorted(path.glob("**/*") if is_folder else all_files.find(pattern))
-    sizes = all_files.in_parallel(_size_of_object, paths)
-    return str(path) if is_folder else None, {
-        str(one): size for one, size in zip(paths, sizes, strict=True) if size is not None
-    }
-
-
-def _size_of_object(path: Path) -> int | None:
-    """The size of an object; None for a folder."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
+    assert isinstance(path, all_files.RemotePath)
+    below = all_files.sizes_below(path)
+    found = below or all_files.sizes_of(path)
+    return str(path) if below else None, {str(one): size for one, size in found.items()}
 
 
 def _walk(folder: str) -> Iterator[str]:

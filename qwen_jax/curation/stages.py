@@ -16,7 +16,7 @@ the order or the place of the work.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,23 @@ class Work:
         """Folder of the selected documents of a unit."""
         return self.folder / "select" / f"{unit:06d}"
 
+    def exact(self, part: int) -> Path:
+        """The exact duplicates of a part of the digests."""
+        return self.folder / "exact" / f"{part:06d}.npy"
+
+    def candidates(self, band: int, part: int) -> Path:
+        """The pairs that a part of a band proposes."""
+        return self.folder / "candidates" / f"{band:03d}-{part:06d}.npy"
+
+    def edges(self, unit: int) -> Path:
+        """The near-duplicates whose first document is in a unit."""
+        return self.folder / "edges" / f"{unit:06d}.npy"
+
+    @property
+    def clusters(self) -> Path:
+        """Sizes and examples of clusters of near-duplicates, written after `clusters.npy`."""
+        return self.folder / "clusters.json"
+
     def array(self, unit: int, name: str) -> np.ndarray:
         """An array of an extracted unit."""
         return storage.load_array(self.extracted(unit) / f"{name}.npy")
@@ -141,8 +158,11 @@ class Work:
 
     def for_each_unit(self, read: Callable[[int], Any]) -> list:
         """`read` of all units, in order; many at a time from a bucket, where waiting takes most of the time."""
-        numbers = list(range(len(self.units)))
-        return files.in_parallel(read, numbers) if files.is_remote(self.folder) else [read(one) for one in numbers]
+        return self.for_each(read, range(len(self.units)))
+
+    def for_each(self, read: Callable[[Any], Any], items: Iterable) -> list:
+        """`read` of each item, as `for_each_unit`."""
+        return files.in_parallel(read, list(items)) if files.is_remote(self.folder) else [read(one) for one in items]
 
 
 def extract(work: Work, number: int) -> None:
@@ -299,7 +319,7 @@ def exact(work: Work, part: int, parts: int) -> None:
     _, group = np.unique(digests, axis=0, return_inverse=True)
     keep = numbers[dedup.representatives(group.ravel(), priorities, lengths)]
     pairs = np.stack([numbers, keep], 1)[numbers != keep]
-    storage.save_array(work.folder / "exact" / f"{part:06d}.npy", pairs)
+    storage.save_array(work.exact(part), pairs)
 
 
 def _dropped(arrays: list[np.ndarray], number: int) -> dict[int, int]:
@@ -312,13 +332,13 @@ def _dropped(arrays: list[np.ndarray], number: int) -> dict[int, int]:
     return found
 
 
-def _exact_arrays(work: Work) -> list[np.ndarray]:
-    return [storage.load_array(path) for path in sorted((work.folder / "exact").glob("*.npy"))]
+def _exact_arrays(work: Work, parts: int) -> list[np.ndarray]:
+    return work.for_each(storage.load_array, map(work.exact, range(parts))) if work.config.exact else []
 
 
 def candidates(work: Work, band: int, part: int, parts: int) -> None:
     """Pairs that one band proposes, among documents that are no exact duplicates."""
-    decisions = _exact_arrays(work)
+    decisions = _exact_arrays(work, parts)
 
     def read(number: int):
         sorted_keys = work.row(number, "keys", band)
@@ -332,17 +352,21 @@ def candidates(work: Work, band: int, part: int, parts: int) -> None:
     keys, numbers = (np.concatenate(column) for column in zip(*work.for_each_unit(read), strict=True))
     order = np.argsort(numbers)
     pairs = dedup.candidate_pairs(keys[order], numbers[order])
-    storage.save_array(work.folder / "candidates" / f"{band:03d}-{part:06d}.npy", pairs)
+    storage.save_array(work.candidates(band, part), pairs)
 
 
-def edges(work: Work, number: int) -> None:
+def edges(work: Work, number: int, parts: int) -> None:
     """Checks the pairs whose first document is in a unit: those that reach the threshold stay."""
+    assert work.config.fuzzy is not None  # without it the pipeline leaves this stage out
     low, high = (np.uint64(edge << _UNIT_BITS) for edge in (number, number + 1))
-    pairs = [np.zeros((0, 2), np.uint64)]
-    for path in sorted((work.folder / "candidates").glob("*.npy")):
+
+    def read(path: Path) -> np.ndarray:
         array = storage.load_array(path)
-        pairs.append(array[np.searchsorted(array[:, 0], low) : np.searchsorted(array[:, 0], high)])
-    proposed = dedup.unique_pairs(np.concatenate(pairs))
+        return array[np.searchsorted(array[:, 0], low) : np.searchsorted(array[:, 0], high)]
+
+    paths = (work.candidates(band, part) for band in range(work.config.fuzzy.bands) for part in range(parts))
+    pairs = work.for_each(read, paths)
+    proposed = dedup.unique_pairs(np.concatenate([np.zeros((0, 2), np.uint64), *pairs]))
 
     def shingles_of(documents: np.ndarray):
         parts, counts = [], []
@@ -355,14 +379,13 @@ def edges(work: Work, number: int) -> None:
             counts += [stop - start for start, stop in slices]
         return np.concatenate(parts), np.array(counts, np.int64)
 
-    assert work.config.fuzzy is not None  # without it the pipeline leaves this stage out
     similar = dedup.similarities(proposed, shingles_of) >= work.config.fuzzy.threshold
-    storage.save_array(work.folder / "edges" / f"{number:06d}.npy", proposed[similar])
+    storage.save_array(work.edges(number), proposed[similar])
 
 
 def clusters(work: Work) -> None:
     """Connected components of all pairs, and the document kept of each. Memory: some 100 bytes for a pair."""
-    pairs = [storage.load_array(path) for path in sorted((work.folder / "edges").glob("*.npy"))]
+    pairs = work.for_each_unit(lambda number: storage.load_array(work.edges(number)))
     documents, component = dedup.components(np.concatenate([np.zeros((0, 2), np.uint64), *pairs]))
     units = (documents >> np.uint64(_UNIT_BITS)).astype(np.int64)
     rows = (documents & np.uint64((1 << _UNIT_BITS) - 1)).astype(np.int64)
@@ -385,16 +408,16 @@ def clusters(work: Work) -> None:
     values, numbers = np.unique(sizes, return_counts=True)
     summary = {"sizes": {str(size): int(number) for size, number in zip(values, numbers, strict=True)}, "shown": shown}
     storage.save_array(work.folder / "clusters.npy", np.stack([documents, kept], 1)[documents != kept])
-    files.write_json(work.folder / "clusters.json", summary, sort_keys=True)
+    files.write_json(work.clusters, summary, sort_keys=True)
 
 
-def select(work: Work, number: int) -> None:
+def select(work: Work, number: int, parts: int) -> None:
     """Selects documents of a unit: drops those that duplication, rules, scores, benchmarks and sampling exclude."""
     unit, config = work.units[number], work.config
     with files.new_folder(work.selected(number), last=LEDGER) as folder:
         ledger = Ledger(len(work.units))
         with storage.LineWriter(folder / DOCUMENTS) as kept, storage.LineWriter(folder / DROPPED) as dropped:
-            judge = _Judge(work, number, ledger)
+            judge = _Judge(work, number, parts, ledger)
             for index, row in enumerate(storage.read_lines(work.extracted(number) / DOCUMENTS)):
                 size = len(row["text"].encode())
                 stage, reason, more = judge(index, row, size)
@@ -419,13 +442,13 @@ def select(work: Work, number: int) -> None:
 class _Judge:
     """Decides on the documents of a unit, in order of `ledger.STAGES`."""
 
-    def __init__(self, work: Work, number: int, ledger: Ledger):
+    def __init__(self, work: Work, number: int, parts: int, ledger: Ledger):
         self._work, self._number, self._ledger = work, number, ledger
-        self._exact = _dropped(_exact_arrays(work), number) if work.config.exact else {}
+        self._exact = _dropped(_exact_arrays(work, parts), number)
         self._fuzzy, self._shown = {}, {}
         if work.config.fuzzy is not None:
             self._fuzzy = _dropped([storage.load_array(work.folder / "clusters.npy")], number)
-            for representative, cluster in files.read_json(work.folder / "clusters.json")["shown"].items():
+            for representative, cluster in storage.load_json(work.clusters)["shown"].items():
                 self._shown |= {member: representative for member in cluster["members"]}
         self._benchmarks = storage.load_array(work.folder / "benchmarks.npy")
 

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -40,6 +41,22 @@ def load_array(path: Path) -> np.ndarray:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError:
             return np.load(path, allow_pickle=False)  # an array without elements cannot be mapped
+
+
+def load_json(path: Path) -> Any:
+    """The value of a JSON file; an object is read once."""
+    return _remote_json(path) if files.is_remote(path) else files.read_json(path)
+
+
+def forget_objects() -> None:
+    """Forgets what was read of objects: another run may have made others under the same names."""
+    for cache in (_remote_array, _remote_shape, _remote_json):
+        cache.cache_clear()
+
+
+@functools.lru_cache(maxsize=4)
+def _remote_json(path: Path) -> Any:
+    return files.read_json(path)
 
 
 # A few arrays of each unit are asked for again and again.
@@ -106,9 +123,11 @@ class LineWriter:
 
 def read_lines(path: Path) -> Iterator[dict]:
     """Rows that a `LineWriter` wrote; none if there is no such file."""
-    if not path.exists():
+    try:
+        raw = path.open("rb")
+    except FileNotFoundError:
         return
-    with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+    with raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
         rest = b""
         while chunk := stream.read(1 << 20):
             *lines, rest = (rest + chunk).split(b"\n")

@@ -13,6 +13,7 @@ in this process, in several, or on Beam; the bytes written do not depend on whic
 """
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -21,7 +22,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen_jax import files
@@ -100,12 +101,14 @@ def prepare(
             wanted = [split for split in splits if split in task.splits]
             turn = functools.partial(files.locked_in_turn, cache_dir, f".{folder.name}.lock")
             description = _cache_task(task, wanted, folder, workers, setup, turn)
+            sizes = files.sizes_in(folder)
+            stats = {split: _stats(folder, split) for split in wanted if split in description["splits"]}
             packers = [
                 Packer(
                     task=task.name,
                     split=split,
                     cache_folder=folder,
-                    cached=tuple(sorted(path.name for path in folder.glob(f"{split}.tfrecord-*-of-*"))),
+                    cached=tuple(name for name in sizes if _is_cached(name, split)),
                     features=files.read_json(seqio.get_cached_info_path(str(folder), split))["features"],
                     last_steps=last_steps_of(task, setup),
                     tokenizer=setup.tokenizer,
@@ -113,11 +116,11 @@ def prepare(
                     sequence_length=sequence_length,
                     method=packing,
                     seed=seed,
-                    num_shards=num_shards or _default_shards(folder, split),
+                    num_shards=num_shards or _default_shards(sizes, split, stats[split]),
                     source=description["source"],
                     images_per_row=images_per_row,
                 )
-                for split in _with_documents(task.name, wanted, description["splits"], folder)
+                for split in _with_documents(task.name, wanted, stats)
             ]
             for one in pack(packers, workers, turn, check_shards=num_shards is not None):
                 prepared.append(one)
@@ -157,9 +160,9 @@ def _tasks(name: str) -> list[seqio.Task]:
     return [provider]
 
 
-def _with_documents(task: str, wanted: Sequence[str], cached: Sequence[str], folder: Path) -> list[str]:
-    """The `wanted` splits that are cached and not empty."""
-    found = [split for split in wanted if split in cached and _stats(folder, split)["examples"]]
+def _with_documents(task: str, wanted: Sequence[str], stats: Mapping[str, dict]) -> list[str]:
+    """The `wanted` splits that are cached, as those in `stats` are, and not empty."""
+    found = [split for split, one in stats.items() if one["examples"]]
     if "validation" in wanted and "validation" not in found:
         logger.warning(
             "%s holds out no document: validation_share is 0, the corpus has one document, or the cache was made "
@@ -223,7 +226,7 @@ def _missing(task: seqio.Task, splits: Sequence[str], folder: Path) -> tuple[dic
     vocabulary = task.output_features[TOKENS].vocabulary
     assert isinstance(vocabulary, QwenVocabulary)  # see `_check_task`
     path = folder / DESCRIPTION
-    found = files.read_json(path) if path.exists() else None
+    found = files.read_json(path) if path.is_file() else None
     done = found["splits"] if found else []
     missing = [split for split in splits if split not in done]
     try:
@@ -266,13 +269,9 @@ def _tokenize(
     """Makes SeqIO's cache of the splits in `shards`; returns its description with them."""
     done, missing = description["splits"], list(shards)
     folder.mkdir(parents=True, exist_ok=True)
-    for split in missing:
-        token_cache.remove_unfinished(folder, split, shards[split])
+    left = [shard for split in missing for shard in token_cache.remove_unfinished(folder, split, shards[split])]
     started = time.monotonic()
-    all_shards = [shard for split in missing for shard in shards[split]]
-    done_before = files.in_parallel(TokenizeShard.is_done, all_shards)
-    left = [shard for shard, is_done in zip(all_shards, done_before, strict=True) if not is_done]
-    total = len(all_shards)
+    total = sum(map(len, shards.values()))
     names = " and ".join(missing)
     logger.info("%s: tokenizing %s, %d shards (%d done before)", task.name, names, total, total - len(left))
     try:
@@ -283,7 +282,7 @@ def _tokenize(
             done = [*done, split]
             description = description | {"splits": done}
             files.write_json(folder / DESCRIPTION, description, sort_keys=True)
-            files.in_parallel(lambda shard: shard.counted.unlink(), shards[split])
+            files.remove_files([shard.counted for shard in shards[split]])
             logger.info("%s %s: tokenized, %.0f s from the start", task.name, split, time.monotonic() - started)
     except LostWorkerError:
         raise  # nothing is wrong with the corpus: the next call goes on from the shards that are there
@@ -291,7 +290,7 @@ def _tokenize(
         # Its cause is in the corpus: once that is corrected, the shards are those of another corpus.
         for split in missing:
             if split not in done:
-                token_cache.remove_unfinished(folder, split, [])
+                token_cache.remove_unfinished(folder, split)
         if not done and not files.is_remote(folder):  # a bucket has no empty folders
             # Only empty folders go: other splits, or data of a user, stay.
             with contextlib.suppress(OSError):
@@ -303,7 +302,7 @@ def _tokenize(
 
 def _mark_completed(folder: Path) -> None:
     """Writes what SeqIO takes for the sign of a cache; a run may have been killed before it did."""
-    if not (folder / COMPLETED).exists():
+    if not (folder / COMPLETED).is_file():
         files.write_text(folder / COMPLETED, "")
 
 
@@ -374,7 +373,12 @@ def _stats(folder: Path, split: str) -> dict:
     return files.read_json(seqio.get_cached_stats_path(str(folder), split))
 
 
-def _default_shards(folder: Path, split: str) -> int:
-    tokens = _stats(folder, split).get(f"{TOKENS}_tokens", 0)
-    size = sum(path.stat().st_size for path in folder.glob(f"{split}.tfrecord-*-of-*"))
+def _is_cached(name: str, split: str) -> bool:
+    """Whether a file of the cache has examples of a split."""
+    return fnmatch.fnmatchcase(name, f"{split}.tfrecord-*-of-*")
+
+
+def _default_shards(sizes: Mapping[str, int], split: str, stats: dict) -> int:
+    tokens = stats.get(f"{TOKENS}_tokens", 0)
+    size = sum(size for name, size in sizes.items() if _is_cached(name, split))
     return max(1, math.ceil(tokens / TOKENS_PER_SHARD), math.ceil(size / BYTES_PER_SHARD))

@@ -76,9 +76,13 @@ def list_files(
 def _matches(pattern: str) -> tuple[list[str], bool]:
     """The files of a folder or glob, and whether it is a folder; hidden ones are left out."""
     if files.is_remote(pattern):
-        found = [str(path) for path in files.find(pattern)]
-        below = [] if found else [str(path) for path in files.find(f"{pattern.rstrip('/')}/**")]
-        return found or below, bool(below)
+        folder = f"{pattern.rstrip('/')}/**"
+        # What has a suffix is a file or a glob, most likely; each look is a request.
+        looks = (pattern, folder) if "." in os.path.basename(pattern) else (folder, pattern)
+        for look in looks:
+            if found := [str(path) for path in files.find(look)]:
+                return found, look is folder
+        return [], False
     if is_folder := os.path.isdir(pattern):
         matches = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)
     else:

@@ -6,6 +6,7 @@ and its place in it. Where there are several shards, the documents of each file 
 """
 
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -110,7 +111,7 @@ class Packer:
         Raises:
             ValueError: it is made of something else; with `check_shards`, also where it has another number of shards.
         """
-        if not (self.folder / packing.MANIFEST).exists():
+        if not (self.folder / packing.MANIFEST).is_file():
             return None
         manifest = packing.Manifest.load(self.folder)
         self._check(manifest, check_shards)
@@ -121,13 +122,13 @@ class Packer:
         """Shards that are still to be written; what an interrupted run left unfinished is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_unfinished(self.folder)
-        for path in self.folder.glob(".documents-*"):
-            if path != self.spill:
+        for path in list(self.folder.iterdir()):
+            is_part = fnmatch.fnmatchcase(path.name, "part-*-of-*")
+            of_others = path.name.startswith(".documents-") and path != self.spill
+            if of_others or (is_part and f"-of-{self.num_shards:05d}." not in path.name):
                 files.remove_tree(path)
-        for path in self.folder.glob("part-*-of-*"):
-            if f"-of-{self.num_shards:05d}." not in path.name:
-                files.remove_tree(path)
-        left = [index for index in range(self.num_shards) if not self.finished(index)]
+        pieces = [(self, index) for index in range(self.num_shards)]
+        left = [index for (_, index), done in zip(pieces, _are_finished(pieces), strict=True) if not done]
         logger.info("%s: packing, %d shards (%d done before)", self.label, self.num_shards, self.num_shards - len(left))
         return left
 
@@ -168,7 +169,7 @@ class Packer:
         tokenizer = self.tokenizer.load()
         documents = list(self._documents_of(index))
         if not documents:
-            files.write_json(self._sidecar(index), self._settings() | {"shard": None}, sort_keys=True)
+            files.write_json(self.sidecar(index), self._settings() | {"shard": None}, sort_keys=True)
             return
         shard = packing.write_shard(
             self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.array_record",
@@ -180,20 +181,18 @@ class Packer:
             method=self.method,
             images_per_row=self.images_per_row,
         )
-        files.write_json(self._sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)}, sort_keys=True)
+        files.write_json(self.sidecar(index), self._settings() | {"shard": dataclasses.asdict(shard)}, sort_keys=True)
 
-    def _sidecar(self, index: int) -> Path:
+    def sidecar(self, index: int) -> Path:
+        """The entry of a written shard."""
         return self.folder / f"part-{index:05d}-of-{self.num_shards:05d}.json"
 
     def _settings(self) -> dict:
         return {"seed": self.seed, "fingerprint": self.tokenizer.fingerprint, "source": self.source}
 
-    def finished(self, index: int) -> bool:
-        """Whether a shard is written, from the same."""
-        path = self._sidecar(index)
-        if not path.exists():
-            return False
-        content = files.read_json(path)
+    def made_of_same(self, index: int) -> bool:
+        """Whether a shard that is written was made from the same."""
+        content = files.read_json(self.sidecar(index))
         return {key: content.get(key) for key in self._settings()} == self._settings()
 
     def finish(self) -> Prepared:
@@ -202,8 +201,9 @@ class Packer:
         Raises:
             ValueError: no shard has an example.
         """
-        sidecars = [self._sidecar(index) for index in range(self.num_shards)]
-        shards = [shard for path in sidecars if (shard := files.read_json(path)["shard"]) is not None]
+        sidecars = [self.sidecar(index) for index in range(self.num_shards)]
+        entries = files.in_parallel(files.read_json, sidecars)
+        shards = [shard for entry in entries if (shard := entry["shard"]) is not None]
         if not shards:
             files.remove_tree(self.folder)
             raise ValueError(f"task {self.task} yields only documents without text in split {self.split!r}")
@@ -228,8 +228,7 @@ class Packer:
                 "correct the documents, or hold out another share of them"
             )
         manifest.save(self.folder)
-        for path in sidecars:
-            path.unlink(missing_ok=True)
+        files.remove_files(sidecars)
         files.remove_tree(self.spill)
         return Prepared(self.folder, manifest)
 
@@ -284,10 +283,11 @@ def _pack(new: Sequence[Packer], workers: Workers) -> dict[Path, Prepared]:
     left = {packer.folder: packer.unfinished() for packer in new}
     dealing = [number for number, packer in enumerate(new) if packer.num_shards > 1 and left[packer.folder]]
     deals = [(number, file) for number in dealing for file in range(len(new[number].cached))]
-    deals = [piece for piece in deals if not _is_dealt(new, piece)]
-    workers(f"{new[0].task}: dealing out", functools.partial(_deal, new), deals, functools.partial(_is_dealt, new))
+    are_dealt, are_written = functools.partial(_are_dealt, new), functools.partial(_are_written, new)
+    deals = [piece for piece, done in zip(deals, are_dealt(deals), strict=True) if not done]
+    workers(f"{new[0].task}: dealing out", functools.partial(_deal, new), deals, are_dealt)
     shards = [(number, index) for number, packer in enumerate(new) for index in left[packer.folder]]
-    workers(f"{new[0].task}: packing", functools.partial(_write, new), shards, functools.partial(_is_written, new))
+    workers(f"{new[0].task}: packing", functools.partial(_write, new), shards, are_written)
     packed = {}
     for packer in new:
         packed[packer.folder] = packer.finish()
@@ -299,16 +299,24 @@ def _deal(packers: Sequence[Packer], number: int, file: int) -> None:
     packers[number].deal(file)
 
 
-def _is_dealt(packers: Sequence[Packer], piece: tuple[int, int]) -> bool:
-    return pack_spill.is_written(packers[piece[0]].spill, piece[1])
+def _are_dealt(packers: Sequence[Packer], pieces: Sequence[tuple[int, int]]) -> list[bool]:
+    return pack_spill.are_written([(packers[number].spill, file) for number, file in pieces])
 
 
 def _write(packers: Sequence[Packer], number: int, index: int) -> None:
     packers[number].write(index)
 
 
-def _is_written(packers: Sequence[Packer], piece: tuple[int, int]) -> bool:
-    return packers[piece[0]].finished(piece[1])
+def _are_written(packers: Sequence[Packer], pieces: Sequence[tuple[int, int]]) -> list[bool]:
+    return _are_finished([(packers[number], index) for number, index in pieces])
+
+
+def _are_finished(pieces: Sequence[tuple[Packer, int]]) -> list[bool]:
+    """Whether each of these shards is written, from the same."""
+    there = files.are_files([packer.sidecar(index) for packer, index in pieces])
+    return files.in_parallel(
+        lambda one: one[0] and one[1][0].made_of_same(one[1][1]), list(zip(there, pieces, strict=True))
+    )
 
 
 def _say_packed(packer: Packer, manifest: packing.Manifest, seconds: float) -> None:

@@ -7,7 +7,7 @@ shard is read with one seek a file. Memory is bounded by what a file holds.
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,9 @@ def _write_file(path: Path, shards: list[list[bytes]]) -> None:
             file.writelines(shard)
 
 
-def is_written(folder: Path, number: int) -> bool:
-    """Whether `write` has finished for this file of the cache."""
-    return (folder / f"{number:05d}.json").exists()
+def are_written(pieces: Sequence[tuple[Path, int]]) -> list[bool]:
+    """Of (folder, number of a file of the cache), whether `write` has finished for each."""
+    return files.are_files([folder / f"{number:05d}.json" for folder, number in pieces])
 
 
 def read(folder: Path, num_files: int, shard: int, num_shards: int, num_parts: int) -> Iterator[Parts]:

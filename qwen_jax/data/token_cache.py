@@ -8,6 +8,7 @@ one.
 """
 
 import dataclasses
+import fnmatch
 import functools
 import logging
 import time
@@ -76,10 +77,6 @@ class TokenizeShard:
     def _place(self) -> str:
         return f"{self.index:05d}-of-{self.count:05d}"
 
-    def is_done(self) -> bool:
-        """Whether the file is there, made of the same."""
-        return self.counted.exists() and files.read_json(self.counted)["origin"] == self.origin
-
     def write(self) -> None:
         """Writes the two files."""
         tokenizer, totals = self.tokenizer.load(), _Totals(self.left_out)
@@ -121,6 +118,16 @@ class _Totals:
         return f"{self.examples:,} documents, {sum(self.tokens.values()):,} tokens"
 
 
+def are_done(shards: Sequence[TokenizeShard]) -> list[bool]:
+    """Whether the file of each shard is there, made of the same."""
+    there = files.are_files([shard.counted for shard in shards])
+
+    def is_done(shard: TokenizeShard, is_there: bool) -> bool:
+        return is_there and files.read_json(shard.counted)["origin"] == shard.origin
+
+    return files.in_parallel(lambda one: is_done(*one), list(zip(shards, there, strict=True)))
+
+
 def tokenize(shards: Sequence[TokenizeShard], workers: Workers) -> None:
     """Writes these shards of one task.
 
@@ -129,21 +136,25 @@ def tokenize(shards: Sequence[TokenizeShard], workers: Workers) -> None:
     """
     if shards:
         label, pieces = f"{shards[0].task}: tokenizing", [(number,) for number in range(len(shards))]
-        workers(label, functools.partial(_write, shards), pieces, lambda piece: shards[piece[0]].is_done())
+
+        def done(pieces: Sequence[tuple]) -> list[bool]:
+            return are_done([shards[number] for (number,) in pieces])
+
+        workers(label, functools.partial(_write, shards), pieces, done)
 
 
 def _write(shards: Sequence[TokenizeShard], number: int) -> None:
     shards[number].write()
 
 
-def remove_unfinished(folder: Path, split: str, shards: list[TokenizeShard]) -> None:
-    """Removes what an interrupted run left, but for the finished ones of `shards`."""
-    done = zip(shards, files.in_parallel(TokenizeShard.is_done, list(shards)), strict=True)
-    kept = {path for shard, is_done in done if is_done for path in (shard.path, shard.counted)}
-    for pattern in (f"{split}.tfrecord-*-of-*", f".{split}-*-of-*.json", f".{split}.tfrecord-*.tmp"):
-        for path in folder.glob(pattern):
-            if path not in kept:
-                path.unlink()
+def remove_unfinished(folder: Path, split: str, shards: Sequence[TokenizeShard] = ()) -> list[TokenizeShard]:
+    """Removes what an interrupted run left, but for the finished ones of `shards`; returns the others."""
+    done = list(zip(shards, are_done(shards), strict=True))
+    kept = {path.name for shard, is_done in done if is_done for path in (shard.path, shard.counted)}
+    patterns = (f"{split}.tfrecord-*-of-*", f".{split}-*-of-*.json", f".{split}.tfrecord-*.tmp")
+    left = [name for name in files.sizes_in(folder) if name not in kept]
+    files.remove_files([folder / name for name in left if any(fnmatch.fnmatchcase(name, one) for one in patterns)])
+    return [shard for shard, is_done in done if not is_done]
 
 
 def totals_of(shards: list[TokenizeShard]) -> tuple[dict, dict]:

@@ -7,7 +7,20 @@ for `gs://…` and `s3://…`.
 
 from .locks import LOCK_FILE, InUseError, locked, locked_in_turn
 from .objects import ObjectChangedError, in_parallel
-from .paths import PathLike, Pattern, RemotePath, as_path, as_pattern, find, is_path_type, is_remote
+from .paths import (
+    PathLike,
+    Pattern,
+    RemotePath,
+    are_files,
+    as_path,
+    as_pattern,
+    find,
+    is_path_type,
+    is_remote,
+    sizes_below,
+    sizes_in,
+    sizes_of,
+)
 from .reading import open_decompressed, open_file, read_json, read_json_lines, read_json_rows, read_range, read_ranges
 from .streams import new_stream
 from .whole import (
@@ -17,6 +30,7 @@ from .whole import (
     local_copy,
     new_file,
     new_folder,
+    remove_files,
     remove_tree,
     remove_unfinished,
     upload_folder,
@@ -31,6 +45,7 @@ __all__ = [
     "PathLike",
     "Pattern",
     "RemotePath",
+    "are_files",
     "as_path",
     "as_pattern",
     "copy_file",
@@ -53,8 +68,12 @@ __all__ = [
     "read_json_rows",
     "read_range",
     "read_ranges",
+    "remove_files",
     "remove_tree",
     "remove_unfinished",
+    "sizes_below",
+    "sizes_in",
+    "sizes_of",
     "upload_folder",
     "write_json",
     "write_text",

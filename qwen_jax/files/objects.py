@@ -223,6 +223,31 @@ def get(where: Any, span: tuple[int, int] | None = None, e_tag: str | None = Non
     return data
 
 
+def open_object(where: Any, size: int) -> tuple[dict, Callable[[], bytes]]:
+    """Metadata of an object (as `head`), and a function that gives its first bytes, once: one request for both.
+
+    Args:
+      size: how many bytes; fewer where the object ends before.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    import_obstore(where)
+
+    def begin(store):
+        try:
+            return _obstore().get(store, where.key, options={"range": (0, size)})
+        except Exception as error:
+            if "status code: 416" not in str(error):
+                raise
+        return None  # the object is empty, and has no first byte
+
+    found = call(where, begin)
+    if found is None:
+        return head(where), bytes
+    return dict(found.meta), lambda: bytes(found.bytes())
+
+
 def get_many(where: Any, spans: list[tuple[int, int]]) -> list[bytes]:
     """The bytes of several spans [start, stop) of one object, requested together; near ones share a request."""
     import_obstore(where)
@@ -316,13 +341,13 @@ def list_objects(where: Any) -> Iterator[dict]:
     yield from sorted(found, key=lambda one: one["path"])
 
 
-def list_folder(where: Any) -> tuple[list[str], list[str]]:
-    """(names of folders, names of objects) directly in a folder, sorted."""
+def list_folder(where: Any) -> tuple[list[str], dict[str, int]]:
+    """(names of folders, names of objects with their sizes in bytes) directly in a folder, sorted."""
     import_obstore(where)
     found = call(where, lambda store: _obstore().list_with_delimiter(store, where.key or None))
     folders = sorted({one.rstrip("/").rpartition("/")[2] for one in found["common_prefixes"]})
-    names = sorted(one["path"].rpartition("/")[2] for one in found["objects"] if one["path"] != where.key)
-    return folders, names
+    objects = sorted((one["path"], one["size"]) for one in found["objects"] if one["path"] != where.key)
+    return folders, {path.rpartition("/")[2]: size for path, size in objects}
 
 
 def any_below(where: Any) -> bool:

@@ -6,7 +6,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, cast, get_args
 
@@ -330,6 +330,51 @@ def find(pattern: Pattern) -> list[Path]:
     whole = _parsed(text, "path")
     if not _MAGIC.search(whole.key):
         return [cast(Path, whole)] if whole.is_file() else []
+    return [cast(Path, one) for one in _matching_objects(whole)]
+
+
+def sizes_below(folder: RemotePath) -> dict[RemotePath, int]:
+    """The objects at any depth below a folder of a bucket, in the order of their keys, with sizes in bytes."""
+    return {dataclasses.replace(folder, key=one["path"]): one["size"] for one in objects.list_objects(folder)}
+
+
+def sizes_of(pattern: RemotePath) -> dict[RemotePath, int]:
+    """The objects of a bucket that match a glob, sorted, with sizes in bytes."""
+    if _MAGIC.search(pattern.key):
+        return _matching_objects(pattern)
+    try:
+        return {pattern: objects.head(pattern)["size"]} if pattern.key else {}
+    except FileNotFoundError:
+        return {}
+
+
+def sizes_in(folder: PathLike) -> dict[str, int]:
+    """Names of the files directly in a folder, sorted, with sizes in bytes; none where there is no such folder."""
+    folder = as_path(folder)
+    if isinstance(folder, RemotePath):
+        return objects.list_folder(folder)[1]
+    try:
+        with os.scandir(folder) as found:
+            return dict(sorted((one.name, one.stat().st_size) for one in found if one.is_file()))
+    except FileNotFoundError:
+        return {}
+
+
+def are_files(paths: Sequence[Path]) -> list[bool]:
+    """Whether each path is a file; for objects of one bucket, by one listing of what lies below their common folder."""
+    if len(paths) < 2 or not all(isinstance(path, RemotePath) for path in paths):
+        return [path.is_file() for path in paths]
+    remote = cast(Sequence[RemotePath], paths)
+    common = remote[0].parent
+    while not all(path.is_relative_to(common) for path in remote):
+        if not common.key:  # of several buckets
+            return objects.in_parallel(RemotePath.is_file, list(remote))
+        common = common.parent
+    there = sizes_below(common)
+    return [path in there for path in remote]
+
+
+def _matching_objects(whole: RemotePath) -> dict[RemotePath, int]:
     fixed: list[str] = []
     for part in whole.key.split("/"):
         if _MAGIC.search(part):
@@ -337,8 +382,7 @@ def find(pattern: Pattern) -> list[Path]:
         fixed.append(part)
     folder = dataclasses.replace(whole, key="/".join(fixed))
     matches = _matcher(whole.key)
-    keys = [one["path"] for one in objects.list_objects(folder)]
-    return [cast(Path, dataclasses.replace(whole, key=key)) for key in keys if matches(key)]
+    return {path: size for path, size in sizes_below(folder).items() if matches(path.key)}
 
 
 def _matcher(pattern: str, hidden: bool = False):

@@ -2,6 +2,7 @@
 
 import codecs
 import concurrent.futures
+import contextlib
 import gzip
 import io
 import json
@@ -58,7 +59,7 @@ def read_ranges(path: PathLike, spans: list[tuple[int, int]]) -> list[bytes]:
 
 
 class RemoteFile(io.RawIOBase):
-    """An object of a bucket as a raw file: reads one block per request, and the next block ahead."""
+    """An object of a bucket as a raw file: reads one block per request, the first as it is opened, the next ahead."""
 
     BLOCK = 4 << 20
 
@@ -69,12 +70,7 @@ class RemoteFile(io.RawIOBase):
           FileNotFoundError: there is none.
         """
         self._path, self._block, self._position = path, block, 0
-        try:
-            found = objects.head(path)
-        except FileNotFoundError:
-            # The answer to HEAD has no body, so it does not say that there is no such bucket.
-            objects.get(path, (0, 1))
-            raise
+        found, self._begun = objects.open_object(path, block)
         self._size, self._e_tag = found["size"], found["e_tag"]
         self._ahead: dict[int, concurrent.futures.Future[bytes]] = {}
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
@@ -119,6 +115,12 @@ class RemoteFile(io.RawIOBase):
         return b"".join(objects.in_parallel(lambda span: self._fetch(*span), spans))
 
     def _fetch(self, start: int, stop: int) -> bytes:
+        begun, self._begun = self._begun, None
+        if begun is not None and (start, stop) == (0, min(self._block, self._size)):
+            # An answer that breaks off is asked for again.
+            with contextlib.suppress(Exception):
+                if len(data := begun()) == stop:
+                    return data
         return objects.get(self._path, (start, stop), self._e_tag)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from . import objects
@@ -89,12 +89,11 @@ def upload_folder(local: Path, final: RemotePath, last: str) -> None:
     """
     if not (local / last).is_file():
         raise ValueError(f"{final}: the folder has no file {last}, which completes it")
-    if (final / last).is_file():
+    there = {one["path"] for one in objects.list_objects(final)}
+    if (final / last).key in there:
         return
     names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
-    keep = {(final / name).key for name in names}
-    stale = [one["path"] for one in objects.list_objects(final) if one["path"] not in keep]
-    objects.delete(final, stale)
+    objects.delete(final, sorted(there - {(final / name).key for name in names}))
     objects.in_parallel(lambda name: objects.put(final / name, local / name), [name for name in names if name != last])
     objects.put(final / last, local / last)
 
@@ -123,12 +122,22 @@ def remove_tree(path: PathLike, first: str | None = None) -> None:
             raise ValueError(f"{path}: a whole bucket is not removed")
         if first is not None:
             objects.delete(path, [(path / first).key])
-        objects.delete(path, [path.key])
-        objects.delete(path, [one["path"] for one in objects.list_objects(path)])
+        objects.delete(path, [path.key, *(one["path"] for one in objects.list_objects(path))])
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_files(paths: Sequence[Path]) -> None:
+    """Removes files; a missing one is none to remove. Objects of a bucket go together."""
+    remote = [path for path in paths if isinstance(path, RemotePath)]
+    for bucket in {(path.scheme, path.bucket): path for path in remote}.values():
+        keys = [one.key for one in remote if (one.scheme, one.bucket) == (bucket.scheme, bucket.bucket)]
+        objects.delete(bucket, keys)
+    for path in paths:
+        if not isinstance(path, RemotePath):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -63,7 +63,7 @@ def test_an_error_of_a_worker_is_the_users(cluster):
     flags, _ = cluster
     with open_workers(1, [flag.replace("--beam.", "--") for flag in flags]) as workers:
         with pytest.raises(OSError, match="^piece 0: no space left on device$"):
-            workers("failing", fail, [(0,), (0,)], lambda _: False)
+            workers("failing", fail, [(0,), (0,)], lambda pieces: [False for _ in pieces])
     with pytest.raises(ValueError, match="Did you mean --dask_client_address?"):
         with open_workers(1, ["--runner=DaskRunner", "--dask_client_adress=x"]):
             pass

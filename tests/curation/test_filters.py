@@ -202,6 +202,16 @@ def test_files_that_are_no_model_are_refused(tmp_path):
         scoring.LinearClassifier(str(tmp_path / "z.npz"))("text")
 
 
+def test_a_model_that_was_trained_again_is_read_again(tmp_path):
+    path = tmp_path / "model.npz"
+    for text in ("abcdefgh" * 40, "hgfedcba" * 40):
+        scoring.train_ngram([text], path, order=3, bits=12)
+        assert scoring.NgramPerplexity(path)(text) < 1.5
+    for bias in (-3.0, 3.0):
+        scoring.save_linear(path, np.zeros(256), bias, bits=8, classes=["a", "b"])
+        assert scoring.LinearClassifier(path)("text") == pytest.approx(1 / (1 + math.exp(-bias)))
+
+
 def test_bounds_of_a_score():
     one = scoring.ScoreFilter("perplexity", len, maximum=5, languages=("en",))
     assert one.broken(5) is None and one.broken(6) == one.broken(math.nan) == "max_perplexity"

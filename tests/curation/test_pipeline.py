@@ -133,18 +133,20 @@ def test_a_small_corpus_of_two_files_is_work_for_two_workers(tmp_path):
 def test_a_piece_that_fails_leaves_nothing_and_the_next_run_goes_on(run, inputs, config, tmp_path, monkeypatch):
     select, done = stages.select, []
 
-    def failing(work, number):
+    def failing(work, number, parts):
         if len(done) == 2:
             raise OSError("no space left on device")
         done.append(number)
-        select(work, number)
+        select(work, number, parts)
 
     monkeypatch.setattr(stages, "select", failing)
     with pytest.raises(Exception, match="no space left"):
         pipeline.curate(inputs, tmp_path / "out", config)
     monkeypatch.setattr(stages, "extract", lambda *_: pytest.fail("extraction was done"))
     again = []
-    monkeypatch.setattr(stages, "select", lambda work, number: (again.append(number), select(work, number)))
+    monkeypatch.setattr(
+        stages, "select", lambda work, number, parts: (again.append(number), select(work, number, parts))
+    )
     assert not list((tmp_path / "out").rglob("*.tmp"))
     pipeline.curate(inputs, tmp_path / "out", config)
     assert not set(again) & set(done)

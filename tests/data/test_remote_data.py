@@ -258,7 +258,7 @@ def test_a_bucket_that_fails_costs_no_finished_shard(cached, corpus, vocabulary_
     make = functools.partial(prepare, f"{url}/texts", vocabulary_file, f"{url}/cache")
     with FaultProxy(s3) as proxy, environment(s3.through(proxy) | LIMIT):
         proxy.faults = [Fault(r"GET .*c\.jsonl\.zst$", "403", count=10_000)]
-        with pytest.raises(OSError, match=r"c\.jsonl\.zst: cannot be read past line 0: .*no permission"):
+        with pytest.raises(OSError, match=r"c\.jsonl\.zst: no permission"):
             make()
     folder = files.as_path(f"{url}/cache/local_files")
     assert len(list(folder.glob(".train-*.json"))) == 3  # a, b and d come before deep/c
