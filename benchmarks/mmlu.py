@@ -43,7 +43,7 @@ def model(folder, batch):
 """
 OURS = """
 import sys
-from qwen_jax.evaluate import load_engine
+from qwen_jax.generate import load_engine
 from qwen_jax.evaluation.harness import HarnessModel
 def model(folder, batch):
     return HarnessModel(load_engine(folder))

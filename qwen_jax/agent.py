@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-from qwen_jax.command_line import escape, path_argument, quick_imports, run
+from qwen_jax.command_line import add_mesh, escape, path_argument, quick_imports, run
 from qwen_jax.data.chatml import DEFAULT_SYSTEM
 from qwen_jax.data.react import DEFAULT_STYLE, STYLES
 from qwen_jax.files import PathLike
@@ -31,6 +31,7 @@ with quick_imports():
     from qwen_jax.compilation_cache import programs_kept
     from qwen_jax.generate import load_engine
     from qwen_jax.inference import SamplingConfig
+    from qwen_jax.sharding import MeshConfig
 
 
 def show(events: Iterable[Event], out: TextIO) -> None:
@@ -83,6 +84,7 @@ def answer(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str = "float32",
+    mesh: MeshConfig | None = None,
 ) -> Transcript:
     """Answers questions, which are one conversation, and shows it.
 
@@ -92,13 +94,14 @@ def answer(
         out: where the trace goes.
         system, style, rule, most_calls: see `Agent`.
         max_new_tokens, temperature, top_p, seed: of each reply of the model.
+        dtype, mesh: see `load_engine`.
 
     Raises:
         ValueError, OSError: no such checkpoint, or a value out of range.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    engine = load_engine(checkpoint, dtype, slots=1)
+    engine = load_engine(checkpoint, dtype, slots=1, mesh=mesh)
     sampling = SamplingConfig(temperature=temperature, top_p=top_p)
     model = of_engine(engine, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed)
     agent = Agent(model, tools, system=valid_text(system), style=style, rule=rule, most_calls=most_calls)
@@ -155,6 +158,7 @@ def main(argv=None) -> int:
     parser.add_argument("--top_p", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling; default: %(default)s")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    add_mesh(parser)
     parser.add_argument("--verbose", action="store_true", help="log each compiled program")
     options = vars(parser.parse_args(argv))
     if not options.pop("verbose"):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import files
-from qwen_jax.command_line import path_argument, quick_imports, run
+from qwen_jax.command_line import add_mesh, path_argument, quick_imports, run
 from qwen_jax.data.chatml import DEFAULT_SYSTEM, encode_prompt, stop_ids
 from qwen_jax.data.content import (
     NUM_QUERIES,
@@ -426,12 +426,13 @@ def main(argv=None) -> None:
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling; default: 0")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    add_mesh(parser)
     parser.add_argument("--verbose", action="store_true", help="log each compiled program")
     args = parser.parse_args(argv)
     if not args.verbose:
         logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)
     check_files(args.images)
-    engine = load_engine(args.checkpoint, args.dtype, slots=1)
+    engine = load_engine(args.checkpoint, args.dtype, slots=1, mesh=args.mesh)
     settings = defaults(args.checkpoint)
     settings |= {name: value for name in RELEASED if (value := getattr(args, name)) is not None}
     new = int(settings.pop("max_new_tokens"))

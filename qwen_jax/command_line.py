@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -11,9 +12,13 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_jax import files
 from qwen_jax.extras import missing_extra
+
+if TYPE_CHECKING:
+    from qwen_jax.sharding import MeshConfig
 
 # Text that gin adds to the TypeError of a call without its arguments.
 _UNSET = "No values supplied by Gin"
@@ -94,6 +99,29 @@ def pattern_argument(text: str) -> str:
         return files.as_pattern(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
+
+
+def add_mesh(parser: argparse.ArgumentParser, otherwise: str = "one device works") -> None:
+    """Adds `--mesh`, a `MeshConfig` or None; `otherwise` says what is without it."""
+    parser.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,…",
+        help=f"arrangement of all devices of the job, such as data=2,tensor=4; without it, {otherwise}",
+    )
+
+
+def _mesh(text: str) -> "MeshConfig":
+    from qwen_jax.sharding import MeshConfig  # here, as it loads JAX
+
+    names = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.partition("=")
+        if name not in names or not equals or not size.removeprefix("-").isdigit():
+            raise argparse.ArgumentTypeError(f"{part!r}: expected {' or '.join(f'{name}=N' for name in names)}")
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
 
 
 def _expected() -> tuple[type[Exception], ...]:

@@ -9,7 +9,6 @@ The same command goes on with what is in the output directory. On several hosts:
 import argparse
 import collections
 import contextlib
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -19,13 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax import files
-from qwen_jax.command_line import path_argument, quick_imports, quiet, run
+from qwen_jax.command_line import add_mesh, path_argument, quick_imports, quiet, run
 
 with quick_imports():
-    import jax
-
     from qwen_jax.compilation_cache import programs_kept
-    from qwen_jax.conversion import check_rows, load_for_decoding, load_pretrained, load_tokenizer, read_model_config
+    from qwen_jax.conversion import load_tokenizer, read_model_config
     from qwen_jax.conversion.load import weight_files
     from qwen_jax.distributed import hosts
     from qwen_jax.distributed.watchdog import Activity, join_job
@@ -33,8 +30,8 @@ with quick_imports():
     from qwen_jax.evaluation.report_tables import Entry, counts_table, report_tables
     from qwen_jax.evaluation.results_page import markdown_table, write_results
     from qwen_jax.files import PathLike
-    from qwen_jax.inference import Engine
-    from qwen_jax.sharding import MeshConfig, make_mesh
+    from qwen_jax.generate import load_engine
+    from qwen_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
     from qwen_jax.evaluation.benchmark import Benchmark, Example, LeftOut
@@ -43,35 +40,6 @@ log = logging.getLogger(__name__)
 
 SCORES = "scores.json"
 ALL = "all"
-
-
-def load_engine(
-    checkpoint: str | Path,
-    dtype: str = "float32",
-    slots: int = 16,
-    mesh: MeshConfig = MeshConfig(),
-    context_length: int | None = None,
-) -> Engine:
-    """An engine with the model and the tokenizer of a folder in any known format, on all devices of the job.
-
-    Args:
-        slots, context_length: see `Engine`.
-        mesh: where there are several devices.
-
-    Raises:
-        ValueError, OSError: there is no such checkpoint, its tokenizer is missing or another model's, or the mesh does
-            not divide the devices or the model.
-    """
-    tokenizer, config = load_tokenizer(checkpoint), read_model_config(checkpoint)
-    check_rows(tokenizer, config)
-    if config.head != "tokens":
-        raise ValueError(f"{checkpoint} is a reward model: it gives no probabilities of tokens; name a language model")
-    if jax.device_count() == 1:
-        model, params = load_for_decoding(checkpoint, dtype)
-        return Engine(model, params, tokenizer, slots=slots, context_length=context_length)
-    devices = make_mesh(mesh)
-    model, params = load_pretrained(checkpoint, dtype, devices)
-    return Engine(model, params, tokenizer, devices, slots, context_length)
 
 
 def registered() -> "Mapping[str, Benchmark]":
@@ -113,7 +81,7 @@ def evaluate(
     dtype: str = "float32",
     slots: int = 16,
     context_length: int | None = None,
-    mesh: MeshConfig = MeshConfig(),
+    mesh: MeshConfig | None = MeshConfig(),
     activity: Activity | None = None,
 ) -> dict[str, Entry]:
     """Lets a model answer benchmarks; goes on with the answers in `output_dir`.
@@ -161,7 +129,7 @@ def evaluate(
         examples, left_out = {}, {}
         for one in chosen:
             examples[one.name], left_out[one.name] = examples_of(one, data, chat, limit)
-        engine = load_engine(checkpoint, dtype, slots, mesh, context_length)
+        engine = load_engine(checkpoint, dtype, slots, mesh=mesh, context_length=context_length)
         entries: dict[str, Entry] = {}
         for benchmark in chosen:
             some = examples[benchmark.name]
@@ -243,18 +211,6 @@ def finished(folder: Path) -> dict[str, Entry]:
     }
 
 
-def mesh_argument(text: str) -> MeshConfig:
-    """The MeshConfig of `fsdp=4,tensor=2`."""
-    names = [field.name for field in dataclasses.fields(MeshConfig)]
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, equals, size = part.partition("=")
-        if name not in names or not equals or not size.removeprefix("-").isdigit():
-            raise argparse.ArgumentTypeError(f"{part!r}: expected {' or '.join(f'{name}=N' for name in names)}")
-        sizes[name] = int(size)
-    return MeshConfig(**sizes)
-
-
 def list_benchmarks() -> None:
     """Prints all benchmarks with what they expect."""
     from qwen_jax.evaluation.benchmark import Choices
@@ -293,10 +249,7 @@ def parser() -> argparse.ArgumentParser:
         "--context_length", type=int, metavar="N",
         help="tokens of prompt and answer together; longer prompts are cut from the left. Without it, the model's",
     )  # fmt: skip
-    made.add_argument(
-        "--mesh", type=mesh_argument, default=MeshConfig(), metavar="AXIS=N,…",
-        help="arrangement of several devices, such as fsdp=4,tensor=2",
-    )  # fmt: skip
+    add_mesh(made, "their axis is fsdp")
     hosts.add_arguments(made)
     return made
 
@@ -314,7 +267,8 @@ def main(argv=None) -> None:
     logging.getLogger("qwen_jax.inference").setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # SeqIO warns that its evaluator writes no logs of its own
     names = ("checkpoint", "benchmarks", "output_dir", "data_dir", "chat", "limit", "name", "wrong_answers")
-    options = {name: getattr(args, name) for name in (*names, "dtype", "slots", "context_length", "mesh")}
+    options = {name: getattr(args, name) for name in (*names, "dtype", "slots", "context_length")}
+    options["mesh"] = args.mesh or MeshConfig()
     with join_job(hosts.job_config(args), json.dumps(options, default=str)) as watchdog:
         entries = evaluate(activity=watchdog.activity, **options)
     if entries:

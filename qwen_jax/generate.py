@@ -13,37 +13,52 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen_jax import files
-from qwen_jax.command_line import path_argument, quick_imports, run
+from qwen_jax.command_line import add_mesh, path_argument, quick_imports, run
 from qwen_jax.data import content
 from qwen_jax.data.content import Content, Unusable
 from qwen_jax.data.conversations import read_parts
 
 with quick_imports():
     from qwen_jax.compilation_cache import programs_kept
-    from qwen_jax.conversion import check_rows, load_for_decoding, load_tokenizer
+    from qwen_jax.conversion import check_rows, load_for_decoding, load_pretrained, load_tokenizer, read_model_config
     from qwen_jax.inference import Engine, Request, Result, SamplingConfig
     from qwen_jax.inference.constraints import Constraint
     from qwen_jax.pictures import Loaded, check_files, draw_reply, load_content, picture_paths, prompt_with
+    from qwen_jax.sharding import MeshConfig, make_mesh
 
 
 log = logging.getLogger(__name__)
 
 
 def load_engine(
-    checkpoint: files.PathLike, dtype: str = "float32", slots: int = 16, prefix_cache_tokens: int = 0
+    checkpoint: files.PathLike,
+    dtype: str = "float32",
+    slots: int = 16,
+    prefix_cache_tokens: int = 0,
+    *,
+    mesh: MeshConfig | None = None,
+    context_length: int | None = None,
 ) -> Engine:
-    """An engine with the model and the tokenizer of a folder in any known format, on one device.
+    """An engine with the model and the tokenizer of a folder in any known format.
 
     Args:
-      slots, prefix_cache_tokens: see `Engine`.
+      slots, prefix_cache_tokens, context_length: see `Engine`.
+      mesh: arrangement of all devices of the job, which share weights and rows; None: one device.
 
     Raises:
-      ValueError, OSError: there is no such checkpoint, or it has no tokenizer.
+      ValueError, OSError: there is no such checkpoint, its tokenizer is missing or another model's, or the mesh does
+        not divide the devices or the model.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    model, params = load_for_decoding(checkpoint, dtype=dtype)
-    check_rows(tokenizer, model.config)
-    return Engine(model, params, tokenizer, slots=slots, prefix_cache_tokens=prefix_cache_tokens)
+    tokenizer, config = load_tokenizer(checkpoint), read_model_config(checkpoint)
+    check_rows(tokenizer, config)
+    if config.head != "tokens":
+        raise ValueError(f"{checkpoint} is a reward model: it gives no probabilities of tokens; name a language model")
+    devices = None if mesh is None else make_mesh(mesh)
+    if devices is None or devices.size == 1:
+        model, params = load_for_decoding(checkpoint, dtype)
+        return Engine(model, params, tokenizer, None, slots, context_length, prefix_cache_tokens=prefix_cache_tokens)
+    model, params = load_pretrained(checkpoint, dtype, devices)
+    return Engine(model, params, tokenizer, devices, slots, context_length, prefix_cache_tokens=prefix_cache_tokens)
 
 
 def text_request(
@@ -125,6 +140,7 @@ def generate(
     image_label: str = "",
     boxes: str | Path | None = None,
     dtype: str = "float32",
+    mesh: MeshConfig | None = None,
     json_schema: files.PathLike | None = None,
     **options,
 ) -> Iterator[str]:
@@ -137,13 +153,14 @@ def generate(
       image_label: text before each picture, see `qwen_jax.data.content.with_labels`.
       boxes: folder for the last picture with the boxes of the continuation, whose path is logged; None: none.
       dtype: compute dtype, "float32" or "bfloat16".
+      mesh: see `load_engine`.
       json_schema: file with the schema of the JSON that continuations are constrained to; None: any text.
 
     Raises:
       ValueError, OSError: no such checkpoint, picture or schema, or a value out of range.
     """
     check_files(images)
-    engine = load_engine(checkpoint, dtype, slots=1)
+    engine = load_engine(checkpoint, dtype, slots=1, mesh=mesh)
     whole, loaded = load_content(engine, prompt_with(images, prompt), image_label)
     constraint = schema_constraint(engine, json_schema)
     pieces = engine.stream(text_request(engine, whole, images=loaded, constraint=constraint, **options))
@@ -187,6 +204,7 @@ def generate_all(
     image_folder: str | Path = "",
     image_label: str = "",
     dtype: str = "float32",
+    mesh: MeshConfig | None = None,
     slots: int = 16,
     seed: int = 0,
     json_schema: files.PathLike | None = None,
@@ -197,7 +215,7 @@ def generate_all(
     Args:
       prompts: as `read_prompts` gives them. Their pictures are read when it is their turn.
       image_folder: that the relative paths of pictures begin in.
-      checkpoint, image_label, dtype, json_schema, options: as in `generate`.
+      checkpoint, image_label, dtype, mesh, json_schema, options: as in `generate`.
       slots: the largest number of prompts in one batch.
 
     Raises:
@@ -206,7 +224,7 @@ def generate_all(
     """
     for number, prompt in enumerate(prompts):
         check_files(picture_paths(prompt, image_folder), f"prompt {number}: ")
-    engine = load_engine(checkpoint, dtype, slots)
+    engine = load_engine(checkpoint, dtype, slots, mesh=mesh)
     constraint = schema_constraint(engine, json_schema)
 
     def requests() -> Iterator[Request]:
@@ -283,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    add_mesh(parser)
     parser.add_argument("--slots", type=int, default=16, help="number of prompts in one batch (with --prompts)")
     parser.add_argument("--verbose", action="store_true", help="log each compiled program")
     return parser

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_jax import files
 from qwen_jax.chat import stated
-from qwen_jax.command_line import path_argument, quick_imports, run
+from qwen_jax.command_line import add_mesh, path_argument, quick_imports, run
 from qwen_jax.data.react import DEFAULT_STYLE, TRAINED_STYLES
 
 with quick_imports():
@@ -27,6 +27,7 @@ with quick_imports():
     from qwen_jax.compilation_cache import programs_kept
     from qwen_jax.generate import load_engine
     from qwen_jax.inference import Engine, Request, SamplingConfig
+    from qwen_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
     from qwen_jax.serving.server import Server
@@ -81,6 +82,7 @@ def serve(
     api_key: str | None = None,
     model_name: str | None = None,
     dtype: str = "float32",
+    mesh: MeshConfig | None = None,
     slots: int = 16,
     prefix_cache_tokens: int = 4096,
     max_waiting: int = 64,
@@ -99,6 +101,7 @@ def serve(
         api_key: key that clients must send; None: none.
         model_name: name of the model; by default that of the folder.
         dtype: compute dtype, "float32" or "bfloat16".
+        mesh: arrangement of all devices, which share weights and rows; None: one device.
         slots: the largest number of replies that are generated together.
         prefix_cache_tokens: tokens of prompts and replies whose keys and values are kept, so that what begins alike is
             computed once; 0: none.
@@ -124,7 +127,7 @@ def serve(
     _check_limits(max_waiting, grace_seconds, slots, api_key, **sizes)
     with bind(host, port) as sock:
         print(f"loading {checkpoint}", flush=True)
-        engine = load_engine(checkpoint, dtype, slots, prefix_cache_tokens)
+        engine = load_engine(checkpoint, dtype, slots, prefix_cache_tokens, mesh=mesh)
         sampling = sampling_of(checkpoint)
         print("compiling", flush=True)
         compile_first(engine, sampling)
@@ -175,6 +178,7 @@ def main(argv=None) -> None:
         help=f"key that clients must send; better in the environment, where no other user sees it: {API_KEY_VARIABLE}",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    add_mesh(parser)
     parser.add_argument("--slots", type=int, default=16, help="replies that are generated together; default: 16")
     parser.add_argument(
         "--prefix_cache_tokens",

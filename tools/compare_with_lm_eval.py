@@ -24,12 +24,14 @@ from qwen_jax import files
 from qwen_jax.command_line import path_argument, run
 from qwen_jax.conversion import convert
 from qwen_jax.conversion.load import detect_format
-from qwen_jax.evaluate import find_benchmarks, load_engine
+from qwen_jax.evaluate import find_benchmarks
 from qwen_jax.evaluation.benchmark import Benchmark, Choices, Example, judged
 from qwen_jax.evaluation.benchmark_tasks import read_examples
 from qwen_jax.evaluation.evaluator import answer, first_of_subjects, new_tokens
 from qwen_jax.evaluation.records import Records
+from qwen_jax.generate import load_engine
 from qwen_jax.inference import Engine
+from qwen_jax.sharding import MeshConfig
 
 # HFLM leaves control tokens out of a text, our evaluation writes their names.
 _CONTROL = re.compile(r"<\|(?:endoftext|im_start|im_end|extra_\d+)\|>")
@@ -130,7 +132,7 @@ def compare(
     """
     from lm_eval.models.huggingface import HFLM
 
-    engine = load_engine(checkpoint, context_length=context_length)
+    engine = load_engine(checkpoint, mesh=MeshConfig(), context_length=context_length)
     benchmarks = find_benchmarks(names)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -20,12 +20,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qwen_jax import files
-from qwen_jax.command_line import path_argument, quiet, run
+from qwen_jax.command_line import add_mesh, path_argument, quiet, run
 from qwen_jax.compilation_cache import programs_kept
-from qwen_jax.evaluate import load_engine, mesh_argument
 from qwen_jax.evaluation.perplexity import Text, measure, table
 from qwen_jax.evaluation.report_tables import Table
 from qwen_jax.evaluation.results_page import markdown_table
+from qwen_jax.generate import load_engine
 from qwen_jax.sharding import MeshConfig
 
 LABELS = ("language", "domain")
@@ -80,9 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--context_length", type=int, help="tokens of a window (default: the model's)")
     parser.add_argument("--stride", type=int, help="tokens between two windows (default: half of a window)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    parser.add_argument("--mesh", type=mesh_argument, default=MeshConfig(), metavar="AXIS=N,…", help="several devices")
+    add_mesh(parser, "their axis is fsdp")
     args = parser.parse_args(argv)
-    engine = load_engine(args.checkpoint, args.dtype, 1, args.mesh, args.context_length)
+    mesh = args.mesh or MeshConfig()
+    engine = load_engine(args.checkpoint, args.dtype, slots=1, mesh=mesh, context_length=args.context_length)
     stride = engine.context_length // 2 if args.stride is None else args.stride
     paths = [str(path) for _, path in args.texts]
     texts = (read_texts(path, args.text_field, args.limit, domain) for domain, path in args.texts)

@@ -41,6 +41,24 @@ def test_a_file_of_prompts(run_folder, tmp_path, capsys):
     assert all(line["log_prob"] < 0 for line in lines)
 
 
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "tensor=4,fsdp=-1", "data=8,fsdp=1"])
+def test_all_devices_write_what_one_does(run_folder, mesh, capsys):
+    main(["--checkpoint", str(run_folder), "--prompt", "hello", "--max_new_tokens", "24", "--mesh", mesh])
+    expected = "".join(generate(checkpoint=run_folder, prompt="hello", max_new_tokens=24))
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_mesh_that_cannot_be_is_named(run_folder, capsys):
+    flags = ["--checkpoint", str(run_folder), "--prompt", "hello"]
+    with pytest.raises(ValueError, match=r"mesh data=3, fsdp=-1, .* does not divide 8"):
+        main([*flags, "--mesh", "data=3"])
+    with pytest.raises(ValueError, match="tensor"):
+        main([*flags, "--mesh", "tensor=8"])  # the model has 4 heads
+    with pytest.raises(SystemExit):
+        main([*flags, "--mesh", "rows=2"])
+    assert "'rows=2': expected data=N or fsdp=N" in capsys.readouterr().err
+
+
 def test_a_line_without_a_prompt_is_named(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n')

@@ -23,9 +23,10 @@ def run_folder(tmp_path_factory):
     return random_run(tmp_path_factory.mktemp("serve"), **sizes)
 
 
-def test_the_command_answers_until_sigterm(run_folder, plain_environment):
-    command = [python(), "-m", "qwen_jax.serve", "--checkpoint", str(run_folder), "--port", "0", "--slots", "2"]
-    environment = plain_environment | {"QWEN_JAX_API_KEY": "secret"}
+@pytest.mark.parametrize(("devices", "flags"), [(1, []), (2, ["--mesh", "data=2"])])
+def test_the_command_answers_until_sigterm(run_folder, plain_environment, devices, flags):
+    command = [python(), "-m", "qwen_jax.serve", "--checkpoint", str(run_folder), "--port", "0", "--slots", "2", *flags]
+    environment = plain_environment | {"QWEN_JAX_API_KEY": "secret", "JAX_NUM_CPU_DEVICES": str(devices)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
