@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Text that gin adds to the TypeError of a call without its arguments.
 _UNSET = "No values supplied by Gin"
+_INTERRUPTED = 128 + signal.SIGINT
 _TENSORFLOW_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 # Other characters than these control a terminal or cannot be seen: escapes, direction marks, line separators.
 _HARMLESS = {"\n", "\t"}
@@ -29,7 +31,7 @@ _ESCAPED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs an entry point; an expected error becomes one line on standard error and exit code 2.
+    """Runs an entry point; an expected error becomes one line on standard error and exit code 2, Ctrl-C code 130.
 
     With QWEN_JAX_TRACEBACK=1 in the environment, the traceback is shown instead. A process of a job of several skips
     JAX's shutdown, which would wait for the others.
@@ -39,6 +41,13 @@ def run(main: Callable[[], int | None]) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         sys.exit(main() or 0)
+    except KeyboardInterrupt as error:
+        if os.environ.get("QWEN_JAX_TRACEBACK") == "1":
+            raise
+        print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
+        if _in_a_job():
+            _leave(_INTERRUPTED)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         expected = isinstance(error, _expected()) or _UNSET in str(error)
         expected = expected or missing_extra(error) is not None
@@ -99,6 +108,13 @@ def pattern_argument(text: str) -> str:
         return files.as_pattern(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
+
+
+def positive(text: str) -> int:
+    """`type` of an argparse flag that is an integer of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
 
 
 def add_mesh(parser: argparse.ArgumentParser, otherwise: str = "one device works") -> None:

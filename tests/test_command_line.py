@@ -21,6 +21,21 @@ def test_a_system_that_cannot_isolate_programs_is_told_in_one_line(monkeypatch, 
     assert capsys.readouterr().err == "error: this system cannot isolate programs: allow user namespaces\n"
 
 
+def test_ctrl_c_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(command_line.logging, "basicConfig", lambda **options: None)
+    for words, said in (((), "interrupted\n"), (("all is saved",), "interrupted: all is saved\n")):
+
+        def main(words=words):
+            raise KeyboardInterrupt(*words)
+
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(main)
+        assert ended.value.code == 130 and capsys.readouterr().err == said
+    monkeypatch.setenv("QWEN_JAX_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        command_line.run(main)
+
+
 def test_a_command_that_runs_no_programs_does_not_load_the_sandbox(root, plain_environment):
     loaded = "import sys, qwen_jax.command_line; print('qwen_jax.sandbox' in sys.modules)"
     done = subprocess.run(

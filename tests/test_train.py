@@ -170,7 +170,8 @@ command_line.run(train.main)
 """
 
 
-def test_sigterm_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp_path):
+@pytest.mark.parametrize(("number", "code", "cause"), [(signal.SIGTERM, 0, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp_path, number, code, cause):
     output, told = tmp_path / "run", tmp_path / "told"
     program = [
         python(),
@@ -182,10 +183,11 @@ def test_sigterm_saves_and_ends_cleanly(corpus, unbroken, plain_environment, tmp
     while not losses(output):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     told.touch()
     _, stderr = process.communicate()
-    assert process.returncode == 0 and "stopped by SIGTERM after step" in stderr
+    assert process.returncode == code and f"stopped by {cause} after step" in stderr and "Traceback" not in stderr
+    assert ("interrupted: the run is saved, and the same command goes on" in stderr) == (number == signal.SIGINT)
     stopped = losses(output)[-1][0]
     assert stopped < 40 and [p.name for p in (output / "checkpoints").iterdir()] == [str(stopped)]
     done = subprocess.run(command(corpus, output), env=plain_environment, capture_output=True, text=True)

@@ -11,8 +11,6 @@ or the workers of a cluster, where `--beam.OPTION=VALUE` is handed to Beam as `-
 with the next shard.
 """
 
-import argparse
-
 import task_arguments
 
 from qwen_jax import command_line
@@ -33,9 +31,14 @@ def main(argv: list[str] | None = None) -> None:
         "--splits", default="train,validation", help="splits, separated by commas (default: %(default)s)"
     )
     parser.add_argument(
-        "--num_workers", type=_positive, default=1, help="worker processes on this machine (default: %(default)s)"
+        "--num_workers",
+        type=command_line.positive,
+        default=1,
+        help="worker processes on this machine (default: %(default)s)",
     )
-    parser.add_argument("--num_shards", type=_positive, help="shards of packed examples (default: one for 32M tokens)")
+    parser.add_argument(
+        "--num_shards", type=command_line.positive, help="shards of packed examples (default: one for 32M tokens)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed for the order of documents (default: %(default)s)")
     parser.add_argument(
         "--packing",
@@ -74,13 +77,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{m.task:24} {m.split:10} {m.records:>12,} {m.tokens:>16,} {m.documents:>12,} {ratio:>11.3f}")
         for line in removed_lines(m):
             print(f"    {line}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -263,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         for chip in arguments.chips
         if size in STAGES[stage].updates
     ]
+    if not wanted:
+        raise ValueError(f"no stage of {', '.join(arguments.stages)} is one of {', '.join(arguments.sizes)}")
     if unknown := set(arguments.again) - {name_of(*one) for one in wanted}:
         raise ValueError(f"--again {sorted(unknown)[0]}: no such program; one is {name_of(*wanted[0])}")
     again, failed = set(arguments.again), []

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,10 +163,19 @@ def tell(
         arguments.output = whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole
     with contextlib.chdir(ROOT):  # where the steps run
         arguments.output.mkdir(parents=True, exist_ok=True)
-        with files.locked(arguments.output):
+        with files.locked(arguments.output), _going_on_later():
             go(arguments.output, steps(arguments))
             holds = closing(arguments, time.monotonic() - began)
     return 0 if holds or arguments.rehearse else 1
+
+
+@contextlib.contextmanager
+def _going_on_later() -> Generator[None]:
+    """Says after Ctrl-C what comes next."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from here") from None
 
 
 def run(main: Callable[[], int]) -> None:

@@ -1,5 +1,6 @@
-"""SIGTERM, which schedulers send before they take a machine away, as a request to save and stop."""
+"""Signals as a request to save and stop: SIGTERM, which schedulers send first, and Ctrl-C (SIGINT)."""
 
+import os
 import signal
 import threading
 
@@ -8,21 +9,34 @@ from jax.experimental import multihost_utils
 
 
 class PreemptionHandler:
-    """While open, SIGTERM requests a save and a clean end instead of ending the process.
+    """While open, SIGTERM and Ctrl-C request a save and a clean end instead of ending the process.
 
-    In a job of several processes JAX receives the signal, whichever process gets it, and chooses a step for all.
+    After Ctrl-C the end is a KeyboardInterrupt, so that a script does not go on; a second one does not wait for the
+    save. In a job of several processes JAX receives SIGTERM, whichever process gets it, and chooses a step for all.
+
+    Attributes:
+      cause: name of what requests the end.
     """
+
+    cause = "SIGTERM"
 
     def __enter__(self):
         self._requested = False
         self._alone = jax.process_count() == 1
         self._handles = self._alone and threading.current_thread() is threading.main_thread()
         if self._handles:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+            numbers = [signal.SIGTERM]
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a script's jobs in the background
+                numbers.append(signal.SIGINT)
+            self._previous = {one: signal.signal(one, self._request) for one in numbers}
         return self
 
-    def _request(self, *_):
+    def _request(self, number: int, _frame) -> None:
         self._requested = True
+        if number == signal.SIGINT:
+            self.cause = "Ctrl-C"
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+            os.write(2, b"\nsaving after this step; Ctrl-C once more ends without it\n")
 
     def should_stop(self, step: int) -> bool:
         """Whether the run stops after `step`: the same answer in every process."""
@@ -30,6 +44,9 @@ class PreemptionHandler:
             self._requested = multihost_utils.reached_preemption_sync_point(step)
         return self._requested
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self._handles:
-            signal.signal(signal.SIGTERM, self._previous)
+            for one, handler in self._previous.items():
+                signal.signal(one, handler)
+        if kind is None and self.cause == "Ctrl-C":
+            raise KeyboardInterrupt("the run is saved, and the same command goes on with it")

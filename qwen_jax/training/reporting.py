@@ -91,8 +91,8 @@ class Reporter(Callback):
         self._write_goodput(trainer.step)
         if trainer.step < trainer.config.train_steps:
             trainer.writer.say(
-                f"stopped by SIGTERM after step {trainer.step}, saved in {trainer.run_folder.folder}; the same command "
-                f"goes on"
+                f"stopped by {trainer.stopped_by} after step {trainer.step}, saved in {trainer.run_folder.folder}; "
+                f"the same command goes on"
             )
         trainer.writer.say(str(self._goodput))
 

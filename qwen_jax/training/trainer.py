@@ -208,12 +208,13 @@ class Trainer:
         self.latest.update(values)
 
     def run(self) -> dict[str, float]:
-        """Trains to the last step, or until SIGTERM.
+        """Trains to the last step, or until SIGTERM or Ctrl-C.
 
         Returns:
           The last metrics, with "step".
 
         Raises:
+          KeyboardInterrupt: Ctrl-C came, and the run is saved.
           TrainingDiverged: the loss or the gradient became infinite or NaN; nothing is saved after that.
           OutOfMemory: a step needs more memory than the devices have.
         """
@@ -266,6 +267,7 @@ class Trainer:
                     callback.act(self)
                 for callback in callbacks:
                     callback.resume(self)
+        self.stopped_by = stop.cause
         self.settle()
         for callback in reversed(callbacks):
             callback.end(self)

@@ -110,6 +110,12 @@ def test_a_program_that_is_not_compiled_is_named_and_does_not_stop_the_others(po
     assert "### Qwen-7B on NVIDIA H200, $3.80 a chip-hour" in (tmp_path / "pods.md").read_text()
 
 
+def test_stages_that_no_size_has_are_named(pods, tmp_path):
+    with pytest.raises(ValueError, match="no stage of .* is one of 14b"):
+        alone = next(name for name, stage in pods.STAGES.items() if "14b" not in stage.updates)
+        pods.main(["--stages", alone, "--sizes", "14b", "--again", "x", "--records", str(tmp_path / "records.json")])
+
+
 @pytest.mark.parametrize("more", [{}, {"message": "too little memory"}])
 def test_what_does_not_fit_is_kept(pods, more):
     report = {"fits": False, "memory_limit_bytes": 2**34, "memory_need_bytes": 2**35, **more}
