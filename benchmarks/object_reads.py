@@ -56,6 +56,9 @@ class Server:
         data, status, more = self._contents[key], "200 OK", {}
         if "range" in headers:
             start, stop = (int(number) for number in headers["range"].removeprefix("bytes=").split("-"))
+            if start >= len(data):
+                return _response("416 Range Not Satisfiable", b"<Error><Code>InvalidRange</Code></Error>")
+            stop = min(stop, len(data) - 1)
             more = {"Content-Range": f"bytes {start}-{stop}/{len(data)}"}
             data, status = data[start : stop + 1], "206 Partial Content"
         return _response(status, data, more, body=method != "HEAD")
