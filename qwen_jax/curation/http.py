@@ -22,6 +22,8 @@ _CHUNK_END = re.compile(rb"\r?\n")
 _CHARSET = re.compile(r"charset\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s;,\"']+))", re.IGNORECASE)
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# Frames follow one another, and between them there may be some that readers skip (RFC 8878, 3.1).
+_ZSTD_FRAME = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _MAX_LAYERS = 4
 _BLOCK = 1 << 12
 
@@ -148,16 +150,20 @@ def _inflate(inflate, body: memoryview, limit: int) -> tuple[int, bytes]:
 
 
 def _unzstd(body: bytes, max_bytes: int) -> bytes:
-    frame, parts, size = zstandard.ZstdDecompressor().decompressobj(), [], 0
+    decompressor, parts, size, place = zstandard.ZstdDecompressor(), [], 0, 0
     try:
-        for place in range(0, len(body), 1 << 8):  # a block of four bytes can stand for 128 KiB
-            parts.append(frame.decompress(body[place : place + (1 << 8)]))
-            size += len(parts[-1])
-            if frame.eof or size > max_bytes:
-                return b"".join(parts)
+        while size <= max_bytes and _ZSTD_FRAME.match(body, place):
+            frame = decompressor.decompressobj()
+            while not frame.eof and size <= max_bytes:
+                if place == len(body):
+                    raise BrokenBody("cut off")
+                block = body[place : place + (1 << 8)]  # a block of four bytes can stand for 128 KiB
+                parts.append(frame.decompress(block))
+                size += len(parts[-1])
+                place += len(block) - len(frame.unused_data)
     except zstandard.ZstdError as error:
         raise BrokenBody(str(error)) from error
-    raise BrokenBody("cut off")
+    return b"".join(parts)
 
 
 def _unbrotli(body: bytes, max_bytes: int) -> bytes:
