@@ -36,6 +36,19 @@ def test_ctrl_c_is_told_in_one_line(monkeypatch, capsys):
         command_line.run(main)
 
 
+def test_a_command_ends_without_looking_for_garbage(root, plain_environment):
+    program = (
+        "import atexit, gc, qwen_jax.command_line\n"
+        "atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count() > 1000))\n"
+        "qwen_jax.command_line.run(lambda: None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=plain_environment, capture_output=True, text=True, check=True
+    )
+    left, frozen = done.stdout.split()
+    assert int(left) < 1000 and frozen == "True"
+
+
 def test_a_command_that_runs_no_programs_does_not_load_the_sandbox(root, plain_environment):
     loaded = "import sys, qwen_jax.command_line; print('qwen_jax.sandbox' in sys.modules)"
     done = subprocess.run(
