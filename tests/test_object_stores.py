@@ -189,6 +189,20 @@ def test_many_files_are_looked_for_by_one_request(store, tmp_path):
     assert files.are_files([folder / "d/e", other]) == [True, False]
 
 
+def test_an_object_that_is_missing_keeps_no_others_from_being_deleted(stores):  # noqa: F811
+    store = stores["gs"]
+    folder = files.as_path(store.folder())
+    names = [f"{number:02d}" for number in range(20)]
+    with FaultProxy(store) as proxy, through(store, proxy):
+        # Cloud Storage answers so, and the server of these tests does not.
+        proxy.faults.append(Fault(f"DELETE .*/({folder.name}|none)$", "404", count=4))
+        for remove in (files.remove_tree, lambda _: files.remove_files([folder / name for name in ("none", *names)])):
+            for name in names:
+                (folder / name).write_text(name)
+            remove(folder)
+            assert not folder.exists()
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_lines_of_json_are_read_decompressed(stores, tmp_path, suffix):  # noqa: F811
     import gzip

@@ -8,7 +8,6 @@ obstore's threads do not survive a fork: a process that has used a bucket starts
 """
 
 import concurrent.futures
-import contextlib
 import datetime
 import functools
 import os
@@ -319,9 +318,17 @@ class Upload:
 def delete(where: Any, keys: list[str]) -> None:
     """Deletes objects of the bucket of `where`; missing ones are none to delete."""
     import_obstore(where)
+
+    def delete_all(some: list[str]) -> None:
+        try:
+            call(where, lambda store: _obstore().delete(store, some))
+        except FileNotFoundError:
+            # Cloud Storage says so of one that is missing, and obstore leaves those after it.
+            if len(some) > 1:
+                in_parallel(lambda key: delete_all([key]), some)
+
     for start in range(0, len(keys), 1000):
-        with contextlib.suppress(FileNotFoundError):
-            call(where, lambda store, some=keys[start : start + 1000]: _obstore().delete(store, some))
+        delete_all(keys[start : start + 1000])
 
 
 def copy_within(source: Any, final: Any) -> bool:
