@@ -76,19 +76,23 @@ def list_files(
 def _matches(pattern: str) -> tuple[list[str], bool]:
     """The files of a folder or glob, and whether it is a folder; hidden ones are left out."""
     if files.is_remote(pattern):
-        folder = f"{pattern.rstrip('/')}/**"
-        # What has a suffix is a file or a glob, most likely; each look is a request.
-        looks = (pattern, folder) if "." in os.path.basename(pattern) else (folder, pattern)
-        for look in looks:
-            if found := [str(path) for path in files.find(look)]:
-                return found, look is folder
-        return [], False
+        return _remote_matches(files.as_path(pattern))
     if is_folder := os.path.isdir(pattern):
         matches = glob.glob(os.path.join(glob.escape(pattern), "**", "*"), recursive=True)
     else:
         # A name such as `part[1].jsonl` is itself before it is a pattern.
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     return [path for path in matches if os.path.isfile(path)], is_folder
+
+
+def _remote_matches(path) -> tuple[list[str], bool]:
+    """As `_matches`, in a bucket."""
+    # Each look is a request, and what has neither a suffix nor a wildcard is a folder, most likely.
+    as_folder = "." not in path.name and not any(letter in path.key for letter in "*?[")
+    for is_folder in (as_folder, not as_folder):
+        if found := files.find(f"{path}/**" if is_folder else path):
+            return [str(one) for one in found], is_folder
+    return [], False
 
 
 @functools.lru_cache(maxsize=64)  # a task lists its files several times; once is enough to say it

@@ -319,7 +319,8 @@ def _checked_key(key: str, where: str) -> str:
 def find(pattern: Pattern) -> list[Path]:
     """Files, and folders, that match a glob (`*`, `?`, `[…]`, and `**` for folders at any depth), sorted by their text.
 
-    As in a shell, only a pattern with a leading dot matches hidden names. In a bucket, only objects match.
+    As in a shell, only a pattern with a leading dot matches hidden names. In a bucket, only objects match, and one
+    that has the pattern as its name matches alone.
 
     Raises:
       ValueError, OSError: as `as_path`; the bucket cannot be read.
@@ -339,7 +340,7 @@ def sizes_below(folder: RemotePath) -> dict[RemotePath, int]:
 
 
 def sizes_of(pattern: RemotePath) -> dict[RemotePath, int]:
-    """The objects of a bucket that match a glob, sorted, with sizes in bytes."""
+    """The objects of a bucket that `find` finds, sorted, with sizes in bytes."""
     if _MAGIC.search(pattern.key):
         return _matching_objects(pattern)
     try:
@@ -380,9 +381,11 @@ def _matching_objects(whole: RemotePath) -> dict[RemotePath, int]:
         if _MAGIC.search(part):
             break
         fixed.append(part)
-    folder = dataclasses.replace(whole, key="/".join(fixed))
+    there = sizes_below(dataclasses.replace(whole, key="/".join(fixed)))
+    if whole in there:  # a name such as `part[1].jsonl` is itself before it is a pattern
+        return {whole: there[whole]}
     matches = _matcher(whole.key)
-    return {path: size for path, size in sizes_below(folder).items() if matches(path.key)}
+    return {path: size for path, size in there.items() if matches(path.key)}
 
 
 def _matcher(pattern: str, hidden: bool = False):

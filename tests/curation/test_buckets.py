@@ -107,6 +107,13 @@ def test_a_run_asks_little_of_a_bucket(s3, corpora, config):  # noqa: F811
     assert methods["HEAD"] <= 20 and len(listings) <= 30, (methods, listings)
 
 
+def test_a_name_with_characters_of_globs_is_itself_before_it_is_a_pattern(s3):  # noqa: F811
+    folder = files.as_path(s3.folder())
+    for name in ("part1.jsonl", "part[1].jsonl"):
+        files.write_text(folder / name, "{}")
+        assert sources.list_source("web", [f"{folder}/part[1].jsonl"]).files == ((f"{folder}/{name}", 2),)
+
+
 @pytest.mark.parametrize("small", [0, 1 << 20])
 def test_rows_and_slices_of_arrays(s3, tmp_path, small, monkeypatch):  # noqa: F811
     monkeypatch.setattr(storage, "_SMALL", small)

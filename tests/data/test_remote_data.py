@@ -82,13 +82,17 @@ def cached(stores, corpus, vocabulary_file, tmp_path_factory):  # noqa: F811
 def test_a_corpus_in_a_bucket_is_that_of_a_disk(stores, corpus, scheme):  # noqa: F811
     url = stores[scheme].folder("texts")
     upload(corpus, url)
-    for pattern in ("", "/**/*.jsonl*", "/*.txt", "/deep", "/a.jsonl", "/[ab].jsonl*"):
+    for pattern in ("", "/**/*.jsonl*", "/*.txt", "/deep", "/a.jsonl", "/[ab].jsonl*", "/[a-e]*", "/dee*/*"):
         local = [path.relative_to(corpus).as_posix() for path in list_files(f"{corpus}{pattern}")]
         assert [str(path).removeprefix(f"{url}/") for path in list_files(url + pattern)] == local
     with pytest.raises(FileNotFoundError, match=r"no file of a corpus matches '.*/nothing\*'"):
         list_files(f"{url}/nothing*")
     with pytest.raises(ValueError, match=r"left\.bin: unknown suffix"):
         list_files(f"{url}/*.bin")
+    for name in ("part[1].jsonl", "part1.jsonl"):
+        files.write_text(files.as_path(url) / name, "{}")
+        assert [path.name for path in list_files(f"{url}/part[1].jsonl")] == [name]
+        files.remove_tree(files.as_path(url) / name)
 
 
 def test_what_is_cached_in_a_bucket_has_the_bytes_of_a_disk(cached):
