@@ -47,7 +47,8 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as error:
         if os.environ.get("QWEN_JAX_TRACEBACK") == "1":
             raise
-        print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
         if _in_a_job():
             _leave(_INTERRUPTED)
         sys.exit(_INTERRUPTED)

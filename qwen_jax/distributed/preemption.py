@@ -1,5 +1,6 @@
 """Signals as a request to save and stop: SIGTERM, which schedulers send first, and Ctrl-C (SIGINT)."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -36,7 +37,8 @@ class PreemptionHandler:
         if number == signal.SIGINT:
             self.cause = "Ctrl-C"
             signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
-            os.write(2, b"\nsaving after this step; Ctrl-C once more ends without it\n")
+            with contextlib.suppress(OSError):  # nobody may read it any more: Ctrl-C ends `tee`, too
+                os.write(2, b"\nsaving after this step; Ctrl-C once more ends without it\n")
 
     def should_stop(self, step: int) -> bool:
         """Whether the run stops after `step`: the same answer in every process."""

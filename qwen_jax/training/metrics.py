@@ -1,9 +1,11 @@
 """Writers of the metrics of a run: a JSON-lines file, TensorBoard, and a progress bar."""
 
+import contextlib
 import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,6 +42,23 @@ def _summary_writer():
     return SummaryWriter
 
 
+class _Screen:
+    """Standard error while someone reads it: Ctrl-C ends `tee`, too, and the run is still to be saved."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """Writes what can be written."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Hands on what can be handed on."""
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
 class MetricsWriter:
     """Writes `metrics.jsonl`, TensorBoard events and the progress bar of one run.
 
@@ -55,7 +74,9 @@ class MetricsWriter:
         files.write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(folder / METRICS_FILE, "a", buffering=1)
         self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
+        self._screen = _Screen()
         self._bar = tqdm(
+            file=self._screen,
             total=total_steps,
             initial=start_step,
             unit="step",
@@ -84,7 +105,7 @@ class MetricsWriter:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(text, file=self._screen)
 
     def close(self) -> None:
         """Flushes and closes the files."""

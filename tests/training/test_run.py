@@ -1,9 +1,16 @@
 """A run folder in use: one holder at a time, nothing foreign, nothing left of a start that did nothing."""
 
+import io
+import os
+import signal
+import sys
+
 import pytest
 
 from qwen_jax.checkpoints.run_folder import CheckpointError, check_same_model, write_run_files
+from qwen_jax.distributed.preemption import PreemptionHandler
 from qwen_jax.distributed.watchdog import Watchdog
+from qwen_jax.training.metrics import MetricsWriter
 from qwen_jax.training.run import open_run
 from tests.fakes import small_model
 
@@ -60,3 +67,28 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match=message), open_run(tmp_path / name, same):
             pass
     assert not (tmp_path / "foreign" / ".lock").exists()
+
+
+def broken(*_):
+    raise BrokenPipeError
+
+
+def test_ctrl_c_saves_where_nobody_reads_the_screen_any_more(tmp_path, monkeypatch):
+    """As in `train 2>&1 | tee log`, where it ends `tee`, too."""
+    with pytest.raises(KeyboardInterrupt, match="the run is saved"), PreemptionHandler() as stop:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", broken)
+            signal.raise_signal(signal.SIGINT)
+        assert stop.should_stop(1) and stop.cause == "Ctrl-C"
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    writer = MetricsWriter(tmp_path, 0, 2)
+    writer.say("seen")
+    assert "0/2" in screen.getvalue() and "seen" in screen.getvalue()
+    monkeypatch.setattr(screen, "write", broken)
+    monkeypatch.setattr(screen, "flush", broken)
+    writer.progress(2, {"loss": "1.0"})
+    writer.say("not seen")
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2, "loss": 1.0}\n'
