@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from shown_commands import ROOT, call, show, title
+from shown_commands import ROOT, call, run, show, title
 
 FOLDER = Path("runs/demo")
 VOCABULARY, CACHE, RUN, CONVERTED = (FOLDER / name for name in ("vocabulary.tiktoken", "cache", "run", "qwen2"))
@@ -114,7 +114,4 @@ next: train longer      make the demo's training command again with --gin.TRAIN_
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: a step failed with exit code {error.returncode}; its message is above")
+    run(main)

@@ -54,7 +54,7 @@ def show(arguments: list) -> list[str]:
 
 
 def call(*arguments) -> None:
-    """Runs a command to its end. On Linux it ends with this process, also where that is killed.
+    """Runs a command to its end, after Ctrl-C as well. On Linux it ends with this process, also where that is killed.
 
     Raises:
       subprocess.CalledProcessError: it fails.
@@ -69,7 +69,18 @@ def call(*arguments) -> None:
             if os.getppid() != parent:
                 os._exit(1)
 
-    subprocess.run(show(list(arguments)), cwd=ROOT, check=True, preexec_fn=end_with_parent)
+    process = subprocess.Popen(show(list(arguments)), cwd=ROOT, preexec_fn=end_with_parent)
+    try:
+        process.wait()
+    except BaseException:
+        # Ctrl-C came to the command as well, which may save what it has done; it does not wait for a second one.
+        with contextlib.suppress(KeyboardInterrupt):
+            process.wait()
+        process.kill()
+        process.wait()
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 def finished(folder: Path) -> dict[tuple[str, ...], float]:

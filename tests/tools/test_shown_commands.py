@@ -1,6 +1,8 @@
 """tools/shown_commands.py: a step is finished once, its time is kept, and it ends with the tool that runs it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -41,6 +43,27 @@ def test_a_killed_tool_leaves_no_step_behind(tmp_path):
     # The standard output ends when the last process that holds it does; the standard input of the step stays open.
     assert tool.stdout.read() == ""
     tool.wait()
+
+
+def test_ctrl_c_waits_for_a_step_that_saves(tmp_path):
+    """A terminal sends it to both."""
+    (tmp_path / "step.py").write_text("""
+import pathlib, signal, time
+try:
+    print("running", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(2)
+    pathlib.Path(__file__).with_name("saved").touch()
+""")
+    code = f"import shown_commands as s; s.run(lambda: s.call({str(tmp_path / 'step.py')!r}))"
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    tool = subprocess.Popen(command, cwd=ROOT / "tools", stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    assert tool.stdout.readline().startswith("$ python ") and tool.stdout.readline() == "running\n"
+    os.killpg(tool.pid, signal.SIGINT)
+    assert tool.communicate() == ("", "interrupted\n") and tool.returncode == 130
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_folder_with_steps_of_another_call_is_refused(shown_commands, tmp_path, monkeypatch):
