@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,6 @@ def curate(
     """
     output = files.as_path(output, "output")
     output = output if files.is_remote(output) else Path(os.path.abspath(output))
-    storage.forget_objects()
     sources = [list_source(name, patterns) for name, patterns in inputs.items()]
     _check(config, sources)
     description = _describe(sources, config)
@@ -81,7 +81,8 @@ def curate(
         if not keep_work:
             files.remove_tree(output / "work")  # the run was killed while it cleaned up
         return manifest
-    work = stages.Work(output / "work", config, _units(sources, config.unit_bytes))
+    work = stages.Work(output / "work", config, _units(sources, config.unit_bytes), uuid.uuid4().hex)
+    storage.keep_objects_of(work.run)
     _check_output(output, work.folder, description)
     # Wrong options are refused before anything is written.
     with open_workers(num_workers, beam_options, (_PRELOADED,)) as workers, files.locked(work.folder):
@@ -280,9 +281,15 @@ class _Runner:
         missing = [piece for piece, there in zip(pieces, done(pieces), strict=True) if not there]
         logger.info("%s: %d of %d pieces to do", label, len(missing), len(pieces))
         started = time.monotonic()
-        self._workers(label, functools.partial(function, self._work), missing, done)
+        self._workers(label, functools.partial(_do, function, self._work), missing, done)
         if missing:
             logger.info("%s: done in %.1f s", label, time.monotonic() - started)
+
+
+def _do(function: Callable, work: stages.Work, *piece) -> None:
+    """A piece in a worker, which may have served other runs: a cluster outlives them."""
+    storage.keep_objects_of(work.run)
+    function(work, *piece)
 
 
 def _finish(work: stages.Work, output: Path, description: dict) -> dict:

@@ -117,11 +117,16 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Description of a run for its workers."""
+    """Description of a run for its workers.
+
+    Attributes:
+        run: unlike that of any other run, also of one in the same folder.
+    """
 
     folder: Path
     config: CurationConfig
     units: tuple[Unit, ...]
+    run: str
 
     def extracted(self, unit: int) -> Path:
         """Folder of the extracted documents of a unit."""

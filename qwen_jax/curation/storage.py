@@ -48,10 +48,16 @@ def load_json(path: Path) -> Any:
     return _remote_json(path) if files.is_remote(path) else files.read_json(path)
 
 
-def forget_objects() -> None:
-    """Forgets what was read of objects: another run may have made others under the same names."""
-    for cache in (_remote_array, _remote_shape, _remote_json):
-        cache.cache_clear()
+_run = ""
+
+
+def keep_objects_of(run: str) -> None:
+    """Forgets what was read of objects, unless in the same run: another may have others under the same names."""
+    global _run
+    if run != _run:
+        for cache in (_remote_array, _remote_shape, _remote_json):
+            cache.cache_clear()
+        _run = run
 
 
 @functools.lru_cache(maxsize=4)

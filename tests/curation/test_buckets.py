@@ -1,7 +1,10 @@
 """Curation from a bucket into a bucket: the bytes of a local run, also killed and started again on a bad network."""
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -88,13 +91,29 @@ def test_killed_and_started_again_through_a_bad_network(s3, corpora, run, crawl,
     assert objects(output) == contents(run.folder)
 
 
-def test_a_second_run_under_the_same_names_reads_its_own_files(s3, corpora, crawl, config, tmp_path):  # noqa: F811
+def two_runs_under_the_same_names(s3, corpora, crawl, config, tmp_path):  # noqa: F811
     output, config = s3.folder("corpus"), dataclasses.replace(config, weights={})
     for part in ("books", "web"):
         files.remove_tree(output)
         pipeline.curate({"web": [f"{corpora['s3']}/{part}"]}, output, config)
         pipeline.curate({"web": [str(crawl / part)]}, tmp_path / part, config)
         assert objects(output) == contents(tmp_path / part)
+
+
+def test_a_second_run_under_the_same_names_reads_its_own_files(s3, corpora, crawl, config, tmp_path):  # noqa: F811
+    two_runs_under_the_same_names(s3, corpora, crawl, config, tmp_path)
+
+
+def test_a_worker_that_outlives_a_run_does_so_too(s3, corpora, crawl, config, tmp_path, monkeypatch):  # noqa: F811
+    """As those of a cluster."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+
+        def run(label, function, pieces, done):
+            for future in [pool.submit(function, *piece) for piece in pieces]:
+                future.result()
+
+        monkeypatch.setattr(pipeline, "open_workers", lambda *_: contextlib.nullcontext(run))
+        two_runs_under_the_same_names(s3, corpora, crawl, config, tmp_path)
 
 
 def test_a_run_asks_little_of_a_bucket(s3, corpora, config):  # noqa: F811
