@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, and a lock names who holds it."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -120,3 +121,19 @@ def test_json_that_nests_too_deeply_is_named(tmp_path, name):
     (tmp_path / name).write_text("[" * 100_000)
     with pytest.raises(ValueError, match=rf"{name}.*: not JSON: "):
         list(files.read_json_rows(tmp_path / name))
+
+
+def test_a_file_that_is_renamed_meanwhile_hides_no_others(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def renaming(folder):
+        with scandir(folder) as found:
+            entries = sorted(found, key=lambda one: one.name)
+            (tmp_path / "b").rename(tmp_path / "d")
+            yield entries
+
+    monkeypatch.setattr(os, "scandir", renaming)
+    assert files.sizes_in(tmp_path) == {"a": 1, "c": 1}

@@ -1,5 +1,6 @@
 """Paths as people give them, on local disks and in buckets."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -354,11 +355,13 @@ def sizes_in(folder: PathLike) -> dict[str, int]:
     folder = as_path(folder)
     if isinstance(folder, RemotePath):
         return objects.list_folder(folder)[1]
-    try:
-        with os.scandir(folder) as found:
-            return dict(sorted((one.name, one.stat().st_size) for one in found if one.is_file()))
-    except FileNotFoundError:
-        return {}
+    sizes = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
+        for one in found:
+            with contextlib.suppress(FileNotFoundError):  # another process may rename its temporary files meanwhile
+                if one.is_file():
+                    sizes[one.name] = one.stat().st_size
+    return dict(sorted(sizes.items()))
 
 
 def are_files(paths: Sequence[Path]) -> list[bool]:
