@@ -62,8 +62,8 @@ def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = No
     """
     tally = tally if tally is not None else Tally(0)
     kind = sources.file_format(path)
-    try:
-        with files.local_copy(path) if kind == sources.PARQUET else contextlib.nullcontext(path) as local:
+    with files.local_copy(path) if kind == sources.PARQUET else contextlib.nullcontext(path) as local:
+        try:
             with files.open_file(local) as file:
                 if not file.seek(0, os.SEEK_END):
                     tally.finish("empty_file", 1)
@@ -81,13 +81,13 @@ def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = No
                     yield from _json_lines(stream, path, text_field, max_bytes, tally)
                 else:
                     yield _whole(stream, path, kind == sources.HTML, max_bytes, tally)
-        tally.finish(READ)
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
-        if files.is_remote(path) and kind != sources.PARQUET and isinstance(error, OSError):
-            raise  # the bucket's: of the contents nothing is known
-        # The rest of the file is lost; earlier records are kept.
-        tally.finish("unreadable_file", 1)
-        yield Record(b"", f"{path}: {error}"[:300], problem="unreadable_file")
+            tally.finish(READ)
+        except (OSError, EOFError, pyarrow.ArrowException) as error:
+            if files.is_remote(local) and isinstance(error, OSError):
+                raise  # the bucket's: of the contents nothing is known
+            # The rest of the file is lost; earlier records are kept.
+            tally.finish("unreadable_file", 1)
+            yield Record(b"", f"{path}: {error}"[:300], problem="unreadable_file")
 
 
 def _whole(stream: Stream, path: str, is_html: bool, max_bytes: int, tally: Tally) -> Record:

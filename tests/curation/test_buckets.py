@@ -148,10 +148,13 @@ def test_rows_and_slices_of_arrays(s3, tmp_path, small, monkeypatch):  # noqa: F
 
 def test_a_bucket_that_refuses_is_no_damaged_file(s3, corpora):  # noqa: F811
     (path,) = [path for path, _ in sources.list_source("web", [corpora["s3"] + "/web"]).files if "part-0" in path]
+    table = s3.folder("part-0.parquet")
+    files.write_text(table, "a download that is refused tells nothing of this")
     with FaultProxy(s3) as proxy, environment(s3.through(proxy)):
         proxy.faults.append(Fault("GET .*part-0", "403", count=1000))
-        with pytest.raises(OSError, match="part-0.warc.gz"):
-            list(readers.read(path, text_field="text", max_bytes=10**7))
+        for refused in (path, table):
+            with pytest.raises(OSError, match="part-0.(warc.gz|parquet): no permission"):
+                list(readers.read(refused, text_field="text", max_bytes=10**7))
 
 
 def test_what_a_bucket_lacks_is_named(s3, corpora, tmp_path):  # noqa: F811
