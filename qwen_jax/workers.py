@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
@@ -171,13 +172,29 @@ def _load(file: Path) -> Callable:
     return pickle.loads(file.read_bytes())
 
 
+_at_work = False
+
+
 def _call(file: Path, piece: tuple) -> None:
-    _load(file)(*piece)
+    global _at_work
+    _at_work = True
+    try:
+        _load(file)(*piece)
+    finally:
+        _at_work = False
+
+
+def _interrupt(*_) -> None:
+    """Ctrl-C, which comes to all processes: a piece removes what is unfinished; who has none ends without a word."""
+    if not _at_work:
+        os._exit(1)
+    raise KeyboardInterrupt
 
 
 def _begin(environment: dict[str, str]) -> None:
     # The server that workers are forked from has the environment of the first run in its process.
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, _interrupt)
     launcher = multiprocessing.parent_process()
     assert launcher is not None  # this runs in a worker
 

@@ -96,6 +96,43 @@ def test_an_error_in_a_piece_is_the_users(how, two):
                 workers("failing", fail, [(0,)], never)
 
 
+WAITING = """
+import sys, time
+from pathlib import Path
+from qwen_jax import command_line, files, workers
+
+def wait(folder, number):
+    with files.new_file(folder / "unfinished") as temporary:
+        temporary.touch()
+        (folder / f"{number}.begun").touch()
+        while number:  # one worker has nothing to do any more
+            time.sleep(0.01)
+
+def main():
+    with workers.open_workers(3) as run:
+        run("waiting", wait, [(Path(sys.argv[1]), number) for number in range(3)], lambda pieces: [])
+
+if __name__ == "__main__":
+    command_line.run(main)
+"""
+
+
+def test_ctrl_c_ends_workers_without_a_traceback(tmp_path, plain_environment):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    environment = plain_environment | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, str(tmp_path / "waiting.py"), str(tmp_path)]
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while len(list(tmp_path.glob("*.begun"))) < 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130 and said.strip() == "interrupted", said
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_killed_worker_is_one_line(tmp_path):
     with open_workers(2) as workers:
         with pytest.raises(ValueError, match="dying: a worker process was killed, .* the same command goes on"):

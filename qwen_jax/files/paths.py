@@ -370,10 +370,10 @@ def are_files(paths: Sequence[Path]) -> list[bool]:
         return [path.is_file() for path in paths]
     remote = cast(Sequence[RemotePath], paths)
     common = remote[0].parent
-    while not all(path.is_relative_to(common) for path in remote):
-        if not common.key:  # of several buckets
-            return objects.in_parallel(RemotePath.is_file, list(remote))
+    while common.key and not all(path.is_relative_to(common) for path in remote):
         common = common.parent
+    if not common.key:  # a whole bucket is not listed, nor several
+        return objects.in_parallel(RemotePath.is_file, list(remote))
     there = sizes_below(common)
     return [path in there for path in remote]
 
