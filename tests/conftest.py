@@ -5,11 +5,15 @@ import importlib
 import logging
 import os
 import pathlib
+import signal
 import sys
 
 from tests import environment
 
 environment.set_up()
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 environment.collect_garbage_rarely()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"

@@ -159,8 +159,8 @@ def served(tmp_path, monkeypatch):
         servers.append(server)
         ready.set()
 
-    def load_engine(*arguments):
-        engines.append(load(*arguments))
+    def load_engine(*arguments, **options):
+        engines.append(load(*arguments, **options))
         return engines[0]
 
     monkeypatch.setattr(serve, "load_engine", load_engine)
@@ -169,7 +169,8 @@ def served(tmp_path, monkeypatch):
         target=serve.serve, kwargs=dict(checkpoint=random_run(tmp_path, **SIZES), **arguments), daemon=True
     )
     thread.start()
-    assert ready.wait(300)
+    while not ready.wait(0.1):
+        assert thread.is_alive(), "the server has ended"
     yield int(servers[0].url.rpartition(":")[2]), engines[0]
     servers[0].drain()
     thread.join()
