@@ -249,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
         "--context_length", type=int, metavar="N",
         help="tokens of prompt and answer together; longer prompts are cut from the left. Without it, the model's",
     )  # fmt: skip
-    add_mesh(made, "their axis is fsdp")
+    add_mesh(made, "fsdp has them all")
     hosts.add_arguments(made)
     return made
 

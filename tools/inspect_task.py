@@ -232,10 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", help="task or mixture")
     parser.add_argument("--split", default="train")
     parser.add_argument(
-        "--num_examples",
-        type=int,
-        default=2,
-        help="number of examples to print (default: %(default)s)",
+        "--num_examples", type=int, default=2, help="number of examples to print (default: %(default)s)"
     )
     parser.add_argument(
         "--num_documents",
@@ -244,10 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         help="number of documents in the statistics (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_tokens",
-        type=int,
-        default=400,
-        help="largest number of tokens to print of each (default: %(default)s)",
+        "--max_tokens", type=int, default=400, help="largest number of tokens to print of each (default: %(default)s)"
     )
     parser.add_argument(
         "--cache_dir",

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--context_length", type=int, help="tokens of a window (default: the model's)")
     parser.add_argument("--stride", type=int, help="tokens between two windows (default: half of a window)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    add_mesh(parser, "their axis is fsdp")
+    add_mesh(parser, "fsdp has them all")
     args = parser.parse_args(argv)
     mesh = args.mesh or MeshConfig()
     engine = load_engine(args.checkpoint, args.dtype, slots=1, mesh=mesh, context_length=args.context_length)
