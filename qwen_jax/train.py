@@ -5,6 +5,11 @@
 On several hosts: the same command on each (`qwen_jax.distributed.hosts`).
 """
 
+from qwen_jax.host_memory import keep_freed_memory, restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # here, because it begins again with the imports
+
 import argparse
 import logging
 import tempfile
@@ -32,7 +37,6 @@ from qwen_jax.data.packing import has_segments, is_packed
 from qwen_jax.distributed import hosts
 from qwen_jax.distributed.watchdog import Watchdog, join_job
 from qwen_jax.files import PathLike
-from qwen_jax.host_memory import keep_freed_memory
 from qwen_jax.image_rows import check_image_tokens, check_images
 from qwen_jax.models.build import build_model, parameter_count
 from qwen_jax.models.config import ModelConfig

@@ -4,10 +4,11 @@ import ctypes
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from qwen_jax.host_memory import keep_freed_memory, return_freed_memory
+from qwen_jax.host_memory import keep_freed_memory, restart_with_huge_pages, return_freed_memory
 
 
 @pytest.fixture
@@ -98,3 +99,50 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
     assert not return_freed_memory()
+
+
+_RESTARTING = """
+import os, sys
+from qwen_jax.host_memory import restart_with_huge_pages
+restart_with_huge_pages(on_cpus=True)
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("tunables", "found"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_a_command_starts_itself_again_with_huge_pages(root, monkeypatch, tunables, found):
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not pages.is_file() or "[never]" in pages.read_text() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("the system has no huge pages")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tunables is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    command = subprocess.Popen(
+        [sys.executable, "-c", _RESTARTING, "an argument", "--and=another"], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    output, _ = command.communicate()
+    assert output == f"{command.pid} {found} an argument --and=another\n"
+
+
+def test_no_restart_after_the_imports(monkeypatch):
+    import numpy  # noqa: F401
+
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("started again"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    restart_with_huge_pages(on_cpus=True)
+
+
+def test_work_for_accelerators_is_not_started_again(monkeypatch):
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("started again"))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ["a plugin"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for name in ("numpy", "jax"):
+        monkeypatch.delitem(sys.modules, name)
+    restart_with_huge_pages()

@@ -8,6 +8,11 @@ from pathlib import Path
 # Converting needs no accelerator, and must not take the memory of one that is training.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from qwen_jax.host_memory import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages(on_cpus=True)  # here, because it begins again with the imports
+
 from qwen_jax import command_line, files
 from qwen_jax.conversion.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from qwen_jax.conversion.check import compare_logits
@@ -109,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="dtype of the written weights (default: that of the source; float32 from orbax, and always to orbax)",
+        help="dtype of the written weights (default: that of the source; a run has float32)",
     )
     parser.add_argument(
         "--max_shard_size", default="5GB", help="largest size of a safetensors file (default: %(default)s)"

@@ -43,12 +43,6 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 2**26
 # Chunks of a piece. They are compressed and read side by side, and fit into the caches of a core.
 CHUNKS_IN_PIECE = 8
-# Transposing the bits of numbers before LZ4 takes a seventh of the time of Zstandard's level 1, and writes no more of
-# float32 that came from bfloat16 (90 million of them: 0.3 instead of 2.2 CPU seconds, and 0.4 instead of 0.7 to read).
-COMPRESSION = {
-    "name": "blosc",
-    "configuration": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "typesize": 4, "blocksize": 0},
-}
 # Bytes of arrays whose writing is under way.
 WRITING_BYTES = 2**28
 # Trees of a checkpoint that hold parameters.
@@ -112,38 +106,84 @@ def pieces(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
+def _compression(dtype: np.dtype) -> dict:
+    """Codec of zarr for chunks of parameters.
+
+    Transposing the bits of numbers before LZ4 takes a seventh of the time of Zstandard's level 1, and writes no more of
+    float32 that came from bfloat16 (90 million of them: 0.3 instead of 2.2 CPU seconds, and 0.4 instead of 0.7 to
+    read).
+    """
+    settings = {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "typesize": dtype.itemsize, "blocksize": 0}
+    return {"name": "blosc", "configuration": settings}
+
+
+class _Blocks:
+    """Memory for pieces, used again: the system fills what it hands out with zeros, which takes as long as a copy."""
+
+    def __init__(self):
+        self._free: list[np.ndarray] = []  # a list's own methods may be called by several threads
+        self._lent: dict[int, np.ndarray] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        if size > PIECE_BYTES:  # one index of the first axis that is larger
+            return np.empty(shape, dtype)
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(PIECE_BYTES, np.uint8)
+        array = block[:size].view(dtype).reshape(shape)
+        self._lent[id(array)] = block
+        return array
+
+    def give_back(self, array: np.ndarray) -> None:
+        """Of an array that `take` gave, and that nobody reads any more."""
+        if (block := self._lent.pop(id(array), None)) is not None:
+            self._free.append(block)
+
+
 class ParamsWriter:
     """Writes parameters into a run folder piece by piece; made by `writing_params`."""
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
         import orbax.checkpoint.experimental.v1 as ocp
 
         # Orbax itself lays down all files but the arrays' data: it saves a tree of the same names with one number each.
-        skeleton = unflatten_dict({path: np.zeros(1, np.float32) for path in shapes}, sep="/")
+        skeleton = unflatten_dict({path: np.zeros(1, dtype) for path in shapes}, sep="/")
         ocp.save_checkpointables(str(folder.absolute()), {"params": skeleton})
         # A killed process loses no byte that it has written, and the folder appears only when all is written.
         self._folder, self._shapes, self._context = folder / "params", shapes, ts.Context({"file_io_sync": False})
         self._path: str | None = None
         self._array: ts.TensorStore | None = None
-        self._pending: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
+        self._pending: collections.deque[tuple[ts.WriteFutures, np.ndarray]] = collections.deque()
+        self._blocks, self._dtype = _Blocks(), dtype
+
+    def block(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array for a piece, to be filled and given to `write`; any thread may ask."""
+        return self._blocks.take(shape, self._dtype)
 
     def write(self, path: str, piece: slice, array: np.ndarray) -> None:
         """Writes one of the `pieces` of a parameter; those of one parameter follow each other.
 
         Args:
-          array: [piece, …], float32. It is written in the background, and must not be changed.
+          array: [piece, …], of the dtype of all. It is written in the background, and is not the caller's any more.
         """
         if self._array is None or path != self._path:
             self._path, self._array = path, self._replace(path)
-        while self._pending and sum(size for _, size in self._pending) + array.nbytes > WRITING_BYTES:
-            self._pending.popleft()[0].result()
+        while self._pending and sum(one.nbytes for _, one in self._pending) + array.nbytes > WRITING_BYTES:
+            self._finish_one()
         future = self._array[piece].write(array, can_reference_source_data_indefinitely=True)
-        self._pending.append((future, array.nbytes))
+        self._pending.append((future, array))
 
     def wait(self) -> None:
         """Returns when all pieces are on disk."""
         while self._pending:
-            self._pending.popleft()[0].result()
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        future, array = self._pending.popleft()
+        future.result()
+        self._blocks.give_back(array)
 
     def _replace(self, path: str) -> ts.TensorStore:
         """Makes the array of the parameter's full shape, with the data format that Orbax chose for its one number."""
@@ -157,7 +197,7 @@ class ParamsWriter:
         if codecs[0]["name"] == "sharding_indexed":
             codecs[0]["configuration"]["chunk_shape"] = chunk
             codecs = codecs[0]["configuration"]["codecs"]
-        codecs[:] = [codec for codec in codecs if codec["name"] != "zstd"] + [COMPRESSION]
+        codecs[:] = [codec for codec in codecs if codec["name"] != "zstd"] + [_compression(self._dtype)]
         # Zeros are written like other numbers: Orbax takes a chunk that is left out for one that is lost.
         spec |= {"metadata": metadata, "store_data_equal_to_fill_value": True}
         return ts.open(spec, create=True, delete_existing=True, context=self._context).result()
@@ -186,7 +226,11 @@ def _stored_names(folder: Path, context: ts.Context) -> list[str]:
 
 @contextlib.contextmanager
 def writing_params(
-    folder: str | Path, config: ModelConfig, tokenizer: str | Path | None, shapes: Mapping[str, tuple[int, ...]]
+    folder: str | Path,
+    config: ModelConfig,
+    tokenizer: str | Path | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype = np.dtype(np.float32),
 ) -> Generator[ParamsWriter]:
     """As `save_params`, but writes one piece at a time, so that memory never holds the whole model.
 
@@ -195,14 +239,15 @@ def writing_params(
     pieces, so that one layer can be read without the others.
 
     Args:
-      shapes: path, such as "layers/mlp/up/kernel", to shape of every parameter. All are float32.
+      shapes: path, such as "layers/mlp/up/kernel", to shape of every parameter.
+      dtype: of all of them, float32 or bfloat16.
 
     Raises:
       CheckpointError: the folder is not empty.
     """
     with _appearing(Path(folder)) as temporary:
         write_run_files(temporary, config, tokenizer)
-        writer = ParamsWriter(temporary / CHECKPOINTS / "0", shapes)
+        writer = ParamsWriter(temporary / CHECKPOINTS / "0", shapes, dtype)
         yield writer
         writer.wait()
 
@@ -235,6 +280,7 @@ class StoredParams:
 
     Attributes:
       shapes: path, such as "layers/mlp/up/kernel", to shape of every stored parameter.
+      dtype: "bfloat16" if all are stored so, as converted ones may be; else "float32".
       trained: paths of those that the run trained; the others were frozen.
 
     Raises:
@@ -261,6 +307,8 @@ class StoredParams:
         except Exception as error:  # TensorStore and the file system each have their own kinds
             raise CheckpointError(f"checkpoint {self.folder} cannot be read: {one_line(error)}") from error
         self.shapes = {path: tuple(array.shape) for path, array in self._arrays.items()}
+        narrow = {array.dtype.name for array in self._arrays.values()} == {"bfloat16"}
+        self.dtype = "bfloat16" if narrow else "float32"
         self.trained = frozenset(name.removeprefix(prefix) for name in names["params"] if name.startswith(prefix))
 
     def stored_together(self, path: str) -> int:

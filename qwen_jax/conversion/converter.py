@@ -51,8 +51,8 @@ def convert(
         adapter; written from a run folder alone, without tokenizer).
       source: the folder or file to read; for orbax a run folder (newest step) or the folder of one step.
       target: the folder or file to write; must not exist, or be an empty folder. It appears whole, or not at all.
-      dtype: dtype of the written weights, "float32" or "bfloat16". None: that of the source, and float32 from orbax.
-        Run folders are always float32.
+      dtype: dtype of the written weights, "float32" or "bfloat16". None: that of the source. Training reads either from
+        a run folder, and writes float32.
       max_shard_size: bytes of one safetensors file, as a number or as in "5GB".
       tokenizer: a .tiktoken file. None: the tokenizer of the source, if it has one.
       progress: whether to show progress bars.
@@ -89,7 +89,7 @@ def convert(
             _warn_of_losses(TABLES[target_format], weights.config)
         if target_format == ORBAX:
             side, ranks = run_folder, found.path if found else None
-            run_folder.write_run_folder(result, weights, ranks, layout, checksums, progress)
+            run_folder.write_run_folder(result, weights, dtype, ranks, layout, checksums, progress)
         elif target_format == gguf_file.NAME:
             side = gguf_file
             gguf_file.write_gguf(result, weights, found, dtype, checksums, progress)
@@ -142,8 +142,6 @@ def _check_arguments(source_format: str, target_format: str, dtype: str | None, 
             raise ValueError(f"unknown format {name!r}: expected {', '.join(FORMAT_NAMES)}")
     if dtype is not None and dtype not in huggingface.WRITE_DTYPES:
         raise ValueError(f"dtype {dtype!r} cannot be written: expected {' or '.join(huggingface.WRITE_DTYPES)}")
-    if target_format == ORBAX and dtype not in (None, "float32"):
-        raise ValueError(f"run folders hold float32 parameters: dtype {dtype!r} cannot be written to one, leave it out")
     if layout not in LAYOUTS or (target_format != ORBAX and layout != SCANNED):
         raise ValueError(
             f"layout {layout!r} cannot be written as {target_format}: {' and '.join(LAYOUTS)} are layouts of orbax; "

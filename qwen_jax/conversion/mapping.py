@@ -411,8 +411,8 @@ def external_tensors(table: Format, config: ModelConfig) -> list[ExternalTensor]
 def copy_moved(source: np.ndarray, target: np.ndarray) -> None:
     """`target[...] = source` for arrays of one shape, where `source` may have its axes moved.
 
-    Goes by blocks that fit into the processor's cache: a transposed copy takes a fourth of numpy's time. bfloat16, the
-    upper half of the bits of float32, is copied as integers, which takes a fourth of the time once more.
+    Goes by blocks that fit into the processor's cache, each read in the order of memory and then transposed: bfloat16
+    takes a seventh of the time that it takes numpy. It is copied as integers, the upper half of the bits of float32.
 
     Args:
       target: contiguous in its last axis.
@@ -431,10 +431,16 @@ def copy_moved(source: np.ndarray, target: np.ndarray) -> None:
         return
     rows = source.reshape(len(source), -1)
     into = target.reshape(rows.shape)
+    # Rows of a power of two would take each other's places in the cache.
+    gathered = np.empty((COPY_BLOCK, COPY_BLOCK + 32), source.dtype)
     for i in range(0, rows.shape[0], COPY_BLOCK):
         for j in range(0, rows.shape[1], COPY_BLOCK):
-            block = slice(i, i + COPY_BLOCK), slice(j, j + COPY_BLOCK)
-            copy(into[block], rows[block])
+            place = slice(i, i + COPY_BLOCK), slice(j, j + COPY_BLOCK)
+            block = rows[place]
+            if block.strides[0] < block.strides[1]:
+                block = gathered[: block.shape[1], : block.shape[0]].T
+                np.copyto(block, rows[place])
+            copy(into[place], block)
 
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

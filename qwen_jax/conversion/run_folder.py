@@ -5,7 +5,8 @@ has one sub-tree per block, `layers_0/mlp/up/kernel` and so on, for code without
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from qwen_jax import files
 from qwen_jax.checkpoints import arrays, run_folder
+from qwen_jax.conversion import huggingface
 from qwen_jax.conversion.checksums import Checksums
 from qwen_jax.conversion.external import listing
-from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, float32_copy, is_stacked, parameter_shapes
+from qwen_jax.conversion.mapping import LAYER_PREFIX, Weights, copy_moved, is_stacked, parameter_shapes
 from qwen_jax.conversion.pipelines import staged
 from qwen_jax.models.config import ModelConfig
 
@@ -47,6 +49,7 @@ class RunFolder:
     """The parameters of a run folder (its newest checkpoint, or one step's folder); a `Weights` of mapping.py.
 
     Attributes:
+      dtype: see `Weights`.
       layout: "scanned" or "unscanned".
       trained: paths of the parameters that the run trained; the others were frozen.
 
@@ -55,14 +58,14 @@ class RunFolder:
         checkpoint cannot be read.
     """
 
-    dtype, position_limit = "float32", None
+    position_limit = None
 
     def __init__(self, path: files.PathLike):
         path = files.as_path(path).absolute()
         in_step = path.parent.name == run_folder.CHECKPOINTS
         self.config = run_folder.read_config(path.parent.parent if in_step else path)
         self._stored = arrays.StoredParams(path)
-        self.trained = self._stored.trained
+        self.trained, self.dtype = self._stored.trained, self._stored.dtype
         first = unscanned_path(LAYER_PREFIX, 0)
         self.layout = UNSCANNED if any(name.startswith(first) for name in self._stored.shapes) else SCANNED
         self._check()
@@ -112,21 +115,31 @@ class RunFolder:
 
 
 def write_run_folder(
-    folder: Path, source: Weights, tokenizer: Path | None, layout: str, checksums: Checksums, progress: bool
+    folder: Path,
+    source: Weights,
+    dtype: str,
+    tokenizer: Path | None,
+    layout: str,
+    checksums: Checksums,
+    progress: bool,
 ) -> None:
-    """Writes a run folder of float32 weights; memory holds one parameter at a time, of a stacked one a single block.
+    """Writes a run folder of weights; memory holds one parameter at a time, of a stacked one a single block.
 
     Args:
       folder: must not exist; appears whole or not at all.
+      dtype: of the stored parameters, "float32" or "bfloat16"; those who read them widen them.
       tokenizer: a .tiktoken file, or None.
       checksums: records every piece.
       progress: whether to show a progress bar.
     """
     shapes = layout_shapes(source.config, layout)
-    total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
+    kind = huggingface.numpy_dtype(dtype)
+    total = sum(kind.itemsize * int(np.prod(shape)) for shape in shapes.values())
     with (
-        arrays.writing_params(folder, source.config, tokenizer, shapes) as writer,
-        contextlib.closing(staged(_read_pieces(source, layout), (_made,), _bytes)) as made,
+        arrays.writing_params(folder, source.config, tokenizer, shapes, kind) as writer,
+        contextlib.closing(
+            staged(_read_pieces(source, layout), (functools.partial(_made, writer.block),), _bytes)
+        ) as made,
         tqdm(total=total, unit="B", unit_scale=True, desc="parameters", disable=not progress) as bar,
     ):
         for path, piece, array in made:
@@ -154,15 +167,19 @@ def _read_pieces(source: Weights, layout: str) -> Iterator[tuple[str, slice, np.
                     yield unscanned_path(path, layer), piece, own[piece]
 
 
-def _made(read: tuple[str, slice, np.ndarray | list[np.ndarray]]) -> tuple[str, slice, np.ndarray]:
-    """(path, piece, contiguous float32 array), which shares no memory with what was read."""
+def _made(
+    block: Callable[[tuple[int, ...]], np.ndarray], read: tuple[str, slice, np.ndarray | list[np.ndarray]]
+) -> tuple[str, slice, np.ndarray]:
+    """(path, piece, what was read, copied into a `block` of its shape)."""
     path, piece, content = read
     if isinstance(content, np.ndarray):
-        return path, piece, float32_copy(content)
-    block = np.empty((len(content), *content[0].shape), np.float32)
+        made = block(content.shape)
+        copy_moved(content, made)
+        return path, piece, made
+    made = block((len(content), *content[0].shape))
     for layer, array in enumerate(content):
-        copy_moved(array, block[layer])
-    return path, piece, block
+        copy_moved(array, made[layer])
+    return path, piece, made
 
 
 def _bytes(item: tuple[str, slice, np.ndarray | list[np.ndarray]]) -> int:

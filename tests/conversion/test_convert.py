@@ -17,7 +17,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
-from qwen_jax.checkpoints.arrays import load_params, save_params
+from qwen_jax.checkpoints.arrays import StoredParams, load_params, save_params
 from qwen_jax.conversion import convert, detect_format, load_pretrained
 from qwen_jax.models.config import ModelConfig
 from tests.fakes import outputs
@@ -78,6 +78,27 @@ def test_bfloat16_rounds_to_the_nearest(tmp_path, run_folder):
     folder = convert("orbax", run_folder, "qwen2", tmp_path / "out", "bfloat16", progress=False)
     found = load_file(folder / "model.safetensors")["model.norm.weight"]
     np.testing.assert_array_equal(found, parameters(run_folder)["final_norm/scale"].astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("layout", ["scanned", "unscanned"])
+def test_a_run_folder_from_bfloat16_holds_it_and_is_read_as_float32(tmp_path, run_folder, layout):
+    """Half of the bytes; whoever reads the parameters widens them, which is exact."""
+    narrow = convert("orbax", run_folder, "qwen", tmp_path / "narrow", dtype="bfloat16", progress=False)
+    options = {"layout": layout, "progress": False, "verify": True}
+    run = convert("qwen", narrow, "orbax", tmp_path / "run_again", **options)
+    wide = convert("qwen", narrow, "orbax", tmp_path / "wide", dtype="float32", **options)
+    assert (StoredParams(run).dtype, StoredParams(wide).dtype) == ("bfloat16", "float32")
+    assert_same_bits(parameters(run), parameters(wide))
+    assert {array.dtype.name for array in parameters(run).values()} == {"float32"}
+    back = convert("orbax", run, "qwen", tmp_path / "back", progress=False)
+    before, after = (
+        {file.name: file.read_bytes() for file in folder.glob("*.safetensors")} for folder in (narrow, back)
+    )
+    assert before == after and before
+    if layout == "scanned":
+        flat = flatten_dict(load_params(run)[1], sep="/")
+        assert {array.dtype.name for array in flat.values()} == {"float32"}
+        assert_same_bits(flat, parameters(wide))
 
 
 def test_the_folder_of_one_step_is_read_too(run_folder):
@@ -205,7 +226,7 @@ def test_warns_that_window_attention_is_lost(tmp_path, config, random_params, ca
         (dict(source_format="qwen2"), "is a folder of format orbax, not qwen2"),
         (dict(source="nowhere"), "nowhere is not a folder"),
         (dict(dtype="float16"), "float16"),
-        (dict(target_format="orbax", dtype="bfloat16"), "float32"),
+        (dict(target_format="orbax", dtype="float16"), "float16"),
         (dict(max_shard_size="lots"), "max_shard_size"),
         (dict(tokenizer="no.tiktoken"), "no.tiktoken"),
     ],
