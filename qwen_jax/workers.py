@@ -23,6 +23,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol
 
+from qwen_jax import files
+
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 10
@@ -43,6 +45,7 @@ class Workers(Protocol):
         function: Callable[..., object],
         pieces: Sequence[tuple],
         done: Callable[[Sequence[tuple]], list[bool]],
+        reads: Callable[..., Sequence[Path]] | None = None,
     ) -> None:
         """Calls `function(*piece)` for each piece; returns when all are done.
 
@@ -52,6 +55,8 @@ class Workers(Protocol):
           pieces: the calls, those that take longest first.
           done: of some pieces, whether the output of each is there. All are asked about together, since an answer of
             a bucket takes its time.
+          reads: of a piece, as arguments, the files that it reads first. In this process those of the next piece are
+            opened while one is worked on; elsewhere nobody knows who does the next.
 
         Raises:
           LostWorkerError: a worker was killed.
@@ -91,20 +96,27 @@ def open_workers(
         yield functools.partial(_checked, _here)
 
 
-def _checked(run, label: str, function: Callable, pieces: Sequence[tuple], done: Callable) -> None:
+def _checked(
+    run, label: str, function: Callable, pieces: Sequence[tuple], done: Callable, reads: Callable | None = None
+) -> None:
     if not pieces:
         return
-    run(label, function, pieces, done)
+    if run is _here:
+        _here(label, function, pieces, reads or (lambda *_: ()))
+    else:
+        run(label, function, pieces, done)
     lost = [piece for piece, is_done in zip(pieces, done(pieces), strict=True) if not is_done]
     if lost:
         raise RuntimeError(f"{label}: the output of {len(lost)} of {len(pieces)} pieces is missing, first {lost[0]}")
 
 
-def _here(label: str, function: Callable, pieces: Sequence[tuple], done: Callable) -> None:
+def _here(label: str, function: Callable, pieces: Sequence[tuple], reads: Callable[..., Sequence[Path]]) -> None:
     progress = Progress(label, len(pieces))
-    for number, piece in enumerate(pieces, 1):
-        function(*piece)
-        progress(number)
+    with files.UploadsBehind() as work:
+        for number, piece in enumerate(pieces, 1):
+            files.begin_reading([path for one in pieces[number - 1 : number + 1] for path in reads(*one)])
+            work(function, *piece)
+            progress(number)
 
 
 class Progress:
@@ -142,8 +154,9 @@ class _Processes:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(self._preload)
             with _environment(_ONE_THREAD):
+                arguments = (dict(os.environ), context.Barrier(self._num_workers))
                 self._pool = concurrent.futures.ProcessPoolExecutor(
-                    self._num_workers, mp_context=context, initializer=_begin, initargs=(dict(os.environ),)
+                    self._num_workers, mp_context=context, initializer=_begin, initargs=arguments
                 )
                 self._pool.submit(os.getpid).result()  # starts the server, with this environment
         # Written once a stage: a description of a large corpus would take long to send with every piece.
@@ -157,6 +170,9 @@ class _Processes:
             for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 future.result()
                 progress(number)
+            if any(future.result() for future in futures):
+                for finished in [self._pool.submit(_finish_uploads) for _ in range(self._num_workers)]:
+                    finished.result()
         except BrokenProcessPool as error:
             raise LostWorkerError(
                 f"{label}: a worker process was killed, as the system does where memory is short: give fewer workers, "
@@ -173,25 +189,40 @@ def _load(file: Path) -> Callable:
 
 
 _at_work = False
+_uploads = files.UploadsBehind()
+_all_workers: threading.Barrier  # of a worker process
 
 
-def _call(file: Path, piece: tuple) -> None:
+def _call(file: Path, piece: tuple) -> bool:
+    """Does a piece; returns whether this worker is still uploading."""
     global _at_work
     _at_work = True
     try:
-        _load(file)(*piece)
+        _uploads(_load(file), *piece)
     finally:
         _at_work = False
+    return _uploads.waiting
+
+
+def _finish_uploads() -> None:
+    """Waits for the uploads of this worker, and then for the other workers, so that each does this once."""
+    try:
+        _uploads.wait()
+    finally:
+        _all_workers.wait()
 
 
 def _interrupt(*_) -> None:
     """Ctrl-C, which comes to all processes: a piece removes what is unfinished; who has none ends without a word."""
     if not _at_work:
+        _uploads.settle()
         os._exit(1)
     raise KeyboardInterrupt
 
 
-def _begin(environment: dict[str, str]) -> None:
+def _begin(environment: dict[str, str], all_workers: threading.Barrier) -> None:
+    global _all_workers
+    _all_workers = all_workers
     # The server that workers are forked from has the environment of the first run in its process.
     os.environ.update(environment)
     signal.signal(signal.SIGINT, _interrupt)

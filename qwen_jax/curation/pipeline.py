@@ -86,8 +86,8 @@ def curate(
     _check_output(output, work.folder, description)
     # Wrong options are refused before anything is written.
     with open_workers(num_workers, beam_options, (_PRELOADED,)) as workers, files.locked(work.folder):
-        _prepare(work, description)
-        _run_stages(work, _Runner(work, workers))
+        begun = _prepare(work, description)
+        _run_stages(work, _Runner(work, workers, begun))
         manifest = _finish(work, output, description)
     if not keep_work:
         files.remove_tree(work.folder)
@@ -122,19 +122,27 @@ def _check_output(output: Path, work: Path, description: dict) -> None:
         _check_same(output, files.read_json(work / _PLAN), description)
         logger.info("%s: going on with an interrupted run", output)
         return
-    found = {path.name for path in output.iterdir()} - {work.name} if output.exists() else set()
+    found = (
+        {path.name for path in output.iterdir()} - {work.name} if files.is_remote(output) or output.exists() else set()
+    )
     found |= {path.name for path in work.glob("[!.]*")}
     if found:
         raise ValueError(f"{output} holds {min(found)} and no run of curation: give an --output that is new or empty")
 
 
-def _prepare(work: stages.Work, description: dict) -> None:
+def _prepare(work: stages.Work, description: dict) -> bool:
+    """Writes the plan and what all pieces need; returns whether an earlier run has begun: it may have made pieces."""
     # Benchmarks that cannot be read must not leave a plan, which would bind the folder to them.
     benchmarks = work.folder / "benchmarks.npy"
-    if not (work.folder / _PLAN).is_file() or not benchmarks.is_file():
+    begun = (work.folder / _PLAN).is_file()
+    if not begun or not benchmarks.is_file():
         index = contamination.index(work.config.contamination)
-        files.write_json(work.folder / _PLAN, description, sort_keys=True)
-        storage.save_array(benchmarks, index)
+        writes = [
+            functools.partial(files.write_json, work.folder / _PLAN, description, sort_keys=True),
+            functools.partial(storage.save_array, benchmarks, index),
+        ]
+        files.in_parallel(lambda write: write(), writes)
+    return begun
 
 
 def _check(config: stages.CurationConfig, sources: Sequence[Source]) -> None:
@@ -233,7 +241,13 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
     # The largest first, so that no worker begins with one when the others are done.
     by_size = sorted(numbers, key=lambda number: -sum(work.units[number].sizes))
     units = [(number,) for number in by_size]
-    run("extract", stages.extract, units, lambda number: work.extracted(number) / stages.LEDGER)
+    run(
+        "extract",
+        stages.extract,
+        units,
+        lambda number: work.extracted(number) / stages.LEDGER,
+        lambda number: list(map(files.as_path, work.units[number].files)),
+    )
     total = sum(work.for_each_unit(lambda number: len(work.array(number, "lengths"))))
     parts = max(1, -(-total // config.documents_per_part))
     units = [(number, parts) for number in by_size]
@@ -258,19 +272,39 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
             units,
             lambda number, _: work.edges(number),
         )
-        if not work.clusters.is_file():
+        if not (run.begun and work.clusters.is_file()):
             stages.clusters(work)
-    run("select", stages.select, units, lambda number, _: work.selected(number) / stages.LEDGER)
+    run(
+        "select",
+        stages.select,
+        units,
+        lambda number, _: work.selected(number) / stages.LEDGER,
+        lambda number, _: [work.extracted(number) / stages.DOCUMENTS],
+    )
 
 
 class _Runner:
-    """Runs the pieces of a stage that are not done."""
+    """Runs the pieces of a stage that are not done.
 
-    def __init__(self, work: stages.Work, workers: Workers):
-        self._work, self._workers = work, workers
+    Attributes:
+        begun: whether pieces may be done; of a new run none is.
+    """
 
-    def __call__(self, label: str, function: Callable, pieces: Sequence[tuple], made: Callable[..., Path]) -> None:
-        """Calls `function(work, *piece)` for each piece whose file, `made(*piece)`, is not there."""
+    def __init__(self, work: stages.Work, workers: Workers, begun: bool):
+        self._work, self._workers, self.begun = work, workers, begun
+
+    def __call__(
+        self,
+        label: str,
+        function: Callable,
+        pieces: Sequence[tuple],
+        made: Callable[..., Path],
+        reads: Callable[..., Sequence[Path]] | None = None,
+    ) -> None:
+        """Calls `function(work, *piece)` for each piece whose file, `made(*piece)`, is not there.
+
+        `reads` of a piece gives the file that it reads first.
+        """
         # A piece is a file of one of these folders, or a folder there.
         for folder in {folder for piece in pieces for folder in list(made(*piece).parents)[:2]}:
             files.remove_unfinished(folder)
@@ -278,10 +312,11 @@ class _Runner:
         def done(pieces: Sequence[tuple]) -> list[bool]:
             return files.are_files([made(*piece) for piece in pieces])
 
-        missing = [piece for piece, there in zip(pieces, done(pieces), strict=True) if not there]
+        made_before = done(pieces) if self.begun else [False] * len(pieces)
+        missing = [piece for piece, there in zip(pieces, made_before, strict=True) if not there]
         logger.info("%s: %d of %d pieces to do", label, len(missing), len(pieces))
         started = time.monotonic()
-        self._workers(label, functools.partial(_do, function, self._work), missing, done)
+        self._workers(label, functools.partial(_do, function, self._work), missing, done, reads)
         if missing:
             logger.info("%s: done in %.1f s", label, time.monotonic() - started)
 
@@ -294,15 +329,15 @@ def _do(function: Callable, work: stages.Work, *piece) -> None:
 
 def _finish(work: stages.Work, output: Path, description: dict) -> dict:
     """Checks the counts, gives the files their places, and writes report and manifest, the manifest last."""
-    ledgers = [
-        work.for_each_unit(lambda number, folder=folder: files.read_json(folder(number) / stages.LEDGER))
-        for folder in (work.extracted, work.selected)
-    ]
+    units = range(len(work.units))
+    folders = [folder(number) for folder in (work.extracted, work.selected) for number in units]
+    read = work.for_each(lambda folder: files.read_json(folder / stages.LEDGER), folders)
+    ledgers = [read[: len(units)], read[len(units) :]]
     ledger = Ledger.merge(one for column in ledgers for one in column)
     ledger.check()
     placed = _place_files(work, output, *ledgers)
     counted = ledger.to_json()
-    clusters = files.read_json(work.clusters) if work.config.fuzzy is not None else None
+    clusters = storage.load_json(work.clusters) if work.config.fuzzy is not None else None
     manifest = description | {
         "stages": counted["stages"],
         "counters": counted["counters"],
@@ -330,8 +365,7 @@ def _place_files(
         RuntimeError: a file is missing that a piece wrote.
     """
     placed: dict[str, list[dict]] = {"documents": [], "dropped": []}
-    for kind in placed:
-        files.remove_tree(output / kind)
+    files.in_parallel(lambda kind: files.remove_tree(output / kind), list(placed))
     moves, counts = [], {}
     for number, unit in enumerate(work.units):
         shard = counts[unit.source] = counts.get(unit.source, -1) + 1

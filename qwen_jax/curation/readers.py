@@ -7,7 +7,6 @@ is read as a stream, and no record larger than a limit is ever held in memory. E
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -65,11 +64,10 @@ def read(path: str, *, text_field: str, max_bytes: int, tally: Tally | None = No
     with files.local_copy(path) if kind == sources.PARQUET else contextlib.nullcontext(path) as local:
         try:
             with files.open_file(local) as file:
-                if not file.seek(0, os.SEEK_END):
+                if not file.peek(1):
                     tally.finish("empty_file", 1)
                     yield Record(b"", path, problem="empty_file")
                     return
-                file.seek(0)
                 if kind == sources.PARQUET:
                     yield from _parquet(str(local), path, text_field, max_bytes, tally)
                     tally.finish(READ)

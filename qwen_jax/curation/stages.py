@@ -176,7 +176,7 @@ def extract(work: Work, number: int) -> None:
     with files.new_folder(work.extracted(number), last=LEDGER) as folder:
         ledger = Ledger(len(work.units))
         with storage.LineWriter(folder / DOCUMENTS) as kept, storage.LineWriter(folder / DROPPED) as dropped:
-            sketcher = _Sketcher(folder, config.fuzzy or dedup.FuzzyConfig())
+            sketcher = _Sketcher(folder, work.extracted(number), config.fuzzy or dedup.FuzzyConfig())
             for where, row in _extracted(unit, config, ledger, dropped):
                 kept.write(row)
                 sketcher.add(where, row["text"])
@@ -254,10 +254,10 @@ def _text(record: readers.Record, ledger: Ledger) -> str:
 
 
 class _Sketcher:
-    """Writes the arrays of a unit, taking texts in batches."""
+    """Writes the arrays of a unit, taking texts in batches, into a folder that becomes `final`."""
 
-    def __init__(self, folder: Path, config: dedup.FuzzyConfig):
-        self._folder, self._config = folder, config
+    def __init__(self, folder: Path, final: Path, config: dedup.FuzzyConfig):
+        self._folder, self._final, self._config = folder, final, config
         self._batch, self._size = [], 0
         self._where, self._lengths, self._digests, self._keys, self._counts = [], [], [], [], []
         self._shingles = (folder / "shingles.u32").open("wb")
@@ -297,6 +297,7 @@ class _Sketcher:
             "offsets": np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *self._counts]))]),
         }.items():
             storage.save_array(self._folder / f"{name}.npy", array)
+            storage.keep_array(self._final / f"{name}.npy", array)
 
 
 def _slice(sorted_keys: np.ndarray, part: int, parts: int) -> slice:
@@ -374,15 +375,16 @@ def edges(work: Work, number: int, parts: int) -> None:
     proposed = dedup.unique_pairs(np.concatenate([np.zeros((0, 2), np.uint64), *pairs]))
 
     def shingles_of(documents: np.ndarray):
-        parts, counts = [], []
         units = documents >> np.uint64(_UNIT_BITS)
-        for unit in np.unique(units).tolist():  # documents are ascending
+
+        def read(unit: int):
             rows = (documents[units == unit] & np.uint64((1 << _UNIT_BITS) - 1)).astype(np.int64)
             offsets = work.array(unit, "offsets")
             slices = list(zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True))
-            parts += storage.load_slices(work.extracted(unit) / "shingles.u32", slices)
-            counts += [stop - start for start, stop in slices]
-        return np.concatenate(parts), np.array(counts, np.int64)
+            return storage.load_slices(work.extracted(unit) / "shingles.u32", slices), offsets[rows + 1] - offsets[rows]
+
+        found = work.for_each(read, np.unique(units).tolist())  # documents are ascending
+        return np.concatenate([part for parts, _ in found for part in parts]), np.concatenate([one for _, one in found])
 
     similar = dedup.similarities(proposed, shingles_of) >= work.config.fuzzy.threshold
     storage.save_array(work.edges(number), proposed[similar])
@@ -413,7 +415,7 @@ def clusters(work: Work) -> None:
     values, numbers = np.unique(sizes, return_counts=True)
     summary = {"sizes": {str(size): int(number) for size, number in zip(values, numbers, strict=True)}, "shown": shown}
     storage.save_array(work.folder / "clusters.npy", np.stack([documents, kept], 1)[documents != kept])
-    files.write_json(work.clusters, summary, sort_keys=True)
+    storage.save_json(work.clusters, summary)
 
 
 def select(work: Work, number: int, parts: int) -> None:

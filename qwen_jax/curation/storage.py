@@ -3,6 +3,7 @@
 They lie on a file system or in a bucket, from which no more is read than asked for.
 """
 
+import collections
 import functools
 import io
 import json
@@ -22,14 +23,58 @@ _LEVEL = 6
 _HEADER = 128  # bytes of the header of a .npy file of few dimensions
 # Objects of so many bytes are read whole when a row is asked for: other rows will be, too.
 _SMALL = 1 << 20
+_KEPT_BYTES = 1 << 28
 # NumPy reads headers by ast.literal_eval, which fails now and then in several threads of one Python 3.11.
 _ONE_HEADER = threading.Lock()
+
+
+class _Kept:
+    """Arrays of objects by path: those that were used last, together of at most `limit` bytes."""
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes, self._lock = limit, 0, threading.Lock()
+        self._arrays: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
+
+    def get(self, path: Path) -> np.ndarray | None:
+        with self._lock:
+            if path in self._arrays:
+                self._arrays.move_to_end(path)
+            return self._arrays.get(path)
+
+    def put(self, path: Path, array: np.ndarray) -> None:
+        with self._lock:
+            self._drop(path)
+            self._arrays[path] = array
+            self._bytes += array.nbytes
+            while self._bytes > self._limit:
+                self._drop(next(iter(self._arrays)))
+
+    def clear(self) -> None:
+        with self._lock:
+            self._arrays.clear()
+            self._bytes = 0
+
+    def _drop(self, path: Path) -> None:
+        if path in self._arrays:
+            self._bytes -= self._arrays.pop(path).nbytes
+
+
+# A few arrays of each unit are asked for again and again.
+_kept = _Kept(_KEPT_BYTES)
+_values: dict[Path, Any] = {}  # of the JSON of a run
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes a .npy file."""
     with files.new_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
+    keep_array(path, array)
+
+
+def keep_array(path: Path, array: np.ndarray) -> None:
+    """Lets `load_array` give what is being written to an object, instead of reading it again; nobody may change it."""
+    if files.is_remote(path):
+        _kept.put(path, array)
 
 
 def load_array(path: Path) -> np.ndarray:
@@ -43,9 +88,20 @@ def load_array(path: Path) -> np.ndarray:
             return np.load(path, allow_pickle=False)  # an array without elements cannot be mapped
 
 
+def save_json(path: Path, value: object) -> None:
+    """Writes a JSON file."""
+    files.write_json(path, value, sort_keys=True)
+    if files.is_remote(path):
+        _values[path] = json.loads(json.dumps(value, sort_keys=True))  # as it is read
+
+
 def load_json(path: Path) -> Any:
-    """The value of a JSON file; an object is read once."""
-    return _remote_json(path) if files.is_remote(path) else files.read_json(path)
+    """The value of a JSON file; an object is read once, or not at all where this process wrote it."""
+    if not files.is_remote(path):
+        return files.read_json(path)
+    if path not in _values:
+        _values[path] = files.read_json(path)
+    return _values[path]
 
 
 _run = ""
@@ -55,28 +111,28 @@ def keep_objects_of(run: str) -> None:
     """Forgets what was read of objects, unless in the same run: another may have others under the same names."""
     global _run
     if run != _run:
-        for cache in (_remote_array, _remote_shape, _remote_json):
-            cache.cache_clear()
+        _remote_shape.cache_clear()
+        _values.clear()
+        _kept.clear()
         _run = run
 
 
-@functools.lru_cache(maxsize=4)
-def _remote_json(path: Path) -> Any:
-    return files.read_json(path)
-
-
-# A few arrays of each unit are asked for again and again.
-@functools.lru_cache(maxsize=256)
 def _remote_array(path: Path) -> np.ndarray:
-    data = io.BytesIO(path.read_bytes())
-    with _ONE_HEADER:
-        return np.load(data, allow_pickle=False)
+    array = _kept.get(path)
+    if array is None:
+        data = io.BytesIO(path.read_bytes())
+        with _ONE_HEADER:
+            array = np.load(data, allow_pickle=False)
+        _kept.put(path, array)
+    return array
 
 
 def load_row(path: Path, row: int) -> np.ndarray:
     """One row of a .npy file of two dimensions; of a large object, nothing else is read."""
     if not files.is_remote(path):
         return load_array(path)[row]
+    if (kept := _kept.get(path)) is not None:
+        return kept[row]
     rows, width, dtype, start = _remote_shape(path)
     size = width * dtype.itemsize
     if rows * size <= _SMALL:

@@ -31,6 +31,7 @@ from qwen_jax.data.merges import derive_merges
 from qwen_jax.data.pack_cache import IMAGES, TOKENS, Packer, Prepared, Turn, pack
 from qwen_jax.data.packing import check_packing
 from qwen_jax.data.quick_seqio import seqio
+from qwen_jax.data.row_steps import CorpusExamples
 from qwen_jax.data.task_examples import WorkerSetup, examples_of, last_steps_of, modules_of
 from qwen_jax.data.token_cache import TokenizeShard
 from qwen_jax.data.tokenizer import RELEASED_FINGERPRINT, Tokenizer
@@ -40,6 +41,7 @@ from qwen_jax.workers import LostWorkerError, Workers, open_workers
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "description.json"
+# What SeqIO takes for the sign of a cache.
 COMPLETED = "COMPLETED"
 # A shard is sorted in the memory of one worker: 32M tokens are about 130 MB.
 TOKENS_PER_SHARD = 1 << 25
@@ -95,37 +97,60 @@ def prepare(
     found = _tasks(mixture_or_task)
     with open_workers(num_workers, beam_options, preload=modules_of(found, task_modules)) as workers:
         for task in found:
-            vocabulary = _check_task(task, splits)
             folder = cache_dir.joinpath(*task.name.split(":"))
-            setup = WorkerSetup.of(task, vocabulary, task_modules)
-            wanted = [split for split in splits if split in task.splits]
-            turn = functools.partial(files.locked_in_turn, cache_dir, f".{folder.name}.lock")
-            description = _cache_task(task, wanted, folder, workers, setup, turn)
-            sizes = files.sizes_in(folder)
-            stats = {split: _stats(folder, split) for split in wanted if split in description["splits"]}
-            packers = [
-                Packer(
-                    task=task.name,
-                    split=split,
-                    cache_folder=folder,
-                    cached=tuple(name for name in sizes if _is_cached(name, split)),
-                    features=files.read_json(seqio.get_cached_info_path(str(folder), split))["features"],
-                    last_steps=last_steps_of(task, setup),
-                    tokenizer=setup.tokenizer,
-                    num_ids=_num_ids(task, vocabulary.tokenizer),
+            with Turn(files.locked_in_turn(cache_dir, f".{folder.name}.lock")) as turn:
+                packers = _packers(
+                    task,
+                    splits,
+                    folder,
+                    workers,
+                    turn,
+                    setup=WorkerSetup.of(task, _check_task(task, splits), task_modules),
                     sequence_length=sequence_length,
                     method=packing,
                     seed=seed,
-                    num_shards=num_shards or _default_shards(sizes, split, stats[split]),
-                    source=description["source"],
+                    num_shards=num_shards,
                     images_per_row=images_per_row,
                 )
-                for split in _with_documents(task.name, wanted, stats)
-            ]
-            for one in pack(packers, workers, turn, check_shards=num_shards is not None):
-                prepared.append(one)
-                _check_left_out(task, one.manifest)
+                for one in pack(packers, workers, turn, check_shards=num_shards is not None):
+                    prepared.append(one)
+                    _check_left_out(task, one.manifest)
     return prepared
+
+
+def _packers(
+    task: seqio.Task,
+    splits: Sequence[str],
+    folder: Path,
+    workers: Workers,
+    turn: Turn,
+    *,
+    setup: WorkerSetup,
+    num_shards: int | None,
+    **settings,
+) -> list[Packer]:
+    """Caches a task, and says how each of its splits is packed; `settings` are further attributes of `Packer`."""
+    wanted = [split for split in splits if split in task.splits]
+    description = _cache_task(task, wanted, folder, workers, setup, turn)
+    vocabulary = task.output_features[TOKENS].vocabulary
+    assert isinstance(vocabulary, QwenVocabulary)  # see `_check_task`
+    sizes, about = _read_about(folder, [split for split in wanted if split in description["splits"]])
+    return [
+        Packer(
+            task=task.name,
+            split=split,
+            cache_folder=folder,
+            cached=tuple(name for name in sizes if _is_cached(name, split)),
+            features=about[split][1]["features"],
+            last_steps=last_steps_of(task, setup),
+            tokenizer=setup.tokenizer,
+            num_ids=_num_ids(task, vocabulary.tokenizer),
+            num_shards=num_shards or _default_shards(sizes, split, about[split][0]),
+            source=description["source"],
+            **settings,
+        )
+        for split in _with_documents(task.name, wanted, {split: stats for split, (stats, _) in about.items()})
+    ]
 
 
 def _num_ids(task: seqio.Task, tokenizer: Tokenizer) -> int:
@@ -135,12 +160,14 @@ def _num_ids(task: seqio.Task, tokenizer: Tokenizer) -> int:
 
 def _check_left_out(task: seqio.Task, manifest: packing.Manifest) -> None:
     """Refuses a split of which more is left out than the corpus allows; what is packed stays."""
+    left_out = sum(entry["documents"] for entry in manifest.left_out.values())
+    if not left_out:
+        return
     try:
         most = getattr(task.source, "max_left_out_share", 1.0)
     except (ValueError, FileNotFoundError):  # no corpus is named, so the cache is meant
         return
-    left_out = sum(entry["documents"] for entry in manifest.left_out.values())
-    share = left_out / max(left_out + manifest.documents, 1)
+    share = left_out / (left_out + manifest.documents)
     if share > most:
         reasons = "; ".join(f"{entry['documents']:,}: {reason}" for reason, entry in manifest.left_out.items())
         raise ValueError(
@@ -243,7 +270,8 @@ def _missing(task: seqio.Task, splits: Sequence[str], folder: Path) -> tuple[dic
     _check_same(folder, found, description)
     if not missing:
         logger.info("%s: cached already in %s", task.name, folder)
-        _mark_completed(folder)
+        if not (folder / COMPLETED).is_file():  # a run may have been killed before
+            files.write_text(folder / COMPLETED, "")
     return description | {"splits": done}, missing
 
 
@@ -256,11 +284,11 @@ def _cache_task(
         return description
     _check_merges(setup.tokenizer.load())
     shards = _shards(task, missing, folder, setup, description)
-    with turn():
-        # Another process may have made them while this one waited.
+    # Another process may have made them while this one waited; without a description, none has made a split.
+    if turn.take() and (folder / DESCRIPTION).is_file():
         description, missing = _missing(task, splits, folder)
         shards = {split: shards[split] for split in missing}
-        return _tokenize(task, shards, folder, workers, description) if missing else description
+    return _tokenize(task, shards, folder, workers, description) if missing else description
 
 
 def _tokenize(
@@ -282,7 +310,9 @@ def _tokenize(
             done = [*done, split]
             description = description | {"splits": done}
             files.write_json(folder / DESCRIPTION, description, sort_keys=True)
-            files.remove_files([shard.counted for shard in shards[split]])
+            counted = [shard.counted for shard in shards[split]]
+            last = [functools.partial(files.write_text, folder / COMPLETED, "")] if split == missing[-1] else []
+            files.in_parallel(lambda call: call(), [functools.partial(files.remove_files, counted), *last])
             logger.info("%s %s: tokenized, %.0f s from the start", task.name, split, time.monotonic() - started)
     except LostWorkerError:
         raise  # nothing is wrong with the corpus: the next call goes on from the shards that are there
@@ -296,14 +326,7 @@ def _tokenize(
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    _mark_completed(folder)
     return description
-
-
-def _mark_completed(folder: Path) -> None:
-    """Writes what SeqIO takes for the sign of a cache; a run may have been killed before it did."""
-    if not (folder / COMPLETED).is_file():
-        files.write_text(folder / COMPLETED, "")
 
 
 def _shards(
@@ -328,6 +351,7 @@ def _shards(
                 tokens=TOKENS,
                 tokenizer=setup.tokenizer,
                 origin=origin,
+                reads=tuple(one.corpus.files[index : index + 1]) if isinstance(one, CorpusExamples) else (),
             )
             for index, one in enumerate(examples)
         ]
@@ -347,9 +371,10 @@ def _finish_split(task, split: str, folder: Path, shards: list[TokenizeShard], *
             f"task {task.name} yields no document in split {split!r}: check its corpus; if only this split is "
             "empty, hold out another share of the documents or leave the split out (--splits)"
         )
-    files.write_json(seqio.get_cached_stats_path(str(folder), split), stats, sort_keys=True)
     info = {"num_shards": len(shards), "features": features, "seqio_version": seqio.__version__}
-    files.write_json(seqio.get_cached_info_path(str(folder), split), info, sort_keys=True)
+    contents = [(seqio.get_cached_stats_path(str(folder), split), stats)]
+    contents += [(seqio.get_cached_info_path(str(folder), split), info)]
+    files.in_parallel(lambda one: files.write_json(*one, sort_keys=True), contents)
 
 
 def _check_same(folder: Path, found: dict, expected: dict) -> None:
@@ -369,8 +394,16 @@ def _check_same(folder: Path, found: dict, expected: dict) -> None:
         )
 
 
-def _stats(folder: Path, split: str) -> dict:
-    return files.read_json(seqio.get_cached_stats_path(str(folder), split))
+def _read_about(folder: Path, splits: Sequence[str]) -> tuple[dict[str, int], dict[str, list[dict]]]:
+    """(names of the files of SeqIO's cache with their bytes; split to its statistics and its description)."""
+    paths = [
+        path(str(folder), split)
+        for split in splits
+        for path in (seqio.get_cached_stats_path, seqio.get_cached_info_path)
+    ]
+    reads = [functools.partial(files.read_json, path) for path in paths]
+    sizes, *found = files.in_parallel(lambda read: read(), [functools.partial(files.sizes_in, folder), *reads])
+    return sizes, {split: found[2 * number : 2 * number + 2] for number, split in enumerate(splits)}
 
 
 def _is_cached(name: str, split: str) -> bool:

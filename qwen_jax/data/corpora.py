@@ -342,7 +342,7 @@ class Corpus:
         Raises:
             FileNotFoundError: one is gone.
         """
-        return files.in_parallel(lambda path: path.stat(), list(self.files))
+        return files.statuses(list(self.files))
 
     def settings(self) -> dict:
         """What besides the files decides the examples; a cache keeps it, and refuses other settings."""

@@ -5,6 +5,7 @@ and its place in it. Where there are several shards, the documents of each file 
 (`pack_spill`). Then each shard is sorted, packed and written by one worker; the manifest comes last.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -12,9 +13,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -39,8 +40,25 @@ TOKENS, LOSS_WEIGHTS, SEGMENT_LENGTHS, TURN_ENDS, LEFT_OUT, IMAGES = (
 # bytes.
 _Keyed = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes, bytes]
 _PARTS = 8
-# Held while something is made in the cache of a task: by one process, for which others wait.
-Turn = Callable[[], AbstractContextManager[None]]
+
+
+class Turn(contextlib.ExitStack):
+    """The lock under which things are made in the cache of a task: taken by who makes the first, and kept to the end.
+
+    Args:
+      lock: a context that waits for other processes.
+    """
+
+    def __init__(self, lock: contextlib.AbstractContextManager[None]):
+        super().__init__()
+        self._lock: contextlib.AbstractContextManager[None] | None = lock
+
+    def take(self) -> bool:
+        """Returns when this process holds the lock: True unless it held it before, so that no other has worked."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            self.enter_context(lock)
+        return lock is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +140,24 @@ class Packer:
         """Shards that are still to be written; what an interrupted run left unfinished is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_unfinished(self.folder)
-        for path in list(self.folder.iterdir()):
+        found = list(self.folder.iterdir())
+        for path in found:
             is_part = fnmatch.fnmatchcase(path.name, "part-*-of-*")
             of_others = path.name.startswith(".documents-") and path != self.spill
             if of_others or (is_part and f"-of-{self.num_shards:05d}." not in path.name):
                 files.remove_tree(path)
-        pieces = [(self, index) for index in range(self.num_shards)]
-        left = [index for (_, index), done in zip(pieces, _are_finished(pieces), strict=True) if not done]
+        written = [index for index in range(self.num_shards) if self.sidecar(index) in found]
+        done = dict(zip(written, files.in_parallel(self.made_of_same, written), strict=True))
+        files.remove_files([self.sidecar(index) for index in written if not done[index]])
+        left = [index for index in range(self.num_shards) if not done.get(index)]
         logger.info("%s: packing, %d shards (%d done before)", self.label, self.num_shards, self.num_shards - len(left))
         return left
 
-    def keyed_documents(self, file: str) -> Iterator[_Keyed]:
-        """The documents in one file of the cache, after the task's last steps."""
+    def keyed_documents(self, path: Path, file: BinaryIO) -> Iterator[_Keyed]:
+        """The documents in one file of the cache, opened for reading, after the task's last steps."""
         tokenizer = self.tokenizer.load()
         tags = _image_tags(tokenizer)
-        examples = read_examples(self.cache_folder / file, self.features)
+        examples = read_examples(path, file, self.features)
         for example in self.last_steps(examples, self.features):
             document = document_of(example, self.task, tags)
             tokens = document.tokens
@@ -152,13 +173,16 @@ class Packer:
 
     def deal(self, number: int) -> None:
         """Deals the documents of the cached file of this number to the shards."""
-        keyed = self.keyed_documents(self.cached[number])
-        dealt = ((packing.shard_of(parts[0], self.num_shards), parts) for parts in keyed)
-        pack_spill.write(self.spill, number, self.num_shards, dealt)
+        path = self.cache_folder / self.cached[number]
+        with path.open("rb") as file:
+            keyed = self.keyed_documents(path, file)
+            dealt = ((packing.shard_of(parts[0], self.num_shards), parts) for parts in keyed)
+            pack_spill.write(self.spill, number, self.num_shards, dealt)
 
     def _documents_of(self, index: int) -> Iterator[tuple[bytes, packing.Document]]:
         if self.num_shards == 1:
-            found = (parts for file in self.cached for parts in self.keyed_documents(file))
+            opened = files.opened_in_turn([self.cache_folder / file for file in self.cached])
+            found = (parts for path, file in opened for parts in self.keyed_documents(path, file))
         else:
             found = pack_spill.read(self.spill, len(self.cached), index, self.num_shards, _PARTS)
         for key, *parts in found:
@@ -229,7 +253,8 @@ class Packer:
             )
         manifest.save(self.folder)
         files.remove_files(sidecars)
-        files.remove_tree(self.spill)
+        if self.num_shards > 1:
+            files.remove_tree(self.spill)
         return Prepared(self.folder, manifest)
 
     def _check(self, manifest: packing.Manifest, check_shards: bool) -> None:
@@ -256,18 +281,18 @@ def pack(packers: Sequence[Packer], workers: Workers, turn: Turn, *, check_shard
     """Packs splits of one task, and uses those that are packed already as they are.
 
     Args:
-        turn: held while something is packed, so that no two processes do.
+        turn: taken before something is packed, so that no two processes do.
 
     Raises:
         ValueError: see `Packer`.
     """
     found, new = _found(packers, check_shards)
     if new:
-        with turn():
+        if turn.take():
             # Another process may have packed them while this one waited.
             found, new = _found(packers, check_shards)
-            if new:
-                found |= _pack(new, workers)
+        if new:
+            found |= _pack(new, workers)
     return [found[packer.folder] for packer in packers]
 
 
@@ -308,15 +333,8 @@ def _write(packers: Sequence[Packer], number: int, index: int) -> None:
 
 
 def _are_written(packers: Sequence[Packer], pieces: Sequence[tuple[int, int]]) -> list[bool]:
-    return _are_finished([(packers[number], index) for number, index in pieces])
-
-
-def _are_finished(pieces: Sequence[tuple[Packer, int]]) -> list[bool]:
-    """Whether each of these shards is written, from the same."""
-    there = files.are_files([packer.sidecar(index) for packer, index in pieces])
-    return files.in_parallel(
-        lambda one: one[0] and one[1][0].made_of_same(one[1][1]), list(zip(there, pieces, strict=True))
-    )
+    # `Packer.unfinished` has removed those made of something else.
+    return files.are_files([packers[number].sidecar(index) for number, index in pieces])
 
 
 def _say_packed(packer: Packer, manifest: packing.Manifest, seconds: float) -> None:

@@ -39,8 +39,12 @@ class DocumentSource(seqio.DataSource):
     def list_shards(self, split: str) -> list[str]:
         """Names of the input shards."""
         self._check(split)
-        count = min(self._num_shards, len(self.corpus().files))
+        count = self.count_shards(self.corpus())
         return [f"files-{index:05d}-of-{count:05d}" for index in range(count)]
+
+    def count_shards(self, corpus: Corpus) -> int:
+        """Number of the input shards, given what `corpus()` gave."""
+        return min(self._num_shards, len(corpus.files))
 
     def get_dataset(
         self,

@@ -100,13 +100,14 @@ def examples_of(task: seqio.Task, split: str, setup: WorkerSetup) -> list[Callab
     Raises:
         FileNotFoundError: there are no shards.
     """
+    steps = _row_steps(_around_cache(task)[0], task.output_features)
+    if isinstance(task.source, DocumentSource) and steps is not None:
+        corpus = task.source.corpus()  # once: it lists the files
+        count = task.source.count_shards(corpus)
+        return [CorpusExamples(corpus, split, index, count, steps) for index in range(count)]
     count = len(task.source.list_shards(split))
     if not count:
         raise FileNotFoundError(f"no shards found for {task.name} {split}")
-    steps = _row_steps(_around_cache(task)[0], task.output_features)
-    if isinstance(task.source, DocumentSource) and steps is not None:
-        corpus = task.source.corpus()
-        return [CorpusExamples(corpus, split, index, count, steps) for index in range(count)]
     return [SeqioExamples(setup, split, index, count) for index in range(count)]
 
 

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class TokenizeShard:
         tokens: the feature whose characters are counted.
         tokenizer: of that feature.
         origin: identity of what the files are made of; files made of something else are made again.
+        reads: the file that is read first, if it is known.
     """
 
     task: str
@@ -62,6 +63,7 @@ class TokenizeShard:
     tokens: str
     tokenizer: PinnedTokenizer
     origin: str
+    reads: tuple[Path, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -118,18 +120,8 @@ class _Totals:
         return f"{self.examples:,} documents, {sum(self.tokens.values()):,} tokens"
 
 
-def are_done(shards: Sequence[TokenizeShard]) -> list[bool]:
-    """Whether the file of each shard is there, made of the same."""
-    there = files.are_files([shard.counted for shard in shards])
-
-    def is_done(shard: TokenizeShard, is_there: bool) -> bool:
-        return is_there and files.read_json(shard.counted)["origin"] == shard.origin
-
-    return files.in_parallel(lambda one: is_done(*one), list(zip(shards, there, strict=True)))
-
-
 def tokenize(shards: Sequence[TokenizeShard], workers: Workers) -> None:
-    """Writes these shards of one task.
+    """Writes these shards of one task, which `remove_unfinished` gave.
 
     Raises:
         ValueError: a row is malformed, or a worker was killed; see `Workers`.
@@ -138,9 +130,9 @@ def tokenize(shards: Sequence[TokenizeShard], workers: Workers) -> None:
         label, pieces = f"{shards[0].task}: tokenizing", [(number,) for number in range(len(shards))]
 
         def done(pieces: Sequence[tuple]) -> list[bool]:
-            return are_done([shards[number] for (number,) in pieces])
+            return files.are_files([shards[number].counted for (number,) in pieces])
 
-        workers(label, functools.partial(_write, shards), pieces, done)
+        workers(label, functools.partial(_write, shards), pieces, done, lambda number: shards[number].reads)
 
 
 def _write(shards: Sequence[TokenizeShard], number: int) -> None:
@@ -149,12 +141,15 @@ def _write(shards: Sequence[TokenizeShard], number: int) -> None:
 
 def remove_unfinished(folder: Path, split: str, shards: Sequence[TokenizeShard] = ()) -> list[TokenizeShard]:
     """Removes what an interrupted run left, but for the finished ones of `shards`; returns the others."""
-    done = list(zip(shards, are_done(shards), strict=True))
-    kept = {path.name for shard, is_done in done if is_done for path in (shard.path, shard.counted)}
+    found = files.sizes_in(folder)
+    written = [shard for shard in shards if shard.counted.name in found]
+    same = files.in_parallel(lambda shard: files.read_json(shard.counted)["origin"] == shard.origin, written)
+    finished = [shard for shard, is_same in zip(written, same, strict=True) if is_same]
+    kept = {path.name for shard in finished for path in (shard.path, shard.counted)}
     patterns = (f"{split}.tfrecord-*-of-*", f".{split}-*-of-*.json", f".{split}.tfrecord-*.tmp")
-    left = [name for name in files.sizes_in(folder) if name not in kept]
+    left = [name for name in found if name not in kept]
     files.remove_files([folder / name for name in left if any(fnmatch.fnmatchcase(name, one) for one in patterns)])
-    return [shard for shard, is_done in done if not is_done]
+    return [shard for shard in shards if shard.path.name not in kept]
 
 
 def totals_of(shards: list[TokenizeShard]) -> tuple[dict, dict]:
@@ -169,19 +164,19 @@ def totals_of(shards: list[TokenizeShard]) -> tuple[dict, dict]:
     return stats, features
 
 
-def read_examples(path: Path, features: Mapping[str, Mapping[str, Any]]) -> Iterator[Example]:
+def read_examples(path: Path, file: BinaryIO, features: Mapping[str, Mapping[str, Any]]) -> Iterator[Example]:
     """The examples in one file of the cache.
 
     Args:
-        path: the file.
+        path: its name, for errors.
+        file: the file, opened for reading.
         features: name to dtype and shape, from SeqIO's info file.
 
     Raises:
         ValueError: the file is damaged; the message says what to do.
     """
     try:
-        with path.open("rb") as file:
-            for record in read_records(file):
-                yield restore(decode_example(record), features)
+        for record in read_records(file):
+            yield restore(decode_example(record), features)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: delete {path.parent} and cache the task again ({error})") from error

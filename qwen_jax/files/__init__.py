@@ -20,9 +20,21 @@ from .paths import (
     sizes_below,
     sizes_in,
     sizes_of,
+    statuses,
 )
-from .reading import open_decompressed, open_file, read_json, read_json_lines, read_json_rows, read_range, read_ranges
+from .reading import (
+    begin_reading,
+    open_decompressed,
+    open_file,
+    opened_in_turn,
+    read_json,
+    read_json_lines,
+    read_json_rows,
+    read_range,
+    read_ranges,
+)
 from .streams import new_stream
+from .uploads import UploadsBehind
 from .whole import (
     copy_file,
     download_folder,
@@ -45,9 +57,11 @@ __all__ = [
     "PathLike",
     "Pattern",
     "RemotePath",
+    "UploadsBehind",
     "are_files",
     "as_path",
     "as_pattern",
+    "begin_reading",
     "copy_file",
     "download_folder",
     "find",
@@ -63,6 +77,7 @@ __all__ = [
     "new_stream",
     "open_decompressed",
     "open_file",
+    "opened_in_turn",
     "read_json",
     "read_json_lines",
     "read_json_rows",
@@ -74,6 +89,7 @@ __all__ = [
     "sizes_below",
     "sizes_in",
     "sizes_of",
+    "statuses",
     "upload_folder",
     "write_json",
     "write_text",

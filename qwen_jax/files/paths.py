@@ -7,9 +7,9 @@ import glob
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 from . import objects
 
@@ -145,9 +145,7 @@ class RemotePath:
 
     def stat(self) -> os.stat_result:
         """Size (`st_size`) and time (`st_mtime`) of an object."""
-        found = objects.head(self)
-        when = found["last_modified"].timestamp()
-        return os.stat_result((0o100644, 0, 0, 1, 0, 0, found["size"], int(when), int(when), int(when)))
+        return _status(objects.head(self))
 
     def is_file(self) -> bool:
         """Whether there is such an object."""
@@ -212,10 +210,11 @@ class RemotePath:
         """
         if mode not in ("r", "rt", "rb"):
             raise ValueError(f"{self}: an object cannot be opened with mode {mode!r}; write it by files.new_file")
-        from .reading import RemoteFile
+        from .reading import RemoteFile, take_begun
 
         size = RemoteFile.BLOCK if buffering <= 0 else buffering
-        file = io.BufferedReader(RemoteFile(self, size), size)
+        file = take_begun(cast(Path, self)) if buffering <= 0 else None
+        file = file or io.BufferedReader(RemoteFile(self, size), size)
         return file if mode == "rb" else io.TextIOWrapper(file, encoding=encoding or "utf-8", errors=errors)
 
     def read_bytes(self) -> bytes:
@@ -366,16 +365,48 @@ def sizes_in(folder: PathLike) -> dict[str, int]:
 
 def are_files(paths: Sequence[Path]) -> list[bool]:
     """Whether each path is a file; for objects of one bucket, by one listing of what lies below their common folder."""
+    there = _listed(paths)
+    if there is None:
+        return _of_each(lambda path: path.is_file(), paths)
+    return [str(path) in there for path in paths]
+
+
+def statuses(paths: Sequence[Path]) -> list[os.stat_result]:
+    """`path.stat()` of each file; for objects of one bucket as `are_files`.
+
+    Raises:
+      FileNotFoundError: one is missing.
+    """
+    there = _listed(paths)
+    if there is None:
+        return _of_each(lambda path: path.stat(), paths)
+    if missing := [path for path in paths if str(path) not in there]:
+        raise FileNotFoundError(f"{missing[0]}: no such object")
+    return [_status(there[str(path)]) for path in paths]
+
+
+def _of_each(look: Callable[[Path], Any], paths: Sequence[Path]) -> list:
+    """`look` of each path; at the same time where some are in a bucket, which takes its time to answer."""
+    return objects.in_parallel(look, list(paths)) if any(map(is_remote, paths)) else [look(path) for path in paths]
+
+
+def _listed(paths: Sequence[Path]) -> dict[str, dict] | None:
+    """What a listing tells of the objects below the common folder of several paths, by URL; None for other paths."""
     if len(paths) < 2 or not all(isinstance(path, RemotePath) for path in paths):
-        return [path.is_file() for path in paths]
+        return None
     remote = cast(Sequence[RemotePath], paths)
     common = remote[0].parent
     while common.key and not all(path.is_relative_to(common) for path in remote):
         common = common.parent
     if not common.key:  # a whole bucket is not listed, nor several
-        return objects.in_parallel(RemotePath.is_file, list(remote))
-    there = sizes_below(common)
-    return [path in there for path in remote]
+        return None
+    start = str(dataclasses.replace(common, key=""))
+    return {f"{start}/{one['path']}": one for one in objects.list_objects(common)}
+
+
+def _status(found: dict) -> os.stat_result:
+    when = found["last_modified"].timestamp()
+    return os.stat_result((0o100644, 0, 0, 1, 0, 0, found["size"], int(when), int(when), int(when)))
 
 
 def _matching_objects(whole: RemotePath) -> dict[RemotePath, int]:

@@ -7,10 +7,46 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, cast
 
 from . import objects
 from .paths import PathLike, RemotePath, as_path, is_remote
+
+_OPENED_AHEAD = 6  # of 4 MiB each
+_begun: dict[Path, concurrent.futures.Future[BinaryIO]] = {}
+_beginning = concurrent.futures.ThreadPoolExecutor(_OPENED_AHEAD, "reading ahead")
+
+
+def begin_reading(paths: Sequence[Path]) -> None:
+    """Reads the first blocks of objects beside the work, for `open_file` to find them; forgets those begun before.
+
+    Each is read as it is now. Local files, and what cannot be read, are left to `open_file`.
+    """
+    for path in list(_begun):
+        if path not in paths and (file := take_begun(path)) is not None:
+            file.close()
+    for path in paths[:_OPENED_AHEAD]:
+        if is_remote(path) and path not in _begun:
+            _begun[path] = _beginning.submit(_opened, path)
+
+
+def take_begun(path: Path) -> BinaryIO | None:
+    """The file that `begin_reading` has opened, once; None where it has not, or could not."""
+    begun = _begun.pop(path, None)
+    if begun is None:
+        return None
+    try:
+        return begun.result()
+    except Exception:  # it is met again, by who wants to read
+        return None
+
+
+def _opened(path: Path) -> BinaryIO:
+    file = io.BufferedReader(RemoteFile(cast(RemotePath, path)), RemoteFile.BLOCK)
+    file.peek(1)
+    return file
 
 
 def open_file(path: PathLike, mode: str = "rb"):
@@ -23,6 +59,18 @@ def open_file(path: PathLike, mode: str = "rb"):
       ObjectChangedError: on a read, the object was replaced in the meantime.
     """
     return as_path(path).open(mode)
+
+
+def opened_in_turn(paths: Sequence[Path]) -> Generator[tuple[Path, BinaryIO]]:
+    """Each file with its path, opened for reading, then closed; the first blocks of the next objects are read ahead.
+
+    Raises:
+      FileNotFoundError, OSError: in the turn of a file, as `open_file`.
+    """
+    for number, path in enumerate(paths):
+        begin_reading(paths[number : number + _OPENED_AHEAD])
+        with path.open("rb") as file:
+            yield path, file
 
 
 def read_range(path: PathLike, start: int, stop: int) -> bytes:

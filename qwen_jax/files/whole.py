@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, on local disks and in buckets.
 
 A local file or folder gets its name by a rename. An object of a bucket appears whole by itself; a folder of objects
-counts as complete by the one that is written last.
+counts as complete by the one that is written last. Within `UploadsBehind`, objects follow a little later.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from . import objects
+from . import objects, uploads
 from .paths import PathLike, RemotePath, as_path
 
 
@@ -30,10 +30,11 @@ def new_file(final: PathLike) -> Generator[Path]:
     """
     final = as_path(final)
     if isinstance(final, RemotePath):
-        with tempfile.TemporaryDirectory(prefix="qwen_jax-") as scratch:
-            local = Path(scratch) / (final.name or "object")
+        with contextlib.ExitStack() as scratch:
+            folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="qwen_jax-"))
+            local = Path(folder) / (final.name or "object")
             yield local
-            objects.put(final, local)
+            uploads.do(lambda: objects.put(final, local), scratch.pop_all())
         return
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(final)
@@ -61,9 +62,10 @@ def new_folder(final: PathLike, last: str | None = None) -> Generator[Path]:
     if isinstance(final, RemotePath):
         if last is None:
             raise ValueError(f"{final}: a folder of a bucket needs the name of the object that completes it (last=)")
-        with tempfile.TemporaryDirectory(prefix="qwen_jax-") as scratch:
-            yield Path(scratch)
-            upload_folder(Path(scratch), final, last)
+        with contextlib.ExitStack() as scratch:
+            folder = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="qwen_jax-")))
+            yield folder
+            uploads.do(lambda: upload_folder(folder, final, last), scratch.pop_all())
         return
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(final)
@@ -122,9 +124,10 @@ def remove_tree(path: PathLike, first: str | None = None) -> None:
             raise ValueError(f"{path}: a whole bucket is not removed")
         if first is not None:
             objects.delete(path, [(path / first).key])
-        objects.delete(path, [one["path"] for one in objects.list_objects(path)])
-        # Apart from the others: it is there hardly ever, and Cloud Storage deletes nothing after one that is missing.
-        objects.delete(path, [path.key])
+        # The object of its own name apart from the others: it is there hardly ever, and Cloud Storage deletes nothing
+        # after one that is missing.
+        below = [lambda: [one["path"] for one in objects.list_objects(path)], lambda: [path.key]]
+        objects.in_parallel(lambda keys: objects.delete(path, keys()), below)
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -146,7 +149,7 @@ def write_text(path: PathLike, text: str) -> None:
     """Writes a text file in UTF-8; a reader sees the old content or the new one, never a part."""
     path = as_path(path)
     if isinstance(path, RemotePath):
-        path.write_text(text)
+        uploads.do(lambda: path.write_text(text))
         return
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

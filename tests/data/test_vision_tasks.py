@@ -196,7 +196,9 @@ def test_seqio_caches_the_encoded_pictures(tmp_path, tool, vocabulary_file):
         _ = made | "write" >> beam_utils.WriteExampleTfRecord(prefix, num_shards=1)
         _ = made | "info" >> beam_utils.GetInfo(1) | beam_utils.WriteJson(str(tmp_path / "info.train.json"))
     features = json.loads((tmp_path / "info.train.json").read_text())["features"]
-    cached = list(read_examples(next(tmp_path.glob("train.tfrecord-*")), features))
+    path = next(tmp_path.glob("train.tfrecord-*"))
+    with path.open("rb") as file:
+        cached = list(read_examples(path, file, features))
     assert sorted(one["images"].tolist() for one in cached) == sorted(one["images"].tolist() for one in expected)
     assert sorted(one["targets"].tolist() for one in cached) == sorted(one["targets"].tolist() for one in expected)
 
