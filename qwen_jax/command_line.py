@@ -49,7 +49,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         with contextlib.suppress(OSError):  # nobody may read it any more
             print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
-        if _in_a_job():
+        if _in_a_job() or files.were_abandoned():
             _leave(_INTERRUPTED)
         sys.exit(_INTERRUPTED)
     except Exception as error:

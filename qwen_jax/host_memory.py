@@ -21,7 +21,7 @@ def restart_with_huge_pages(*, on_cpus: bool | None = None) -> None:
     ms. With pages of 4 KiB the system hands out buffers one page at a time, filled with zeros, again and again.
 
     It returns where huge pages are on or refused by the variable, where the system has none, where the C library is not
-    glibc, and where JAX or numpy are imported already.
+    glibc 2.35 or newer, where JAX or numpy are imported already, and where another program runs this one's module.
 
     Args:
       on_cpus: whether the work is done by CPUs; None: where JAX finds no accelerator.
@@ -31,13 +31,32 @@ def restart_with_huge_pages(*, on_cpus: bool | None = None) -> None:
         return
     try:
         offered = "[never]" not in _HUGE_PAGES.read_text()
-        glibc = os.confstr("CS_GNU_LIBC_VERSION") is not None
-    except (OSError, ValueError):
+    except OSError:
         return
-    if not (offered and glibc and (has_no_accelerator() if on_cpus is None else on_cpus)):
+    if not (offered and _glibc_knows() and _is_the_command()):
+        return
+    if not (has_no_accelerator() if on_cpus is None else on_cpus):
         return
     os.environ[_TUNABLES] = ":".join(filter(None, [known, "glibc.malloc.hugetlb=1"]))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _glibc_knows() -> bool:
+    """Whether the C library is a glibc that has the setting, 2.35 or newer."""
+    try:
+        version = re.fullmatch(r"glibc (\d+)\.(\d+).*", os.confstr("CS_GNU_LIBC_VERSION") or "")
+    except (OSError, ValueError):
+        return False
+    return version is not None and (int(version[1]), int(version[2])) >= (2, 35)
+
+
+def _is_the_command() -> bool:
+    """Whether this process was started for the module or file that runs: another program may run it (runpy)."""
+    arguments = sys.argv[1:]
+    rest = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+    if sys.orig_argv[len(rest) :] != arguments or len(rest) < 2:
+        return False
+    return rest[-1] == sys.argv[0] or Path(sys.argv[0]).as_posix().endswith(f"/{rest[-1].replace('.', '/')}.py")
 
 
 def has_no_accelerator() -> bool:
@@ -51,7 +70,8 @@ def has_huge_pages() -> bool:
     Linux gives them where /sys/kernel/mm/transparent_hugepage/enabled is `madvise` or `always`. glibc reads the
     variable when a process starts; nothing turns them on later.
     """
-    return re.search(r"(^|:)glibc\.malloc\.hugetlb=[12](:|$)", os.environ.get(_TUNABLES, "")) is not None
+    known = os.environ.get(_TUNABLES, "")
+    return re.search(r"(^|:)glibc\.malloc\.hugetlb=[12](:|$)", known) is not None and _glibc_knows()
 
 
 def keep_freed_memory() -> bool:

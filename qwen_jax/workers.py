@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -113,10 +114,13 @@ def _checked(
 def _here(label: str, function: Callable, pieces: Sequence[tuple], reads: Callable[..., Sequence[Path]]) -> None:
     progress = Progress(label, len(pieces))
     with files.UploadsBehind() as work:
-        for number, piece in enumerate(pieces, 1):
-            files.begin_reading([path for one in pieces[number - 1 : number + 1] for path in reads(*one)])
-            work(function, *piece)
-            progress(number)
+        try:
+            for number, piece in enumerate(pieces, 1):
+                files.begin_reading([path for one in pieces[number - 1 : number + 1] for path in reads(*one)])
+                work(function, *piece)
+                progress(number)
+        finally:
+            files.begin_reading([])
 
 
 class Progress:
@@ -188,7 +192,7 @@ def _load(file: Path) -> Callable:
     return pickle.loads(file.read_bytes())
 
 
-_at_work = False
+_at_work = _interrupted = False
 _uploads = files.UploadsBehind()
 _all_workers: threading.Barrier  # of a worker process
 
@@ -214,8 +218,11 @@ def _finish_uploads() -> None:
 
 def _interrupt(*_) -> None:
     """Ctrl-C, which comes to all processes: a piece removes what is unfinished; who has none ends without a word."""
+    global _interrupted
     if not _at_work:
-        _uploads.settle()
+        if not _interrupted:
+            _interrupted = True
+            _uploads.settle()
         os._exit(1)
     raise KeyboardInterrupt
 
@@ -225,6 +232,8 @@ def _begin(environment: dict[str, str], all_workers: threading.Barrier) -> None:
     _all_workers = all_workers
     # The server that workers are forked from has the environment of the first run in its process.
     os.environ.update(environment)
+    # What is made stays where another piece fails: before Python's own end, which starts no threads for uploads.
+    multiprocessing.util.Finalize(None, _uploads.settle, exitpriority=100)
     signal.signal(signal.SIGINT, _interrupt)
     launcher = multiprocessing.parent_process()
     assert launcher is not None  # this runs in a worker

@@ -1,6 +1,7 @@
 """Settings of malloc for programs of CPUs. Page faults themselves are counted in findings/."""
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax.host_memory import keep_freed_memory, restart_with_huge_pages, return_freed_memory
+from qwen_jax import host_memory
+from qwen_jax.host_memory import has_huge_pages, keep_freed_memory, restart_with_huge_pages, return_freed_memory
 
 
 @pytest.fixture
@@ -117,24 +119,48 @@ print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:])
         ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
     ],
 )
-def test_a_command_starts_itself_again_with_huge_pages(root, monkeypatch, tunables, found):
+def test_a_command_starts_itself_again_with_huge_pages(root, tmp_path, monkeypatch, tunables, found):
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not pages.is_file() or "[never]" in pages.read_text() or platform.libc_ver()[0] != "glibc":
         pytest.skip("the system has no huge pages")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     if tunables is not None:
         monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    command = subprocess.Popen(
-        [sys.executable, "-c", _RESTARTING, "an argument", "--and=another"], cwd=root, stdout=subprocess.PIPE, text=True
-    )
-    output, _ = command.communicate()
-    assert output == f"{command.pid} {found} an argument --and=another\n"
+    (tmp_path / "restarting.py").write_text(_RESTARTING)
+    for program in ([str(tmp_path / "restarting.py")], ["-m", "restarting"]):
+        command = subprocess.Popen(
+            [sys.executable, *program, "an argument", "--and=another"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"},
+        )
+        output, _ = command.communicate()
+        assert output == f"{command.pid} {found} an argument --and=another\n"
+
+
+def test_a_program_that_runs_a_command_is_not_started_again(root, tmp_path):
+    (tmp_path / "restarting.py").write_text(_RESTARTING)
+    outer = "import runpy; print('outer'); runpy.run_module('restarting', run_name='__main__', alter_sys=True)"
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment["PYTHONPATH"] = f"{root}{os.pathsep}{tmp_path}"
+    output = subprocess.run([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True, env=environment).stdout
+    assert output.count("outer") == 1 and "None" in output
+
+
+@pytest.mark.parametrize(("version", "known"), [("glibc 2.34", False), ("glibc 2.35", True), ("glibc 3.1", True)])
+def test_older_libraries_have_no_huge_pages(settings, monkeypatch, version, known):
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("os.confstr", lambda name: version)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert has_huge_pages() is known and keep_freed_memory() is not known
 
 
 def test_no_restart_after_the_imports(monkeypatch):
     import numpy  # noqa: F401
 
     monkeypatch.setattr("os.execv", lambda *_: pytest.fail("started again"))
+    monkeypatch.setattr(host_memory, "_is_the_command", lambda: True)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     restart_with_huge_pages(on_cpus=True)
 
@@ -144,5 +170,6 @@ def test_work_for_accelerators_is_not_started_again(monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ["a plugin"])
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     for name in ("numpy", "jax"):
-        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(host_memory, "_is_the_command", lambda: True)
     restart_with_huge_pages()

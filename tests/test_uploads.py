@@ -1,11 +1,14 @@
 """Uploads beside the work: what a piece wrote is in its bucket when the stage ends, whole, in order, or not at all."""
 
+import contextlib
 import os
 import tempfile
+import threading
 
 import pytest
 
 from qwen_jax import files
+from qwen_jax.files import uploads
 from qwen_jax.workers import open_workers
 from tests.object_stores import Fault, FaultProxy, environment, s3, stores  # noqa: F401
 
@@ -82,6 +85,68 @@ def test_of_a_piece_that_fails_nothing_is_uploaded(folder, scratch):
     assert not list(scratch.iterdir())
 
 
+def test_a_piece_that_writes_much_uploads_it_at_once_and_in_order(folder, scratch, monkeypatch):
+    monkeypatch.setattr(uploads, "_BYTES", 1500)
+    found = []
+
+    def piece():
+        for number in range(4):
+            files.write_text(folder / f"{number}", "x" * 1000)
+            found.append(names(folder))
+
+    with files.UploadsBehind() as work:
+        work(piece)
+    assert found == [[], ["0", "1"], ["0", "1"], ["0", "1", "2", "3"]]
+
+
+def test_much_that_is_uploaded_is_waited_for(folder, proxy, monkeypatch):
+    monkeypatch.setattr(uploads, "_BYTES", 3000)
+    proxy.hold(r"PUT .*/0\.bin")
+    with files.UploadsBehind() as work:
+        work(make, folder, 0)
+        proxy.wait_for(r"PUT .*/0\.bin")
+        threading.Timer(0.2, proxy.release).start()
+        work(make, folder, 1)  # some 4,000 bytes together
+        assert "0.bin" in names(folder)
+    assert names(folder) == made(0, 1)
+
+
+@pytest.mark.parametrize("number_of_workers", [1, 2])
+def test_what_is_made_stays_where_another_piece_fails(folder, proxy, number_of_workers):
+    proxy.latency = 0.2
+    with open_workers(number_of_workers) as workers, pytest.raises(ValueError, match="piece 2 is wrong"):
+        workers("some", make_but_not_two, [(folder, number) for number in (0, 1, 2)], lambda left: [])
+    assert set(made(0, 1)) <= set(names(folder)) and not {"2.bin", "2.txt"} & set(names(folder))
+
+
+def test_what_was_begun_is_not_found_by_a_later_stage(folder):
+    """The object may be another one by then."""
+    for number in range(2):
+        (folder / f"{number}").write_text("old")
+
+    def piece(number):
+        if number == 0:
+            raise ValueError("a bad row")
+
+    def read(number):
+        found.append((folder / f"{number}").open("rb").read())
+
+    found, pieces = [], [(0,), (1,)]
+    with open_workers() as workers:
+        for function in (piece, read):
+            if function is read:
+                for number in range(2):
+                    (folder / f"{number}").write_text("new")
+            with contextlib.suppress(ValueError):
+                workers("some", function, pieces, lambda left: [True, True], lambda number: [folder / f"{number}"])
+    assert found == [b"new", b"new"]
+    opened = files.opened_in_turn([folder / "0", folder / "1"])
+    next(opened)
+    opened.close()
+    (folder / "1").write_text("newer")
+    assert (folder / "1").open("rb").read() == b"newer"
+
+
 def test_an_upload_that_fails_ends_the_work_with_its_object(folder, proxy, scratch):
     proxy.faults.append(Fault(r"PUT .*/1\.bin", "403", count=99))
     with pytest.raises(PermissionError, match=r"/1\.bin: no permission"), files.UploadsBehind() as work:
@@ -128,6 +193,12 @@ def test_files_are_opened_in_turn(folder, tmp_path, where):
     opened = files.opened_in_turn([base / "b", base / "c"])
     next(opened)
     opened.close()
+
+
+def test_an_object_with_the_name_of_a_folder_is_one(folder):
+    for path in (folder / "a", folder / "a" / "b"):
+        path.write_bytes(b"x")
+    assert files.are_files([folder / "a" / "b", folder / "a"]) == [True, True]
 
 
 def test_statuses_of_many_objects_take_one_request(folder, proxy):

@@ -126,7 +126,7 @@ class _Blocks:
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
-        if size > PIECE_BYTES:  # one index of the first axis that is larger
+        if not PIECE_BYTES // 4 <= size <= PIECE_BYTES:  # too small for a block, or one index of the first axis
             return np.empty(shape, dtype)
         try:
             block = self._free.pop()

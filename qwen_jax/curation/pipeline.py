@@ -27,7 +27,7 @@ from typing import Any
 from qwen_jax import files
 from qwen_jax.curation import contamination, report, stages, storage
 from qwen_jax.curation.ledger import Ledger
-from qwen_jax.curation.sources import Source, list_source, readable
+from qwen_jax.curation.sources import PARQUET, Source, file_format, list_source, readable
 from qwen_jax.curation.tally import UNREADABLE
 from qwen_jax.workers import Workers, open_workers
 
@@ -137,11 +137,9 @@ def _prepare(work: stages.Work, description: dict) -> bool:
     begun = (work.folder / _PLAN).is_file()
     if not begun or not benchmarks.is_file():
         index = contamination.index(work.config.contamination)
-        writes = [
-            functools.partial(files.write_json, work.folder / _PLAN, description, sort_keys=True),
-            functools.partial(storage.save_array, benchmarks, index),
-        ]
-        files.in_parallel(lambda write: write(), writes)
+        # In this order: a folder without a plan must be empty.
+        files.write_json(work.folder / _PLAN, description, sort_keys=True)
+        storage.save_array(benchmarks, index)
     return begun
 
 
@@ -246,7 +244,7 @@ def _run_stages(work: stages.Work, run: "_Runner") -> None:
         stages.extract,
         units,
         lambda number: work.extracted(number) / stages.LEDGER,
-        lambda number: list(map(files.as_path, work.units[number].files)),
+        lambda number: [files.as_path(file) for file in work.units[number].files if file_format(file) != PARQUET],
     )
     total = sum(work.for_each_unit(lambda number: len(work.array(number, "lengths"))))
     parts = max(1, -(-total // config.documents_per_part))

@@ -34,7 +34,7 @@ from .reading import (
     read_ranges,
 )
 from .streams import new_stream
-from .uploads import UploadsBehind
+from .uploads import UploadsBehind, were_abandoned
 from .whole import (
     copy_file,
     download_folder,
@@ -91,6 +91,7 @@ __all__ = [
     "sizes_of",
     "statuses",
     "upload_folder",
+    "were_abandoned",
     "write_json",
     "write_text",
 ]

@@ -22,7 +22,8 @@ _beginning = concurrent.futures.ThreadPoolExecutor(_OPENED_AHEAD, "reading ahead
 def begin_reading(paths: Sequence[Path]) -> None:
     """Reads the first blocks of objects beside the work, for `open_file` to find them; forgets those begun before.
 
-    Each is read as it is now. Local files, and what cannot be read, are left to `open_file`.
+    Each is read as it is now: who is done, or gives up, begins nothing (`[]`), so that nobody finds it later. Local
+    files, and what cannot be read, are left to `open_file`.
     """
     for path in list(_begun):
         if path not in paths and (file := take_begun(path)) is not None:
@@ -67,10 +68,13 @@ def opened_in_turn(paths: Sequence[Path]) -> Generator[tuple[Path, BinaryIO]]:
     Raises:
       FileNotFoundError, OSError: in the turn of a file, as `open_file`.
     """
-    for number, path in enumerate(paths):
-        begin_reading(paths[number : number + _OPENED_AHEAD])
-        with path.open("rb") as file:
-            yield path, file
+    try:
+        for number, path in enumerate(paths):
+            begin_reading(paths[number : number + _OPENED_AHEAD])
+            with path.open("rb") as file:
+                yield path, file
+    finally:
+        begin_reading([])
 
 
 def read_range(path: PathLike, start: int, stop: int) -> bytes:

@@ -34,7 +34,7 @@ def new_file(final: PathLike) -> Generator[Path]:
             folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="qwen_jax-"))
             local = Path(folder) / (final.name or "object")
             yield local
-            uploads.do(lambda: objects.put(final, local), scratch.pop_all())
+            uploads.do(lambda: objects.put(final, local), local.stat().st_size, scratch.pop_all())
         return
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(final)
@@ -65,7 +65,8 @@ def new_folder(final: PathLike, last: str | None = None) -> Generator[Path]:
         with contextlib.ExitStack() as scratch:
             folder = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="qwen_jax-")))
             yield folder
-            uploads.do(lambda: upload_folder(folder, final, last), scratch.pop_all())
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            uploads.do(lambda: upload_folder(folder, final, last), size, scratch.pop_all())
         return
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(final)
@@ -149,7 +150,7 @@ def write_text(path: PathLike, text: str) -> None:
     """Writes a text file in UTF-8; a reader sees the old content or the new one, never a part."""
     path = as_path(path)
     if isinstance(path, RemotePath):
-        uploads.do(lambda: path.write_text(text))
+        uploads.do(lambda: path.write_text(text), len(text))
         return
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """The whole pipeline on a small crawl: nothing lost, the same bytes always, and continued after it was killed."""
 
+import contextlib
 import dataclasses
 import html.parser
 import json
@@ -16,6 +17,7 @@ from qwen_jax import files
 from qwen_jax.curation import pipeline, readers, report, sources, stages, storage
 from qwen_jax.curation.ledger import STAGES, Ledger
 from qwen_jax.curation.scoring import LinearClassifier, ScoreFilter
+from qwen_jax.files import whole
 from tests.warm_python import python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +152,27 @@ def test_a_piece_that_fails_leaves_nothing_and_the_next_run_goes_on(run, inputs,
     assert not list((tmp_path / "out").rglob("*.tmp"))
     pipeline.curate(inputs, tmp_path / "out", config)
     assert not set(again) & set(done)
+    assert contents(tmp_path / "out") == contents(run.folder)
+
+
+@pytest.mark.parametrize("lost", ["plan.json", "benchmarks.npy"])
+def test_ended_between_its_first_files_a_run_goes_on(run, inputs, config, tmp_path, monkeypatch, lost):
+    new_file = files.new_file
+
+    @contextlib.contextmanager
+    def failing(path):
+        if path.name == lost:
+            raise OSError("no space left on device")
+        with new_file(path) as temporary:
+            yield temporary
+
+    for module in (whole, files):
+        monkeypatch.setattr(module, "new_file", failing)
+    with pytest.raises(OSError, match="no space left"):
+        pipeline.curate(inputs, tmp_path / "out", config)
+    for module in (whole, files):
+        monkeypatch.setattr(module, "new_file", new_file)
+    pipeline.curate(inputs, tmp_path / "out", config)
     assert contents(tmp_path / "out") == contents(run.folder)
 
 
