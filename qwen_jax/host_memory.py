@@ -17,8 +17,9 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def restart_with_huge_pages(*, on_cpus: bool | None = None) -> None:
     """Starts this command anew in the same process, with pages of 2 MiB for malloc; returns where nothing is to do.
 
-    glibc reads `GLIBC_TUNABLES` when a program starts. Call it before anything large is imported: the restart takes 20
-    ms. With pages of 4 KiB the system hands out buffers one page at a time, filled with zeros, again and again.
+    glibc reads `GLIBC_TUNABLES` when a program starts. Call it before anything large is imported, for the restart
+    imports it again. With pages of 4 KiB the system hands out buffers one page at a time, filled with zeros, again and
+    again.
 
     It returns where huge pages are on or refused by the variable, where the system has none, where the C library is not
     glibc 2.35 or newer, where JAX or numpy are imported already, and where another program runs this one's module.

@@ -18,7 +18,7 @@ _COLLAPSED = re.compile(r"(gs|s3):/(?!/)")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _WILDCARDS = "*?["
 _MAGIC = re.compile(r"[*?[]")
-_LISTED = 8
+_MANY = 8
 
 
 class NotLocalError(ValueError, TypeError):
@@ -379,7 +379,7 @@ def statuses(paths: Sequence[Path]) -> list[os.stat_result]:
       FileNotFoundError: one is missing.
     """
     # A few are asked for by name: their folder may hold a million others.
-    there = _listed(paths) if len(paths) >= _LISTED else None
+    there = _listed(paths) if len(paths) >= _MANY else None
     if there is None:
         return _of_each(lambda path: path.stat(), paths)
     if missing := [path for path in paths if str(path) not in there]:
@@ -400,9 +400,8 @@ def _listed(paths: Sequence[Path]) -> dict[str, dict] | None:
     common = remote[0].parent
     while common.key and not all(path.is_relative_to(common) for path in remote):
         common = common.parent
-    if (
-        not common.key or common in remote
-    ):  # a whole bucket is not listed, nor several; a listing lacks the folder's name
+    # A whole bucket is not listed, nor several; and a listing lacks an object with the name of its folder.
+    if not common.key or common in remote:
         return None
     start = str(dataclasses.replace(common, key=""))
     return {f"{start}/{one['path']}": one for one in objects.list_objects(common)}
