@@ -140,7 +140,7 @@ class Packer:
         """Shards that are still to be written; what an interrupted run left unfinished is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_unfinished(self.folder)
-        found = list(self.folder.iterdir())
+        found = set(self.folder.iterdir())
         for path in found:
             is_part = fnmatch.fnmatchcase(path.name, "part-*-of-*")
             of_others = path.name.startswith(".documents-") and path != self.spill
